@@ -1,0 +1,26 @@
+# The agent, for a privileged container in the host's pid namespace: see compose.yaml.
+FROM debian:bookworm-slim AS build
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends \
+        clang llvm gcc libc6-dev linux-libc-dev libbpf-dev python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY requirements.txt requirements-build.txt ./
+RUN python3 -m venv /opt/streamer \
+    && python3 -m venv /opt/build \
+    && /opt/streamer/bin/pip install --no-cache-dir --require-hashes -r requirements.txt \
+    && /opt/build/bin/pip install --no-cache-dir --require-hashes -r requirements-build.txt
+COPY . .
+# The C module is optional for `pip install`, but not here.
+RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && /opt/streamer/bin/pip install --no-cache-dir --no-deps /wheels/*.whl \
+    && /opt/streamer/bin/python -c 'import streamer._records'
+
+# No compiler: the wheel carries the kernel programs and the C module.
+FROM debian:bookworm-slim
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libbpf1 python3 \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=build /opt/streamer /opt/streamer
+ENTRYPOINT ["/opt/streamer/bin/streamer"]
+CMD ["run"]

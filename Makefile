@@ -1,0 +1,60 @@
+# Each target sets up what it needs first, which is quick when it is there: see tools/setup.sh.
+# ARGS goes to the command: make run ARGS='--events process.*', make test ARGS='-k exec'.
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+ARGS :=
+PYTHON_BIN := .venv/bin/python
+# Debian keeps mosquitto and ip where only root looks.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.PHONY: help run setup test test-unit lint gen lock bench brokers brokers-stop clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+
+run: ## set up, and stream kernel events to the terminal until Ctrl-C (root)
+	@tools/setup.sh run
+	@exec .venv/bin/streamer run $(ARGS)
+
+setup: ## set up only; leaves .venv/bin/streamer
+	@tools/setup.sh run
+
+test: ## set up, and run all tests: this kernel, a real Kafka, a real Mosquitto (root)
+	@tools/setup.sh test
+	@exec $(PYTHON_BIN) -m pytest $(ARGS)
+
+test-unit: ## the tests that need neither root nor brokers
+	@tools/setup.sh dev
+	@exec $(PYTHON_BIN) -m pytest tests/unit $(ARGS)
+
+lint: ## check style, types, and that generated files are up to date
+	@tools/setup.sh dev
+	$(PYTHON_BIN) -m ruff check
+	$(PYTHON_BIN) -m ruff format --check
+	$(PYTHON_BIN) -m mypy
+	$(PYTHON_BIN) -m streamer.gen --check
+
+gen: ## derive events.py, schemas/ and docs/ from bpf/events.h and the settings
+	@tools/setup.sh run
+	$(PYTHON_BIN) -m streamer.gen
+
+lock: ## pin the Python packages anew, with hashes
+	@tools/lock.sh $(ARGS)
+
+bench: ## the benchmarks, each beside its plain alternative (root)
+	@tools/setup.sh test
+	@exec $(PYTHON_BIN) -m benchmarks $(ARGS)
+
+brokers: ## start a Kafka on 127.0.0.1:19092 and a Mosquitto on 127.0.0.1:18883
+	@tools/setup.sh test
+	@tools/brokers.sh start
+
+brokers-stop: ## stop them
+	@tools/brokers.sh stop
+
+clean: ## remove all that was built; what was downloaded stays in .cache
+	rm -rf .venv build dist streamer/bpf streamer/*.so *.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

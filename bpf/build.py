@@ -1,0 +1,135 @@
+"""Compiles the kernel programs: every `bpf/NAME.bpf.c` that is a program of its own.
+
+`streamer.bpf.c` includes the other sources and becomes `streamer/bpf/streamer.bpf.o`, which is
+part of the wheel. With `--all` the programs of benchmarks and tests (`bench*`, `test*`) are
+compiled too, into `build/bpf/`. An object newer than everything in this directory is left alone.
+
+    python3 bpf/build.py [--all]
+
+`CLANG` and `LLVM_STRIP` in the environment name other tools than `clang` and `llvm-strip`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "bpf"
+PACKAGED = ROOT / "streamer" / "bpf"
+UNPACKAGED = ROOT / "build" / "bpf"
+
+# What libbpf's headers call the architectures that they know.
+ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
+
+
+class BuildError(Exception):
+    """A kernel program that cannot be compiled; the message says what to do."""
+
+
+def compiler_flags(machine: str, root: Path = ROOT) -> list[str]:
+    """Flags for clang on `machine` (as `uname -m` says it).
+
+    Raises:
+        BuildError: an architecture that the programs are not made for.
+    """
+    if machine not in ARCHITECTURES:
+        known = " and ".join(ARCHITECTURES)
+        raise BuildError(f"the kernel programs are made for {known}, and this is {machine}")
+    flags = ["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Wextra", "-Werror"]
+    # A program's parameters are the hook's arguments, wanted or not; BPF_PROG adds the context.
+    flags += ["-Wno-unused-parameter", f"-D__TARGET_ARCH_{ARCHITECTURES[machine]}"]
+    # The BTF holds names of source files: keep the directory of the build out of them.
+    flags += [f"-ffile-prefix-map={root}=.", "-Ibpf"]
+    # Debian keeps <asm/types.h> where the bpf target does not look.
+    return [*flags, f"-I/usr/include/{machine}-linux-gnu"]
+
+
+def outputs(sources: Iterable[Path], everything: bool) -> dict[Path, Path]:
+    """The object of each source that is compiled on its own."""
+    packaged = {
+        source: PACKAGED / f"{source.stem}.o"
+        for source in sources
+        if source.name == "streamer.bpf.c"
+    }
+    unpackaged = {
+        source: UNPACKAGED / f"{source.stem}.o"
+        for source in sources
+        if source.name.startswith(("bench", "test"))
+    }
+    return packaged | unpackaged if everything else packaged
+
+
+def is_stale(built: Path, inputs: Iterable[Path]) -> bool:
+    """Whether the object is absent or older than any of its inputs."""
+    if not built.exists():
+        return True
+    age = built.stat().st_mtime_ns
+    return any(path.stat().st_mtime_ns > age for path in inputs)
+
+
+def build(everything: bool = False, environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Compile what is stale; the objects that were compiled.
+
+    Raises:
+        BuildError: a tool that is missing, or an error of the compiler, which it has printed.
+    """
+    inputs = [path for path in SOURCES.rglob("*") if path.suffix in {".c", ".h", ".py"}]
+    wanted = outputs(sorted(SOURCES.glob("*.bpf.c")), everything)
+    if not any(built.parent == PACKAGED for built in wanted.values()):
+        raise BuildError(f"{SOURCES}/streamer.bpf.c is missing: this is no complete source tree")
+    stale = {source: built for source, built in wanted.items() if is_stale(built, inputs)}
+    for source, built in stale.items():
+        _compile(source, built, environ)
+    return list(stale.values())
+
+
+def _compile(source: Path, built: Path, environ: Mapping[str, str]) -> None:
+    clang = _tool("clang", environ.get("CLANG", "clang"))
+    strip = _tool("llvm", environ.get("LLVM_STRIP", "llvm-strip"))
+    built.parent.mkdir(parents=True, exist_ok=True)
+    # Named apart until it is complete, so that an interrupted build leaves nothing half done.
+    partial = built.with_suffix(".o.partial")
+    flags = compiler_flags(platform.machine())
+    _run([clang, *flags, "-c", str(source.relative_to(ROOT)), "-o", str(partial)])
+    _run([strip, "-g", str(partial)])  # drops DWARF, keeps BTF
+    partial.replace(built)
+
+
+def _tool(package: str, name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise BuildError(
+            f"{name} is not installed, and the kernel programs have to be compiled with it"
+            f" (Debian: apt-get install {package} libbpf-dev)"
+        )
+    return found
+
+
+def _run(command: list[str]) -> None:
+    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+        raise BuildError(f"failed: {shlex.join(command)}")
+
+
+def main(arguments: list[str]) -> int:
+    """The command line: 0, or 1 after a line that says what is wrong."""
+    if arguments not in ([], ["--all"]):
+        print("usage: build.py [--all]", file=sys.stderr)
+        return 2
+    try:
+        for built in build(everything=bool(arguments)):
+            print(f"compiled {built.relative_to(ROOT)}")
+    except BuildError as error:
+        print(f"build.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * The contract: every record that a BPF program writes and the reader reads.
+ *
+ * `make gen` reads these structs from the compiled object's BTF and derives from them the
+ * Python Structs, the decoder's layout table, schemas/ and docs/events.md.
+ *
+ *   enum event_kind    KIND_PROCESS_EXEC is published as `process.exec`. Never reuse a number.
+ *   struct             one per kind, named after it: `struct process_exec`. Its STREAM says which
+ *                      ring it travels in.
+ *   EMITS("...")       on a program: the kinds it reports, comma-separated. DOC("...") beside it
+ *                      says what is not observed when the program cannot be attached.
+ *   DOC("...")         what the field (or kind) means, with units.
+ *   AS("...")          how the field is published, where a plain integer is not it:
+ *     hidden           not published
+ *     bool             true or false
+ *     cstr             char[N], ends at the first NUL
+ *     ns               a duration in nanoseconds
+ *     boottime         ns since boot, published as ns since the epoch under the name of the
+ *                      field with `_boot_ns` replaced by `_time_ns`
+ *     ip:FIELD         16 bytes of address, of the IP version that FIELD says (4: the first 4)
+ *     names:A,B,...    an index, published as the string at that place
+ *     str:NAME         bytes of string NAME in `data`
+ *     argv:NAME,LINE   bytes of NUL-terminated strings in `data`, published as the array NAME
+ *                      and, joined by spaces, as the string LINE
+ *
+ * Strings in `data` follow one another in the order of the fields that give their lengths.
+ * A record with `data` ends where the last string ends, so its size varies.
+ * Padding is explicit (`pad…`, hidden) and no struct is packed: every byte has a name.
+ */
+#ifndef STREAMER_EVENTS_H
+#define STREAMER_EVENTS_H
+
+#define DOC(text) __attribute__((btf_decl_tag("doc:" text)))
+#define AS(text) __attribute__((btf_decl_tag("as:" text)))
+#define STREAM(name) __attribute__((btf_decl_tag("stream:" name)))
+#define EMITS(kinds) __attribute__((btf_decl_tag("emits:" kinds)))
+#define HIDDEN AS("hidden")
+
+#define COMM_LEN 16
+#define PATH_LEN 4096
+#define ARGV_LEN 16384
+
+/* Raised when a field changes its meaning. New fields and kinds do not raise it. */
+enum event_schema {
+	SCHEMA_VERSION = 1,
+};
+
+enum event_kind {
+	KIND_PROCESS_EXEC = 1,
+	KIND_PROCESS_FORK = 2,
+	KIND_PROCESS_EXIT = 3,
+	KIND_FILE_OPEN = 16,
+	KIND_NET_CONNECT = 32,
+	KIND_NET_ACCEPT = 33,
+	KIND_NET_CLOSE = 34,
+	KIND_END = 64, /* one more than the largest kind possible */
+};
+
+/* A ring, its sequence and its drop counters. */
+enum event_stream {
+	STREAM_CRITICAL = 0,
+	STREAM_BULK = 1,
+	STREAM_END = 2,
+};
+
+/* FLAG_TRUNCATED is published with every event as `truncated`. */
+enum event_flags {
+	FLAG_TRUNCATED = 1, /* a string was cut, or could not be read to its end */
+};
+
+enum net_direction {
+	DIRECTION_UNKNOWN = 0,
+	DIRECTION_OUTBOUND = 1,
+	DIRECTION_INBOUND = 2,
+};
+
+struct event_header {
+	__u64 boot_ns DOC("nanoseconds since boot, suspend included, when the event happened");
+	__u64 seq DOC("sequence number in this stream on this CPU; a missing number is a lost event");
+	__u64 cgroup_id DOC("id of the task's cgroup in the unified (v2) hierarchy");
+	__u32 size HIDDEN DOC("bytes of this record");
+	__u16 kind HIDDEN DOC("enum event_kind");
+	__u16 cpu DOC("CPU that wrote the record");
+	__u32 pid DOC("process id (thread group id) in the initial pid namespace");
+	__u32 tid DOC("thread id in the initial pid namespace");
+	__u32 ppid DOC("process id of the parent");
+	__u32 uid DOC("real user id");
+	__u32 gid DOC("real group id");
+	__u16 skipped HIDDEN DOC("sequence numbers given up just before `seq`: not losses");
+	__u8 stream HIDDEN DOC("enum event_stream");
+	__u8 flags HIDDEN DOC("enum event_flags, ORed");
+	char comm[COMM_LEN] AS("cstr") DOC("name of the task, at most 15 bytes");
+};
+
+struct process_exec {
+	struct event_header header;
+	__u64 start_boot_ns AS("boottime") DOC("when the process started, ns since the epoch");
+	__u32 euid DOC("effective user id after the exec");
+	__u32 auid DOC("audit (login) user id; 4294967295 when none was set");
+	__u32 argc DOC("number of arguments, also when `argv` was cut");
+	__u16 exe_len AS("str:exe") DOC("absolute path of the file that runs: the interpreter, for a script");
+	__u16 argv_len AS("argv:argv,cmdline") DOC("the arguments|the arguments joined by single spaces");
+	__u16 cwd_len AS("str:cwd") DOC("working directory");
+	__u16 parent_exe_len AS("str:parent_exe") DOC("absolute path of the parent's executable; empty for a kernel thread");
+	__u32 pad HIDDEN;
+	char parent_comm[COMM_LEN] AS("cstr") DOC("name of the parent");
+	__u8 data[3 * PATH_LEN + ARGV_LEN] HIDDEN;
+} STREAM("critical") DOC("A process executed a new program.");
+
+struct process_fork {
+	struct event_header header;
+	__u64 child_start_boot_ns AS("boottime") DOC("when the child started, ns since the epoch");
+	__u32 child_pid DOC("process id of the child");
+	__u32 pad HIDDEN;
+} STREAM("critical") DOC("A process created a child process (new threads are not reported). `pid` is the parent.");
+
+struct process_exit {
+	struct event_header header;
+	__u64 start_boot_ns AS("boottime") DOC("when the process started, ns since the epoch");
+	__u64 duration_ns AS("ns") DOC("how long the process lived");
+	__u32 exit_code DOC("argument of exit(), 0 to 255; 0 when a signal ended the process");
+	__u32 signal DOC("signal that ended the process; 0 when it exited");
+	__u8 core_dumped AS("bool") DOC("whether a core was dumped");
+	__u8 pad[7] HIDDEN;
+} STREAM("critical") DOC("The last thread of a process ended.");
+
+struct file_open {
+	struct event_header header;
+	__u64 latency_ns AS("ns") DOC("time the system call took");
+	__s32 fd DOC("file descriptor; -1 when the open failed");
+	__u32 errno DOC("error number; 0 when the open succeeded");
+	__u32 flags DOC("open flags as passed (O_*)");
+	__u32 mode DOC("permissions asked for a new file; 0 when none could be created");
+	__u16 path_len AS("str:path") DOC("absolute path: as opened, symbolic links resolved; of a failed open, as asked, resolved against cwd or dirfd");
+	__u8 pad[6] HIDDEN;
+	__u8 data[2 * PATH_LEN] HIDDEN;
+} STREAM("bulk") DOC("A call of open, openat or openat2 returned.");
+
+struct net_connect {
+	struct event_header header;
+	__u64 latency_ns AS("ns") DOC("time from the call (or SYN) to the result");
+	__u32 errno DOC("error number, such as 111 (ECONNREFUSED); 0 when connected");
+	__u32 netns DOC("inode number of the network namespace");
+	__u16 local_port DOC("local port; 0 when none was bound");
+	__u16 remote_port DOC("remote port");
+	__u8 ip_version DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 direction AS("names:unknown,outbound,inbound") DOC("always outbound");
+	__u8 pad[2] HIDDEN;
+	__u8 local_addr[16] AS("ip:ip_version") DOC("local address");
+	__u8 remote_addr[16] AS("ip:ip_version") DOC("remote address");
+} STREAM("bulk") DOC("An outbound TCP connection was established or failed.");
+
+struct net_accept {
+	struct event_header header;
+	__u32 fd DOC("file descriptor of the accepted connection");
+	__u32 netns DOC("inode number of the network namespace");
+	__u16 local_port DOC("local port");
+	__u16 remote_port DOC("remote port");
+	__u8 ip_version DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 direction AS("names:unknown,outbound,inbound") DOC("always inbound");
+	__u8 pad[2] HIDDEN;
+	__u8 local_addr[16] AS("ip:ip_version") DOC("local address");
+	__u8 remote_addr[16] AS("ip:ip_version") DOC("remote address");
+} STREAM("bulk") DOC("A process accepted an inbound TCP connection.");
+
+struct net_close {
+	struct event_header header;
+	__u64 duration_ns AS("ns") DOC("time from established to closed; 0 when it was established before the agent started");
+	__u64 bytes_sent DOC("payload bytes sent, retransmissions not counted twice");
+	__u64 bytes_received DOC("payload bytes received in order");
+	__u32 errno DOC("error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close");
+	__u32 netns DOC("inode number of the network namespace");
+	__u16 local_port DOC("local port");
+	__u16 remote_port DOC("remote port");
+	__u8 ip_version DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 direction AS("names:unknown,outbound,inbound") DOC("who opened it; unknown when established before the agent started");
+	__u8 pad[2] HIDDEN;
+	__u8 local_addr[16] AS("ip:ip_version") DOC("local address");
+	__u8 remote_addr[16] AS("ip:ip_version") DOC("remote address");
+} STREAM("bulk") DOC("An established TCP connection ended.");
+
+/* Every record: what is not named here is not in the object's BTF. */
+union event_record {
+	struct event_header header;
+	struct process_exec process_exec;
+	struct process_fork process_fork;
+	struct process_exit process_exit;
+	struct file_open file_open;
+	struct net_connect net_connect;
+	struct net_accept net_accept;
+	struct net_close net_close;
+};
+
+#endif

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+/* file.open */
+#include "path.bpf.h"
+
+/* A call under way, kept from its entry to its return. */
+struct open_call {
+	__u64 boot_ns;
+	const char *filename; /* in the task's memory */
+	__u32 flags;
+	__u32 mode;
+	__s32 dirfd;
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u64); /* pid_tgid */
+	__type(value, struct open_call);
+} open_calls SEC(".maps");
+
+struct open_scratch {
+	struct file_open record;
+	struct path_buffer path;
+	struct path_prefix prefix;
+};
+
+/* Too large for the stack; written only by hooks of system calls, which do not nest on a CPU. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct open_scratch);
+} open_scratch SEC(".maps");
+
+static __always_inline int enter(int dirfd, const char *filename, __u32 flags, __u32 mode)
+{
+	__u64 id = bpf_get_current_pid_tgid();
+	struct open_call call = {
+		.boot_ns = bpf_ktime_get_boot_ns(),
+		.filename = filename,
+		.flags = flags,
+		.mode = flags & (O_CREAT | O_TMPFILE) ? mode : 0,
+		.dirfd = dirfd,
+	};
+	struct event_header header;
+
+	if (id >> 32 == agent_pid)
+		return 0;
+	if (bpf_map_update_elem(&open_calls, &id, &call, BPF_ANY)) {
+		identify_current(&header);
+		if (admits(&header, KIND_FILE_OPEN))
+			lose(&header, KIND_FILE_OPEN, STREAM_BULK);
+	}
+	return 0;
+}
+
+SEC("tracepoint/syscalls/sys_enter_open") EMITS("file.open") DOC("opens by open()")
+int on_open_enter(struct trace_event_raw_sys_enter *ctx)
+{
+	return enter(AT_FDCWD, (const char *)ctx->args[0], ctx->args[1], ctx->args[2]);
+}
+
+SEC("tracepoint/syscalls/sys_enter_openat") EMITS("file.open") DOC("opens by openat()")
+int on_openat_enter(struct trace_event_raw_sys_enter *ctx)
+{
+	return enter(ctx->args[0], (const char *)ctx->args[1], ctx->args[2], ctx->args[3]);
+}
+
+SEC("tracepoint/syscalls/sys_enter_openat2") EMITS("file.open") DOC("opens by openat2()")
+int on_openat2_enter(struct trace_event_raw_sys_enter *ctx)
+{
+	struct open_how how = {};
+
+	bpf_probe_read_user(&how, sizeof(how), (void *)ctx->args[2]);
+	return enter(ctx->args[0], (const char *)ctx->args[1], how.flags, how.mode);
+}
+
+/* Of an open that succeeded: where the file really is. */
+static __always_inline __u32 opened_path(struct open_scratch *scratch, struct task_struct *task,
+					 int fd)
+{
+	struct file *file = file_of_fd(task, fd);
+
+	if (!file) /* another thread closed it already */
+		return 0;
+	path_build(&scratch->path, &file->f_path);
+	return path_append(&scratch->path, scratch->record.data, 0, 0, &scratch->record.header);
+}
+
+/* Where a path begins that is not absolute: cwd or a directory; or, if it is, the task's root. */
+static __always_inline __u32 base_path(struct open_scratch *scratch, struct task_struct *task,
+				       int dirfd, bool absolute)
+{
+	struct fs_struct *fs = BPF_CORE_READ(task, fs);
+
+	if (!absolute && dirfd != AT_FDCWD)
+		return opened_path(scratch, task, dirfd);
+	path_build(&scratch->path, absolute ? &fs->root : &fs->pwd);
+	return path_append(&scratch->path, scratch->record.data, 0, 0, &scratch->record.header);
+}
+
+/* Of an open that failed: what was asked for, after what it is relative to. */
+static __always_inline __u32 requested_path(struct open_scratch *scratch, struct task_struct *task,
+					    const struct open_call *call)
+{
+	struct file_open *record = &scratch->record;
+	char first = 0;
+	__u32 position;
+	long length;
+
+	bpf_probe_read_user(&first, sizeof(first), call->filename);
+	position = base_path(scratch, task, call->dirfd, first == '/');
+	if (position == 1 && first) /* the root directory */
+		position = 0;
+	if (position > PATH_LEN - 1)
+		position = PATH_LEN - 1;
+	if (first && first != '/')
+		record->data[position++] = '/';
+	length = bpf_probe_read_user_str(&record->data[position], PATH_LEN, call->filename);
+	if (length <= 0 || length >= PATH_LEN)
+		record->header.flags |= FLAG_TRUNCATED;
+	if (length <= 0)
+		return position;
+	return position + length - 1; /* without the NUL */
+}
+
+static __always_inline bool passes_path_filter(struct open_scratch *scratch, __u32 length)
+{
+	if (settings.filter_path == FILTER_OFF)
+		return true;
+	if (length > PREFIX_LEN)
+		length = PREFIX_LEN;
+	scratch->prefix.bits = length * 8;
+	bpf_probe_read_kernel(scratch->prefix.path, PREFIX_LEN, scratch->record.data);
+	return passes(settings.filter_path, &filter_paths, &scratch->prefix);
+}
+
+static __always_inline int leave(long result)
+{
+	__u64 id = bpf_get_current_pid_tgid();
+	struct open_call *call = bpf_map_lookup_elem(&open_calls, &id);
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	__u32 cpu = bpf_get_smp_processor_id();
+	struct open_scratch *scratch;
+	struct file_open *record;
+	__u32 size;
+
+	if (!call)
+		return 0;
+	scratch = bpf_map_lookup_elem(&open_scratch, &cpu);
+	if (!scratch)
+		return 0;
+	record = &scratch->record;
+	identify_current(&record->header);
+	if (!admits(&record->header, KIND_FILE_OPEN))
+		goto out;
+	record->latency_ns = record->header.boot_ns - call->boot_ns;
+	record->fd = result < 0 ? -1 : result;
+	record->errno = result < 0 ? -result : 0;
+	record->flags = call->flags;
+	record->mode = call->mode;
+	__builtin_memset(record->pad, 0, sizeof(record->pad));
+	record->path_len = result < 0 ? requested_path(scratch, task, call) :
+					opened_path(scratch, task, result);
+	if (!passes_path_filter(scratch, record->path_len)) {
+		count_filtered(KIND_FILE_OPEN);
+		goto out;
+	}
+	size = offsetof(struct file_open, data) + record->path_len;
+	if (size <= sizeof(*record))
+		output(&bulk, &record->header, KIND_FILE_OPEN, STREAM_BULK, size);
+out:
+	bpf_map_delete_elem(&open_calls, &id);
+	return 0;
+}
+
+SEC("tracepoint/syscalls/sys_exit_open") EMITS("file.open") DOC("opens by open()")
+int on_open_exit(struct trace_event_raw_sys_exit *ctx)
+{
+	return leave(ctx->ret);
+}
+
+SEC("tracepoint/syscalls/sys_exit_openat") EMITS("file.open") DOC("opens by openat()")
+int on_openat_exit(struct trace_event_raw_sys_exit *ctx)
+{
+	return leave(ctx->ret);
+}
+
+SEC("tracepoint/syscalls/sys_exit_openat2") EMITS("file.open") DOC("opens by openat2()")
+int on_openat2_exit(struct trace_event_raw_sys_exit *ctx)
+{
+	return leave(ctx->ret);
+}

@@ -1,0 +1,95 @@
+"""A batch: the events of one drain, encoded at most once per encoding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import msgspec
+
+Encoding = Literal["json", "msgpack"]
+Event = msgspec.Struct
+
+_JSON = msgspec.json.Encoder()
+_MSGPACK = msgspec.msgpack.Encoder()
+
+
+def kind_of(event: Event) -> str:
+    """The dotted kind of an event, such as `process.exec`."""
+    return str(type(event).__struct_config__.tag)
+
+
+def category_of(kind: str) -> str:
+    """The part of a kind before the dot: `process` of `process.exec`."""
+    return kind.partition(".")[0]
+
+
+class Batch:
+    """Some events in order, with their count per kind.
+
+    Every sink gets the same batch, so an encoding that two sinks share is paid for once.
+    A batch is never changed after it was made.
+    """
+
+    __slots__ = ("_lines", "_parts", "_records", "events", "kinds")
+
+    def __init__(self, events: list[Any], kinds: dict[str, int] | None = None) -> None:
+        """Wrap `events`; `kinds` is their count per dotted kind, counted here when not given."""
+        self.events = events
+        self.kinds: dict[str, int] = count_kinds(events) if kinds is None else kinds
+        self._records: dict[Encoding, list[bytes]] = {}
+        self._lines: dict[Encoding, bytes] = {}
+        self._parts: dict[str, Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def records(self, encoding: Encoding) -> list[bytes]:
+        """One encoded record per event, without a line end."""
+        found = self._records.get(encoding)
+        if found is None:
+            encoder = _JSON if encoding == "json" else _MSGPACK
+            found = self._records[encoding] = list(map(encoder.encode, self.events))
+        return found
+
+    def lines(self, encoding: Encoding) -> bytes:
+        """All events in one piece: NDJSON, or MessagePack maps one after the other."""
+        found = self._lines.get(encoding)
+        if found is None:
+            if encoding == "json":
+                found = _JSON.encode_lines(self.events)
+            else:
+                found = b"".join(map(_MSGPACK.encode, self.events))
+            self._lines[encoding] = found
+        return found
+
+    def by_category(self) -> dict[str, Batch]:
+        """The batch split by category, each part in order. The whole batch where it has only one."""
+        if self._parts is None:
+            self._parts = self._split()
+        return self._parts
+
+    def _split(self) -> dict[str, Batch]:
+        categories = {category_of(kind) for kind in self.kinds}
+        if len(categories) == 1:
+            return {categories.pop(): self}
+        parts: dict[str, list[Event]] = {}
+        for event in self.events:
+            parts.setdefault(category_of(kind_of(event)), []).append(event)
+        return {category: Batch(events) for category, events in parts.items()}
+
+    def slices(self, size: int) -> Iterable[Batch]:
+        """The batch in order, in pieces of at most `size` events."""
+        if len(self.events) <= size:
+            return (self,)
+        return (
+            Batch(self.events[start : start + size]) for start in range(0, len(self.events), size)
+        )
+
+
+def count_kinds(events: Iterable[Event]) -> dict[str, int]:
+    """How many events there are of each dotted kind."""
+    return {
+        str(cls.__struct_config__.tag): count for cls, count in Counter(map(type, events)).items()
+    }

@@ -1,0 +1,343 @@
+"""The command `streamer`: reads its arguments, calls what does the work, prints the result.
+
+Everything beyond argparse is imported by the command that needs it, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from streamer import __version__
+from streamer.errors import ConfigError, StreamerError
+
+if TYPE_CHECKING:
+    from streamer.config import Overrides
+    from streamer.settings import Limits, Settings
+
+INTERRUPTED = 130
+"""Exit code of Ctrl-C, as of a program that SIGINT ended."""
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_FOREVER = 1e10
+_LISTS = {
+    "pid": "pids",
+    "uid": "uids",
+    "comm": "comms",
+    "path": "path_prefixes",
+    "port": "ports",
+    "cgroup": "cgroups",
+}
+
+
+class Plan(NamedTuple):
+    """What a command line and its file come to: the arguments of `run_service`."""
+
+    settings: Settings
+    kinds: frozenset[str]
+    limits: Limits
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse alone would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        # A URL in the wrong place is repeated by argparse, but a password in it must not be.
+        safe = re.sub(r"//\S*@", "//…@", message)
+        raise ConfigError(f"{safe} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (by default the process's arguments) names.
+
+    Returns the exit code: 0 done, 2 bad configuration, 3 missing privilege or kernel support,
+    4 a sink failed, 130 interrupted. Errors are one line on standard error.
+    """
+    try:
+        arguments = parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        code = command(arguments)
+        print(end="", flush=True)  # here, where a closed pipe is expected
+        return code
+    except StreamerError as error:
+        return _failed(error)
+    except BrokenPipeError:
+        return _closed_pipe()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _failed(error: StreamerError) -> int:
+    from streamer.render import printable
+
+    print(f"streamer: {printable(str(error))}", file=sys.stderr)
+    return error.exit_code
+
+
+def _closed_pipe() -> int:
+    """End quietly: nobody reads on, and Python's flush at exit must not complain either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """What `run` with these arguments would do.
+
+    Raises:
+        ConfigError: the file or an argument cannot be used.
+    """
+    from streamer.events import KINDS
+    from streamer.selection import select
+    from streamer.settings import Limits
+
+    settings = _settings(arguments)
+    limits = Limits(
+        duration_seconds=getattr(arguments, "duration", None),
+        max_events=getattr(arguments, "max_events", None),
+        status=not getattr(arguments, "no_status", False),
+    )
+    where = "--events" if arguments.events else f"{arguments.config}: events"
+    return Plan(settings, select(settings.events, KINDS, where), limits)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from streamer.config import load, merge
+
+    return merge(load(arguments.config), _overrides(arguments))
+
+
+def _overrides(arguments: argparse.Namespace) -> Overrides:
+    from streamer.config import Overrides
+
+    given: dict[str, Any] = {
+        name: value for name, value in vars(arguments).items() if value is not None
+    }
+    names = _LISTS | {f"exclude_{name}": f"exclude_{key}" for name, key in _LISTS.items()}
+    return Overrides(
+        settings={
+            name: given[name] for name in ("events", "host", "format", "log_level") if name in given
+        },
+        filters={key: tuple(given[name]) for name, key in names.items() if name in given},
+        sinks=tuple(given.get("sink", ())),
+        encoding=given.get("encoding"),
+        color=given.get("color"),
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    chosen = plan(arguments)
+    from streamer.service import run_service
+
+    return run_service(chosen.settings, chosen.kinds, chosen.limits)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    chosen = plan(arguments)
+    from streamer.cli_text import check_code, check_text, json_text
+    from streamer.kernel.check import report
+
+    found = report(chosen.settings, chosen.kinds)
+    print(json_text(found) if arguments.json else check_text(found))
+    return check_code(found, chosen.kinds)
+
+
+def _events(arguments: argparse.Namespace) -> int:
+    from streamer import cli_text as text
+
+    known = text.all_kinds()
+    chosen = [text.named(known, kind) for kind in arguments.kinds] or list(known.values())
+    if arguments.json:
+        print(text.json_text(text.kinds_data(chosen)))
+    elif arguments.kinds:
+        print("\n\n".join(map(text.kind_text, chosen)))
+    else:
+        print(text.kinds_text(chosen))
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from streamer import cli_text as text
+    from streamer.config import schema
+
+    if arguments.name == "config":
+        print(text.json_text(schema()))
+        return 0
+    known = text.all_kinds()
+    chosen = [text.named(known, arguments.name)] if arguments.name else known.values()
+    print(text.json_text(text.event_schema([info.struct for info in chosen])))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; its result has the function to call as `command`."""
+    top = _Parser(
+        prog="streamer",
+        description="Streams Linux kernel events to the terminal, files, Kafka and MQTT.",
+        epilog="example:\n  streamer run --duration 10s",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"streamer {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_check(commands)
+    _add_events(commands)
+    _add_schema(commands)
+    return top
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[:1].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # an option added later must not change what a script means
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    example = (
+        "streamer run --events 'default,file.*' --exclude-comm node_exporter \\\n"
+        "      --sink stdout: --sink 'kafka://127.0.0.1:19092/events?linger_ms=5'"
+    )
+    parser = _command(commands, "run", _run, "stream events until Ctrl-C", example)
+    _add_source(parser)
+    _add_output(parser)
+    _add_filters(parser)
+    parser.add_argument(
+        "--duration", type=_duration, metavar="TIME", help="end after 10s, 5m, 1h, …"
+    )
+    parser.add_argument(
+        "--max-events", type=_count, metavar="N", help="end after N events were delivered"
+    )
+    parser.add_argument("--host", metavar="NAME", help="name of this host in the events")
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log-level", choices=levels, help="least severity that is logged")
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c", "--config", type=Path, metavar="FILE", help="TOML file (docs/configuration.md)"
+    )
+    parser.add_argument(
+        "--events",
+        action="append",
+        metavar="GLOB,…",
+        help="kinds to stream: globs of what `streamer events` lists, or `default`; a leading "
+        "`!` (or `-`, written --events=-GLOB) takes kinds away",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--sink",
+        action="append",
+        metavar="URL",
+        help="stdout:, file:PATH, kafka://HOST:PORT/TOPIC, mqtt://[USER@]HOST:PORT/TOPIC; kafkas "
+        "and mqtts with TLS; ?key=value sets more; may be repeated",
+    )
+    group.add_argument("--format", choices=("native",), help="shape of the events")
+    group.add_argument(
+        "--encoding", choices=("json", "msgpack"), help="encoding, for every sink without its own"
+    )
+    group.add_argument("--color", choices=("auto", "always", "never"), help="colour on a terminal")
+    group.add_argument("--no-status", action="store_true", help="no status line on a terminal")
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
+    title = "filters, applied in the kernel; each may be repeated"
+    group = parser.add_argument_group(title)
+    filters: tuple[tuple[str, Callable[[str], int | str], str, str], ...] = (
+        ("pid", _integer, "N", "events of this process id"),
+        ("uid", _uid, "N|NAME", "events of this real user"),
+        ("comm", str, "NAME", "events of tasks of this name"),
+        ("path", str, "PREFIX", "files whose path begins so"),
+        ("port", _integer, "N", "connections of this local or remote port"),
+        ("cgroup", _cgroup, "ID|PATH", "events of this cgroup (v2)"),
+    )
+    for name, convert, metavar, text in filters:
+        for option, verb in ((f"--{name}", "keep only"), (f"--exclude-{name}", "leave out")):
+            group.add_argument(
+                option, action="append", type=convert, metavar=metavar, help=f"{verb} {text}"
+            )
+
+
+def _add_check(commands: Any) -> None:
+    text = "say what this kernel offers, what would attach, what is lost and why"
+    parser = _command(commands, "check", _check, text, "sudo streamer check --events '*'")
+    _add_source(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_events(commands: Any) -> None:
+    text = "list the kinds of events, or the fields of some"
+    parser = _command(commands, "events", _events, text, "streamer events process.exec")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="show the fields of this kind")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_schema(commands: Any) -> None:
+    text = "print the JSON Schema of events, of one kind, or of the configuration"
+    parser = _command(commands, "schema", _schema, text, "streamer schema net.connect")
+    parser.add_argument("name", nargs="?", metavar="KIND|config", help="by default, any event")
+
+
+def _duration(text: str) -> float:
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = text[len(number) :] or "s"
+    known = number.replace(".", "", 1).isdecimal() and unit in _UNITS
+    seconds = float(number) * _UNITS[unit] if known else 0.0
+    if not 0 < seconds < _FOREVER:
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, allowed: a time above 0 such as 500ms, 10s, 5m, 1h or 1d"
+        )
+    return seconds
+
+
+def _count(text: str) -> int:
+    number = _integer(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, allowed: an integer from 1")
+    return number
+
+
+def _integer(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise argparse.ArgumentTypeError(f"found {text!r}, allowed: an integer")
+    return int(text)
+
+
+def _uid(text: str) -> int:
+    if text.isdecimal():
+        return _integer(text)
+    import pwd
+
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, allowed: a user id or the name of a user"
+        ) from None
+
+
+def _cgroup(text: str) -> int:
+    """A cgroup's id: that of the directory, whose inode number it is, or the number itself."""
+    if not text.startswith("/"):
+        return _integer(text)
+    # Version 1 has no such file, and its inode numbers are no cgroup ids.
+    if not os.path.exists(os.path.join(text, "cgroup.controllers")):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, allowed: an id or the directory of a cgroup (v2)"
+        )
+    return os.stat(text).st_ino

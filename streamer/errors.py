@@ -1,0 +1,47 @@
+"""What can go wrong, as one tree.
+
+StreamerError
+├── ConfigError        exit 2: the configuration or command line
+├── PrivilegeError     exit 3: missing capabilities
+├── KernelError        exit 3: no BPF, no BTF, an object that does not load
+│   └── ContractError  exit 3: the object and `events.py` disagree
+└── SinkError          exit 4: a sink that cannot go on
+
+Exceptions of libraries are translated into these once, where the library is called.
+"""
+
+from __future__ import annotations
+
+
+class StreamerError(Exception):
+    """Base of every error raised on purpose. `exit_code` is what the command ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(StreamerError):
+    """A configuration that cannot be used; the message names file, key, found and allowed."""
+
+    exit_code = 2
+
+
+class PrivilegeError(StreamerError):
+    """The process lacks capabilities that loading or attaching needs."""
+
+    exit_code = 3
+
+
+class KernelError(StreamerError):
+    """The kernel refused, or lacks, something that no other hook can replace."""
+
+    exit_code = 3
+
+
+class ContractError(KernelError):
+    """A record in the BPF object is laid out differently from the generated `events.py`."""
+
+
+class SinkError(StreamerError):
+    """A sink that no retry can mend, such as a file that cannot be opened."""
+
+    exit_code = 4

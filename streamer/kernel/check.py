@@ -1,0 +1,70 @@
+"""Finds out what this kernel offers by really loading and attaching, then detaching."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import msgspec
+
+from streamer.errors import StreamerError
+from streamer.kernel import capabilities, loader
+from streamer.kernel.loader import KindStatus, ProgramStatus
+from streamer.settings import Settings
+
+
+class CheckReport(msgspec.Struct):
+    """What was found. `ok` when every kind asked for is observed fully."""
+
+    kernel: str
+    ok: bool
+    capabilities: dict[str, bool]
+    features: dict[str, str]
+    programs: list[ProgramStatus]
+    kinds: dict[str, KindStatus]
+
+
+def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
+    """Load and attach for `kinds`, detach again, and say what became of each. Never raises."""
+    programs: list[ProgramStatus] = []
+    reason = ""
+    try:
+        kernel = loader.load(settings, kinds)
+    except StreamerError as error:
+        reason = str(error)
+        found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
+    else:
+        try:
+            kernel.attach()
+            programs, found = kernel.statuses, kernel.coverage(kinds)
+        finally:
+            kernel.close()
+    uname = os.uname()
+    return CheckReport(
+        kernel=f"{uname.sysname} {uname.release} {uname.machine}",
+        ok=all(state.status == "full" for state in found.values()),
+        capabilities=capabilities.held(),
+        features=_features(settings, reason),
+        programs=programs,
+        kinds=found,
+    )
+
+
+def _features(settings: Settings, reason: str) -> dict[str, str]:
+    tracefs = loader.ensure_tracefs() if not reason else ""
+    return {
+        "btf": settings.btf or _yes(loader.KERNEL_BTF.exists()),
+        "load": reason or "yes",
+        "tracefs": tracefs or "yes",
+        "decoder": _decoder(),
+    }
+
+
+def _yes(there: bool) -> Literal["yes", "no"]:
+    return "yes" if there else "no"
+
+
+def _decoder() -> str:
+    from streamer.records import COMPILED
+
+    return "compiled" if COMPILED else "pure Python: slower, no compiler was there at the install"

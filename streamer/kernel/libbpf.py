@@ -1,0 +1,229 @@
+"""A thin ctypes layer over libbpf 1.x: the control path only, no event passes here.
+
+Every function that fails raises `OSError` with the kernel's errno. Handles are plain integers
+(addresses), owned by the object they came from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_long, c_size_t, c_void_p
+from ctypes import c_uint32 as u32
+from ctypes import c_uint64 as u64
+from functools import cache
+from pathlib import Path
+
+from streamer.errors import KernelError
+
+LOG_BYTES = 1 << 20
+"""Room for one program's verifier log; a longer one loses its beginning or fails to be kept."""
+
+
+class _OpenOptions(Structure):
+    """The leading members of `struct bpf_object_open_opts`."""
+
+    _fields_ = [  # noqa: RUF012 - ctypes wants a plain list
+        ("size", c_size_t),
+        ("object_name", c_char_p),
+        ("relaxed_maps", c_bool),
+        ("pin_root_path", c_char_p),
+        ("reserved", c_long),
+        ("kconfig", c_char_p),
+        ("btf_custom_path", c_char_p),
+    ]
+
+
+class _TestRunOptions(Structure):
+    """`struct bpf_test_run_opts` of libbpf 1.x."""
+
+    _fields_ = [  # noqa: RUF012
+        ("size", c_size_t),
+        ("data_in", c_void_p),
+        ("data_out", c_void_p),
+        ("data_size_in", u32),
+        ("data_size_out", u32),
+        ("ctx_in", c_void_p),
+        ("ctx_out", c_void_p),
+        ("ctx_size_in", u32),
+        ("ctx_size_out", u32),
+        ("retval", u32),
+        ("repeat", c_int),
+        ("duration", u32),
+        ("flags", u32),
+        ("cpu", u32),
+        ("batch_size", u32),
+    ]
+
+
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "libbpf_set_print": (c_void_p, [c_void_p]),
+    "libbpf_num_possible_cpus": (c_int, []),
+    "bpf_object__open_file": (c_void_p, [c_char_p, POINTER(_OpenOptions)]),
+    "bpf_object__load": (c_int, [c_void_p]),
+    "bpf_object__close": (None, [c_void_p]),
+    "bpf_object__next_program": (c_void_p, [c_void_p, c_void_p]),
+    "bpf_object__next_map": (c_void_p, [c_void_p, c_void_p]),
+    "bpf_program__name": (c_char_p, [c_void_p]),
+    "bpf_program__section_name": (c_char_p, [c_void_p]),
+    "bpf_program__set_autoload": (c_int, [c_void_p, c_bool]),
+    "bpf_program__set_log_buf": (c_int, [c_void_p, c_char_p, c_size_t]),
+    "bpf_program__fd": (c_int, [c_void_p]),
+    "bpf_program__attach": (c_void_p, [c_void_p]),
+    "bpf_link__destroy": (c_int, [c_void_p]),
+    "bpf_map__name": (c_char_p, [c_void_p]),
+    "bpf_map__fd": (c_int, [c_void_p]),
+    "bpf_map__set_max_entries": (c_int, [c_void_p, u32]),
+    "bpf_map__initial_value": (c_void_p, [c_void_p, POINTER(c_size_t)]),
+    "bpf_map_update_elem": (c_int, [c_int, c_void_p, c_void_p, u64]),
+    "bpf_prog_test_run_opts": (c_int, [c_int, POINTER(_TestRunOptions)]),
+}
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    except OSError:
+        raise KernelError("libbpf.so.1 is missing: install libbpf1") from None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+    # Its messages go to stderr one by one; what matters of them is in errno and verifier log.
+    library.libbpf_set_print(None)
+    return library
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+def _check_pointer(result: int | None) -> int:
+    if not result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def possible_cpus() -> int:
+    """How many CPUs the kernel may ever bring up: the size of what is kept by CPU."""
+    return _check(_library().libbpf_num_possible_cpus())
+
+
+class Program:
+    """A program of an object."""
+
+    def __init__(self, handle: int) -> None:
+        """Wrap libbpf's handle."""
+        library = _library()
+        self._handle = handle
+        self._log: ctypes.Array[ctypes.c_char] | None = None
+        self.name: str = library.bpf_program__name(handle).decode()
+        self.section: str = library.bpf_program__section_name(handle).decode()
+
+    def autoload(self, wanted: bool) -> None:
+        """Load this program with the object, or leave it out."""
+        _check(_library().bpf_program__set_autoload(self._handle, wanted))
+
+    def keep_log(self) -> None:
+        """Keep what the verifier says if it refuses the program."""
+        self._log = ctypes.create_string_buffer(LOG_BYTES)
+        _check(_library().bpf_program__set_log_buf(self._handle, self._log, LOG_BYTES))
+
+    @property
+    def log(self) -> str:
+        """What the verifier said; empty unless it refused the program."""
+        return self._log.value.decode(errors="replace") if self._log else ""
+
+    @property
+    def fd(self) -> int:
+        """The loaded program's file descriptor, owned by the object."""
+        return _check(_library().bpf_program__fd(self._handle))
+
+    def attach(self) -> Link:
+        """Attach to the hook that the section names."""
+        return Link(_check_pointer(_library().bpf_program__attach(self._handle)))
+
+    def run(self, repeat: int = 0) -> int:
+        """Run the program in this task (`BPF_PROG_TEST_RUN`); the program's return value."""
+        options = _TestRunOptions(size=ctypes.sizeof(_TestRunOptions), repeat=repeat)
+        _check(_library().bpf_prog_test_run_opts(self.fd, byref(options)))
+        return int(options.retval)
+
+
+class Link:
+    """An attached program. It stays attached until `destroy`, or the process ends."""
+
+    def __init__(self, handle: int) -> None:
+        """Wrap libbpf's handle."""
+        self._handle: int | None = handle
+
+    def destroy(self) -> None:
+        """Detach. Harmless when done already."""
+        handle, self._handle = self._handle, None
+        if handle:
+            _library().bpf_link__destroy(handle)
+
+
+class Map:
+    """A map of an object."""
+
+    def __init__(self, handle: int) -> None:
+        """Wrap libbpf's handle."""
+        self._handle = handle
+        self.name: str = _library().bpf_map__name(handle).decode()
+
+    @property
+    def fd(self) -> int:
+        """The created map's file descriptor, owned by the object."""
+        return _check(_library().bpf_map__fd(self._handle))
+
+    def resize(self, entries: int) -> None:
+        """Set the number of entries (of a ring: bytes), before the object is loaded."""
+        _check(_library().bpf_map__set_max_entries(self._handle, entries))
+
+    def write_initial(self, data: bytes) -> None:
+        """Set the beginning of a global data section, before the object is loaded."""
+        size = c_size_t()
+        at = _check_pointer(_library().bpf_map__initial_value(self._handle, byref(size)))
+        if len(data) > size.value:
+            raise ValueError(f"{self.name} has {size.value} bytes, not {len(data)}")
+        ctypes.memmove(at, data, len(data))
+
+    def update(self, key: bytes, value: bytes) -> None:
+        """Set one element of a loaded map."""
+        _check(_library().bpf_map_update_elem(self.fd, key, value, 0))
+
+
+class Object:
+    """A BPF object: opened, then adjusted, then loaded, then closed."""
+
+    def __init__(self, path: Path, btf: str | None = None) -> None:
+        """Open the compiled object at `path`; `btf` is a BTF file to use in place of the kernel's."""
+        options = _OpenOptions(size=ctypes.sizeof(_OpenOptions))
+        options.btf_custom_path = btf.encode() if btf else None
+        opened = _library().bpf_object__open_file(str(path).encode(), byref(options))
+        self._handle: int | None = _check_pointer(opened)
+        self.programs = {p.name: p for p in map(Program, self._walk("program"))}
+        self.maps = {m.name: m for m in map(Map, self._walk("map"))}
+
+    def _walk(self, what: str) -> Iterator[int]:
+        step = getattr(_library(), f"bpf_object__next_{what}")
+        handle = step(self._handle, None)
+        while handle:
+            yield handle
+            handle = step(self._handle, handle)
+
+    def load(self) -> None:
+        """Create the maps and load the programs into the kernel."""
+        _check(_library().bpf_object__load(self._handle))
+
+    def close(self) -> None:
+        """Release everything; harmless when done already. Destroy links first."""
+        handle, self._handle = self._handle, None
+        if handle:
+            _library().bpf_object__close(handle)

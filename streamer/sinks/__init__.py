@@ -1,0 +1,1 @@
+"""Where events go: the terminal, files, Kafka, MQTT, and memory for tests."""

@@ -1,0 +1,138 @@
+"""What every sink promises, and the accounting and backpressure that all of them share.
+
+A sink takes batches at once (`submit` never waits) and delivers them in the background.
+What it holds is counted in bytes against a budget; at the high mark it asks for a pause,
+at the low mark it says that there is room. Every event that it took ends up in exactly one
+of `delivered` and `dropped`, or is still `pending`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from streamer.batch import Batch
+
+Status = Literal["starting", "up", "down", "closed"]
+
+
+class Watermarks:
+    """Bytes held against a budget, with hysteresis: full at `high`, free again at `low`.
+
+    The budget can be overrun by one batch, because an event that was drained from its ring
+    must go somewhere; the reader pauses before the next drain.
+    """
+
+    __slots__ = ("full", "held", "high", "low")
+
+    def __init__(self, high: int, low: int | None = None) -> None:
+        """`high` and `low` in bytes; `low` is half of `high` unless given."""
+        self.high = high
+        self.low = high // 2 if low is None else low
+        self.held = 0
+        self.full = False
+
+    def add(self, size: int) -> bool:
+        """Hold `size` bytes more. True when this made it full."""
+        self.held += size
+        if self.full or self.held < self.high:
+            return False
+        self.full = True
+        return True
+
+    def remove(self, size: int) -> bool:
+        """Let go of `size` bytes. True when this made room again."""
+        self.held -= size
+        if not self.full or self.held > self.low:
+            return False
+        self.full = False
+        return True
+
+
+class SinkAccount(msgspec.Struct):
+    """Events of one sink, in numbers per kind. `received = delivered + dropped + pending`."""
+
+    received: Counter[str] = msgspec.field(default_factory=Counter)
+    delivered: Counter[str] = msgspec.field(default_factory=Counter)
+    dropped: Counter[str] = msgspec.field(default_factory=Counter)
+
+    @property
+    def pending(self) -> int:
+        """Events taken and neither delivered nor dropped yet."""
+        return self.received.total() - self.delivered.total() - self.dropped.total()
+
+
+class Listener:
+    """What a sink tells its owner. The service overrides these; each default does nothing."""
+
+    def sink_full(self, sink: Sink) -> None:
+        """The sink reached its high mark."""
+
+    def sink_room(self, sink: Sink) -> None:
+        """The sink is below its low mark again."""
+
+    def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
+        """The sink came up, went down or closed for good; called on changes only."""
+
+    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
+        """Events were given up, counted per kind."""
+
+
+class Sink(ABC):
+    """Where events go. Subclasses deliver; accounting and budget are here."""
+
+    def __init__(self, name: str, budget_bytes: int) -> None:
+        """`name` is the sink's URL without any secret; `budget_bytes` bounds what it holds."""
+        self.name = name
+        self.account = SinkAccount()
+        self.watermarks = Watermarks(budget_bytes)
+        self.listener = Listener()
+        self.status: Status = "starting"
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Begin delivering in the background.
+
+        Returns at once also while a broker is absent.
+
+        Raises:
+            SinkError: what no retry can mend, such as a file that cannot be opened.
+        """
+
+    @abstractmethod
+    def submit(self, batch: Batch) -> None:
+        """Take a batch. Never waits; calls `_take` with the size of what is then held."""
+
+    @abstractmethod
+    async def stop(self, grace: float) -> None:
+        """Deliver what is held within `grace` seconds, drop the rest, release everything.
+
+        Never hangs and never raises; calling it twice is harmless.
+        """
+
+    def _take(self, kinds: Mapping[str, int], size: int) -> None:
+        self.account.received.update(kinds)
+        if self.watermarks.add(size):
+            self.listener.sink_full(self)
+
+    def _delivered(self, kinds: Mapping[str, int], size: int) -> None:
+        self.account.delivered.update(kinds)
+        self._release(size)
+
+    def _dropped(self, kinds: Mapping[str, int], size: int, reason: str) -> None:
+        self.account.dropped.update(kinds)
+        self.listener.sink_dropped(self, kinds, reason)
+        self._release(size)
+
+    def _release(self, size: int) -> None:
+        if self.watermarks.remove(size):
+            self.listener.sink_room(self)
+
+    def _set_status(self, status: Status, reason: str = "") -> None:
+        if status != self.status:
+            self.status = status
+            self.listener.sink_status(self, status, reason)

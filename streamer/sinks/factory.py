@@ -1,0 +1,42 @@
+"""Makes sinks from their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from streamer import settings
+from streamer.batch import Batch
+from streamer.sinks.base import Sink
+
+Render = Callable[[Batch], bytes]
+
+
+def make_sink(chosen: settings.AnySink, host: str, render: Render | None) -> Sink:
+    """The sink for `chosen`. `render` makes readable lines where stdout is a terminal.
+
+    The libraries of a sink are imported only when it is used.
+
+    Raises:
+        ConfigError: a secret or certificate that cannot be read.
+    """
+    match chosen:
+        case settings.StdoutSink():
+            from streamer.sinks.stdout import StdoutSink
+
+            return StdoutSink(chosen, render=render if chosen.encoding == "auto" else None)
+        case settings.FileSink():
+            from streamer.sinks.file import FileSink
+
+            return FileSink(chosen)
+        case settings.KafkaSink():
+            from streamer.sinks.kafka import KafkaSink
+
+            return KafkaSink(chosen, host=host)
+        case settings.MqttSink():
+            from streamer.sinks.mqtt import MqttSink
+
+            return MqttSink(chosen, host=host)
+        case settings.MemorySink():
+            from streamer.sinks.memory import MemorySink
+
+            return MemorySink(budget_bytes=chosen.budget_bytes)

@@ -1,0 +1,44 @@
+"""Keeps events in memory: for tests of the line, and of programs that embed the service."""
+
+from __future__ import annotations
+
+from streamer.batch import Batch, Event
+from streamer.sinks.base import Sink
+
+
+class MemorySink(Sink):
+    """Delivers at once into `events`, or, while `hold` is set, only when `release` is called."""
+
+    def __init__(self, name: str = "memory:", budget_bytes: int = 1 << 25) -> None:
+        """See `Sink`."""
+        super().__init__(name, budget_bytes)
+        self.events: list[Event] = []
+        self.hold = False
+        self._held: list[Batch] = []
+
+    async def start(self) -> None:
+        """Nothing to open."""
+        self._set_status("up")
+
+    def submit(self, batch: Batch) -> None:
+        """Take a batch; its size is that of its NDJSON."""
+        self._held.append(batch)
+        self._take(batch.kinds, len(batch.lines("json")))
+        if not self.hold:
+            self.release()
+
+    def release(self) -> None:
+        """Deliver everything held."""
+        held, self._held = self._held, []
+        for batch in held:
+            self.events.extend(batch.events)
+            self._delivered(batch.kinds, len(batch.lines("json")))
+
+    async def stop(self, grace: float) -> None:
+        """Deliver the rest, unless it is to be held, in which case it is dropped."""
+        if not self.hold:
+            self.release()
+        held, self._held = self._held, []
+        for batch in held:
+            self._dropped(batch.kinds, len(batch.lines("json")), "stopped")
+        self._set_status("closed")

@@ -1,0 +1,299 @@
+"""Writing to a descriptor that may block: what the stdout and file sinks share.
+
+Every write happens on one daemon thread per sink. The descriptor stays in blocking mode:
+standard output is usually shared with a shell and with other programs, and O_NONBLOCK is a
+property of the open file, so setting it would change it for all of them (and does nothing for
+regular files). A pipe whose reader has stalled, a terminal stopped with Ctrl-S or a hanging
+disk then block that thread only: the loop goes on, and `stop` gives up on the thread, which,
+being a daemon, does not keep the process alive.
+
+The loop hands over whole batches and the thread answers once per write; nothing here happens
+per event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import select
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from typing import TypeVar
+
+from streamer.batch import Batch
+from streamer.sinks.base import Sink
+
+Buffer = bytes | memoryview
+T = TypeVar("T")
+
+WRITE_BYTES = 1 << 20
+"""How much is put together for one write: enough for its cost to vanish, little enough for the
+account to stay current."""
+WRITE_BUFFERS = 1024
+"""The most buffers that one `writev` takes on Linux (IOV_MAX)."""
+RETRY_FIRST = 0.05
+RETRY_MOST = 2.0
+"""Seconds between attempts while the disk is full or failing."""
+POLL_MS = 200
+
+
+def advance(buffers: Sequence[Buffer], written: int) -> tuple[int, list[Buffer]]:
+    """What a write of `written` bytes leaves: the number of buffers done, and those still to do.
+
+    The first of the rest begins at the exact byte where the write ended.
+    """
+    done = 0
+    for buffer in buffers:
+        if written < len(buffer):
+            break
+        written -= len(buffer)
+        done += 1
+    rest = list(buffers[done:])
+    if rest and written:
+        rest[0] = memoryview(rest[0])[written:]
+    return done, rest
+
+
+def is_gone(error: OSError, terminal: bool) -> bool:
+    """Whether nobody will ever read again: a closed pipe or socket, or a terminal that hung up."""
+    if error.errno == errno.EIO:
+        return terminal
+    return error.errno in (errno.EPIPE, errno.ECONNRESET, errno.EBADF)
+
+
+class WriterThread:
+    """Writes byte strings to `fd` in order, from a thread of its own.
+
+    The callbacks run on `loop`: `written(count)` after each write, with how many of the byte
+    strings handed over were finished by it; `failing(error)` once when writes begin to fail and
+    `failing(None)` once when they work again; `ended(error)` last, where `error` says why no
+    more can be written, or is None.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        written: Callable[[int], None],
+        failing: Callable[[OSError | None], None],
+        ended: Callable[[OSError | None], None],
+        close: bool,
+    ) -> None:
+        """`close` says whether `fd` is closed when the thread ends."""
+        self._fd = fd
+        self._terminal = os.isatty(fd)
+        self._loop = loop
+        self._written = written
+        self._failing = failing
+        self._ended = ended
+        self._close = close
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._abandoned = Event()
+        self._fails = False
+        self._last = False
+        self._thread = Thread(target=self._run, name="streamer-writer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def put(self, data: bytes) -> None:
+        """Hand over one byte string. Never waits."""
+        self._queue.put(data)
+
+    def finish(self) -> None:
+        """End after what was handed over."""
+        self._queue.put(None)
+
+    def abandon(self) -> None:
+        """End as soon as possible: at once, unless a write is blocked."""
+        self._abandoned.set()
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        error = None
+        try:
+            while not self._last and not self._abandoned.is_set():
+                self._write(self._gather())
+        except OSError as caught:
+            error = caught
+        finally:
+            if self._close:
+                with contextlib.suppress(OSError):
+                    os.close(self._fd)
+            self._tell(self._ended, error)
+
+    def _gather(self) -> list[Buffer]:
+        """Everything that waits, up to the size of one write. Blocks until there is something."""
+        buffers: list[Buffer] = []
+        size = 0
+        data = self._queue.get()
+        while data is not None:
+            buffers.append(data)
+            size += len(data)
+            if size >= WRITE_BYTES or len(buffers) == WRITE_BUFFERS:
+                return buffers
+            try:
+                data = self._queue.get_nowait()
+            except Empty:
+                return buffers
+        self._last = True
+        return buffers
+
+    def _write(self, buffers: list[Buffer]) -> None:
+        while buffers and not self._abandoned.is_set():
+            done, buffers = advance(buffers, self._write_some(buffers))
+            if done:
+                self._tell(self._written, done)
+
+    def _write_some(self, buffers: list[Buffer]) -> int:
+        """One successful write, however many attempts it takes. 0 when abandoned.
+
+        Raises:
+            OSError: nobody reads any more.
+        """
+        delay = RETRY_FIRST
+        while not self._abandoned.is_set():
+            try:
+                written = os.writev(self._fd, buffers)
+            except BlockingIOError:
+                self._await_room()
+            except OSError as error:
+                if is_gone(error, self._terminal):
+                    raise
+                self._report(error)
+                self._abandoned.wait(delay)
+                delay = min(2 * delay, RETRY_MOST)
+            else:
+                self._report(None)
+                return written
+        return 0
+
+    def _await_room(self) -> None:
+        """Wait a little for room: another program that shares `fd` made it non-blocking."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        poll.poll(POLL_MS)
+
+    def _report(self, error: OSError | None) -> None:
+        if self._fails != (error is not None):
+            self._fails = error is not None
+            self._tell(self._failing, error)
+
+    def _tell(self, callback: Callable[[T], None], argument: T) -> None:
+        # The loop may have been closed while a write was blocked.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, argument)
+
+
+class WriterSink(Sink):
+    """A sink that writes encoded batches one after the other to a descriptor."""
+
+    def __init__(self, name: str, budget_bytes: int) -> None:
+        """See `Sink`."""
+        super().__init__(name, budget_bytes)
+        self._held: deque[tuple[Mapping[str, int], int]] = deque()
+        self._thread: WriterThread | None = None
+        self._ended: asyncio.Future[None] | None = None
+        self._over = ""
+
+    @abstractmethod
+    def _open(self) -> int:
+        """The descriptor to write to.
+
+        Raises:
+            SinkError: it cannot be opened, or is not open.
+        """
+
+    @abstractmethod
+    def _encode(self, batch: Batch) -> bytes:
+        """What is written for a batch."""
+
+    @property
+    @abstractmethod
+    def _owns_descriptor(self) -> bool:
+        """Whether the descriptor is closed in the end."""
+
+    async def start(self) -> None:
+        """Open the descriptor and start the thread.
+
+        Raises:
+            SinkError: it cannot be opened, or is not open.
+        """
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        self._thread = WriterThread(
+            self._open(),
+            loop=loop,
+            written=self._on_written,
+            failing=self._on_failing,
+            ended=self._on_ended,
+            close=self._owns_descriptor,
+        )
+        self._thread.start()
+        self._set_status("up")
+
+    def submit(self, batch: Batch) -> None:
+        """Take a batch; its size is that of what will be written."""
+        if self._over or self._thread is None:
+            self._take(batch.kinds, 0)
+            self._dropped(batch.kinds, 0, self._over or "not started")
+            return
+        data = self._encode(batch)
+        self._take(batch.kinds, len(data))
+        self._held.append((batch.kinds, len(data)))
+        self._thread.put(data)
+
+    async def stop(self, grace: float) -> None:
+        """Write what is held within `grace` seconds and drop the rest.
+
+        A write that is blocked when the grace ends is left to the thread. Its batches count as
+        dropped, although a reader that wakes up later may still see some of them.
+        """
+        if self._thread is None:
+            self._end("stopped")
+        if self._over or self._thread is None or self._ended is None:
+            return
+        self._thread.finish()
+        try:
+            await asyncio.wait({self._ended}, timeout=grace)
+        finally:
+            self._thread.abandon()
+            self._end("stopped before it was written")
+
+    def _on_written(self, count: int) -> None:
+        if self._over:
+            return
+        for _ in range(count):
+            kinds, size = self._held.popleft()
+            self._delivered(kinds, size)
+
+    def _on_failing(self, error: OSError | None) -> None:
+        if self._over:
+            return
+        if error is None:
+            self._set_status("up", "writing works again")
+        else:
+            self._set_status("down", f"cannot write: {error.strerror}; trying again")
+
+    def _on_ended(self, error: OSError | None) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+        if error is not None:
+            self._end(f"nobody reads it: {error.strerror}")
+
+    def _end(self, reason: str) -> None:
+        """Drop what is held and close for good; only the first call counts."""
+        if self._over:
+            return
+        self._over = reason
+        while self._held:
+            kinds, size = self._held.popleft()
+            self._dropped(kinds, size, reason)
+        self._set_status("closed", reason)

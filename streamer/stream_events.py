@@ -1,0 +1,135 @@
+"""The records of the stream itself, which the agent makes and no BPF program.
+
+They travel with the events, so that a consumer needs nothing else to know what it has not got.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+
+class StreamRecord(Struct, tag_field="event", gc=False):
+    """What every record of the stream begins with."""
+
+    schema: Annotated[int, Meta(description="version of the meaning of the fields")]
+    id: Annotated[str, Meta(description="unique and stable id: run, `stream`, number")]
+    time_ns: Annotated[int, Meta(description="nanoseconds since the epoch")]
+    boot_ns: Annotated[int, Meta(description="nanoseconds since boot, suspend included")]
+    host: Annotated[str, Meta(description="name of the host")]
+    boot_id: Annotated[str, Meta(description="the kernel's random id of this boot")]
+    run_id: Annotated[str, Meta(description="id of this run of the agent: how each `id` begins")]
+
+
+class KindReport(Struct, gc=False):
+    """How far a kind is observed."""
+
+    status: Annotated[
+        Literal["full", "partial", "missing"], Meta(description="how far it is observed")
+    ]
+    reason: Annotated[str, Meta(description="why not fully; empty if it is")]
+
+
+class ProgramReport(Struct, gc=False):
+    """What became of a BPF program."""
+
+    name: Annotated[str, Meta(description="name of the program")]
+    hook: Annotated[str, Meta(description="where it attaches")]
+    kinds: Annotated[tuple[str, ...], Meta(description="kinds that it reports")]
+    status: Annotated[Literal["attached", "failed"], Meta(description="what became of it")]
+    reason: Annotated[str, Meta(description="why it failed; empty if it did not")]
+
+
+class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
+    """What is observed, what is not, and why. Sent when the agent starts."""
+
+    agent: Annotated[str, Meta(description="version of the agent")]
+    agent_pid: Annotated[int, Meta(description="process id of the agent")]
+    kernel: Annotated[str, Meta(description="release of the running kernel")]
+    machine: Annotated[str, Meta(description="architecture")]
+    cpus: Annotated[int, Meta(description="CPUs that the kernel may bring up")]
+    rings: Annotated[dict[str, int], Meta(description="size of each ring in bytes")]
+    kinds: Annotated[dict[str, KindReport], Meta(description="coverage per kind asked for")]
+    programs: Annotated[list[ProgramReport], Meta(description="the BPF programs")]
+    filters: Annotated[dict[str, list[str]], Meta(description="filters in force in the kernel")]
+    sinks: Annotated[list[str], Meta(description="where the events go, without secrets")]
+
+
+class KindCounts(Struct, gc=False):
+    """Events of one kind since the agent started."""
+
+    produced: Annotated[int, Meta(description="happened: filtered + lost + the rest")]
+    filtered: Annotated[int, Meta(description="kept back by a filter in the kernel")]
+    lost: Annotated[int, Meta(description="found no room in the kernel")]
+    read: Annotated[int, Meta(description="read from the ring and decoded")]
+
+
+class CpuMark(Struct, gc=False):
+    """How far the stream of one CPU has come."""
+
+    ring: Annotated[str, Meta(description="critical or bulk")]
+    cpu: Annotated[int, Meta(description="CPU")]
+    seq: Annotated[int, Meta(description="last sequence number taken in the kernel")]
+    read: Annotated[int, Meta(description="last sequence number that the reader has passed")]
+    skipped: Annotated[int, Meta(description="sequence numbers given up unused")]
+
+
+class SinkCounts(Struct, gc=False):
+    """Events at one sink since the agent started. received = delivered + dropped + pending."""
+
+    received: Annotated[int, Meta(description="handed to the sink, or refused for want of room")]
+    delivered: Annotated[int, Meta(description="acknowledged or written")]
+    dropped: Annotated[int, Meta(description="given up")]
+    pending: Annotated[int, Meta(description="neither yet")]
+    pending_bytes: Annotated[int, Meta(description="bytes held")]
+    status: Annotated[str, Meta(description="starting, up, down or closed")]
+
+
+class ReaderCounts(Struct, gc=False):
+    """What the reader met since the agent started."""
+
+    unknown_kind: Annotated[int, Meta(description="records of a kind that it does not know")]
+    short_record: Annotated[int, Meta(description="records that end before they should")]
+    invalid_utf8: Annotated[int, Meta(description="events with bytes that are not UTF-8")]
+    truncated: Annotated[int, Meta(description="events with a string that was cut")]
+    pauses: Annotated[int, Meta(description="times that a full sink stopped the reading")]
+
+
+class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
+    """The account so far: produced = read + filtered + lost + in flight, per kind."""
+
+    uptime_seconds: Annotated[float, Meta(description="since the agent attached")]
+    kinds: Annotated[dict[str, KindCounts], Meta(description="events per kind")]
+    cpus: Annotated[list[CpuMark], Meta(description="sequence per ring and CPU")]
+    sinks: Annotated[dict[str, SinkCounts], Meta(description="events per sink")]
+    reader: Annotated[ReaderCounts, Meta(description="the reader's own counters")]
+    missed: Annotated[
+        dict[str, int],
+        Meta(description="runs of a program that the kernel left out, per program, if any"),
+    ]
+
+
+class StreamLoss(StreamRecord, tag="stream.loss", gc=False):
+    """Events that happened and will not come, and where they were lost."""
+
+    stage: Annotated[
+        Literal["kernel", "decode", "sink"],
+        Meta(description="kernel: no room in the ring; decode: unreadable; sink: given up there"),
+    ]
+    count: Annotated[int, Meta(description="how many")]
+    kinds: Annotated[dict[str, int], Meta(description="how many per kind, where that is known")]
+    ring: Annotated[str | None, Meta(description="critical or bulk, of a loss in the kernel")] = None
+    cpu: Annotated[int | None, Meta(description="CPU, of a loss in the kernel")] = None
+    seq_from: Annotated[int | None, Meta(description="first missing sequence number")] = None
+    seq_to: Annotated[int | None, Meta(description="last missing sequence number")] = None
+    sink: Annotated[str | None, Meta(description="name of the sink, of a loss there")] = None
+    reason: Annotated[str, Meta(description="in words")] = ""
+
+
+STREAM_KINDS: dict[str, type[StreamRecord]] = {
+    "stream.manifest": StreamManifest,
+    "stream.heartbeat": StreamHeartbeat,
+    "stream.loss": StreamLoss,
+}
+"""The records of the stream itself, by kind."""

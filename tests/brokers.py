@@ -1,0 +1,242 @@
+"""Real brokers for the tests: a private Kafka and Mosquitto, each a process of this one.
+
+Both listen on a loopback port of their own and keep their data in a directory of the test, so
+that one killed with SIGKILL can be started again on the same port and data. Every method
+blocks; a test that goes on meanwhile uses `asyncio.to_thread`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = ROOT / "tools" / "kafka.properties"
+# Quick to start and small: a test's broker does not live long enough for a better compiler.
+JAVA_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
+FORMAT = ("kafka.tools.StorageTool", "format", "-t", "c3RyZWFtZXItdGVzdHMtMQ")
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on.
+
+    It lies below the kernel's ephemeral range: a client that keeps connecting to a dead
+    ephemeral port can be given that very port as its own, and then the broker cannot bind.
+    """
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def kafka_class_path() -> str:
+    """The class path of the Kafka that `tools/brokers.sh setup` fetched.
+
+    Raises:
+        FileNotFoundError: it has not been fetched; the message names the command.
+    """
+    cache = Path(os.environ.get("STREAMER_CACHE", ROOT / ".cache"))
+    if not list((cache / "kafka").glob("kafka_2.13-*.jar")):
+        raise FileNotFoundError(f"no Kafka in {cache}/kafka: run tools/brokers.sh setup")
+    return f"{cache}/kafka/*"
+
+
+class Broker(ABC):
+    """A broker process: started, killed, started again on the same port and data, stopped."""
+
+    def __init__(self, directory: Path) -> None:
+        """`directory` holds configuration, data and log; it is made when it does not exist."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        """`host:port` of the plain listener."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id. Raises RuntimeError when it is not running."""
+        if self._process is None:
+            raise RuntimeError("the broker is not running")
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What the broker has written so far, over all its starts."""
+        path = self.directory / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def start(self, timeout: float = 60.0) -> None:
+        """Start and wait until it answers.
+
+        Raises:
+            RuntimeError: it ended, or did not answer within `timeout` seconds; with its log.
+        """
+        command = self._prepare()
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self.directory, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + timeout
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"{command[0]} did not come up:\n{self.log[-4000:]}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """SIGKILL; harmless when it is not running."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL after 10 seconds; harmless when it is not running."""
+        self._end(signal.SIGTERM)
+
+    def restart(self) -> None:
+        """SIGKILL, and a new start on the same port and data."""
+        self.kill()
+        self.start()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+
+    def _end(self, signum: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(signum)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    @abstractmethod
+    def _prepare(self) -> Sequence[str]:
+        """Write the configuration; the command that runs the broker in the foreground."""
+
+    @abstractmethod
+    def _answers(self) -> bool:
+        """Whether it serves clients by now."""
+
+
+class MosquittoBroker(Broker):
+    """Mosquitto with anonymous access on its port, unless `config` says otherwise.
+
+    `config` are lines of mosquitto.conf; those after a `listener` line apply to that listener.
+    """
+
+    def __init__(
+        self, directory: Path, config: Iterable[str] = (), *, anonymous: bool = True
+    ) -> None:
+        """`anonymous` False leaves `allow_anonymous` to be false."""
+        super().__init__(directory)
+        self.config = tuple(config)
+        self.anonymous = anonymous
+
+    def _prepare(self) -> Sequence[str]:
+        path = self.directory / "mosquitto.conf"
+        lines = [
+            # Started by root, Mosquitto would change to a user that cannot read the directory.
+            "user root",
+            "persistence true",
+            f"persistence_location {self.directory}/",
+            f"allow_anonymous {str(self.anonymous).lower()}",
+            f"listener {self.port} 127.0.0.1",
+            *self.config,
+        ]
+        path.write_text("\n".join(lines) + "\n")
+        return ["mosquitto", "-c", str(path)]
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+
+class KafkaBroker(Broker):
+    """Apache Kafka, one KRaft node, with a plain listener on its port.
+
+    `config` are further lines of server.properties, which win over the common ones.
+    `listeners` are further listeners, name to security protocol (`SSL`, `SASL_PLAINTEXT` …);
+    their addresses are `addresses[name]`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Iterable[str] = (),
+        listeners: Mapping[str, str] | None = None,
+        scram_users: Mapping[str, str] | None = None,
+    ) -> None:
+        """`scram_users` are names and passwords known to SCRAM-SHA-256 and SCRAM-SHA-512."""
+        super().__init__(directory)
+        self.config = tuple(config)
+        self.scram_users = dict(scram_users or {})
+        self.protocols = dict(listeners or {})
+        self.addresses = {name: f"127.0.0.1:{free_port()}" for name in self.protocols}
+        self._controller = f"127.0.0.1:{free_port()}"
+
+    def _prepare(self) -> Sequence[str]:
+        properties = self.directory / "server.properties"
+        data = self.directory / "data"
+        properties.write_text("\n".join((COMMON.read_text(), *self._own_lines(data))) + "\n")
+        java = ["java", "-cp", kafka_class_path(), *JAVA_OPTIONS]
+        if not (data / "meta.properties").exists():
+            subprocess.run(
+                [*java, *FORMAT, "-c", str(properties), *self._scram_arguments()],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        return [*java, "kafka.Kafka", str(properties)]
+
+    def _own_lines(self, data: Path) -> list[str]:
+        addresses = {"PLAINTEXT": self.address, **self.addresses}
+        protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT", **self.protocols}
+        advertised = [f"{name}://{address}" for name, address in addresses.items()]
+        return [
+            f"listeners={','.join([*advertised, f'CONTROLLER://{self._controller}'])}",
+            f"advertised.listeners={','.join(advertised)}",
+            "listener.security.protocol.map="
+            + ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
+            f"controller.quorum.voters=1@{self._controller}",
+            f"log.dirs={data}",
+            # After a SIGKILL a broker may not register again before its old session is over.
+            "broker.session.timeout.ms=2000",
+            "broker.heartbeat.interval.ms=500",
+            *self.config,
+        ]
+
+    def _scram_arguments(self) -> list[str]:
+        return [
+            argument
+            for name, password in self.scram_users.items()
+            for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
+            for argument in ("--add-scram", f"{mechanism}=[name={name},password={password}]")
+        ]
+
+    def _answers(self) -> bool:
+        asked = subprocess.run(
+            ["kcat", "-b", self.address, "-L", "-m", "2"], capture_output=True, text=True
+        )
+        return asked.returncode == 0 and "1 brokers" in asked.stdout

@@ -1,0 +1,132 @@
+"""What all tests share: uvloop, what a marker requires, and that no test is skipped silently.
+
+A test marked `kernel`, `kafka` or `mqtt` is not run where what it needs is missing; any test can
+say more with the fixture `require`. What was not run is listed with its reason at the end. With
+`CI=true` it is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import uvloop
+
+from tests.brokers import kafka_class_path
+
+ROOT = Path(__file__).resolve().parent.parent
+CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
+SET_UP = "run `make test`, or tools/setup.sh test"
+
+Require = Callable[[object, str], None]
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], Any]]:
+    """Asynchronous tests run on the loop that streamer runs on."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture
+def require() -> Require:
+    """`require(condition, reason)`: the test is not run, for that reason, unless it holds."""
+    return _require
+
+
+def _require(condition: object, reason: str) -> None:
+    if not condition:
+        pytest.skip(reason)
+
+
+# ---------------------------------------------------------------- what the markers require
+
+
+def kernel_obstacle() -> str | None:
+    """Why tests marked `kernel` cannot run; None when they can."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    may = {number for number in range(64) if effective >> number & 1}
+    if CAP_SYS_ADMIN not in may and not {CAP_BPF, CAP_PERFMON} <= may:
+        return "loading BPF programs needs root (CAP_BPF and CAP_PERFMON)"
+    if not (ROOT / "streamer" / "bpf" / "streamer.bpf.o").exists():
+        return f"the kernel programs are not compiled: {SET_UP}"
+    return None
+
+
+def kafka_obstacle() -> str | None:
+    """Why tests marked `kafka` cannot run; None when they can."""
+    try:
+        kafka_class_path()
+    except FileNotFoundError as error:
+        return str(error)
+    return _missing_tools("java", "kcat")
+
+
+def mqtt_obstacle() -> str | None:
+    """Why tests marked `mqtt` cannot run; None when they can."""
+    return _missing_tools("mosquitto", "mosquitto_sub")
+
+
+def _missing_tools(*names: str) -> str | None:
+    missing = [name for name in names if shutil.which(name) is None]
+    return f"not installed: {', '.join(missing)}: {SET_UP}" if missing else None
+
+
+OBSTACLES = {"kernel": kernel_obstacle, "kafka": kafka_obstacle, "mqtt": mqtt_obstacle}
+
+
+# First of all: before the fixtures, which start the brokers.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, obstacle in OBSTACLES.items():
+        if item.get_closest_marker(marker) is not None:
+            reason = obstacle()
+            _require(reason is None, reason or "")
+
+
+# ---------------------------------------------------------------- nothing is skipped silently
+
+AnyReport = pytest.TestReport | pytest.CollectReport
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    return _strict(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    return _strict(report)
+
+
+def _strict(report: Report) -> Report:
+    expected_to_fail = hasattr(report, "wasxfail")
+    if report.skipped and not expected_to_fail and os.environ.get("CI") == "true":
+        report.longrepr = f"{report.nodeid}: in CI every test has to run: {_reason(report)}"
+        report.outcome = "failed"
+    return report
+
+
+def _reason(report: AnyReport) -> str:
+    # pytest keeps (path, line, "Skipped: REASON") of a skip.
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    tests = defaultdict[str, list[str]](list)
+    for report in terminalreporter.stats.get("skipped", []):
+        tests[_reason(report)].append(report.nodeid)
+    if tests:
+        terminalreporter.section("not run")
+    for reason, names in tests.items():
+        terminalreporter.line(f"{reason}:")
+        for name in names:
+            terminalreporter.line(f"    {name}")

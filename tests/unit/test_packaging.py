@@ -1,0 +1,375 @@
+"""Set-up and packaging: the pins, the build, the wheel, the containers, and `conftest.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import uvloop
+from packaging.requirements import Requirement
+
+import streamer
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# What a checkout holds besides its sources.
+MADE = ("__pycache__", "*.so", "*.o", "*.egg-info", "build", "dist", ".?*")
+
+Require = Callable[[object, str], None]
+
+
+def run(
+    *command: object, cwd: Path = ROOT, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The command without a terminal, its environment changed by `environ`."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | (environ or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def bpf_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bpf_build", ROOT / "bpf" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean checkout: the sources, and nothing that was built."""
+    copy = tmp_path_factory.mktemp("clean") / "streamer-checkout"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*MADE))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a clean checkout."""
+    directory = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", directory]
+    built = run(*command, checkout)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = directory.glob("*.whl")
+    return path
+
+
+# ---------------------------------------------------------------- pins
+
+
+def pins(name: str) -> dict[str, str]:
+    """The pinned version of each distribution in a requirements file."""
+    found = re.findall(r"^([a-z0-9-]+)==(\S+) \\$", (ROOT / name).read_text(), re.MULTILINE)
+    return dict(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "requirements"),
+    [
+        ("requirements.txt", PROJECT["project"]["dependencies"]),
+        ("requirements-build.txt", PROJECT["build-system"]["requires"]),
+    ],
+)
+def test_every_requirement_is_pinned_within_its_range(
+    name: str, requirements: Iterable[str]
+) -> None:
+    pinned = pins(name)
+    for requirement in map(Requirement, requirements):
+        assert pinned[requirement.name] in requirement.specifier
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.name)
+def test_requirements_have_hashes_and_no_addresses(path: Path) -> None:
+    text = path.read_text()
+    logical_lines = text.replace("\\\n", " ").splitlines()
+    requirements = [line for line in logical_lines if line and not line.lstrip().startswith("#")]
+    assert requirements
+    assert all(re.match(r"[a-z0-9-]+==\S+ +--hash=sha256:", line) for line in requirements)
+    assert "://" not in text
+
+
+def test_shared_pins_agree() -> None:
+    runtime, dev = pins("requirements.txt"), pins("requirements-dev.txt")
+    shared = runtime.keys() & dev.keys()
+    assert {name: runtime[name] for name in shared} == {name: dev[name] for name in shared}
+
+
+def test_the_installed_version_is_that_of_the_source() -> None:
+    assert version("streamer") == streamer.__version__
+
+
+# ---------------------------------------------------------------- the kernel programs' build
+
+
+def test_compiler_flags_name_the_architecture() -> None:
+    flags = bpf_build().compiler_flags
+    assert "-D__TARGET_ARCH_x86" in flags("x86_64")
+    assert "-D__TARGET_ARCH_arm64" in flags("aarch64")
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    module = bpf_build()
+    with pytest.raises(module.BuildError, match="made for x86_64 and aarch64, and this is riscv64"):
+        module.compiler_flags("riscv64")
+
+
+def test_an_object_is_stale_when_absent_or_older_than_an_input(tmp_path: Path) -> None:
+    is_stale = bpf_build().is_stale
+    built, old, new = (tmp_path / name for name in ("built.o", "old.h", "new.h"))
+    for path, seconds in ((old, 100), (built, 200), (new, 300)):
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert not is_stale(built, [old])
+    assert is_stale(built, [old, new])
+    assert is_stale(tmp_path / "absent.o", [old])
+
+
+def test_only_programs_of_their_own_are_compiled() -> None:
+    module = bpf_build()
+    names = ("file.bpf.c", "streamer.bpf.c", "bench.bpf.c", "test_load.bpf.c")
+    sources = [module.SOURCES / name for name in names]
+    packaged = module.PACKAGED / "streamer.bpf.o"
+    assert list(module.outputs(sources, False).values()) == [packaged]
+    assert list(module.outputs(sources, True).values()) == [
+        packaged,
+        module.UNPACKAGED / "bench.bpf.o",
+        module.UNPACKAGED / "test_load.bpf.o",
+    ]
+
+
+def test_clang_is_asked_for_only_when_something_is_to_be_compiled(
+    checkout: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "checkout"
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(*MADE))
+    build = (sys.executable, "bpf/build.py")
+    no_clang = {"CLANG": "no-clang-here"}
+
+    refused = run(*build, cwd=copy, environ=no_clang)
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert "no-clang-here is not installed" in refused.stderr
+    assert "apt-get install clang" in refused.stderr
+
+    assert run(*build, cwd=copy).stdout == "compiled streamer/bpf/streamer.bpf.o\n"
+    assert run(*build, cwd=copy, environ=no_clang).returncode == 0
+
+
+def test_a_wheel_without_clang_is_refused_in_one_line(checkout: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "checkout"
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(*MADE))
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, copy)
+    refused = run(*command, environ={"CLANG": "no-clang-here"})
+    assert refused.returncode != 0
+    assert "streamer: no-clang-here is not installed" in refused.stdout + refused.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+# ---------------------------------------------------------------- the wheel
+
+
+def test_the_wheel_carries_programs_and_module_and_no_sources(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    package = {name for name in names if name.startswith("streamer/")}
+    module = f"streamer/_records{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert {"streamer/bpf/streamer.bpf.o", "streamer/py.typed", module} <= package
+    assert not {name for name in names if name.endswith((".c", ".h", ".pyc"))}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"streamer"}
+
+
+def test_the_wheel_is_for_this_python_and_machine(wheel: Path) -> None:
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"streamer-{streamer.__version__}-{python}-{python}-{platform}.whl"
+
+
+def test_the_wheel_names_its_licences(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"streamer-{streamer.__version__}.dist-info"
+        metadata = archive.read(f"{info}/METADATA").decode()
+        assert b"Apache License" in archive.read(f"{info}/licenses/LICENSE")
+        gpl = archive.read(f"{info}/licenses/LICENSES/GPL-2.0-only.txt")
+    assert b"GNU GENERAL PUBLIC LICENSE\n                       Version 2, June 1991" in gpl
+    assert "License-Expression: Apache-2.0 AND (GPL-2.0-only OR Apache-2.0)\n" in metadata
+
+
+def test_the_programs_do_not_say_where_they_were_built(wheel: Path, checkout: Path) -> None:
+    built = zipfile.ZipFile(wheel).read("streamer/bpf/streamer.bpf.o")
+    assert os.fsencode(checkout) not in built
+
+
+def test_kernel_sources_are_dual_licensed() -> None:
+    sources = [path for path in (ROOT / "bpf").rglob("*") if path.suffix in {".c", ".h"}]
+    assert sources
+    for path in sources:
+        first = path.read_text().splitlines()[0]
+        assert "SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0" in first, path
+
+
+def test_the_installed_wheel_runs_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "venv"
+    assert run(sys.executable, "-m", "venv", "--without-pip", installed).returncode == 0
+    python = installed / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    added = run(*pip, "install", "--no-index", "--no-deps", wheel)
+    assert added.returncode == 0, added.stderr
+    (packages,) = installed.glob("lib/python*/site-packages")
+    # The dependencies, as this environment has them; the editable streamer is not among them.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    command = installed / "bin" / "streamer"
+    alone = {"PATH": str(tmp_path / "nothing"), "PYTHONPATH": ""}
+    said = run(command, "--version", cwd=tmp_path, environ=alone)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert streamer.__version__ in said.stdout
+    listed = run(command, "events", cwd=tmp_path, environ=alone)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert "process.exec" in listed.stdout
+    script = "import streamer._records; print(streamer.__file__)"
+    located = run(python, "-c", script, cwd=tmp_path, environ=alone)
+    assert located.stdout.startswith(str(installed)), located.stderr
+
+
+# ---------------------------------------------------------------- set-up
+
+
+def test_a_second_setup_does_nothing(require: Require) -> None:
+    require((ROOT / ".venv/stamps/streamer").exists(), "this checkout is not set up: run make test")
+    again = run("tools/setup.sh", "run")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
+def test_setup_as_a_user_names_the_missing_packages(checkout: Path, tmp_path: Path) -> None:
+    # A user namespace makes of root nobody in particular, with root's files. None of what
+    # setup.sh looks for is on this path, except for what it works with.
+    tools = "apt-get bash dirname flock grep id mkdir python3 tail"
+    for tool in tools.split():
+        found = shutil.which(tool)
+        assert found is not None
+        (tmp_path / tool).symlink_to(found)
+    command = ("unshare", "--user", "env", f"PATH={tmp_path}", "tools/setup.sh", "run")
+    refused = run(*command, cwd=checkout)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("setup: packages are missing; as root: apt-get install -y ")
+    assert " clang llvm gcc" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_setup_refuses_a_mode_that_it_does_not_know() -> None:
+    refused = run("tools/setup.sh", "everything")
+    assert (refused.returncode, refused.stderr) == (2, "usage: tools/setup.sh run|dev|test\n")
+
+
+def test_make_lists_its_targets() -> None:
+    listed = run("make").stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert [line.split()[1] for line in listed.splitlines()] == phony[1].split()
+
+
+# ---------------------------------------------------------------- containers
+
+
+def compose_command() -> list[str]:
+    """The compose that is installed; empty when none is."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]) and run(*command, "version").returncode == 0:
+            return command
+    return []
+
+
+def compose_config() -> str:
+    """`compose.yaml` as compose understands it."""
+    checked = run(*compose_command(), "-f", ROOT / "compose.yaml", "config")
+    assert checked.returncode == 0, checked.stderr
+    return checked.stdout
+
+
+def test_compose_accepts_the_file(require: Require) -> None:
+    require(compose_command(), "neither `docker compose` nor docker-compose is installed")
+    config = compose_config()
+    assert config.count("healthcheck:") == 3
+    assert config.count("condition: service_healthy") == 2
+    assert "privileged: true" in config
+    assert "pid: host" in config
+
+
+def test_the_files_that_compose_mounts_are_there() -> None:
+    mounted = re.findall(r"- \./(\S+?):", (ROOT / "compose.yaml").read_text())
+    assert mounted
+    assert all((ROOT / path).is_file() for path in mounted)
+
+
+def test_compose_runs_the_kafka_of_the_tests() -> None:
+    tested = re.search(
+        r"<artifactId>kafka_2.13</artifactId>\s*<version>(.*)</version>",
+        (ROOT / "tools" / "kafka-pom.xml").read_text(),
+    )
+    assert tested is not None
+    assert f"image: apache/kafka:{tested[1]}\n" in (ROOT / "compose.yaml").read_text()
+
+
+def test_the_image_is_built_with_what_setup_installs() -> None:
+    needed = re.findall(r"^    need (\S+)", (ROOT / "tools" / "setup.sh").read_text(), re.MULTILINE)
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    installed = re.findall(r"--no-install-recommends((?:[\s\\]+[a-z0-9-]+)+)", dockerfile)
+    build, runtime = (set(packages.replace("\\", " ").split()) for packages in installed)
+    assert build < set(needed)
+    assert runtime == {"libbpf1", "python3"}
+
+
+# ---------------------------------------------------------------- conftest.py
+
+
+async def test_asynchronous_tests_run_on_uvloop() -> None:
+    assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
+
+
+NEEDS_KAFKA = """
+import pytest
+
+@pytest.mark.kafka
+def test_that_needs_kafka():
+    raise AssertionError("was run")
+
+def test_that_needs_the_moon(require):
+    require(True, "not said")
+    require(False, "the moon is down")
+"""
+
+
+@pytest.mark.parametrize(
+    ("ci", "code", "outcome"), [("", 0, "2 skipped"), ("true", 1, "1 failed, 1 error")]
+)
+def test_what_was_not_run_is_listed_and_a_failure_in_ci(
+    tmp_path: Path, ci: str, code: int, outcome: str
+) -> None:
+    (tmp_path / "test_example.py").write_text(NEEDS_KAFKA)
+    pytest_here = (sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml")
+    options = ("--rootdir", tmp_path, "-p", "tests.conftest", "-p", "no:cacheprovider")
+    environ = {"CI": ci, "STREAMER_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    ran = run(*pytest_here, *options, "test_example.py", cwd=tmp_path, environ=environ)
+    assert ran.returncode == code, ran.stdout
+    assert f"no Kafka in {tmp_path}/kafka: run tools/brokers.sh setup" in ran.stdout
+    assert "the moon is down" in ran.stdout
+    assert outcome in ran.stdout.splitlines()[-1]

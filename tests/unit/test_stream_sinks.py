@@ -1,0 +1,440 @@
+"""The stdout and file sinks, on real pipes, files and file systems."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import itertools
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamer import settings
+from streamer.batch import Batch
+from streamer.errors import SinkError
+from streamer.sinks.base import Listener, Sink, Status
+from streamer.sinks.file import FileSink
+from streamer.sinks.stdout import StdoutSink
+from streamer.sinks.writer import advance
+
+WAIT = 10.0
+
+
+class Exec(msgspec.Struct, tag_field="event", tag="process.exec"):
+    id: str
+    pad: str = ""
+
+
+class Open(msgspec.Struct, tag_field="event", tag="file.open"):
+    id: str
+
+
+class Recorder(Listener):
+    """Keeps what a sink tells its owner."""
+
+    def __init__(self) -> None:
+        self.marks: list[str] = []
+        self.statuses: list[tuple[Status, str]] = []
+        self.drops: list[tuple[dict[str, int], str]] = []
+
+    def sink_full(self, sink: Sink) -> None:
+        self.marks.append("full")
+
+    def sink_room(self, sink: Sink) -> None:
+        self.marks.append("room")
+
+    def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
+        self.statuses.append((status, reason))
+
+    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
+        self.drops.append((dict(kinds), reason))
+
+
+def execs(count: int, start: int = 0, pad: int = 0) -> Batch:
+    return Batch([Exec(f"b-{n:08}", "x" * pad) for n in range(start, start + count)])
+
+
+def recorded(sink: Sink) -> Recorder:
+    recorder = Recorder()
+    sink.listener = recorder
+    return recorder
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until `condition` holds."""
+    async with asyncio.timeout(WAIT):
+        while not condition():  # noqa: ASYNC110 - the sink has no event for what tests look at
+            await asyncio.sleep(0.001)
+
+
+async def read(fd: int, size: int) -> bytes:
+    """Exactly `size` bytes of a pipe."""
+
+    def collect() -> bytes:
+        parts = []
+        missing = size
+        while missing:
+            parts.append(os.read(fd, missing))
+            missing -= len(parts[-1])
+        return b"".join(parts)
+
+    return await asyncio.wait_for(asyncio.to_thread(collect), WAIT)
+
+
+def drain(fd: int) -> bytes:
+    """What a pipe holds right now."""
+    os.set_blocking(fd, False)
+    parts = []
+    while True:
+        try:
+            parts.append(os.read(fd, 1 << 20))
+        except BlockingIOError:
+            break
+        if not parts[-1]:
+            break
+    os.set_blocking(fd, True)
+    return b"".join(parts)
+
+
+class Pipe:
+    """A pipe of one page, so that a few batches fill it."""
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe()
+        self.capacity = fcntl.fcntl(self.write_end, fcntl.F_SETPIPE_SZ, 4096)
+        self._open = {self.read_end, self.write_end}
+
+    def close(self, *ends: int) -> None:
+        for end in ends or tuple(self._open):
+            self._open.remove(end)
+            os.close(end)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    pipe.close()
+
+
+def stdout_sink(pipe: Pipe, budget: int = 1 << 20, **options: Any) -> StdoutSink:
+    return StdoutSink(settings.StdoutSink(budget_bytes=budget), fd=pipe.write_end, **options)
+
+
+# ---------------------------------------------------------------- where a write ended
+
+
+@given(
+    buffers=st.lists(st.binary(max_size=20), max_size=20),
+    steps=st.lists(st.integers(min_value=1, max_value=50), min_size=1),
+)
+def test_partial_writes_of_any_size_put_every_byte_out_once(
+    buffers: list[bytes], steps: list[int]
+) -> None:
+    """However a write is cut, the bytes are those handed over and each buffer is done once."""
+    output, finished = b"", 0
+    rest: list[bytes | memoryview] = list(buffers)
+    for step in itertools.cycle(steps):
+        data = b"".join(rest)
+        output += data[:step]
+        done, rest = advance(rest, len(data[:step]))
+        finished += done
+        if not rest:
+            break
+    assert output == b"".join(buffers)
+    assert finished == len(buffers)
+
+
+# ---------------------------------------------------------------- stdout
+
+
+@pytest.mark.parametrize("encoding", ["auto", "json", "msgpack"])
+async def test_stdout_writes_exactly_the_encoded_batches_in_order(
+    pipe: Pipe, encoding: str
+) -> None:
+    config = msgspec.convert({"type": "stdout", "encoding": encoding}, settings.StdoutSink)
+    sink = StdoutSink(config, fd=pipe.write_end)
+    recorder = recorded(sink)
+    batches = [Batch([*execs(3, n).events, Open(f"o-{n}")]) for n in range(100)]
+    used: Any = "json" if encoding == "auto" else encoding
+    expected = b"".join(batch.lines(used) for batch in batches)
+    await sink.start()
+    for batch in batches:
+        sink.submit(batch)
+    assert await read(pipe.read_end, len(expected)) == expected
+    await sink.stop(WAIT)
+    assert sink.account.delivered == {"process.exec": 300, "file.open": 100}
+    assert sink.account.pending == 0
+    assert [status for status, _ in recorder.statuses] == ["up", "closed"]
+    os.fstat(pipe.write_end)  # somebody else's descriptor: still open
+
+
+async def test_stdout_writes_what_the_renderer_makes_of_a_batch(pipe: Pipe) -> None:
+    sink = stdout_sink(pipe, render=lambda batch: b"%d events\n" % len(batch))
+    await sink.start()
+    sink.submit(execs(2))
+    sink.submit(execs(3))
+    assert await read(pipe.read_end, 18) == b"2 events\n3 events\n"
+    await sink.stop(WAIT)
+    assert sink.account.delivered == {"process.exec": 5}
+
+
+async def test_a_closed_pipe_closes_the_sink_and_the_rest_is_dropped_and_counted(
+    pipe: Pipe,
+) -> None:
+    sink = stdout_sink(pipe)
+    recorder = recorded(sink)
+    await sink.start()
+    sink.submit(execs(1))
+    await until(lambda: not sink.account.pending)
+    pipe.close(pipe.read_end)
+    sink.submit(execs(2))
+    await until(lambda: sink.status == "closed")
+    sink.submit(execs(4))
+    await sink.stop(WAIT)
+    assert sink.account.delivered == {"process.exec": 1}
+    assert sink.account.dropped == {"process.exec": 6}
+    assert sink.watermarks.held == 0
+    assert recorder.statuses == [("up", ""), ("closed", "nobody reads it: Broken pipe")]
+    assert [kinds for kinds, _ in recorder.drops] == [{"process.exec": 2}, {"process.exec": 4}]
+
+
+async def test_a_stalled_pipe_stalls_neither_the_loop_nor_stop(pipe: Pipe) -> None:
+    """What the reader finds is a prefix of the stream, and contains all that was delivered."""
+    sink = stdout_sink(pipe)
+    recorder = recorded(sink)
+    await sink.start()
+    sink.submit(execs(10))
+    await until(lambda: not sink.account.pending)
+    batches = [execs(10, start=n, pad=100) for n in range(10, 1010, 10)]
+    for batch in batches:
+        sink.submit(batch)
+    await asyncio.sleep(0)  # the loop goes on
+    await asyncio.wait_for(sink.stop(0.05), WAIT)
+    assert sink.account.received == {"process.exec": 1010}
+    assert sink.account.pending == 0
+    assert sink.watermarks.held == 0
+    stream = execs(10).lines("json") + b"".join(batch.lines("json") for batch in batches)
+    found = drain(pipe.read_end)
+    assert stream.startswith(found)
+    assert 10 <= sink.account.delivered.total() <= found.count(b"\n")
+    assert recorder.statuses[-1] == ("closed", "stopped before it was written")
+
+
+async def test_backpressure_is_at_the_exact_marks(pipe: Pipe) -> None:
+    """The batch that reaches the budget makes it full, once; half of the budget makes room."""
+    batch = execs(1, pad=1000)
+    size = len(batch.lines("json"))
+    sink = stdout_sink(pipe, budget=20 * size)
+    recorder = recorded(sink)
+    await sink.start()
+    sink.submit(execs(1, pad=pipe.capacity))  # more than the pipe takes: the write blocks
+    first = sink.watermarks.held
+    submitted = 0
+    while not recorder.marks:
+        sink.submit(batch)
+        submitted += 1
+    assert submitted == 20 - first // size
+    assert sink.watermarks.held == first + submitted * size
+    sink.submit(batch)
+    assert recorder.marks == ["full"]
+    await read(pipe.read_end, first + (submitted + 1) * size)
+    await until(lambda: not sink.account.pending)
+    assert recorder.marks == ["full", "room"]
+    await sink.stop(WAIT)
+    assert sink.account.delivered == {"process.exec": submitted + 2}
+
+
+async def test_a_descriptor_that_others_made_non_blocking_loses_nothing(pipe: Pipe) -> None:
+    os.set_blocking(pipe.write_end, False)
+    sink = stdout_sink(pipe)
+    batches = [execs(10, start=n, pad=100) for n in range(0, 1000, 10)]
+    expected = b"".join(batch.lines("json") for batch in batches)
+    await sink.start()
+    for batch in batches:
+        sink.submit(batch)
+    assert await read(pipe.read_end, len(expected)) == expected
+    await sink.stop(WAIT)
+    assert sink.account.delivered == {"process.exec": 1000}
+
+
+async def test_a_cancelled_stop_still_gives_the_account(pipe: Pipe) -> None:
+    sink = stdout_sink(pipe)
+    await sink.start()
+    sink.submit(execs(1, pad=2 * pipe.capacity))
+    stopping = asyncio.create_task(sink.stop(WAIT))
+    await asyncio.sleep(0.01)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert sink.status == "closed"
+    assert sink.account.dropped == {"process.exec": 1}
+    await sink.stop(WAIT)
+
+
+async def test_submit_after_stop_is_dropped_and_a_second_stop_is_harmless(pipe: Pipe) -> None:
+    sink = stdout_sink(pipe)
+    await sink.start()
+    await sink.stop(WAIT)
+    sink.submit(execs(3))
+    await sink.stop(WAIT)
+    assert sink.account.dropped == {"process.exec": 3}
+    assert sink.account.pending == 0
+
+
+async def test_stdout_that_is_not_open_is_one_clear_line(pipe: Pipe) -> None:
+    sink = stdout_sink(pipe)
+    pipe.close()
+    with pytest.raises(SinkError, match=r"^stdout: descriptor \d+: Bad file descriptor$"):
+        await sink.start()
+    await sink.stop(WAIT)
+    assert sink.status == "closed"
+
+
+# ---------------------------------------------------------------- file
+
+
+def file_sink(path: Path, **options: Any) -> FileSink:
+    return FileSink(settings.FileSink(path=str(path), **options))
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+async def test_file_appends_exactly_the_encoded_batches(tmp_path: Path, encoding: Any) -> None:
+    path = tmp_path / "events"
+    expected = b""
+    for start in (0, 500):
+        sink = file_sink(path, encoding=encoding)
+        batches = [execs(10, n) for n in range(start, start + 500, 10)]
+        await sink.start()
+        for batch in batches:
+            sink.submit(batch)
+        await sink.stop(WAIT)
+        assert sink.account.delivered == {"process.exec": 500}
+        expected += b"".join(batch.lines(encoding) for batch in batches)
+    assert path.read_bytes() == expected
+
+
+async def test_file_is_created_with_the_mode_set_and_keeps_an_existing_one(tmp_path: Path) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.touch(0o600)
+    before = os.umask(0o077)
+    try:
+        for path in (new, old):
+            sink = file_sink(path, mode="0664")
+            await sink.start()
+            await sink.stop(WAIT)
+    finally:
+        os.umask(before)
+    assert new.stat().st_mode & 0o7777 == 0o664
+    assert old.stat().st_mode & 0o7777 == 0o600
+
+
+async def test_a_line_torn_by_a_crash_stays_one_bad_line(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    path.write_bytes(b'{"event":"process.ex')
+    sink = file_sink(path)
+    await sink.start()
+    sink.submit(execs(1))
+    sink.submit(execs(1, 1))
+    await sink.stop(WAIT)
+    expected = b'{"event":"process.ex\n' + execs(2).lines("json")
+    assert path.read_bytes() == expected
+
+
+async def test_file_closes_its_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    sink = file_sink(path)
+    await sink.start()
+    assert str(path) in descriptors()
+    sink.submit(execs(1))
+    await sink.stop(WAIT)
+    assert str(path) not in descriptors()
+
+
+def descriptors() -> list[str]:
+    """The paths of everything that this process has open."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(os.readlink(entry))
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+    return found
+
+
+async def test_a_file_that_cannot_be_opened_is_one_clear_line(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reasons = {
+        tmp_path: "Is a directory",
+        tmp_path / "missing" / "events": "No such file or directory",
+        fifo: "No such device or address",  # nobody reads it: refused, not waited for
+    }
+    for path, reason in reasons.items():
+        with pytest.raises(SinkError) as caught:
+            await file_sink(path).start()
+        assert str(caught.value) == f"file:{path}: cannot open: {reason}"
+
+
+async def test_a_failing_device_is_reported_once_and_does_not_hold_up_stop() -> None:
+    sink = file_sink(Path("/dev/full"))
+    recorder = recorded(sink)
+    await sink.start()
+    sink.submit(execs(1))
+    await until(lambda: sink.status == "down")
+    sink.submit(execs(2))
+    await asyncio.wait_for(sink.stop(0.2), WAIT)
+    assert sink.account.dropped == {"process.exec": 3}
+    assert recorder.statuses == [
+        ("up", ""),
+        ("down", "cannot write: No space left on device; trying again"),
+        ("closed", "stopped before it was written"),
+    ]
+    await until(lambda: "/dev/full" not in descriptors())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, require: Callable[[object, str], None]) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    require(os.geteuid() == 0, "mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+async def test_a_full_disk_loses_nothing_when_space_returns(small_disk: Path) -> None:
+    """The write that ran out of space goes on at the exact byte where it ended."""
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(40 << 10))
+    path = small_disk / "events"
+    sink = file_sink(path)
+    recorder = recorded(sink)
+    batches = [execs(10, start=n, pad=77) for n in range(0, 400, 10)]
+    expected = b"".join(batch.lines("json") for batch in batches)
+    assert 24 << 10 < len(expected) < 64 << 10
+    await sink.start()
+    for batch in batches[:20]:
+        sink.submit(batch)
+        await asyncio.sleep(0.001)
+    for batch in batches[20:]:
+        sink.submit(batch)
+    await until(lambda: sink.status == "down")
+    written = path.read_bytes()
+    assert expected.startswith(written)
+    assert not written.endswith(b"\n"), "the disk was to fill up within a line"
+    assert 0 < sink.account.pending < 400
+    ballast.unlink()
+    await until(lambda: not sink.account.pending)
+    await sink.stop(WAIT)
+    assert path.read_bytes() == expected
+    assert sink.account.delivered == {"process.exec": 400}
+    assert [status for status, _ in recorder.statuses] == ["up", "down", "up", "closed"]

@@ -1,0 +1,215 @@
+#!/usr/bin/env bash
+# Sets this checkout up. What is there already is left alone, so that a second run is quick.
+#
+#   tools/setup.sh run     Debian packages, virtual environment, kernel programs, C module
+#   tools/setup.sh dev     the same, and the tools that check the code
+#   tools/setup.sh test    the same, and what the tests run: Kafka, Mosquitto, their clients
+#
+# PYTHON names another interpreter than Debian's own. Prints a line for each thing that it does;
+# the output of the commands is in build/setup.log, and its end is shown when one fails.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PATH:/usr/sbin:/sbin" # where Debian keeps mosquitto, ip and ldconfig
+
+mode=${1:-run}
+case $mode in
+run | dev | test) ;;
+*)
+    echo "usage: tools/setup.sh run|dev|test" >&2
+    exit 2
+    ;;
+esac
+python=${PYTHON:-/usr/bin/python3}
+venv=.venv
+log=build/setup.log
+
+say() { echo "setup: $*"; }
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+# step MESSAGE COMMAND...: say it, do it quietly, show the end of the log when it fails.
+step() {
+    local message=$1
+    shift
+    say "$message"
+    echo "--- $message" >>$log
+    # Without the lock (9), which a daemon started by a package would keep.
+    if ! "$@" </dev/null >>$log 2>&1 9>&-; then
+        tail -n 25 $log >&2
+        fail "failed: $message (all of it: $log)"
+    fi
+}
+
+# ---------------------------------------------------------------- Debian packages
+
+missing=()
+
+# need PACKAGE TEST...: the package is missing when the test fails.
+need() {
+    local package=$1
+    shift
+    "$@" >/dev/null 2>&1 || missing+=("$package")
+}
+
+has_libbpf() { ldconfig -p | grep -q 'libbpf\.so\.1 '; }
+has_venv() { "$python" -c 'import ensurepip, venv'; }
+has_python_headers() {
+    "$python" -c 'import pathlib, sysconfig
+pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()'
+}
+has_compose() { docker compose version || docker-compose version; }
+
+needed_to_run() {
+    need clang command -v clang
+    need llvm command -v llvm-strip
+    need gcc command -v gcc
+    need libc6-dev test -e /usr/include/stdlib.h
+    need linux-libc-dev test -e /usr/include/linux/bpf.h
+    need libbpf-dev test -e /usr/include/bpf/bpf_helpers.h
+    need libbpf1 has_libbpf
+    need python3-venv has_venv
+    need python3-dev has_python_headers
+}
+
+needed_to_test() {
+    need default-jre-headless command -v java
+    need maven command -v mvn
+    need kcat command -v kcat
+    need mosquitto command -v mosquitto
+    need mosquitto-clients command -v mosquitto_sub
+    need iproute2 command -v ip
+    need openssl command -v openssl
+    need docker-compose has_compose # checks compose.yaml; no engine is needed for that
+}
+
+policy=/usr/sbin/policy-rc.d
+kept=$policy.before-streamer-setup
+
+# The tests start brokers of their own: Debian's mosquitto service is not to come up with its
+# package, nor at the next boot. Other services go on asking the policy that was there.
+hold_mosquitto() {
+    release_mosquitto
+    if [ -e $policy ]; then mv $policy $kept; fi
+    cat >$policy <<END
+#!/bin/sh
+# Written by streamer's tools/setup.sh, which removes it again.
+case " \$* " in *" mosquitto "* | *" mosquitto.service "*) exit 101 ;; esac
+if [ -x $kept ]; then exec $kept "\$@"; fi
+exit 0
+END
+    chmod 755 $policy
+}
+
+release_mosquitto() {
+    if grep -qs "streamer's tools/setup.sh" $policy; then rm $policy; fi
+    if [ -e $kept ]; then mv $kept $policy; fi
+}
+
+disable_mosquitto() {
+    if command -v systemctl; then
+        systemctl disable mosquitto
+    else
+        update-rc.d mosquitto disable
+    fi
+}
+
+apt_get() { DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=300 "$@"; }
+# An outdated or unreachable source need not matter: the installation says so if it does.
+update() { apt_get update || true; }
+
+install_packages() {
+    if [ -n "${PYTHON:-}" ] && [[ " ${missing[*]} " == *" python3-"* ]]; then
+        fail "PYTHON=$python lacks the modules venv and ensurepip, or its header files"
+    fi
+    if ! command -v apt-get >/dev/null; then
+        fail "missing, and this is no Debian: what its packages ${missing[*]} contain"
+    fi
+    if [ "$(id -u)" -ne 0 ]; then
+        fail "packages are missing; as root: apt-get install -y --no-install-recommends ${missing[*]}"
+    fi
+    step "reading Debian's package lists" update
+    if [[ " ${missing[*]} " != *" mosquitto "* ]]; then
+        step "installing Debian packages: ${missing[*]}" apt_get install --no-install-recommends "${missing[@]}"
+        return
+    fi
+    trap release_mosquitto EXIT
+    hold_mosquitto
+    step "installing Debian packages: ${missing[*]}" apt_get install --no-install-recommends "${missing[@]}"
+    release_mosquitto
+    step "leaving the mosquitto service disabled" disable_mosquitto
+}
+
+# ---------------------------------------------------------------- Python
+
+# fresh NAME FILE...: whether the step NAME was done with the files as they are now. Sets `stamp`
+# and `digest` for `done_with`, which notes that it has been.
+fresh() {
+    stamp=$venv/stamps/$1
+    shift
+    digest=$(sha256sum "$@")
+    [ -e "$stamp" ] && [ "$(<"$stamp")" = "$digest" ]
+}
+done_with() { echo "$digest" >"$stamp"; }
+
+make_venv() {
+    local wanted
+    wanted=$("$python" -c 'import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"setup: Python 3.11 or newer is needed, and {sys.executable} is {sys.version}")
+print(sys.executable, sys.version)') || exit 1
+    if [ -e $venv/stamps/venv ] && [ "$(<$venv/stamps/venv)" = "$wanted" ]; then return; fi
+    step "making the virtual environment in $venv" "$python" -m venv --clear $venv
+    mkdir -p $venv/stamps
+    echo "$wanted" >$venv/stamps/venv
+}
+
+pip_install() {
+    $venv/bin/python -m pip install --no-input --disable-pip-version-check "$@"
+}
+
+# requirements NAME FILE...
+requirements() {
+    local name=$1 file arguments=()
+    shift
+    if fresh "$name" "$@"; then return; fi
+    for file in "$@"; do arguments+=(-r "$file"); done
+    step "installing Python packages from $*" pip_install --require-hashes "${arguments[@]}"
+    done_with
+}
+
+# ---------------------------------------------------------------- streamer itself
+
+build_bpf() {
+    local arguments=()
+    if [ "$mode" = test ]; then arguments=(--all); fi
+    $venv/bin/python bpf/build.py "${arguments[@]}" | sed 's/^/setup: /'
+}
+
+install_streamer() {
+    local sources=(pyproject.toml setup.py streamer/__init__.py streamer/_records.c)
+    if fresh streamer "${sources[@]}" && compgen -G 'streamer/_records.*.so' >/dev/null; then return; fi
+    step "compiling the C module and installing streamer" pip_install --no-deps --no-build-isolation -e .
+    # The build goes on without its C module; here a compiler is known to be there.
+    step "trying the C module" $venv/bin/python -c 'import streamer._records'
+    done_with
+}
+
+mkdir -p build
+exec 9>build/setup.lock
+if ! flock -n 9; then
+    say "waiting for another set-up of this checkout"
+    flock 9
+fi
+: >$log
+
+needed_to_run
+if [ "$mode" = test ]; then needed_to_test; fi
+if [ ${#missing[@]} -gt 0 ]; then install_packages; fi
+make_venv
+requirements runtime requirements.txt requirements-build.txt
+if [ "$mode" != run ]; then requirements dev requirements-dev.txt; fi
+build_bpf
+install_streamer
+if [ "$mode" = test ]; then tools/brokers.sh setup 9>&-; fi
