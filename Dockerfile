@@ -14,7 +14,7 @@ COPY . .
 # The C module is optional for `pip install`, but not here.
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
     && /opt/streamer/bin/pip install --no-cache-dir --no-deps /wheels/*.whl \
-    && /opt/streamer/bin/python -c 'import streamer._records'
+    && cd / && /opt/streamer/bin/python -c 'import streamer._records'
 
 # No compiler: the wheel carries the kernel programs and the C module.
 FROM debian:bookworm-slim

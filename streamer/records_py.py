@@ -594,7 +594,8 @@ class Ring:
     @property
     def pending(self) -> int:
         """Bytes between the consumer's and the producer's position."""
-        return (self._producer_position() - self._page().value) & U64
+        consumed = self._page().value
+        return (self._producer_position() - consumed) & U64
 
     @property
     def records(self) -> int:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from streamer.batch import Batch, Event, kind_of
 from streamer.events import Event as KernelEvent
+from streamer.stream_events import StreamHeartbeat, StreamLoss, StreamManifest, StreamRecord
 
-ENVELOPE = frozenset(KernelEvent.__struct_fields__)
+ENVELOPE = frozenset(KernelEvent.__struct_fields__ + StreamRecord.__struct_fields__)
 """Fields that every event has: not part of what a kind says of its own."""
 
 CLEAR_LINE = b"\r\x1b[K"
@@ -220,11 +221,44 @@ def _outcome(number: int, success: str) -> Iterator[Segment]:
     yield Segment(f" {errno_name(number)}", "red") if number else Segment(success, "dim")
 
 
-def _loss(event: Any) -> Iterator[Segment]:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(event.kinds.items()))
-    where = f"{event.stage}, cpu {event.cpu_lost}, seq {event.seq_from} to {event.seq_to}"
-    yield Segment(f"lost {event.count} events", "red")
-    yield Segment(f" ({where}{': ' if kinds else ''}{kinds})", "red")
+def _manifest(event: StreamManifest) -> Iterator[Segment]:
+    full = [kind for kind, report in event.kinds.items() if report.status == "full"]
+    yield Segment(f"observing {len(full)} of {len(event.kinds)} kinds fully")
+    yield Segment(f" on {event.kernel} {event.machine}, {event.cpus} CPUs", "dim")
+    for kind, report in event.kinds.items():
+        if report.status != "full":
+            yield Segment(f"; {kind} {report.status}: {report.reason}", "yellow")
+
+
+def _heartbeat(event: StreamHeartbeat) -> Iterator[Segment]:
+    produced, filtered, lost = (
+        sum(getattr(counts, name) for counts in event.kinds.values())
+        for name in ("produced", "filtered", "lost")
+    )
+    yield Segment(f"up {duration(int(event.uptime_seconds * 1e9))}, {produced:,} events")
+    yield Segment(f", {filtered:,} filtered", "dim")
+    yield Segment(f", {lost:,} lost", "red" if lost else "dim")
+    for name, sink in event.sinks.items():
+        yield Segment(f"; {name} {sink.delivered:,} delivered", "dim")
+        if sink.dropped:
+            yield Segment(f", {sink.dropped:,} dropped", "red")
+
+
+def _loss(event: StreamLoss) -> Iterator[Segment]:
+    yield Segment(f"lost {event.count:,} events", "red")
+    yield Segment(f" ({', '.join(_loss_details(event))})", "red")
+
+
+def _loss_details(event: StreamLoss) -> Iterator[str]:
+    yield event.stage
+    if event.cpu is not None:
+        yield f"{event.ring} ring of cpu {event.cpu}, seq {event.seq_from} to {event.seq_to}"
+    if event.sink is not None:
+        yield event.sink
+    if event.reason:
+        yield event.reason
+    for kind, count in sorted(event.kinds.items()):
+        yield f"{count:,} {kind}"
 
 
 _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
@@ -235,6 +269,8 @@ _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "net.connect": _connect,
     "net.accept": _accept,
     "net.close": _close,
+    "stream.manifest": _manifest,
+    "stream.heartbeat": _heartbeat,
     "stream.loss": _loss,
 }
 
@@ -415,7 +451,11 @@ class StatusLine:
         if not self.enabled or now - self._drawn_at < self._interval or not self._writable():
             return False
         self._drawn_at = now
-        self._shown = self._fitted(text)
+        try:
+            self._shown = self._fitted(text)
+        except OSError:  # the terminal is gone, and with it whoever would read the line
+            self.enabled = False
+            return False
         return self._write(CLEAR_LINE + self._shown)
 
     def clear(self) -> None:
@@ -450,7 +490,7 @@ class StatusLine:
     def _write(self, data: bytes) -> bool:
         try:
             os.write(self._fd, data)
-        except OSError:  # the terminal is gone, and with it whoever would read the line
+        except OSError:  # likewise
             self.enabled = False
             self._shown = b""
             return False

@@ -94,11 +94,13 @@ class MqttSink(Sink):
         """`host` is this host's name, for topics and user properties.
 
         Raises:
-            ConfigError: the topic cannot be published to.
+            ConfigError: the topic cannot be published to, or a secret or certificate cannot
+                be read.
         """
         super().__init__(f"mqtt://{settings.host}:{settings.port}", settings.budget_bytes)
         expand_topic(settings.topic, host, "category")
         self._settings = settings
+        self._credentials()
         self._host = host
         self._topics: dict[str, str] = {}
         self._by_category = "{category}" in settings.topic
@@ -126,12 +128,7 @@ class MqttSink(Sink):
         self._over = False
 
     async def start(self) -> None:
-        """Begin connecting in the background.
-
-        Raises:
-            ConfigError: a secret or a certificate cannot be read.
-        """
-        self._credentials()
+        """Begin connecting in the background."""
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
         self._task.add_done_callback(self._on_run_ended)
@@ -348,9 +345,7 @@ class MqttSink(Sink):
         """Send nothing for a while, because the broker cannot take more."""
         if self._held_back is None and self._loop is not None:
             self._publish_failures += 1
-            delay = retry_delay(self._publish_failures, RETRY_STOPPING = 0.5
-"""At most, between attempts within the grace period of `stop`."""
-QUOTA_FIRST, QUOTA_MOST)
+            delay = retry_delay(self._publish_failures, QUOTA_FIRST, QUOTA_MOST)
             self._held_back = self._loop.call_later(delay, self._on_held_back)
 
     def _on_held_back(self) -> None:

@@ -13,16 +13,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import socket
 import ssl
 import struct
 from collections.abc import Callable, Iterator
 from threading import Thread, get_ident
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import aiomqtt
+from aiomqtt.exceptions import MqttConnectError
 from paho.mqtt import client as paho
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
@@ -167,7 +168,7 @@ class Connection(aiomqtt.Client):
             if not self._connected.done():
                 raise Refused(f"no answer within {self.timeout:g} s")
             self._connected.result()
-        except aiomqtt.MqttConnectError as error:
+        except MqttConnectError as error:
             raise _refusal(error.rc) from None
         except aiomqtt.MqttError as error:
             raise Refused(str(error)) from None
@@ -176,9 +177,9 @@ class Connection(aiomqtt.Client):
         except (OSError, ValueError) as error:
             raise Refused(getattr(error, "strerror", None) or str(error)) from None
 
-    async def lost(self, timeout: float) -> str | None:
-        """Wait up to `timeout` seconds for the connection to end; why it did, None if it did not."""
-        await asyncio.wait({self._disconnected}, timeout=timeout)
+    async def lost(self, within: float) -> str | None:
+        """Wait up to `within` seconds for the connection to end; why it did, or None."""
+        await asyncio.wait({self._disconnected}, timeout=within)
         if not self._disconnected.done():
             return None
         error = self._disconnected.exception()
@@ -256,6 +257,10 @@ class Connection(aiomqtt.Client):
 
     def _write(self) -> None:
         with self._ended_by_errors():
+            # Read first: when the broker has just died, writing fails and ends the connection,
+            # and acknowledgements not read by then would be messages sent twice.
+            if self._client._out_messages:
+                self._client.loop_read()
             self._client.loop_write()
 
     @contextlib.contextmanager
@@ -270,14 +275,14 @@ class Connection(aiomqtt.Client):
         if not self._loop.is_closed():
             super()._on_socket_close(client, userdata, sock)
 
-    def _handle_puback(self, _command: str) -> paho.MQTTErrorCode:
+    def _handle_puback(self, cmd: Literal["PUBACK", "PUBCOMP"]) -> MQTTErrorCode:
         packet = self._client._in_packet["packet"]
         if len(packet) < 2:
-            return paho.MQTT_ERR_PROTOCOL
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
         mid = int.from_bytes(packet[:2], "big")
         if self._client._out_messages.pop(mid, None) is not None:
             self._acknowledged(mid, packet[2] if len(packet) > 2 else 0)
-        return paho.MQTT_ERR_SUCCESS
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _on_connect(
         self,

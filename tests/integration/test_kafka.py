@@ -1,0 +1,627 @@
+"""The Kafka sink against a real Apache Kafka, read back with kcat, an independent client.
+
+Two brokers: one for the whole file, which stays up and also has listeners with TLS and SASL;
+and one that is killed and started again, without automatic creation of topics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic  # type: ignore[import-untyped]
+
+from streamer.batch import Batch, Event
+from streamer.errors import ConfigError
+from streamer.settings import KafkaSink as Settings
+from streamer.settings import Sasl, Tls
+from streamer.sinks import kafka, kafka_client
+from streamer.sinks.base import Listener, Sink, Status
+from streamer.sinks.kafka import KafkaSink
+from tests.brokers import KafkaBroker, free_port
+
+pytestmark = pytest.mark.kafka
+
+HOST = "node-17.example"
+PASSWORD = "correct-horse-battery"
+SASL_LINES = (
+    "sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
+    "listener.name.sasl.plain.sasl.jaas.config="
+    "org.apache.kafka.common.security.plain.PlainLoginModule required"
+    f' user_writer="{PASSWORD}" user_stranger="{PASSWORD}";',
+    "listener.name.sasl.scram-sha-256.sasl.jaas.config="
+    "org.apache.kafka.common.security.scram.ScramLoginModule required;",
+    "listener.name.sasl.scram-sha-512.sasl.jaas.config="
+    "org.apache.kafka.common.security.scram.ScramLoginModule required;",
+    # `stranger` may log in and may do nothing.
+    "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+    "super.users=User:ANONYMOUS;User:writer",
+)
+
+topics = (f"topic-{number}" for number in itertools.count())
+
+
+class FileOpen(msgspec.Struct, tag_field="event", tag="file.open"):
+    id: str
+    time_ns: int
+    path: str
+
+
+class NetClose(msgspec.Struct, tag_field="event", tag="net.close"):
+    id: str
+    time_ns: int
+    port: int
+
+
+class Record(NamedTuple):
+    partition: int
+    time_ms: int
+    key: str
+    value: bytes
+
+
+class Heard(Listener):
+    """What the sink said, in order."""
+
+    def __init__(self) -> None:
+        self.statuses: list[tuple[Status, str]] = []
+        self.dropped: list[tuple[dict[str, int], str]] = []
+        self.marks: list[str] = []
+
+    def sink_full(self, sink: Sink) -> None:
+        self.marks.append("full")
+
+    def sink_room(self, sink: Sink) -> None:
+        self.marks.append("room")
+
+    def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
+        self.statuses.append((status, reason))
+
+    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
+        self.dropped.append((dict(kinds), reason))
+
+
+# ---------------------------------------------------------------- brokers
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`ca.pem`, `other-ca.pem`; `server.pem` and `client.pem`, each with its key."""
+    directory = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(("openssl", *arguments), cwd=directory, check=True, capture_output=True)
+
+    for ca in ("ca", "other-ca"):
+        openssl(*f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 "
+                f"-subj /CN={ca} -keyout {ca}.key -out {ca}.pem".split())  # fmt: skip
+    (directory / "san").write_text("subjectAltName=IP:127.0.0.1")
+    for name in ("server", "client"):
+        openssl(*f"req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={name} "
+                f"-keyout {name}.key -out {name}.csr".split())  # fmt: skip
+        openssl(*f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 "
+                f"-extfile san -out {name}.crt".split())  # fmt: skip
+        text = (directory / f"{name}.key").read_text() + (directory / f"{name}.crt").read_text()
+        (directory / f"{name}.pem").write_text(text)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[KafkaBroker]:
+    tls = (
+        "ssl.keystore.type=PEM",
+        f"ssl.keystore.location={certificates}/server.pem",
+        "ssl.truststore.type=PEM",
+        f"ssl.truststore.location={certificates}/ca.pem",
+        "listener.name.mtls.ssl.client.auth=required",
+    )
+    listeners = {"TLS": "SSL", "MTLS": "SSL", "SASL": "SASL_PLAINTEXT"}
+    with KafkaBroker(
+        tmp_path_factory.mktemp("kafka"),
+        (*tls, *SASL_LINES),
+        listeners,
+        scram_users={"writer": PASSWORD},
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def mortal_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
+    with KafkaBroker(
+        tmp_path_factory.mktemp("mortal-kafka"), ["auto.create.topics.enable=false"]
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+async def mortal(mortal_once: KafkaBroker) -> KafkaBroker:
+    """A broker to be killed, up and answering at the beginning of every test."""
+    try:
+        os.kill(mortal_once.pid, 0)
+    except RuntimeError:
+        await asyncio.to_thread(mortal_once.start)
+    return mortal_once
+
+
+async def create(broker: KafkaBroker, topic: str, **config: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.address)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(topic, 3, 1, topic_configs=config)])
+    finally:
+        await admin.close()
+
+
+async def read_back(broker: KafkaBroker, topic: str) -> list[Record]:
+    """All records of a topic, by kcat: per partition in order."""
+    arguments = ["-C", "-b", broker.address, "-t", topic, "-o", "beginning", "-e", "-q"]
+    form = r"%p %T %k %S\n%s"
+    done = await asyncio.to_thread(
+        subprocess.run, ["kcat", *arguments, "-f", form], capture_output=True, check=True
+    )
+    rest = done.stdout
+    records = []
+    while rest:
+        head, _, rest = rest.partition(b"\n")
+        partition, time_ms, key, size = head.decode().split(" ")
+        records.append(Record(int(partition), int(time_ms), key, rest[: int(size)]))
+        rest = rest[int(size) :]
+    return records
+
+
+def ids(records: list[Record]) -> list[str]:
+    return [msgspec.json.decode(record.value)["id"] for record in records]
+
+
+# ---------------------------------------------------------------- sinks and events
+
+
+def opens(start: int, count: int, path: str = "/etc/hosts") -> list[Event]:
+    return [
+        FileOpen(f"boot-{number}", 1_790_000_000_123_456_789 + number * 1_000_003, path)
+        for number in range(start, start + count)
+    ]
+
+
+def make(address: str, topic: str, **settings: Any) -> tuple[KafkaSink, Heard]:
+    sink = KafkaSink(
+        Settings(bootstrap=tuple(address.split(",")), topic=topic, **settings), host=HOST
+    )
+    sink.listener = heard = Heard()
+    return sink, heard
+
+
+@contextlib.asynccontextmanager
+async def started(sink: KafkaSink, grace: float = 20.0) -> AsyncIterator[None]:
+    """The sink from start to stop; afterwards nothing of it may be left."""
+    before = asyncio.all_tasks()
+    await sink.start()
+    try:
+        yield
+    finally:
+        await sink.stop(grace)
+    await asyncio.sleep(0)
+    left = asyncio.all_tasks() - before
+    assert not left
+    assert sink.status == "closed"
+    assert sink.account.pending == 0
+    assert sink.watermarks.held == 0
+
+
+async def until(condition: Callable[[], object], seconds: float = 40.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for is not ours to signal
+            await asyncio.sleep(0.02)
+
+
+# ---------------------------------------------------------------- what arrives
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+async def test_records_read_back_equal_those_submitted(broker: KafkaBroker, encoding: str) -> None:
+    """Every event once and in order, with the host as key and the event's time."""
+    topic = next(topics)
+    sink, heard = make(broker.address, topic, encoding=encoding, linger_ms=5)
+    events = opens(0, 5000, "/var/lib/ünïcode\n\t\x00")
+    async with started(sink):
+        sizes = itertools.cycle([1, 700, 3, 1024, 50])
+        for start in range(0, 5000, 500):
+            rest = events[start : start + 500]
+            while rest:
+                size = next(sizes)
+                sink.submit(Batch(rest[:size]))
+                rest = rest[size:]
+            await asyncio.sleep(0.01)
+    codec: Any = msgspec.json if encoding == "json" else msgspec.msgpack
+    records = await read_back(broker, topic)
+    assert [codec.decode(record.value, type=FileOpen) for record in records] == events
+    assert [record.time_ms for record in records] == [e.time_ns // 1_000_000 for e in events]
+    assert {record.key for record in records} == {HOST}
+    assert len({record.partition for record in records}) == 1
+    assert sink.account.delivered == Counter({"file.open": 5000})
+    assert heard.statuses == [("up", ""), ("closed", "")]
+    assert heard.dropped == []
+
+
+async def test_partition_is_that_of_other_producers(broker: KafkaBroker) -> None:
+    """Another client that hashes as Kafka's own does puts the same key in the same place."""
+    topic = next(topics)
+    sink, _ = make(broker.address, topic)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 1)))
+    arguments = ["-P", "-b", broker.address, "-t", topic, "-k", HOST]
+    await asyncio.to_thread(
+        subprocess.run,
+        ["kcat", *arguments, "-X", "topic.partitioner=murmur2_random"],
+        input=b"by kcat",
+        check=True,
+    )
+    ours, theirs = await read_back(broker, topic)
+    assert theirs.value == b"by kcat"
+    assert (theirs.partition, theirs.key) == (ours.partition, ours.key)
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "snappy", "lz4", "zstd"])
+async def test_every_codec_can_be_read(broker: KafkaBroker, compression: str) -> None:
+    topic = next(topics)
+    sink, _ = make(broker.address, topic, compression=compression)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 300)))
+    assert ids(await read_back(broker, topic)) == [e.id for e in opens(0, 300)]
+
+
+async def test_topic_per_category(broker: KafkaBroker) -> None:
+    topic = next(topics)
+    sink, _ = make(broker.address, topic + ".{category}")
+    closes = [NetClose(f"net-{number}", 1_790_000_000_000_000_000, number) for number in range(9)]
+    mixed = [event for pair in zip(opens(0, 9), closes, strict=True) for event in pair]
+    async with started(sink):
+        sink.submit(Batch(mixed))
+        sink.submit(Batch(opens(9, 5)))
+    assert ids(await read_back(broker, f"{topic}.file")) == [e.id for e in opens(0, 14)]
+    assert ids(await read_back(broker, f"{topic}.net")) == [event.id for event in closes]
+    assert sink.account.delivered == Counter({"file.open": 14, "net.close": 9})
+
+
+async def test_small_batches_are_sent_together_and_large_ones_split(broker: KafkaBroker) -> None:
+    """Within `linger_ms` events are coalesced; what exceeds `batch_bytes` goes in parts."""
+    topic = next(topics)
+    sink, _ = make(broker.address, topic, batch_bytes=4096, linger_ms=200)
+    async with started(sink):
+        for number in range(10):
+            sink.submit(Batch(opens(number, 1)))
+        await until(lambda: not sink.account.pending)
+        sink.submit(Batch(opens(10, 1000)))
+    assert ids(await read_back(broker, topic)) == [e.id for e in opens(0, 1010)]
+
+
+# ---------------------------------------------------------------- what cannot be sent
+
+
+async def test_oversized_record_is_dropped_and_the_rest_delivered(broker: KafkaBroker) -> None:
+    topic = next(topics)
+    sink, heard = make(broker.address, topic)
+    huge = FileOpen("huge", 0, "x" * 1_000_001)
+    async with started(sink):
+        sink.submit(Batch([*opens(0, 10), huge, *opens(10, 10)]))
+        assert heard.dropped[0][0] == {"file.open": 1}
+        assert "too large" in heard.dropped[0][1]
+    assert ids(await read_back(broker, topic)) == [e.id for e in opens(0, 20)]
+    assert sink.account.delivered == Counter({"file.open": 20})
+    assert sink.account.dropped == Counter({"file.open": 1})
+
+
+async def test_a_smaller_limit_of_the_topic_is_found_out(broker: KafkaBroker) -> None:
+    """Refused record batches are split and sent again; only what is too large alone is lost."""
+    topic = next(topics)
+    await create(broker, topic, **{"max.message.bytes": "6000"})
+    sink, heard = make(broker.address, topic, compression="none", linger_ms=0)
+    large = FileOpen("large", 0, "x" * 7000)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 500)))
+        sink.submit(Batch([*opens(500, 5), large, *opens(505, 5)]))
+        for start in range(510, 1010, 100):
+            sink.submit(Batch(opens(start, 100)))
+        await until(lambda: not sink.account.pending)
+    assert ids(await read_back(broker, topic)) == [e.id for e in opens(0, 1010)]
+    assert heard.dropped == [({"file.open": 1}, "the broker refused a record as too large")]
+    assert heard.statuses == [("up", ""), ("closed", "")]
+
+
+async def test_missing_topic_is_named_and_waited_for(
+    mortal: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka_client, "TOPIC_SECONDS", 0.5)
+    topic = next(topics)
+    sink, heard = make(mortal.address, topic)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 10)))
+        await until(lambda: sink.status == "down")
+        await create(mortal, topic)
+        await until(lambda: sink.status == "up")
+        await until(lambda: not sink.account.pending)
+    assert heard.statuses == [
+        ("up", ""),
+        ("down", f"topic {topic} does not exist, and the broker does not create it"),
+        ("up", ""),
+        ("closed", ""),
+    ]
+    assert ids(await read_back(mortal, topic)) == [e.id for e in opens(0, 10)]
+
+
+# ---------------------------------------------------------------- brokers that go away
+
+
+async def test_killed_broker_costs_no_event_and_no_duplicate(
+    mortal: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL in mid-stream, twice, and a new start on the same data."""
+    monkeypatch.setattr(kafka, "STALL_SECONDS", 0.5)
+    topic = next(topics)
+    await create(mortal, topic)
+    sink, heard = make(mortal.address, topic, batch_bytes=16384, linger_ms=2)
+    submitted = itertools.count(0, 100)
+    going = True
+
+    async def produce() -> int:
+        while going:
+            sink.submit(Batch(opens(next(submitted), 100)))
+            await asyncio.sleep(0.005)
+        return next(submitted)
+
+    async with started(sink):
+        producing = asyncio.create_task(produce())
+        for _ in range(2):
+            delivered = sink.account.delivered.total()
+            await until(lambda before=delivered: sink.account.delivered.total() > before + 2000)
+            mortal.kill()
+            await until(lambda: sink.status == "down")
+            await asyncio.to_thread(mortal.start)
+            await until(lambda: sink.status == "up")
+        going = False
+        total = await producing
+    assert ids(await read_back(mortal, topic)) == [e.id for e in opens(0, total)]
+    assert sink.account.delivered == Counter({"file.open": total})
+    assert [status for status, _ in heard.statuses] == ["up", "down"] * 2 + ["up", "closed"]
+
+
+async def test_absent_broker_at_start(mortal: KafkaBroker) -> None:
+    """Everything queued is delivered when it comes, and its absence was reported once."""
+    topic = next(topics)
+    await create(mortal, topic)
+    mortal.kill()
+    sink, heard = make(mortal.address, topic)
+    async with started(sink):
+        for start in range(0, 1000, 100):
+            sink.submit(Batch(opens(start, 100)))
+        await until(lambda: sink.status == "down")
+        await asyncio.sleep(1)
+        await asyncio.to_thread(mortal.start)
+        await until(lambda: not sink.account.pending)
+    refused = f"{mortal.address}: Connection refused"
+    assert heard.statuses == [("down", refused), ("up", ""), ("closed", "")]
+    assert ids(await read_back(mortal, topic)) == [e.id for e in opens(0, 1000)]
+
+
+async def test_budget_bounds_what_is_held_while_the_broker_is_away(mortal: KafkaBroker) -> None:
+    topic = next(topics)
+    await create(mortal, topic)
+    mortal.kill()
+    sink, heard = make(mortal.address, topic, budget_bytes=1 << 16)
+    batch = Batch(opens(0, 50))
+    size = sum(map(len, batch.records("json")))
+    async with started(sink):
+        count = 0
+        while not sink.watermarks.full:
+            assert sink.watermarks.held == count * size
+            sink.submit(batch)
+            count += 1
+        assert count == -(-(1 << 16) // size)
+        assert heard.marks == ["full"]
+        assert sink.account.pending == count * 50
+        await asyncio.to_thread(mortal.start)
+        await until(lambda: "room" in heard.marks)
+        await until(lambda: not sink.account.pending)
+    assert heard.marks == ["full", "room"]
+    assert len(await read_back(mortal, topic)) == count * 50
+
+
+async def test_cluster_that_moved_is_found_through_the_bootstrap_servers(
+    mortal: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A producer knows only the brokers it met: when all have moved it is replaced."""
+    monkeypatch.setattr(kafka, "STALL_SECONDS", 0.5)
+    topic, before, after = next(topics), mortal.port, free_port()
+    await create(mortal, topic)
+    sink, heard = make(f"127.0.0.1:{before},127.0.0.1:{after}", topic, request_timeout_seconds=1)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 100)))
+        await until(lambda: not sink.account.pending)
+        mortal.kill()
+        sink.submit(Batch(opens(100, 100)))
+        mortal.port = after
+        await asyncio.to_thread(mortal.start)
+        await until(lambda: not sink.account.pending)
+    assert ids(await read_back(mortal, topic)) == [e.id for e in opens(0, 200)]
+    assert [status for status, _ in heard.statuses][-2:] == ["up", "closed"]
+
+
+# ---------------------------------------------------------------- stopping
+
+
+async def test_stop_with_a_dead_broker_drops_and_counts(mortal: KafkaBroker) -> None:
+    topic = next(topics)
+    await create(mortal, topic)
+    sink, heard = make(mortal.address, topic, linger_ms=1)
+    async with started(sink, grace=1):
+        sink.submit(Batch(opens(0, 100)))
+        await until(lambda: not sink.account.pending)
+        mortal.kill()
+        for start in range(100, 1000, 100):
+            sink.submit(Batch(opens(start, 100)))
+            await asyncio.sleep(0.01)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 1 + 4
+    assert sink.account.delivered == Counter({"file.open": 100})
+    assert heard.dropped == [({"file.open": 900}, "not acknowledged within 1 s")]
+    sink.submit(Batch(opens(0, 7)))
+    assert heard.dropped[1] == ({"file.open": 7}, "closed")
+    await sink.stop(1)
+
+
+async def test_stop_with_a_broker_that_hangs(mortal: KafkaBroker) -> None:
+    """The connection is open, and nothing is read from it."""
+    topic = next(topics)
+    await create(mortal, topic)
+    sink, heard = make(mortal.address, topic, linger_ms=1, compression="none")
+    async with started(sink, grace=0.5):
+        sink.submit(Batch(opens(0, 100)))
+        await until(lambda: not sink.account.pending)
+        os.kill(mortal.pid, signal.SIGSTOP)
+        for start in range(0, 10):
+            sink.submit(Batch(opens(start, 1, "x" * 500_000)))
+            await asyncio.sleep(0.02)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 0.5 + 4
+    mortal.kill()
+    assert heard.dropped == [({"file.open": 10}, "not acknowledged within 0.5 s")]
+
+
+async def test_cancelling_stop_still_accounts_and_releases(mortal: KafkaBroker) -> None:
+    topic = next(topics)
+    await create(mortal, topic)
+    sink, heard = make(mortal.address, topic)
+    async with started(sink):
+        await until(lambda: sink.status == "up")
+        mortal.kill()
+        sink.submit(Batch(opens(0, 100)))
+        stopping = asyncio.create_task(sink.stop(60))
+        await asyncio.sleep(0.2)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert sink.status == "closed"
+    assert heard.dropped == [({"file.open": 100}, "not acknowledged within 60 s")]
+
+
+async def test_stop_before_start_drops() -> None:
+    sink, heard = make("127.0.0.1:1", "t")
+    sink.submit(Batch(opens(0, 3)))
+    await sink.stop(1)
+    assert heard.dropped == [({"file.open": 3}, "not acknowledged within 1 s")]
+    assert sink.status == "closed"
+
+
+# ---------------------------------------------------------------- TLS, SASL, mistakes
+
+
+async def test_tls(broker: KafkaBroker, certificates: Path) -> None:
+    topic = next(topics)
+    tls = Tls(ca_file=f"{certificates}/ca.pem")
+    sink, _ = make(broker.addresses["TLS"], topic, tls=tls)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 10)))
+    assert ids(await read_back(broker, topic)) == [e.id for e in opens(0, 10)]
+
+
+async def test_tls_with_a_client_certificate(broker: KafkaBroker, certificates: Path) -> None:
+    tls = Tls(
+        ca_file=f"{certificates}/ca.pem",
+        cert_file=f"{certificates}/client.crt",
+        key_file=f"{certificates}/client.key",
+    )
+    sink, heard = make(broker.addresses["MTLS"], next(topics), tls=tls)
+    async with started(sink):
+        await until(lambda: sink.status != "starting")
+        assert heard.statuses == [("up", "")] or "not authorised" in heard.statuses[0][1]
+
+
+async def test_tls_with_an_unknown_authority(broker: KafkaBroker, certificates: Path) -> None:
+    tls = Tls(ca_file=f"{certificates}/other-ca.pem")
+    sink, heard = make(broker.addresses["TLS"], "t", tls=tls)
+    async with started(sink):
+        await until(lambda: sink.status == "down")
+    assert "TLS: unable to get local issuer certificate" in heard.statuses[0][1]
+
+
+@pytest.mark.parametrize("listener", ["TLS", "SASL"])
+async def test_plain_client_of_a_secured_listener(broker: KafkaBroker, listener: str) -> None:
+    sink, heard = make(broker.addresses[listener], "t")
+    async with started(sink):
+        await until(lambda: sink.status == "down")
+    assert "does its listener expect TLS or SASL?" in heard.statuses[0][1]
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+async def test_sasl(broker: KafkaBroker, mechanism: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_PASSWORD", PASSWORD)
+    topic = next(topics)
+    sasl = Sasl(mechanism=mechanism, username="writer", password_env="KAFKA_PASSWORD")
+    sink, _ = make(broker.addresses["SASL"], topic, sasl=sasl)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 10)))
+    assert ids(await read_back(broker, topic)) == [e.id for e in opens(0, 10)]
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-512"])
+async def test_wrong_password_is_named_and_not_shown(
+    broker: KafkaBroker, mechanism: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret = "wrong-horse-battery"
+    (tmp_path / "password").write_text(secret + "\n")
+    sasl = Sasl(mechanism=mechanism, username="writer", password_file=f"{tmp_path}/password")
+    sink, heard = make(broker.addresses["SASL"], "t", sasl=sasl)
+    async with started(sink, grace=0.2):
+        sink.submit(Batch(opens(0, 10)))
+        await until(lambda: sink.status == "down")
+        assert "SASL authentication failed" in heard.statuses[0][1]
+        said = caplog.text + repr(vars(sink)) + repr(sink.name) + repr(heard.statuses)
+        assert secret not in said
+        assert "aiokafka" not in caplog.text
+    assert len(heard.statuses) == 2
+
+
+async def test_unauthorised_topic_is_named(
+    broker: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAFKA_PASSWORD", PASSWORD)
+    topic = next(topics)
+    sasl = Sasl(mechanism="PLAIN", username="stranger", password_env="KAFKA_PASSWORD")
+    sink, heard = make(broker.addresses["SASL"], topic, sasl=sasl)
+    async with started(sink, grace=0.2):
+        sink.submit(Batch(opens(0, 10)))
+        await until(lambda: sink.status == "down")
+    assert "not authorised" in [reason for status, reason in heard.statuses if status == "down"][0]
+    assert heard.dropped == [({"file.open": 10}, "not acknowledged within 0.2 s")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"topic": "a b"}, "topic: 'a b' is no Kafka topic"),
+        ({"topic": ".."}, "topic: '..' is no Kafka topic"),
+        ({"bootstrap": ("localhost:x",)}, "bootstrap: 'localhost:x': allowed is host:port"),
+        ({"sasl": Sasl(username="u")}, "sasl: set password_env or password_file"),
+        ({"sasl": Sasl(username="u", password_env="NOT_SET")}, "NOT_SET is not set"),
+        ({"tls": Tls(ca_file="/nonexistent")}, "tls.ca_file: cannot use /nonexistent"),
+    ],
+)
+async def test_mistakes_are_told_at_start(settings: dict[str, Any], message: str) -> None:
+    sink = KafkaSink(Settings(**{"bootstrap": ("127.0.0.1:1",), **settings}), host=HOST)
+    with pytest.raises(ConfigError) as caught:
+        await sink.start()
+    assert message in str(caught.value)
+    await sink.stop(0)

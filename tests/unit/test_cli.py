@@ -1,0 +1,392 @@
+"""The command line: what it comes to, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from streamer import __version__, cli, cli_text
+from streamer.cli import Plan, main, plan
+from streamer.errors import ConfigError
+from streamer.events import KINDS
+from streamer.kernel.check import CheckReport
+from streamer.settings import FileSink, Filters, KafkaSink, Limits, Settings, StdoutSink
+from streamer.stream_events import STREAM_KINDS
+
+COMMANDS = ("run", "check", "events", "schema")
+DEFAULT = frozenset(kind for kind in KINDS if kind.startswith(("process.", "net.")))
+
+
+def planned(*arguments: str) -> Plan:
+    return plan(cli.parser().parse_args(arguments))
+
+
+# ------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_shows_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"usage: streamer {command}" in text
+    assert f"streamer {command} " in text.partition("\nexample:\n")[2]
+
+
+def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(f"\n    {command} " in text for command in COMMANDS)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"streamer {__version__}\n"
+
+
+def test_help_loads_nothing_but_argparse() -> None:
+    program = (
+        "import sys\nfrom streamer.cli import main\n"
+        "try: main(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    loaded = set(done.stderr.split())
+    assert "streamer.cli" in loaded
+    assert not loaded & {"msgspec", "asyncio", "uvloop", "aiokafka", "streamer.settings"}
+
+
+# ----------------------------------------------------------------------- what `run` comes to
+
+
+def test_run_without_arguments_streams_the_default_to_standard_output() -> None:
+    assert planned("run") == Plan(Settings(sinks=(StdoutSink(),)), DEFAULT, Limits())
+
+
+def test_every_option_of_run(tmp_path: Path) -> None:
+    file = tmp_path / "streamer.toml"
+    file.write_text('log_level = "debug"\n[filters]\npids = [9]\nuids = [7]\n')
+    got = planned(
+        *("run", "-c", str(file), "--events", "default,file.*", "--events", "!process.fork"),
+        *("--sink", "file:x", "--sink", "kafka://h/t?encoding=json", "--format", "native"),
+        *("--encoding", "msgpack", "--duration", "5m", "--max-events", "10", "--no-status"),
+        *("--host", "web-1", "--color", "never"),
+        *("--pid", "1", "--pid", "2", "--exclude-pid", "3", "--comm", "sshd"),
+        *("--exclude-comm", "cron", "--path", "/etc", "--exclude-path", "/etc/ssl"),
+        *("--port", "443", "--exclude-port", "80", "--cgroup", "5", "--exclude-cgroup", "6"),
+        *("--exclude-uid", "0"),
+    )
+    assert got.settings == Settings(
+        events=("default,file.*", "!process.fork"),
+        host="web-1",
+        log_level="debug",
+        filters=Filters(
+            pids=(1, 2),
+            exclude_pids=(3,),
+            uids=(7,),
+            exclude_uids=(0,),
+            comms=("sshd",),
+            exclude_comms=("cron",),
+            path_prefixes=("/etc",),
+            exclude_path_prefixes=("/etc/ssl",),
+            ports=(443,),
+            exclude_ports=(80,),
+            cgroups=(5,),
+            exclude_cgroups=(6,),
+        ),
+        sinks=(
+            FileSink(path="x", encoding="msgpack"),
+            KafkaSink(bootstrap=("h:9092",), topic="t", encoding="json"),
+        ),
+    )
+    assert got.kinds == DEFAULT - {"process.fork"} | {"file.open"}
+    assert got.limits == Limits(duration_seconds=300.0, max_events=10, status=False)
+
+
+def test_color_is_for_standard_output() -> None:
+    assert planned("run", "--color", "always").settings.sinks == (StdoutSink(color="always"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("10", 10.0), ("10s", 10.0), ("1.5s", 1.5), ("5m", 300.0), ("2h", 7200.0)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert planned("run", "--duration", text).limits.duration_seconds == seconds
+
+
+def test_a_user_by_name() -> None:
+    own = pwd.getpwuid(os.getuid())
+    assert planned("run", "--uid", own.pw_name).settings.filters.uids == (own.pw_uid,)
+
+
+def test_a_cgroup_by_path_is_its_inode_number(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").touch()
+    got = planned("run", "--cgroup", str(tmp_path)).settings.filters.cgroups
+    assert got == (tmp_path.stat().st_ino,)
+
+
+def test_events_that_begin_with_a_minus() -> None:
+    assert planned("run", "--events=-net.*").kinds == {k for k in DEFAULT if k[:3] != "net"}
+
+
+def test_check_takes_the_same_events_and_file(tmp_path: Path) -> None:
+    file = tmp_path / "streamer.toml"
+    file.write_text('events = ["file.open"]')
+    assert planned("check", "-c", str(file)).kinds == {"file.open"}
+    assert planned("check", "-c", str(file), "--events", "*").kinds == set(KINDS)
+
+
+# ------------------------------------------------------------------------------ bad input
+
+RUN_ERRORS = [
+    (["--pid", "x"], "argument --pid: found 'x', allowed: an integer (see streamer run --help)"),
+    (["--pid", "-1"], "argument --pid: found '-1', allowed: an integer (see streamer run --help)"),
+    (
+        ["--pid", "0"],
+        "command line: filters.pids[0]: found 0 (integer), allowed: an integer from 1 to 4194304",
+    ),
+    (
+        ["--uid", "no-such-user"],
+        "argument --uid: found 'no-such-user', allowed: a user id or the name of a user "
+        "(see streamer run --help)",
+    ),
+    (
+        ["--cgroup", "/dev/null"],
+        "argument --cgroup: found '/dev/null', allowed: an id or the directory of a cgroup (v2) "
+        "(see streamer run --help)",
+    ),
+    *(
+        (
+            ["--duration", text],
+            f"argument --duration: found '{text}', allowed: a time above 0 such as 500ms, 10s, "
+            "5m, 1h or 1d (see streamer run --help)",
+        )
+        for text in ("", "0s", "s", "5x", "1.2.3s", "10 s", "9" * 12)
+    ),
+    (
+        ["--max-events", "0"],
+        "argument --max-events: found '0', allowed: an integer from 1 (see streamer run --help)",
+    ),
+    (["--sink", "mqtt://u:pw@h/t"], "--sink mqtt://…: a password does not belong into a URL, use "
+     "password_env or password_file"),
+    (["mqtt://u:hunter2@h/t"], "unrecognized arguments: mqtt://…@h/t (see streamer --help)"),
+    (["--even", "x"], "unrecognized arguments: --even x (see streamer --help)"),
+    (["a\nb\x1b[2J"], r"unrecognized arguments: a\nb\x1b[2J (see streamer --help)"),
+    (["-c", "/no/such/file"], "/no/such/file: cannot be read: No such file or directory"),
+    (
+        ["--comm", "\udcff"],
+        'command line: filters.comms[0]: found "\\udcff" (string), '
+        "allowed: UTF-8 without control characters",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), RUN_ERRORS)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"streamer: {message}\n"
+    assert captured.out == ""
+
+
+def test_no_command_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    expected = "the following arguments are required: COMMAND (see streamer --help)"
+    assert capsys.readouterr().err == f"streamer: {expected}\n"
+
+
+def test_a_glob_names_where_it_is_from(tmp_path: Path) -> None:
+    file = tmp_path / "streamer.toml"
+    file.write_text('events = ["disk.*"]')
+    known = f"which matches no event, allowed: default, or globs of {', '.join(sorted(KINDS))}"
+    with pytest.raises(ConfigError) as caught:
+        planned("run", "-c", str(file))
+    assert str(caught.value) == f'{file}: events: found "disk.*", {known}'
+    with pytest.raises(ConfigError) as caught:
+        planned("run", "-c", str(file), "--events", "usb.*")
+    assert str(caught.value) == f'--events: found "usb.*", {known}'
+
+
+# --------------------------------------------------------------------- `events`, `schema`
+
+
+def test_events_lists_every_kind_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["events"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["kind", "stream", "default", "meaning"]
+    listed = {row.split()[0]: tuple(row.split()[1:3]) for row in rows}
+    assert listed == {
+        **{k: (info.stream, "on" if k in DEFAULT else "off") for k, info in KINDS.items()},
+        **{kind: ("agent", "always") for kind in STREAM_KINDS},
+    }
+    column = head.index("meaning")
+    assert rows[0][column:] == KINDS["process.exec"].doc
+    assert all(row[column - 1] == " " != row[column] for row in rows)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *STREAM_KINDS])
+def test_events_of_a_kind_shows_every_field(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["events", kind]) == 0
+    head, empty, columns, *rows = capsys.readouterr().out.splitlines()
+    info = cli_text.all_kinds()[kind]
+    assert head.startswith(f"{kind} ({info.stream}, ")
+    assert empty == ""
+    assert columns.split() == ["field", "type", "meaning"]
+    struct: Any = info.struct
+    assert [row.split()[0] for row in rows] == list(struct.__struct_fields__)
+    assert all(len(row.split()) > 2 and "any" not in row.split()[1] for row in rows)
+
+
+def test_events_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["events", "--json", "process.exec", "file.open"]) == 0
+    exec_, open_ = json.loads(capsys.readouterr().out)
+    assert (exec_["kind"], exec_["stream"], exec_["default"]) == ("process.exec", "critical", True)
+    assert (open_["kind"], open_["default"]) == ("file.open", False)
+    path = {"name": "path", "type": "string"}
+    assert path.items() <= next(f for f in open_["fields"] if f["name"] == "path").items()
+
+
+@pytest.mark.parametrize("command", ["events", "schema"])
+def test_an_unknown_kind_lists_the_known_ones(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "disk.read"]) == 2
+    allowed = ", ".join([*KINDS, *STREAM_KINDS])
+    expected = f"streamer: 'disk.read' is no kind of event, allowed: {allowed}\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_schema_of_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", "net.connect"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    (definition,) = schema["$defs"].values()
+    assert schema["$ref"] == f"#/$defs/{definition['title']}"
+    assert definition["properties"]["event"] == {"enum": ["net.connect"]}
+    assert definition["properties"]["remote_port"]["type"] == "integer"
+
+
+def test_the_schema_of_any_event(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    tags = [
+        schema["$defs"][choice["$ref"].rpartition("/")[2]]["properties"]["event"]["enum"]
+        for choice in schema["anyOf"]
+    ]
+    assert tags == [[kind] for kind in (*KINDS, *STREAM_KINDS)]
+
+
+def test_the_schema_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", "config"]) == 0
+    assert "MqttSink" in json.loads(capsys.readouterr().out)["$defs"]
+
+
+# ----------------------------------------------------------------------------------- `check`
+
+
+def report(**statuses: str) -> CheckReport:
+    found = {
+        "kernel": "Linux 6.1.0 x86_64",
+        "ok": set(statuses.values()) == {"full"},
+        "capabilities": {"CAP_BPF": True, "CAP_PERFMON": False},
+        "features": {"btf": "yes"},
+        "programs": [
+            {"name": "on_exec", "hook": "tp_btf/sched_process_exec", "kinds": ["process.exec"],
+             "status": "failed", "reason": "line one\nline two"},
+        ],
+        "kinds": {
+            kind.replace("_", "."): {"status": status, "reason": "" if status == "full" else "why"}
+            for kind, status in statuses.items()
+        },
+    }  # fmt: skip
+    return msgspec.convert(found, CheckReport)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        ({"process_exec": "full", "net_close": "full"}, 0),
+        ({"process_exec": "full", "net_close": "partial"}, 1),
+        ({"process_exec": "full", "net_close": "missing"}, 1),
+        ({"process_exec": "partial", "net_close": "partial"}, 1),
+        ({"process_exec": "missing", "net_close": "missing"}, 3),
+        ({"process_exec": "missing"}, 3),
+        ({}, 3),
+    ],
+)
+def test_how_check_ends(statuses: dict[str, str], code: int) -> None:
+    asked = frozenset({"process.exec", "net.close"})
+    assert cli_text.check_code(report(**statuses), asked) == code
+
+
+def test_the_report_of_check_for_people() -> None:
+    text = cli_text.check_text(report(process_exec="full", net_close="missing"))
+    assert text == (
+        "kernel Linux 6.1.0 x86_64: not everything can be observed\n"
+        "\n"
+        "capability   held\n"
+        "CAP_BPF      yes\n"
+        "CAP_PERFMON  no\n"
+        "\n"
+        "feature  found\n"
+        "btf      yes\n"
+        "\n"
+        "program  hook                       kinds         status  reason\n"
+        "on_exec  tp_btf/sched_process_exec  process.exec  failed  line one\\nline two\n"
+        "\n"
+        "event         status   reason\n"
+        "process.exec  full\n"
+        "net.close     missing  why"
+    )
+
+
+# --------------------------------------------------------------------------- how it ends
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "streamer", *arguments], **options)
+
+
+def test_a_closed_pipe_ends_it_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with start("schema", stdout=writer, stderr=subprocess.PIPE) as process:
+        os.close(writer)
+        _, error = process.communicate()
+    assert (process.returncode, error) == (0, b"")
+
+
+def test_closed_standard_output_is_no_defect() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m streamer events >&-"], stderr=subprocess.PIPE
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
+    fifo = tmp_path / "streamer.toml"
+    os.mkfifo(fifo)
+    with start("check", "-c", str(fifo), stdout=-1, stderr=-1) as process:
+        # Opening it for writing succeeds once the command waits for what it reads there.
+        with fifo.open("wb"):
+            process.send_signal(signal.SIGINT)
+            output, error = process.communicate()
+    assert (process.returncode, output, error) == (130, b"", b"")
