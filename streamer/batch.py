@@ -65,7 +65,7 @@ class Batch:
         return found
 
     def by_category(self) -> dict[str, Batch]:
-        """The batch split by category, each part in order. The whole batch where it has only one."""
+        """The batch split by category, each part in order; itself where it has only one."""
         if self._parts is None:
             self._parts = self._split()
         return self._parts
@@ -90,6 +90,5 @@ class Batch:
 
 def count_kinds(events: Iterable[Event]) -> dict[str, int]:
     """How many events there are of each dotted kind."""
-    return {
-        str(cls.__struct_config__.tag): count for cls, count in Counter(map(type, events)).items()
-    }
+    classes: Counter[type[Event]] = Counter(map(type, events))
+    return {str(cls.__struct_config__.tag): count for cls, count in classes.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -34,6 +34,7 @@ _TYPE_WORDS: Mapping[type[inspect.Type], str] = {
     inspect.StructType: "object",
     inspect.ListType: "array",
     inspect.VarTupleType: "array",
+    inspect.NoneType: "null",
 }
 
 
@@ -70,7 +71,8 @@ def kinds_text(kinds: Sequence[KindInfo]) -> str:
 def kind_text(info: KindInfo) -> str:
     """A kind with the table of its fields."""
     rows = [[field.name, field.type, field.doc] for field in info.fields]
-    head = f"{info.kind} ({info.stream}, {_default(info.kind)} by default): {info.doc}"
+    when = {"always": "always on", "on": "on by default", "off": "off by default"}
+    head = f"{info.kind} ({info.stream}, {when[_default(info.kind)]}): {info.doc}"
     return f"{head}\n\n{table(['field', 'type', 'meaning'], rows)}"
 
 
@@ -147,9 +149,16 @@ def _default(kind: str) -> str:
 def _field(field: inspect.Field) -> FieldInfo:
     node = field.type
     extra = node.extra_json_schema if isinstance(node, inspect.Metadata) else None
-    words = _TYPE_WORDS.get(type(_bare(node)), "any")
-    return FieldInfo(field.encode_name, words, str((extra or {}).get("description", "")))
+    meaning = str((extra or {}).get("description", ""))
+    return FieldInfo(field.encode_name, " or ".join(_type_words(node)), meaning)
 
 
-def _bare(node: inspect.Type) -> inspect.Type:
-    return _bare(node.type) if isinstance(node, inspect.Metadata) else node
+def _type_words(node: inspect.Type) -> Iterator[str]:
+    match node:
+        case inspect.Metadata():
+            yield from _type_words(node.type)
+        case inspect.UnionType():
+            for part in node.types:
+                yield from _type_words(part)
+        case _:
+            yield _TYPE_WORDS[type(node)]

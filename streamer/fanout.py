@@ -38,6 +38,8 @@ class Fanout(Listener):
         self._pause = pause
         self._resume = resume
         self._closed = closed
+        self.stopping = False
+        self._down: set[Sink] = set()
         self._owed: dict[Sink, dict[str, Counter[str]]] = {}
         for sink in self.sinks:
             sink.listener = self
@@ -81,12 +83,27 @@ class Fanout(Listener):
 
     def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
         """See `Listener`."""
-        level = logging.WARNING if status == "down" else logging.INFO
-        _log.log(level, "%s: %s", sink.name, f"{status}: {reason}" if reason else status)
+        if not self.stopping:
+            _log.log(
+                self._level(sink, status),
+                "%s is %s%s",
+                sink.name,
+                status,
+                f": {reason}" if reason else "",
+            )
         if status == "closed":
             if all(other.status == "closed" for other in self.sinks):
                 self._closed()
             self.sink_room(sink)
+
+    def _level(self, sink: Sink, status: Status) -> int:
+        """Trouble is told, and its end; that a sink came up as expected is not."""
+        if status == "down":
+            self._down.add(sink)
+            return logging.WARNING
+        recovered = sink in self._down
+        self._down.discard(sink)
+        return logging.INFO if recovered or status == "closed" else logging.DEBUG
 
     def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
         """See `Listener`."""

@@ -8,13 +8,14 @@ waits for `grace_ns`, gives back what arrives meanwhile, and only then counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 GRACE_NS = 500_000_000
 """How long a record may be late. An interrupt takes microseconds; a preempted task up to this."""
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Loss:
     """Sequence numbers of one CPU that will not come. `count` excludes numbers never used."""
 
     cpu: int
@@ -23,7 +24,8 @@ class Loss(NamedTuple):
     count: int
 
 
-class _Gap(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Gap:
     cpu: int
     first: int
     last: int
@@ -73,7 +75,7 @@ class GapTracker:
     def _fill(self, cpu: int, seq: int) -> None:
         for i, gap in enumerate(self._gaps):
             if gap.cpu == cpu and not gap.tail and gap.first <= seq <= gap.last:
-                parts = (gap._replace(last=seq - 1), gap._replace(first=seq + 1))
+                parts = (replace(gap, last=seq - 1), replace(gap, first=seq + 1))
                 self._gaps[i : i + 1] = [part for part in parts if part.first <= part.last]
                 return
 

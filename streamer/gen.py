@@ -263,7 +263,10 @@ def _tables(model: Model) -> str:
     for record in model.records:
         programs = tuple(p.name for p in model.programs if record.kind in p.kinds)
         head = f'    "{record.kind}": KindInfo("{record.kind}", {record.class_name}'
-        lines += [f'{head}, "{record.stream}", {_quoted(record.doc)}, (', "        *_ENVELOPE_INFO,"]
+        lines += [
+            f'{head}, "{record.stream}", {_quoted(record.doc)}, (',
+            "        *_ENVELOPE_INFO,",
+        ]
         lines += [f"    {_info(field)}" for field in record.fields]
         lines += [f"    ), {programs!r}),"]
     lines += ["}", '"""What each kind is, for people."""\n']
@@ -300,10 +303,8 @@ def schemas(structs: dict[str, type]) -> dict[str, str]:
 
 
 def _schema(kind: str, cls: type) -> dict[str, Any]:
-    (found,), components = msgspec.json.schema_components(
-        [cls], ref_template="#/$defs/{name}"
-    )
-    own = components.pop(cls.__name__)
+    _, components = msgspec.json.schema_components([cls], ref_template="#/$defs/{name}")
+    own: dict[str, Any] = components.pop(cls.__name__)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": kind}
     return head | own | ({"$defs": components} if components else {})
 

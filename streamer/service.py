@@ -28,7 +28,7 @@ from streamer.render import Rates, Renderer, StatusLine, same_terminal, status_t
 from streamer.ringbuf_reader import RingReader, RingSource, kernel_seqs
 from streamer.settings import Filters, Limits, Settings, StdoutSink
 from streamer.sinks.base import Sink
-from streamer.sinks.factory import Render, make_sink
+from streamer.sinks.factory import make_sink
 from streamer.stream_events import (
     KindCounts,
     KindReport,
@@ -119,9 +119,8 @@ class Service:
         coverage = self._kernel.coverage(self._kinds)
         for kind, state in coverage.items():
             if state.status != "full":
-                _log.warning("%s is observed in part: %s", kind, state.reason) if (
-                    state.status == "partial"
-                ) else _log.warning("%s is not observed: %s", kind, state.reason)
+                how = "observed in part" if state.status == "partial" else "not observed"
+                _log.warning("%s is %s: %s", kind, how, state.reason)
         if all(state.status == "missing" for state in coverage.values()):
             raise KernelError("none of the events asked for can be observed on this kernel")
         if self._settings.drop_capabilities:
@@ -130,10 +129,10 @@ class Service:
         self._submit(self._manifest())
 
     async def _stream(self) -> None:
-        tasks = [asyncio.create_task(self._every_second())]
+        tasks: list[asyncio.Task[object]] = [asyncio.create_task(self._every_second())]
         if self._status_line is not None:
             tasks.append(asyncio.create_task(self._draw_status(self._status_line)))
-        waiting = asyncio.create_task(self._stop.wait())
+        waiting: asyncio.Task[object] = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait(
                 [waiting, *tasks],
@@ -215,7 +214,9 @@ class Service:
         refused = counts.unknown_kind + counts.short_record
         if refused > self._untold:
             count, self._untold = refused - self._untold, refused
-            reason = f"in all {counts.unknown_kind} of unknown kind, {counts.short_record} too short"
+            reason = (
+                f"so far {counts.unknown_kind} of unknown kind, {counts.short_record} too short"
+            )
             self._submit(
                 self.envelope.record(
                     StreamLoss, stage="decode", count=count, kinds={}, reason=reason
@@ -290,6 +291,7 @@ class Service:
         self._look_for_losses(final=True)  # the tails that the first look found
         self._submit(self._heartbeat())
         grace = max(deadline - time.monotonic(), 0.1)
+        self.fanout.stopping = True
         await asyncio.gather(*(sink.stop(grace) for sink in self.fanout.sinks))
         counts = self.counters.kinds(self._read)
         return account_line(counts, self.fanout.sinks, time.monotonic() - self._started)
@@ -323,9 +325,7 @@ def sink_counts(sink: Sink) -> SinkCounts:
     )
 
 
-def account_line(
-    kinds: Mapping[str, KindCounts], sinks: Iterable[Sink], seconds: float
-) -> str:
+def account_line(kinds: Mapping[str, KindCounts], sinks: Iterable[Sink], seconds: float) -> str:
     """What was produced and what became of it, in one line. Stream records are not counted."""
     produced, filtered, lost, read = (
         sum(getattr(counts, name) for counts in kinds.values())
@@ -384,7 +384,8 @@ async def _run(
     settings: Settings, kinds: frozenset[str], limits: Limits, line: StatusLine | None
 ) -> str:
     host = settings.host or os.uname().nodename
-    sinks = [make_sink(one, host, _renderer(one, line)) for one in settings.sinks]
+    renderer = _renderer(settings, line)
+    sinks = [make_sink(one, host, renderer) for one in settings.sinks]
     kernel = loader.load(settings, kinds)
     try:
         service = Service(settings, kinds, limits, sinks, kernel, status_line=line)
@@ -396,12 +397,23 @@ async def _run(
         kernel.close()
 
 
-def _renderer(chosen: object, line: StatusLine | None) -> Render | None:
-    if not isinstance(chosen, StdoutSink) or not os.isatty(1):
+def _renderer(settings: Settings, line: StatusLine | None) -> Renderer | None:
+    """What makes readable lines for a terminal on stdout; None where there is none."""
+    chosen = next((one for one in settings.sinks if isinstance(one, StdoutSink)), None)
+    if chosen is None or not os.isatty(1):
         return None
     color = wants_color(chosen.color, True, os.environ)
-    width = os.get_terminal_size(1).columns
-    return Renderer(color, width, line if same_terminal(1, 2) else None)
+    renderer = Renderer(color, _columns(), line if same_terminal(1, 2) else None)
+
+    def resize() -> None:
+        renderer.width = _columns()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resize)
+    return renderer
+
+
+def _columns() -> int:
+    return os.get_terminal_size(1).columns
 
 
 def _handle_signals(service: Service) -> None:

@@ -119,8 +119,8 @@ class StreamLoss(StreamRecord, tag="stream.loss", gc=False):
     ]
     count: Annotated[int, Meta(description="how many")]
     kinds: Annotated[dict[str, int], Meta(description="how many per kind, where that is known")]
-    ring: Annotated[str | None, Meta(description="critical or bulk, of a loss in the kernel")] = None
-    cpu: Annotated[int | None, Meta(description="CPU, of a loss in the kernel")] = None
+    ring: Annotated[str | None, Meta(description="critical or bulk, if in the kernel")] = None
+    cpu: Annotated[int | None, Meta(description="CPU, if in the kernel")] = None
     seq_from: Annotated[int | None, Meta(description="first missing sequence number")] = None
     seq_to: Annotated[int | None, Meta(description="last missing sequence number")] = None
     sink: Annotated[str | None, Meta(description="name of the sink, of a loss there")] = None

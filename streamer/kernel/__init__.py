@@ -1,0 +1,1 @@
+"""The kernel side: capabilities, loading and attaching BPF programs, the contract."""

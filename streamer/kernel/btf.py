@@ -7,8 +7,8 @@ members, enums and declaration tags.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from streamer.errors import ContractError
 
@@ -19,7 +19,8 @@ _MODIFIERS = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG)
 _SIGNED = 1
 
 
-class Member(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Member:
     """A member of a struct. `offset` in bytes from its beginning; `index` is its place."""
 
     name: str
@@ -28,7 +29,8 @@ class Member(NamedTuple):
     index: int
 
 
-class Type(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Type:
     """One BTF type. `size` is a size or the id of the type referred to, as BTF has it."""
 
     name: str
@@ -167,20 +169,20 @@ class Btf:
         made = Type(name, kind, size)
         if kind == _INT:
             (encoding,) = struct.unpack_from("<I", data, at)
-            made = made._replace(signed=bool(encoding >> 24 & _SIGNED))
+            made = replace(made, signed=bool(encoding >> 24 & _SIGNED))
             at += 4
         elif kind == _ARRAY:
             element, _, count = struct.unpack_from("<III", data, at)
-            made = made._replace(element=element, count=count)
+            made = replace(made, element=element, count=count)
             at += 12
         elif kind in (_STRUCT, _UNION):
-            made = made._replace(members=self._members(data, at, length, flag))
+            made = replace(made, members=self._members(data, at, length, flag))
             at += 12 * length
         elif kind == _ENUM:
-            made = made._replace(values=self._values(data, at, length, "<Ii"))
+            made = replace(made, values=self._values(data, at, length, "<Ii"))
             at += 8 * length
         elif kind == _ENUM64:
-            made = made._replace(values=self._values(data, at, length, "<IQ"))
+            made = replace(made, values=self._values(data, at, length, "<IQ"))
             at += 12 * length
         elif kind == _DECL_TAG:
             (index,) = struct.unpack_from("<i", data, at)

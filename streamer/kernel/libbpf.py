@@ -24,7 +24,7 @@ LOG_BYTES = 1 << 20
 class _OpenOptions(Structure):
     """The leading members of `struct bpf_object_open_opts`."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes wants a plain list
+    _fields_ = [
         ("size", c_size_t),
         ("object_name", c_char_p),
         ("relaxed_maps", c_bool),
@@ -38,7 +38,7 @@ class _OpenOptions(Structure):
 class _TestRunOptions(Structure):
     """`struct bpf_test_run_opts` of libbpf 1.x."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("size", c_size_t),
         ("data_in", c_void_p),
         ("data_out", c_void_p),
@@ -203,7 +203,7 @@ class Object:
     """A BPF object: opened, then adjusted, then loaded, then closed."""
 
     def __init__(self, path: Path, btf: str | None = None) -> None:
-        """Open the compiled object at `path`; `btf` is a BTF file to use in place of the kernel's."""
+        """Open the object at `path`; `btf` is a BTF file to use in place of the kernel's."""
         options = _OpenOptions(size=ctypes.sizeof(_OpenOptions))
         options.btf_custom_path = btf.encode() if btf else None
         opened = _library().bpf_object__open_file(str(path).encode(), byref(options))

@@ -355,7 +355,7 @@ def _load_reason(error: OSError) -> str:
 
 def _load_error(error: OSError, failures: Mapping[str, str]) -> StreamerError:
     if error.errno == errno.ENOSYS:
-        return KernelError("this kernel has no BPF (CONFIG_BPF_SYSCALL), so no event can be observed")
+        return KernelError("no BPF in this kernel (CONFIG_BPF_SYSCALL): no event can be observed")
     if error.errno == errno.EPERM:
         return KernelError("the kernel refused to load BPF programs: not permitted (lockdown?)")
     reason = failures.get(_WHOAMI) or "; ".join(failures.values()) or error.strerror

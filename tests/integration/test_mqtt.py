@@ -373,9 +373,10 @@ async def test_a_broker_killed_in_mid_stream_and_restarted_misses_nothing(
 ) -> None:
     """Every event arrives, in order; what arrives twice is a whole message, and has its ids.
 
-    The witness subscribes at QoS 0, so that it reads all that the dying broker had written to
-    it instead of failing on an acknowledgement of its own. Its session is persistent and saved
-    at each change, because Mosquitto acknowledges to the publisher before it saves.
+    Mosquitto acknowledges a message after it has passed it on to a connected subscriber, and
+    before it saves it for an absent one: so each kill comes while the witness is connected. It
+    subscribes at QoS 0, to read all that the dying broker had written instead of failing on an
+    acknowledgement of its own. While it is away, its session keeps what is published.
     """
     broker = start_broker(
         "autosave_interval 1",
@@ -395,12 +396,13 @@ async def test_a_broker_killed_in_mid_stream_and_restarted_misses_nothing(
             produced += 50
             await asyncio.sleep(0.001)
 
-    for _ in range(2):
+    for kills in (1, 2):
         await produce(100)
         broker.kill()
         await produce(20)
         await asyncio.to_thread(broker.start)
-    await produce(100)
+        await produce(100)
+        await until(lambda: broker.log.count("Sending SUBACK to witness") == 1 + kills)  # noqa: B023
     await sink.stop(GRACE)
     assert account(sink) == (produced, 0, 0)
     expected = ids(execs(produced).lines("json"))

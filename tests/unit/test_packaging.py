@@ -22,6 +22,8 @@ import uvloop
 from packaging.requirements import Requirement
 
 import streamer
+from streamer.config import load
+from streamer.settings import tagged
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -193,6 +195,7 @@ def test_the_wheel_carries_programs_and_module_and_no_sources(wheel: Path) -> No
     package = {name for name in names if name.startswith("streamer/")}
     module = f"streamer/_records{sysconfig.get_config_var('EXT_SUFFIX')}"
     assert {"streamer/bpf/streamer.bpf.o", "streamer/py.typed", module} <= package
+    assert "streamer/_records.pyi" in package
     assert not {name for name in names if name.endswith((".c", ".h", ".pyc"))}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"streamer"}
 
@@ -245,9 +248,25 @@ def test_the_installed_wheel_runs_without_a_compiler(wheel: Path, tmp_path: Path
     listed = run(command, "events", cwd=tmp_path, environ=alone)
     assert (listed.returncode, listed.stderr) == (0, "")
     assert "process.exec" in listed.stdout
-    script = "import streamer._records; print(streamer.__file__)"
+    script = "import streamer.records as r; print(r.COMPILED, r.__file__)"
     located = run(python, "-c", script, cwd=tmp_path, environ=alone)
-    assert located.stdout.startswith(str(installed)), located.stderr
+    assert located.stdout.startswith(f"True {installed}"), located.stderr
+
+
+def test_without_a_c_compiler_the_wheel_has_the_slower_reader(
+    checkout: Path, tmp_path: Path
+) -> None:
+    copy, unpacked = tmp_path / "checkout", tmp_path / "unpacked"
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(*MADE))
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, copy)
+    built = run(*command, environ={"CC": "false"})
+    assert built.returncode == 0, built.stderr
+    assert "without streamer._records reading is slower" in built.stdout + built.stderr
+    (path,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(path).extractall(unpacked)
+    script = "import streamer.records as r; print(r.COMPILED, r.__file__)"
+    found = run(sys.executable, "-c", script, cwd=unpacked, environ={"PYTHONPATH": str(unpacked)})
+    assert found.stdout.startswith(f"False {unpacked}"), found.stderr
 
 
 # ---------------------------------------------------------------- set-up
@@ -318,6 +337,11 @@ def test_the_files_that_compose_mounts_are_there() -> None:
     mounted = re.findall(r"- \./(\S+?):", (ROOT / "compose.yaml").read_text())
     assert mounted
     assert all((ROOT / path).is_file() for path in mounted)
+
+
+def test_compose_configures_both_sinks() -> None:
+    settings = load(ROOT / "compose" / "streamer.toml")
+    assert [tagged(sink) for sink in settings.sinks] == ["kafka", "mqtt"]
 
 
 def test_compose_runs_the_kafka_of_the_tests() -> None:

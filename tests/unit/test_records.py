@@ -546,7 +546,7 @@ def test_the_compiled_reader_refuses_a_field_that_is_no_slot() -> None:
     class Covered(msgspec.Struct, gc=False):
         value: int
 
-    Covered.value = 5  # type: ignore[misc]
+    Covered.value = 5
     with pytest.raises(TypeError, match=r"test\.one\.value: 5 is not a slot"):
         _records.Decoder(HEADER, one_field(Covered, VALUE), {}, "")
 
@@ -556,7 +556,7 @@ def test_the_compiled_reader_refuses_fields_that_share_a_slot() -> None:
         value: int
         other: int
 
-    Pair.other = Pair.value  # type: ignore[misc]
+    Pair.other = Pair.value
     fields = (VALUE, FieldLayout("other", "u32", 32, None))
     with pytest.raises(TypeError, match=r"test\.one\.other: shares its slot"):
         _records.Decoder(HEADER, one_field(Pair, *fields), {}, "")
@@ -881,8 +881,7 @@ def test_a_finalizer_cannot_drain_the_ring_underneath(
     def intrude(phase: str, info: dict[str, int]) -> None:
         try:
             seen.extend(event.seq for event in ring.drain(decoder, 1).events)
-        except RuntimeError as error:
-            assert str(error) == "the ring is being drained"
+        except RuntimeError:
             with pytest.raises(RuntimeError, match="the ring is being drained"):
                 ring.close()
 

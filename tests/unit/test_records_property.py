@@ -125,7 +125,7 @@ class TwoReaders:
         other = bytearray(self.simulated.consumer[:8])
         self.pages = (self.simulated.consumer, other)
         self.decoders = decoders()
-        self.rings = (
+        self.rings: tuple[Any, Any] = (
             _records.Ring(self.pages[0], self.simulated.producer, DATA_OFFSET),
             records_py.Ring(self.pages[1], self.simulated.producer, DATA_OFFSET),
         )

@@ -77,7 +77,7 @@ CONNECTION: dict[str, Any] = {
 }
 
 ESSENCES: list[tuple[str, dict[str, Any], str]] = [
-    ("process.exec", {"cmdline": "ls -l /", "cwd": "/root"}, "ls -l /  (in /root)"),
+    ("process.exec", {"cmdline": "ls -l /", "cwd": "/srv"}, "ls -l /  (in /srv)"),
     ("process.exec", {"exe": "/bin/x", "cwd": "/"}, "/bin/x  (in /)"),
     (
         "process.exec",

@@ -1,0 +1,176 @@
+"""The load: a BPF program that fills the real rings, paced so that nothing is lost."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+from streamer.account import KernelCounters
+from streamer.events import CONTRACT
+from streamer.kernel.btf import Btf
+from streamer.kernel.contract import compare, contract_of
+from streamer.kernel.libbpf import Object, possible_cpus
+from streamer.kernel.loader import STREAMS, counters_stride, settings_bytes
+from streamer.settings import Filters, Rings
+
+OBJECT = Path(__file__).parent.parent / "build" / "bpf" / "bench.bpf.o"
+KINDS = ("file.open", "net.close")
+BURST = 4096
+"""Events of one run of the program: about 800 KiB, a twentieth of the default ring."""
+
+_BY_CPU = ("exec_scratch", "open_scratch", "counters")
+_REQUEST = struct.Struct("<QII")  # struct bench_request
+_PROCESS = struct.Struct("<QIIII16s")  # struct bench_process
+_PATH = struct.Struct("<I64s")  # struct bench_path
+_WAIT = 0.0003
+
+Mix = Literal["open", "close", "mixed"]
+
+COMMS = ("nginx", "postgres", "python3", "systemd", "sshd", "bash", "node", "kworker/u8:2")
+PATHS = (
+    "/usr/lib/x86_64-linux-gnu/libc.so.6",
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/usr/lib/python3/dist-packages/yaml/__init__.py",
+    "/var/lib/postgresql/15/main/base/16384/{:04d}",
+    "/var/log/nginx/access-{:02d}.log",
+    "/srv/app/releases/current/static/css/site-{:02d}.css",
+    "/proc/{:04d}/status",
+    "/home/deploy/.cache/pip/http/3/a/9/f/{:04d}",
+)
+
+
+class Ring:
+    """Positions of a ring buffer, and the producer's view of what is pending."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        """`size` is that of the data area, in bytes."""
+        page = mmap.PAGESIZE
+        self.fd = fd
+        self.size = size
+        self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._producer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+
+    @property
+    def pending(self) -> int:
+        """Bytes written and not consumed."""
+        (produced,) = struct.unpack_from("<Q", self._producer)
+        (consumed,) = struct.unpack_from("<Q", self._consumer)
+        return int(produced - consumed)
+
+    def discard(self) -> None:
+        """Consume everything unread: for a ring without a reader."""
+        self._consumer[:8] = self._producer[:8]
+
+
+class Load:
+    """The loaded programs, with the rings and counters that they write."""
+
+    def __init__(self, rings: Rings | None = None) -> None:
+        """Load them, into rings of the default sizes unless given.
+
+        Raises:
+            OSError: they cannot be loaded.
+            ContractError: the object is not up to date.
+        """
+        rings = rings or Rings()
+        compare(contract_of(Btf.of_object(OBJECT)), CONTRACT)
+        self.cpus = possible_cpus()
+        self._object = Object(OBJECT)
+        self._prepare(rings)
+        self._object.load()
+        self._fill_tables()
+        sizes = {"critical": rings.critical_bytes, "bulk": rings.bulk_bytes}
+        self.rings = {name: Ring(self._object.maps[name].fd, sizes[name]) for name in STREAMS}
+        self.counters_fd = self._object.maps["counters"].fd
+        self.counters = KernelCounters(map_counters(self.counters_fd, self.cpus), self.cpus)
+
+    def _prepare(self, rings: Rings) -> None:
+        maps = self._object.maps
+        maps["critical"].resize(rings.critical_bytes)
+        maps["bulk"].resize(rings.bulk_bytes)
+        for name in _BY_CPU:
+            maps[name].resize(self.cpus)
+        rodata = next(m for m in maps.values() if m.name.endswith(".rodata"))
+        rodata.write_initial(settings_bytes(KINDS, rings, Filters()))
+        for program in self._object.programs.values():
+            program.autoload(program.name.startswith("bench_"))
+
+    def _fill_tables(self) -> None:
+        maps = self._object.maps
+        for i, value in enumerate(processes()):
+            maps["bench_processes"].update(i.to_bytes(4, "little"), value)
+        for i, path in enumerate(paths()):
+            maps["bench_paths"].update(i.to_bytes(4, "little"), _PATH.pack(len(path), path))
+
+    def run(self, program: str, events: int, filename: int = 0, fd: int = 0) -> int:
+        """Run a program of `bench.bpf.c` once, in the calling task; its return value."""
+        request = _REQUEST.pack(filename, events, fd)
+        self._object.maps["bench_requests"].update(bytes(4), request)
+        return self._object.programs[f"bench_{program}"].run()
+
+    def emit(self, mix: Mix, events: int, alive: Callable[[], bool] = lambda: True) -> None:
+        """Emit so many events as fast as the reader makes room: nothing is lost, and the reader
+        never waits long. Gives up when `alive` turns false.
+        """
+        ring = self.rings["bulk"]
+        while events and alive():
+            if ring.pending > ring.size // 2:
+                time.sleep(_WAIT)
+                continue
+            burst = min(BURST, events)
+            self.run(mix, burst)
+            events -= burst
+
+    def emit_paced(self, mix: Mix, per_second: int, seconds: float) -> int:
+        """Emit at a steady rate, a millisecond's worth at a time; how many events."""
+        start, emitted = time.monotonic(), 0
+        while (elapsed := time.monotonic() - start) < seconds:
+            due = int(elapsed * per_second) - emitted
+            if due > 0:
+                self.run(mix, due)
+                emitted += due
+            time.sleep(0.001)
+        return emitted
+
+    def produced(self) -> int:
+        """Events that the programs produced so far, those lost among them."""
+        return sum(counts.produced for counts in self.counters.kinds({}).values())
+
+    def lost(self) -> int:
+        """Events that found no room."""
+        return sum(counts.lost for counts in self.counters.kinds({}).values())
+
+    def close(self) -> None:
+        """Release everything."""
+        self._object.close()
+
+
+def map_counters(fd: int, cpus: int) -> mmap.mmap:
+    """The mapped `struct cpu_counters` of every CPU."""
+    pages = -(-cpus * counters_stride() // mmap.PAGESIZE) * mmap.PAGESIZE
+    return mmap.mmap(fd, pages, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+
+
+def processes() -> Iterable[bytes]:
+    """The processes that events are ascribed to, as `struct bench_process`."""
+    for i in range(16):
+        comm = COMMS[i % len(COMMS)].encode()
+        user = (0, 33, 1000, 107)[i % 4]
+        yield _PROCESS.pack(4000 + 37 * i, 1000 + 211 * i, 1 + 900 * (i % 2), user, 0, comm)
+
+
+def paths() -> Iterable[bytes]:
+    """The paths that are opened, of 17 to 54 bytes."""
+    for i in range(64):
+        yield PATHS[i % len(PATHS)].format(1000 + i).encode()
+
+
+def user_string(text: bytes) -> tuple[int, object]:
+    """A NUL-terminated string in this process's memory: its address, and what keeps it there."""
+    buffer = ctypes.create_string_buffer(text)
+    return ctypes.addressof(buffer), buffer

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+/*
+ * Load for the benchmarks: records like real ones, without system calls in the way.
+ *
+ * Never packaged and never attached: `benchmarks` runs these programs with BPF_PROG_TEST_RUN. They
+ * emit through the same helpers as the hooks, into the same rings, and return how many events they
+ * emitted. bpf_loop() needs kernel 5.17.
+ */
+#include "streamer.bpf.c"
+
+#define BENCH_PROCESSES 16
+#define BENCH_PATHS 64
+#define BENCH_PATH_LEN 64
+#define BENCH_REMOTES 32
+
+/* What the next run is to do. */
+struct bench_request {
+	__u64 filename; /* of bench_hooks: address of the path in this process's memory */
+	__u32 events;
+	__u32 fd; /* of bench_hooks: what open() returned */
+};
+
+struct bench_process {
+	__u64 cgroup_id;
+	__u32 pid;
+	__u32 ppid;
+	__u32 uid;
+	__u32 pad;
+	char comm[COMM_LEN];
+};
+
+struct bench_path {
+	__u32 length;
+	char bytes[BENCH_PATH_LEN];
+};
+
+#define BENCH_TABLE(name, entries, value_type)      \
+	struct {                                    \
+		__uint(type, BPF_MAP_TYPE_ARRAY);   \
+		__uint(max_entries, entries);       \
+		__type(key, __u32);                 \
+		__type(value, value_type);          \
+	} name SEC(".maps")
+
+BENCH_TABLE(bench_requests, 1, struct bench_request);
+BENCH_TABLE(bench_processes, BENCH_PROCESSES, struct bench_process);
+BENCH_TABLE(bench_paths, BENCH_PATHS, struct bench_path);
+
+static __always_inline struct bench_request *bench_request(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&bench_requests, &zero);
+}
+
+/* The current task, as every hook reads it, and then under the name of one of several. */
+static __always_inline void bench_identify(struct event_header *header, __u32 random)
+{
+	__u32 index = random % BENCH_PROCESSES;
+	struct bench_process *process = bpf_map_lookup_elem(&bench_processes, &index);
+
+	identify_current(header);
+	if (!process)
+		return;
+	header->cgroup_id = process->cgroup_id;
+	header->pid = header->tid = process->pid;
+	header->ppid = process->ppid;
+	header->uid = header->gid = process->uid;
+	__builtin_memcpy(header->comm, process->comm, COMM_LEN);
+}
+
+static __always_inline void bench_file_open(__u32 random)
+{
+	__u32 cpu = bpf_get_smp_processor_id();
+	struct open_scratch *scratch = bpf_map_lookup_elem(&open_scratch, &cpu);
+	__u32 index = random / BENCH_PROCESSES % BENCH_PATHS;
+	struct bench_path *path = bpf_map_lookup_elem(&bench_paths, &index);
+	struct file_open *record;
+	__u32 length;
+
+	if (!scratch || !path)
+		return;
+	record = &scratch->record;
+	bench_identify(&record->header, random);
+	if (!admits(&record->header, KIND_FILE_OPEN))
+		return;
+	record->latency_ns = 600 + (random >> 16) % 8192;
+	record->fd = 3 + (random >> 10) % 32;
+	record->errno = 0;
+	record->flags = random & 1 ? 02000000 : 02100000;
+	record->mode = 0;
+	__builtin_memset(record->pad, 0, sizeof(record->pad));
+	length = path->length & (BENCH_PATH_LEN - 1);
+	bpf_probe_read_kernel(record->data, length, path->bytes);
+	record->path_len = length;
+	output(&bulk, &record->header, KIND_FILE_OPEN, STREAM_BULK,
+	       offsetof(struct file_open, data) + length);
+}
+
+static __always_inline void bench_net_close(__u32 random)
+{
+	struct event_header header;
+	struct net_close *record;
+
+	bench_identify(&header, random);
+	if (!admits(&header, KIND_NET_CLOSE))
+		return;
+	record = begin(&bulk, &header, KIND_NET_CLOSE, STREAM_BULK, sizeof(*record));
+	if (!record)
+		return;
+	record->duration_ns = 1000000 + random;
+	record->bytes_sent = 200 + random % 4096;
+	record->bytes_received = 500 + (random >> 8) % 65536;
+	record->netns = 4026531840;
+	record->local_port = 32768 + (random >> 4) % 28232;
+	record->remote_port = random & 16 ? 443 : 5432;
+	record->ip_version = 4;
+	record->direction = DIRECTION_OUTBOUND;
+	record->local_addr[0] = record->remote_addr[0] = 10;
+	record->local_addr[3] = 7;
+	record->remote_addr[3] = random % BENCH_REMOTES;
+	submit(&bulk, STREAM_BULK, record, sizeof(*record));
+}
+
+static long bench_emit_open(__u32 i, void *context)
+{
+	bench_file_open(bpf_get_prandom_u32());
+	return 0;
+}
+
+static long bench_emit_close(__u32 i, void *context)
+{
+	bench_net_close(bpf_get_prandom_u32());
+	return 0;
+}
+
+/* One file.open, one net.close, and so on. */
+static long bench_emit_mixed(__u32 i, void *context)
+{
+	__u32 random = bpf_get_prandom_u32();
+
+	if (i & 1)
+		bench_net_close(random);
+	else
+		bench_file_open(random);
+	return 0;
+}
+
+/* The hooks of openat() themselves, with what they find out about an open file. */
+static long bench_emit_hooks(__u32 i, void *context)
+{
+	struct bench_request *request = context;
+
+	enter(AT_FDCWD, (const char *)request->filename, 0, 0);
+	leave(request->fd);
+	return 0;
+}
+
+static long bench_emit_nothing(__u32 i, void *context)
+{
+	return 0;
+}
+
+static __always_inline int bench_run(long (*emit)(__u32, void *))
+{
+	struct bench_request *wanted = bench_request(), request; /* bpf_loop() wants the stack */
+
+	if (!wanted)
+		return 0;
+	request = *wanted;
+	return bpf_loop(request.events, emit, &request, 0);
+}
+
+#define BENCH_PROGRAM(name, emit)          \
+	SEC("raw_tp/" #name)               \
+	int name(void *ctx)                \
+	{                                  \
+		return bench_run(emit);    \
+	}
+
+BENCH_PROGRAM(bench_open, bench_emit_open)
+BENCH_PROGRAM(bench_close, bench_emit_close)
+BENCH_PROGRAM(bench_mixed, bench_emit_mixed)
+BENCH_PROGRAM(bench_hooks, bench_emit_hooks)
+BENCH_PROGRAM(bench_nothing, bench_emit_nothing)
