@@ -24,7 +24,7 @@ BURST = 4096
 """Events of one run of the program: about 800 KiB, a twentieth of the default ring."""
 
 _BY_CPU = ("exec_scratch", "open_scratch", "counters")
-_REQUEST = struct.Struct("<QII")  # struct bench_request
+_REQUEST = struct.Struct("<3Q")  # struct bench_request
 _PROCESS = struct.Struct("<QIIII16s")  # struct bench_process
 _PATH = struct.Struct("<I64s")  # struct bench_path
 _WAIT = 0.0003
@@ -109,7 +109,7 @@ class Load:
 
     def run(self, program: str, events: int, filename: int = 0, fd: int = 0) -> int:
         """Run a program of `bench.bpf.c` once, in the calling task; its return value."""
-        request = _REQUEST.pack(filename, events, fd)
+        request = _REQUEST.pack(events, filename, fd)
         self._object.maps["bench_requests"].update(bytes(4), request)
         return self._object.programs[f"bench_{program}"].run()
 

@@ -15,9 +15,9 @@
 
 /* What the next run is to do. */
 struct bench_request {
+	__u64 events;
 	__u64 filename; /* of bench_hooks: address of the path in this process's memory */
-	__u32 events;
-	__u32 fd; /* of bench_hooks: what open() returned */
+	__u64 fd;       /* of bench_hooks: what open() returned */
 };
 
 struct bench_process {

@@ -155,8 +155,20 @@ def _record(btf: Btf, name: str, number: int) -> Record:
         raise ContractError(f"struct {name} needs STREAM and DOC")
     if first.name != "header" or btf.resolve(first.type_id).name != "event_header":
         raise ContractError(f"struct {name} must begin with `struct event_header header`")
+    _check_padding(btf, struct)
     fields = tuple(f for m in struct.members[1:] for f in _fields(btf, type_id, m))
     return Record(number, name, stream, doc, _fixed_size(struct), fields)
+
+
+def _check_padding(btf: Btf, struct: Type) -> None:
+    """Refuse bytes without a name: nothing would say what they hold."""
+    expected = 0
+    for member in struct.members:
+        if member.offset != expected:
+            raise ContractError(f"struct {struct.name}: padding before {member.name} needs a name")
+        expected += btf.size_of(member.type_id)
+    if expected != struct.size:
+        raise ContractError(f"struct {struct.name}: padding at the end needs a name")
 
 
 def _fixed_size(struct: Type) -> int:

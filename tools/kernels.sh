@@ -134,27 +134,40 @@ suite_of() { # suite_of SUITE|VERSION
     die "no kernel $1 here; known suites: ${suites[*]}"
 }
 
+# What the command wrote comes by way of files in a directory that the guest may write to: the
+# generic kernels have virtio-console as a module only, and the serial console is the kernel's.
 run() { # run SUITE|VERSION -- COMMAND...
-    local suite image line status
+    local suite release line
     suite=$(suite_of "$1")
-    [ "${2:-}" = -- ] && [ $# -gt 2 ] || die "usage: tools/kernels.sh run SUITE|VERSION -- COMMAND..."
     shift 2
     setup "$suite"
-    image=$kernels/$suite/boot/vmlinuz-$(release_of "$suite")
+    release=$(release_of "$suite")
+    out=$(mktemp -d "$kernels/out.XXXXXX")
+    trap 'rm -rf "$out"' EXIT
     printf -v line '%q ' "$@"
-    # The console goes to stderr only with --verbose, without which the output is lost where there
-    # is no terminal. /dev/kvm may be there and hang.
-    status=0
-    PATH="$venv/bin:$PATH" vng --disable-kvm --run "$image" --cpus 2 --memory 2G --verbose --cwd "$PWD" \
-        --exec "$line" </dev/null || status=$?
-    return $status
+    say "starting $release"
+    # There may be a /dev/kvm that hangs. The PATH is virtme-ng's own, to find its parts.
+    PATH="$venv/bin:$PATH" vng --disable-kvm --run "$kernels/$suite/boot/vmlinuz-$release" \
+        --cpus 2 --memory 2G --verbose --cwd "$PWD" --rwdir "$out" \
+        --exec "( $line ) >$out/stdout 2>$out/stderr </dev/null; echo \$? >$out/status" \
+        </dev/null >"$kernels/$suite.log" 2>&1 || true # only `status` says
+    if ! [ -s "$out/status" ]; then
+        tail -n 20 "$kernels/$suite.log" >&2
+        die "$release did not finish; its console: $kernels/$suite.log"
+    fi
+    cat "$out/stdout"
+    cat "$out/stderr" >&2
+    return "$(<"$out/status")"
 }
 
 command=${1:-}
 [ $# -gt 0 ] && shift
 case $command in
 setup) if [ $# -gt 0 ]; then setup "$@"; else setup "${suites[@]}"; fi ;;
-run) if [ $# -gt 2 ]; then run "$@"; else die "usage: tools/kernels.sh run SUITE|VERSION -- COMMAND..."; fi ;;
+run)
+    [ $# -gt 2 ] && [ "$2" = -- ] || die "usage: tools/kernels.sh run SUITE|VERSION -- COMMAND..."
+    run "$@"
+    ;;
 list) list ;;
 *) die "usage: tools/kernels.sh setup [SUITE...] | run SUITE|VERSION -- COMMAND... | list" ;;
 esac

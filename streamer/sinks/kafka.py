@@ -120,6 +120,7 @@ class KafkaSink(Sink):
         client = Client(self._settings)
         silence_aiokafka()
         self._supervisor = asyncio.create_task(self._run(client))
+        self._supervisor.add_done_callback(self._supervised)
 
     def submit(self, batch: Batch) -> None:
         """Encode and queue. Records over the size limit are dropped, and counted, at once."""
@@ -188,6 +189,12 @@ class KafkaSink(Sink):
             if not trouble.too_large:
                 self._problem(topic, trouble)
                 await self._pause(trouble)
+
+    def _supervised(self, supervisor: asyncio.Task[None]) -> None:
+        error = None if supervisor.cancelled() else supervisor.exception()
+        if error is not None:
+            _log.error("the Kafka sink cannot go on after an error", exc_info=error)
+            self._problem("", trouble_of(error))
 
     async def _connect(self, client: Client) -> Producer:
         while True:

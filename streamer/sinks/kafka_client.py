@@ -306,19 +306,21 @@ def _reason(error: BaseException) -> tuple[str, bool]:
         case errors.TopicAuthorizationFailedError():
             return f"not authorised to write to topic {_first(error)}", True
         case errors.ClusterAuthorizationFailedError():
-            return "not authorised for idempotent writes (IDEMPOTENT_WRITE on the cluster)", True
+            # Brokers before 2.8 ask for IDEMPOTENT_WRITE on the cluster as well.
+            return "not authorised: WRITE is needed on the topic", True
         case errors.InvalidTopicError():
             return "invalid topic", True
-        case errors.KafkaConnectionError() if error.__cause__ is None or isinstance(
-            error.__cause__, EOFError
-        ):
-            return "the broker closed the connection; does its listener expect TLS or SASL?", False
+        case errors.KafkaConnectionError(__cause__=ssl.SSLError() as cause):
+            return _reason(cause)
+        case errors.KafkaConnectionError(__cause__=None | EOFError() | ConnectionError()):
+            expects = "TLS, a client certificate or SASL"
+            return f"the broker closed the connection; does its listener expect {expects}?", False
         case errors.KafkaError():
             return _first(error) or type(error).__name__, False
         case ssl.SSLCertVerificationError():
             return f"TLS: {error.verify_message}", True
         case ssl.SSLError():
-            return f"TLS: {error.reason or 'handshake failed'}", True
+            return f"TLS: {(error.reason or 'handshake failed').replace('_', ' ').lower()}", True
         case TimeoutError():
             return "no answer in time", False
         case OSError(errno=int() as number) if number > 0:

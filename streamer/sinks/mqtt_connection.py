@@ -257,11 +257,15 @@ class Connection(aiomqtt.Client):
 
     def _write(self) -> None:
         with self._ended_by_errors():
-            # Read first: when the broker has just died, writing fails and ends the connection,
-            # and acknowledgements not read by then would be messages sent twice.
-            if self._client._out_messages:
-                self._client.loop_read()
-            self._client.loop_write()
+            rc = self._client._packet_write()
+            if rc > 0:
+                # The broker has died. What it acknowledged before is still to be read, and
+                # would otherwise be sent twice.
+                while self._client._packet_read() == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                    pass
+                self._client._loop_rc_handle(rc)
+            elif not self._client.want_write():
+                self._client._call_socket_unregister_write()
 
     @contextlib.contextmanager
     def _ended_by_errors(self) -> Iterator[None]:

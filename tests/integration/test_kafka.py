@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import io
 import itertools
 import logging
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic  # type: ignore[import-untyped]
+from aiokafka.protocol.admin import CreateAclsRequest  # type: ignore[import-untyped]
 
 from streamer.batch import Batch
 from streamer.errors import ConfigError
@@ -47,9 +49,9 @@ SASL_LINES = (
     "org.apache.kafka.common.security.scram.ScramLoginModule required;",
     "listener.name.sasl.scram-sha-512.sasl.jaas.config="
     "org.apache.kafka.common.security.scram.ScramLoginModule required;",
-    # `stranger` may log in and may do nothing.
+    # `stranger` may log in, and do nothing unless a test allows it.
     "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-    "super.users=User:ANONYMOUS;User:writer",
+    "super.users=User:ANONYMOUS;User:writer;User:CN=client",
 )
 
 topics = (f"topic-{number}" for number in itertools.count())
@@ -98,6 +100,14 @@ class Heard(Listener):
 # ---------------------------------------------------------------- brokers
 
 
+@pytest.fixture(autouse=True)
+def nothing_goes_unnoticed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """asyncio logs tasks that were left behind, and exceptions that nobody looked at."""
+    yield
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`ca.pem`, `other-ca.pem`; `server.pem` and `client.pem`, each with its key."""
@@ -134,7 +144,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iter
         tmp_path_factory.mktemp("kafka"),
         (*tls, *SASL_LINES),
         listeners,
-        scram_users={"writer": PASSWORD},
+        scram_users={"writer": PASSWORD, "nobody": PASSWORD},
     ) as running:
         yield running
 
@@ -162,6 +172,18 @@ async def create(broker: KafkaBroker, topic: str, **config: str) -> None:
     await admin.start()
     try:
         await admin.create_topics([NewTopic(topic, 3, 1, topic_configs=config)])
+    finally:
+        await admin.close()
+
+
+async def allow_writing(broker: KafkaBroker, topic: str, user: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.address)
+    await admin.start()
+    is_topic, literal, write, allow = 2, 3, 4, 3
+    try:
+        await admin._send_request(
+            CreateAclsRequest(is_topic, topic, literal, f"User:{user}", "*", write, allow)
+        )
     finally:
         await admin.close()
 
@@ -468,6 +490,24 @@ async def test_cluster_that_moved_is_found_through_the_bootstrap_servers(
 # ---------------------------------------------------------------- stopping
 
 
+async def test_stop_with_a_broker_that_hangs(mortal: KafkaBroker) -> None:
+    """The connection is open, and nothing is read from it."""
+    topic = next(topics)
+    await create(mortal, topic)
+    sink, heard = make(mortal.address, topic, linger_ms=1, compression="none")
+    async with started(sink, grace=0.5):
+        sink.submit(Batch(opens(0, 100)))
+        await until(lambda: not sink.account.pending)
+        os.kill(mortal.pid, signal.SIGSTOP)
+        for start in range(0, 10):
+            sink.submit(Batch(opens(start, 1, "x" * 500_000)))
+            await asyncio.sleep(0.02)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 0.5 + 4
+    os.kill(mortal.pid, signal.SIGCONT)
+    assert heard.dropped == [({"file.open": 10}, "not acknowledged within 0.5 s")]
+
+
 async def test_stop_with_a_dead_broker_drops_and_counts(mortal: KafkaBroker) -> None:
     topic = next(topics)
     await create(mortal, topic)
@@ -488,32 +528,11 @@ async def test_stop_with_a_dead_broker_drops_and_counts(mortal: KafkaBroker) -> 
     await sink.stop(1)
 
 
-async def test_stop_with_a_broker_that_hangs(mortal: KafkaBroker) -> None:
-    """The connection is open, and nothing is read from it."""
-    topic = next(topics)
-    await create(mortal, topic)
-    sink, heard = make(mortal.address, topic, linger_ms=1, compression="none")
-    async with started(sink, grace=0.5):
-        sink.submit(Batch(opens(0, 100)))
-        await until(lambda: not sink.account.pending)
-        os.kill(mortal.pid, signal.SIGSTOP)
-        for start in range(0, 10):
-            sink.submit(Batch(opens(start, 1, "x" * 500_000)))
-            await asyncio.sleep(0.02)
-        begun = time.monotonic()
-    assert time.monotonic() - begun < 0.5 + 4
-    mortal.kill()
-    assert heard.dropped == [({"file.open": 10}, "not acknowledged within 0.5 s")]
-
-
-async def test_cancelling_stop_still_accounts_and_releases(mortal: KafkaBroker) -> None:
-    topic = next(topics)
-    await create(mortal, topic)
-    sink, heard = make(mortal.address, topic)
+async def test_cancelling_stop_still_accounts_and_releases() -> None:
+    sink, heard = make(f"127.0.0.1:{free_port()}", "t")
     async with started(sink):
-        await until(lambda: sink.status == "up")
-        mortal.kill()
         sink.submit(Batch(opens(0, 100)))
+        await until(lambda: sink.status == "down")
         stopping = asyncio.create_task(sink.stop(60))
         await asyncio.sleep(0.2)
         stopping.cancel()
@@ -549,10 +568,18 @@ async def test_tls_with_a_client_certificate(broker: KafkaBroker, certificates: 
         cert_file=f"{certificates}/client.crt",
         key_file=f"{certificates}/client.key",
     )
-    sink, heard = make(broker.addresses["MTLS"], next(topics), tls=tls)
+    topic = next(topics)
+    sink, _ = make(broker.addresses["MTLS"], topic, tls=tls)
     async with started(sink):
-        await until(lambda: sink.status != "starting")
-        assert heard.statuses == [("up", "")] or "not authorised" in heard.statuses[0][1]
+        sink.submit(Batch(opens(0, 10)))
+    assert ids(await read_back(broker, topic)) == expected(0, 10)
+
+
+async def test_tls_without_the_client_certificate(broker: KafkaBroker, certificates: Path) -> None:
+    sink, heard = make(broker.addresses["MTLS"], "t", tls=Tls(ca_file=f"{certificates}/ca.pem"))
+    async with started(sink):
+        await until(lambda: sink.status == "down")
+    assert "certificate" in heard.statuses[0][1]
 
 
 async def test_tls_with_an_unknown_authority(broker: KafkaBroker, certificates: Path) -> None:
@@ -568,7 +595,7 @@ async def test_plain_client_of_a_secured_listener(broker: KafkaBroker, listener:
     sink, heard = make(broker.addresses[listener], "t")
     async with started(sink):
         await until(lambda: sink.status == "down")
-    assert "does its listener expect TLS or SASL?" in heard.statuses[0][1]
+    assert "does its listener expect TLS" in heard.statuses[0][1]
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
@@ -601,19 +628,35 @@ async def test_wrong_password_is_named_and_not_shown(
     assert len(heard.statuses) == 2
 
 
-async def test_unauthorised_topic_is_named(
+async def test_unauthorised_topic_is_named_and_others_go_on(
     broker: KafkaBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KAFKA_PASSWORD", PASSWORD)
     topic = next(topics)
+    await create(broker, f"{topic}.file")
+    await create(broker, f"{topic}.net")
+    await allow_writing(broker, f"{topic}.file", "stranger")
     sasl = Sasl(mechanism="PLAIN", username="stranger", password_env="KAFKA_PASSWORD")
-    sink, heard = make(broker.addresses["SASL"], topic, sasl=sasl)
-    async with started(sink, grace=0.2):
-        sink.submit(Batch(opens(0, 10)))
+    sink, heard = make(broker.addresses["SASL"], topic + ".{category}", sasl=sasl)
+    async with started(sink, grace=1):
+        sink.submit(Batch([*opens(0, 10), NetClose("n", 0, 1)]))
         await until(lambda: sink.status == "down")
-    reasons = [reason for status, reason in heard.statuses if status == "down"]
-    assert reasons == [f"not authorised to write to topic {topic}"]
-    assert heard.dropped == [({"file.open": 10}, "not acknowledged within 0.2 s")]
+        sink.submit(Batch([*opens(10, 10), NetClose("n", 0, 1)]))
+    reason = f"not authorised to write to topic {topic}.net"
+    assert heard.statuses == [("up", ""), ("down", reason), ("closed", "")]
+    assert heard.dropped == [({"net.close": 2}, "not acknowledged within 1 s")]
+    assert ids(await read_back(broker, f"{topic}.file")) == expected(0, 20)
+
+
+async def test_user_without_any_right_is_told(
+    broker: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAFKA_PASSWORD", PASSWORD)
+    sasl = Sasl(mechanism="SCRAM-SHA-256", username="nobody", password_env="KAFKA_PASSWORD")
+    sink, heard = make(broker.addresses["SASL"], "t", sasl=sasl)
+    async with started(sink):
+        await until(lambda: sink.status == "down")
+    assert heard.statuses[0] == ("down", "not authorised: WRITE is needed on the topic")
 
 
 @pytest.mark.parametrize(

@@ -397,9 +397,10 @@ async def test_a_broker_killed_in_mid_stream_and_restarted_misses_nothing(
             await asyncio.sleep(0.001)
 
     for kills in (1, 2):
-        await produce(100)
-        broker.kill()
-        await produce(20)
+        producing = asyncio.create_task(produce(120))
+        await until(lambda: produced > (kills - 1) * 11000 + 5000)  # noqa: B023
+        await asyncio.to_thread(broker.kill)
+        await producing
         await asyncio.to_thread(broker.start)
         await produce(100)
         await until(lambda: broker.log.count("Sending SUBACK to witness") == 1 + kills)  # noqa: B023

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
 import mmap
 import multiprocessing
 import struct
 import sys
 import tracemalloc
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -695,6 +699,12 @@ def test_empty_records_are_short(ring: Any, decoder: Any, simulated: SimulatedRi
     assert counters(decoder) == {"short_record": 2}
 
 
+def test_the_compiled_reader_takes_only_its_own_decoder(simulated: SimulatedRing) -> None:
+    twin: Any = records_py.Decoder(HEADER, LAYOUTS, CONSTANTS, PREFIX)
+    with pytest.raises(TypeError, match=r"drain\(\) takes a Decoder and a number of records"):
+        ring_of(_records, simulated).drain(twin, 1)
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_is_at_least_one(ring: Any, decoder: Any, limit: int) -> None:
     with pytest.raises(ValueError, match=f"max_records is {limit}, not at least 1"):
@@ -974,6 +984,73 @@ def test_a_decoder_in_a_cycle_is_collected(reader: Reader) -> None:
     del holder
     gc.collect()
     assert Holder.freed
+
+
+EXHAUSTED = (
+    sample(seq=2, first=b"abc", argv=b"a\0\xff\0", flags=4, version=6),
+    fork(4),
+    fork(3),
+    header(99, 32, seq=5),
+    b"short",
+    fork(9, cpu=30, skipped=2),
+    sample(seq=6, a_u32=99999, argv=b"x" * 300 + b"\0y"),
+    fork(7),
+)
+
+
+def drain_all(ring: Any, decoder: Any, limit: int) -> tuple[list[int], list[Any], Counter[str]]:
+    """Sequence numbers, gaps and kinds of all that is in the ring."""
+    seqs, gaps, kinds = [], [], Counter[str]()
+    more = True
+    while more:
+        drained = ring.drain(decoder, limit)
+        seqs += [event.seq for event in drained.events]
+        gaps += drained.gaps
+        kinds += Counter(drained.kinds)
+        more = drained.more
+    return seqs, gaps, kinds
+
+
+@pytest.mark.parametrize("failures", [1, 1000])
+@pytest.mark.parametrize("limit", [3, 100])
+def test_the_compiled_reader_loses_nothing_when_memory_runs_out(
+    require: Callable[[object, str], None], failures: int, limit: int
+) -> None:
+    """`failures` allocations in a row fail, beginning with each one of the drains in turn."""
+    require(importlib.util.find_spec("_testcapi"), "this Python lacks its module _testcapi")
+    memory = importlib.import_module("_testcapi")
+    raised = 0
+    for first in range(1, 150):
+        simulated = SimulatedRing(4096)
+        fill(simulated, *EXHAUSTED)
+        decoder = _records.Decoder(HEADER, LAYOUTS, CONSTANTS, PREFIX)
+        ring = ring_of(_records, simulated)
+        drained: Any = None
+        try:
+            memory.set_nomemory(first, first + failures)
+            drained = ring.drain(decoder, limit)
+        except MemoryError:
+            raised += 1
+        finally:
+            memory.remove_mem_hooks()
+        seqs, gaps, kinds = drain_all(ring, decoder, limit)
+        if drained is not None:
+            seqs = [event.seq for event in drained.events] + seqs
+            gaps = [*drained.gaps, *gaps]
+            kinds += Counter(drained.kinds)
+        assert seqs == [2, 4, 3, 9, 6, 7]
+        assert gaps == [
+            ("missing", 0, 1, 1),
+            ("missing", 0, 3, 3),
+            ("late", 0, 3, 3),
+            ("missing", 30, 1, 8),
+            ("skipped", 30, 2, 2),
+        ]
+        assert kinds == {"test.sample": 2, "test.fork": 4}
+        once = dict.fromkeys(("unknown_kind", "short_record", "invalid_utf8", "truncated"), 1)
+        assert counters(decoder) == once
+        assert (ring.records, ring.pending) == (len(EXHAUSTED), 0)
+    assert raised > 5
 
 
 # ------------------------------------------------------------------ a producer at work

@@ -1,0 +1,165 @@
+"""What a measured process is told, and what it answers.
+
+A measured process inherits the rings of the load, is pinned to a CPU of its own, and speaks with
+the benchmark in lines on its standard streams: it prints `ready` when it can take events, `warm`
+when it has delivered the first few, and, when it has delivered them all, a `Result`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+WARM_EVENTS = 20_000
+"""Events before the measurement begins: caches fill, imports and connections are done."""
+
+
+class Task(msgspec.Struct, frozen=True):
+    """What to measure. `rings` are descriptors and data sizes in bytes, by name."""
+
+    path: str
+    events: int
+    rings: dict[str, tuple[int, int]]
+    counters_fd: int
+    cpus: int
+    cpu: int
+    kafka: str = ""
+    mqtt_port: int = 0
+    topic: str = "bench"
+    compression: str = "zstd"
+    out_fd: int = 1
+    seconds: float = 0.0
+    warm: int = WARM_EVENTS
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What was measured: the CPU time of the process, user and system, all threads."""
+
+    events: int
+    cpu_seconds: float
+    wall_seconds: float
+    resident_bytes: int
+    peak_bytes: int
+
+    @property
+    def ns_per_event(self) -> float:
+        """CPU time per event."""
+        return 1e9 * self.cpu_seconds / self.events if self.events else 0.0
+
+    @property
+    def per_second(self) -> float:
+        """Events per second of CPU time: what one core would do."""
+        return self.events / self.cpu_seconds if self.cpu_seconds else 0.0
+
+
+class Stopwatch:
+    """CPU and wall time of this process since `start`."""
+
+    def __init__(self) -> None:
+        """It runs at once; `start` sets it back."""
+        self.start()
+
+    def start(self) -> None:
+        """Begin now."""
+        self._cpu, self._wall = time.process_time(), time.monotonic()
+
+    def result(self, events: int) -> Result:
+        """What was used until now, for so many events."""
+        cpu, wall = time.process_time() - self._cpu, time.monotonic() - self._wall
+        return Result(events, cpu, wall, resident_bytes("VmRSS"), resident_bytes("VmHWM"))
+
+
+def resident_bytes(what: str) -> int:
+    """`VmRSS` or `VmHWM` of this process. Pages of the rings count, once for each mapping."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == what:
+            return int(value.split()[0]) * 1024
+    return 0
+
+
+def say(word: str) -> None:
+    """Tell the benchmark something, in one line."""
+    print(word, flush=True)
+
+
+def answer(result: Result) -> None:
+    """Print the result, which ends the measurement."""
+    say(msgspec.json.encode(result).decode())
+
+
+class Subject:
+    """A measured process, as the benchmark sees it."""
+
+    def __init__(self, command: list[str], task: Task, *, stdout: int | None = None) -> None:
+        """Start `command` with the task as its last argument. `stdout` is handed to it as
+        descriptor `task.out_fd` when that is another than 1.
+        """
+        descriptors = [fd for fd, _ in task.rings.values()] + [task.counters_fd]
+        if stdout is not None:
+            descriptors.append(stdout)
+        self._process = subprocess.Popen(
+            [*command, msgspec.json.encode(task).decode()],
+            stdout=subprocess.PIPE,
+            pass_fds=descriptors,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        assert self._process.stdout is not None
+        self._answers: IO[str] = self._process.stdout
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
+
+    def expect(self, word: str) -> None:
+        """Wait for a line.
+
+        Raises:
+            RuntimeError: it said something else, or ended.
+        """
+        line = self._answers.readline().strip()
+        if line != word:
+            raise RuntimeError(f"the measured process said {line!r} instead of {word!r}")
+
+    def result(self) -> Result:
+        """Wait for the result, and for the end of the process.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        line = self._answers.readline()
+        self._answers.close()
+        if self._process.wait(60) != 0 or not line:
+            raise RuntimeError("the measured process failed")
+        return msgspec.json.decode(line, type=Result)
+
+    def kill(self) -> None:
+        """End it if it still runs."""
+        if self.alive():
+            self._process.kill()
+            self._process.wait()
+        self._answers.close()
+
+
+def python_command(module: str) -> list[str]:
+    """The command that runs a module of this package as the measured process."""
+    return [sys.executable, "-m", f"benchmarks.{module}"]
+
+
+def task_of_argument() -> Task:
+    """The task of this measured process, which is pinned to its CPU from here on."""
+    task = msgspec.json.decode(sys.argv[-1], type=Task)
+    os.sched_setaffinity(0, {task.cpu})
+    return task

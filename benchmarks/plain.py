@@ -1,0 +1,261 @@
+"""The plain alternative: what one writes first, and what most tools of this kind do.
+
+libbpf's `ring_buffer__poll` calls a Python function for each record, which unpacks it into a
+dict; msgspec encodes it; and each event is sent by itself, with aiokafka's `send()` or aiomqtt's
+`publish()`. Same rings, same records, same fields in the output, and for Kafka the same
+guarantees and batching (acks=all, idempotent, same codec, batch size and linger).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+import aiomqtt
+import msgspec
+import uvloop
+from aiokafka import AIOKafkaProducer
+
+from benchmarks.measure import Result, Stopwatch, Task, answer, say, task_of_argument
+from streamer.settings import KafkaSink
+
+_POLL_MS = 10
+_SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+# As in bpf/events.h; a program of this kind types it a second time.
+_HEADER = struct.Struct("<3QI2H5IHBB16s")
+_OPEN = struct.Struct("<Qi3IH6x")
+_CLOSE = struct.Struct("<3Q2I2H2B2x16s16s")
+_FILE_OPEN, _NET_CLOSE = 16, 34
+_DIRECTIONS = ("unknown", "outbound", "inbound")
+
+Event = dict[str, Any]
+
+
+class Records:
+    """The records of a ring, one call of Python for each."""
+
+    def __init__(self, fd: int) -> None:
+        library = ctypes.CDLL("libbpf.so.1")
+        library.ring_buffer__new.restype = ctypes.c_void_p
+        library.ring_buffer__new.argtypes = [
+            ctypes.c_int,
+            _SAMPLE,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        ]
+        library.ring_buffer__poll.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        library.ring_buffer__consume.argtypes = [ctypes.c_void_p]
+        self._library = library
+        self._callback = _SAMPLE(self._on_record)
+        self._handle = library.ring_buffer__new(fd, self._callback, None, None)
+        self._events: list[Event] = []
+        self._host = socket.gethostname()
+        clocks = (time.CLOCK_REALTIME, time.CLOCK_BOOTTIME)
+        wall, boot = (time.clock_gettime_ns(clock) for clock in clocks)
+        self._offset = wall - boot
+
+    def poll(self) -> list[Event]:
+        """The events that are there, after waiting a little if there are none."""
+        self._library.ring_buffer__poll(self._handle, _POLL_MS)
+        return self._take()
+
+    def consume(self) -> list[Event]:
+        """The events that are there."""
+        self._library.ring_buffer__consume(self._handle)
+        return self._take()
+
+    def _take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _on_record(self, context: int, data: int, size: int) -> int:
+        self._events.append(self._decode(ctypes.string_at(data, size)))
+        return 0
+
+    def _decode(self, record: bytes) -> Event:
+        (
+            boot_ns, seq, cgroup_id, _, kind, cpu, pid, tid, ppid, uid, gid, _, stream, flags, comm
+        ) = _HEADER.unpack_from(record)  # fmt: skip
+        event = {
+            "event": "",
+            "schema": 1,
+            "id": f"{self._host}-{cpu}-{seq}",
+            "time_ns": boot_ns + self._offset,
+            "boot_ns": boot_ns,
+            "host": self._host,
+            "stream": "bulk" if stream else "critical",
+            "seq": seq,
+            "cgroup_id": cgroup_id,
+            "cpu": cpu,
+            "pid": pid,
+            "tid": tid,
+            "ppid": ppid,
+            "uid": uid,
+            "gid": gid,
+            "comm": comm.rstrip(b"\0").decode("utf-8", "replace"),
+            "truncated": bool(flags & 1),
+        }
+        if kind == _FILE_OPEN:
+            self._add_open(event, record)
+        elif kind == _NET_CLOSE:
+            self._add_close(event, record)
+        return event
+
+    def _add_open(self, event: Event, record: bytes) -> None:
+        latency, fd, errno, flags, mode, length = _OPEN.unpack_from(record, _HEADER.size)
+        start = _HEADER.size + _OPEN.size
+        event["event"] = "file.open"
+        event["latency_ns"] = latency
+        event["fd"] = fd
+        event["errno"] = errno
+        event["flags"] = flags
+        event["mode"] = mode
+        event["path"] = record[start : start + length].decode("utf-8", "replace")
+
+    def _add_close(self, event: Event, record: bytes) -> None:
+        (
+            duration, sent, received, errno, netns, local_port, remote_port, version, direction,
+            local, remote,
+        ) = _CLOSE.unpack_from(record, _HEADER.size)  # fmt: skip
+        family, size = (socket.AF_INET, 4) if version == 4 else (socket.AF_INET6, 16)
+        event["event"] = "net.close"
+        event["duration_ns"] = duration
+        event["bytes_sent"] = sent
+        event["bytes_received"] = received
+        event["errno"] = errno
+        event["netns"] = netns
+        event["local_port"] = local_port
+        event["remote_port"] = remote_port
+        event["ip_version"] = version
+        event["direction"] = _DIRECTIONS[direction]
+        event["local_addr"] = socket.inet_ntop(family, local[:size])
+        event["remote_addr"] = socket.inet_ntop(family, remote[:size])
+
+
+class Progress:
+    """Counts events, and measures between those that warm up and the last."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._watch = Stopwatch()
+        self._count = 0
+        self.result: Result | None = None
+
+    def add(self, count: int) -> bool:
+        """Count; whether all are warm and the measurement begins now."""
+        before, self._count = self._count, self._count + count
+        warm = self._task.warm
+        if before < warm <= self._count:
+            self._watch.start()
+            say("warm")
+        return self._count >= warm + self._task.events
+
+    def finish(self) -> Result:
+        """What was measured."""
+        return self._watch.result(self._count - self._task.warm)
+
+
+def read_each(records: Records, task: Task, handle: Callable[[list[Event]], None]) -> Result:
+    """Handle the events of each poll until all are there."""
+    progress = Progress(task)
+    say("ready")
+    done = False
+    while not done:
+        events = records.poll()
+        handle(events)
+        done = progress.add(len(events))
+    return progress.finish()
+
+
+def to_null(records: Records, task: Task) -> Result:
+    """One line per event, into a buffered file."""
+    encoder = msgspec.json.Encoder()
+    with open(os.devnull, "wb") as out:
+
+        def write(events: list[Event]) -> None:
+            for event in events:
+                out.write(encoder.encode(event))
+                out.write(b"\n")
+
+        return read_each(records, task, write)
+
+
+async def to_kafka(records: Records, task: Task) -> Result:
+    """`send()` for each event, and at the end `flush()`."""
+    defaults = KafkaSink(bootstrap=(task.kafka,))
+    producer = AIOKafkaProducer(
+        bootstrap_servers=task.kafka,
+        acks="all",
+        enable_idempotence=True,
+        compression_type=defaults.compression,
+        max_batch_size=defaults.batch_bytes,
+        linger_ms=defaults.linger_ms,
+    )
+    await producer.start()
+    encoder, key = msgspec.json.Encoder(), socket.gethostname().encode()
+    progress = Progress(task)
+    say("ready")
+    done = False
+    while not done:
+        events = records.consume()
+        for event in events:
+            await producer.send(
+                task.topic,
+                encoder.encode(event),
+                key=key,
+                timestamp_ms=event["time_ns"] // 1_000_000,
+            )
+        if not events:
+            await asyncio.sleep(_POLL_MS / 1000)
+            continue
+        done = progress.add(len(events))
+    await producer.flush()
+    result = progress.finish()
+    await producer.stop()
+    return result
+
+
+async def to_mqtt(records: Records, task: Task) -> Result:
+    """`publish()` at QoS 1 for each event."""
+    encoder = msgspec.json.Encoder()
+    async with aiomqtt.Client(
+        "127.0.0.1", task.mqtt_port, protocol=aiomqtt.ProtocolVersion.V5
+    ) as client:
+        progress = Progress(task)
+        say("ready")
+        done = False
+        while not done:
+            events = records.consume()
+            for event in events:
+                await client.publish(task.topic, encoder.encode(event), qos=1)
+            if not events:
+                await asyncio.sleep(_POLL_MS / 1000)
+                continue
+            done = progress.add(len(events))
+        return progress.finish()
+
+
+def main() -> None:
+    """Measure the task of the command line."""
+    task = task_of_argument()
+    records = Records(task.rings["bulk"][0])
+    match task.path:
+        case "decoded":
+            answer(read_each(records, task, len))
+        case "ndjson":
+            answer(to_null(records, task))
+        case "kafka":
+            answer(uvloop.run(to_kafka(records, task)))
+        case "mqtt":
+            answer(uvloop.run(to_mqtt(records, task)))
+
+
+if __name__ == "__main__":
+    main()

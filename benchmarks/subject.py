@@ -1,0 +1,164 @@
+"""The measured process: the streamer's own parts, reading rings that the benchmark fills.
+
+`decoded` is the reader alone; the others are a whole `Service` with one sink, its heartbeats
+and its accounting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Collection
+
+import uvloop
+
+from benchmarks.load import KINDS, map_counters
+from benchmarks.measure import Result, Stopwatch, Task, answer, say, task_of_argument
+from streamer.batch import Batch
+from streamer.envelope import Envelope
+from streamer.kernel.loader import KernelState, KindStatus, ProgramStatus
+from streamer.ringbuf_reader import RingReader, RingSource
+from streamer.service import Service
+from streamer.settings import AnySink, FileSink, KafkaSink, Limits, MqttSink, Rings, Settings
+from streamer.settings import StdoutSink as StdoutSettings
+from streamer.sinks.base import Sink
+from streamer.sinks.factory import make_sink
+from streamer.sinks.stdout import StdoutSink
+
+_POLL = 0.01
+
+
+class InheritedKernel(KernelState):
+    """The rings and counters of the load, which another process has loaded and runs."""
+
+    def __init__(self, task: Task) -> None:
+        self.cpus = task.cpus
+        self.statuses: list[ProgramStatus] = []
+        self.ring_fds = {name: fd for name, (fd, _) in task.rings.items()}
+        self.ring_bytes = {name: size for name, (_, size) in task.rings.items()}
+        self.counters = map_counters(task.counters_fd, task.cpus)
+        self.program_fds: dict[str, int] = {}
+
+    def attach(self) -> None:
+        """Nothing to attach."""
+
+    def coverage(self, kinds: Collection[str]) -> dict[str, KindStatus]:
+        """All there."""
+        return {kind: KindStatus("full") for kind in kinds}
+
+    def detach(self) -> None:
+        """Nothing to detach."""
+
+    def close(self) -> None:
+        """Nothing to release before the process ends."""
+
+
+async def decoded(task: Task) -> Result:
+    """The rings drained to Structs, which are counted and let go."""
+    counted, done, limit = 0, asyncio.Event(), task.warm
+
+    def count(batch: Batch) -> None:
+        nonlocal counted
+        counted += len(batch)
+        if counted >= limit:
+            done.set()
+
+    envelope, rings = Envelope(), Rings()
+    reader = RingReader(
+        [RingSource(name, fd, size, envelope) for name, (fd, size) in task.rings.items()],
+        count,
+        poll_interval_ms=rings.poll_interval_ms,
+        drain_records=rings.drain_records,
+    )
+    reader.start()
+    say("ready")
+    await done.wait()
+    watch = Stopwatch()
+    limit = task.warm + task.events
+    done.clear()
+    say("warm")
+    await done.wait()
+    result = watch.result(counted - task.warm)
+    reader.stop()
+    return result
+
+
+def chosen_sink(task: Task) -> AnySink:
+    """The settings of the sink that the path leads to: the defaults, but for addresses."""
+    match task.path:
+        case "ndjson":
+            return FileSink(path=os.devnull)
+        case "kafka":
+            return KafkaSink(bootstrap=(task.kafka,), topic=task.topic)
+        case "mqtt":
+            return MqttSink(host="127.0.0.1", port=task.mqtt_port, topic=task.topic + "/{category}")
+        case _:
+            return StdoutSettings()
+
+
+def sink_of(task: Task, settings: AnySink) -> Sink:
+    """The sink itself; that of standard output writes to `out_fd`."""
+    if isinstance(settings, StdoutSettings):
+        return StdoutSink(settings, fd=task.out_fd)
+    return make_sink(settings, os.uname().nodename, None)
+
+
+async def served(task: Task) -> Result:
+    """A service from ring to sink, until all events were delivered."""
+    chosen = chosen_sink(task)
+    settings = Settings(sinks=(chosen,), drop_capabilities=False)
+    sink = sink_of(task, chosen)
+    service = Service(
+        settings, frozenset(KINDS), Limits(status=False), [sink], InheritedKernel(task)
+    )
+    running = asyncio.create_task(service.run())
+    watch = Stopwatch()
+    try:
+        while sink.status != "up" or not sink.account.received:
+            await _next(running)
+        say("ready")
+        if task.seconds:
+            return await _timed(task, sink, running)
+        await _delivered(sink, task.warm, running)
+        watch.start()
+        say("warm")
+        await _delivered(sink, task.warm + task.events, running)
+        return watch.result(delivered(sink) - task.warm)
+    finally:
+        service.stop()
+        await running
+
+
+async def _timed(task: Task, sink: Sink, running: asyncio.Task[str]) -> Result:
+    """What a service costs in a time that the benchmark fills as it likes."""
+    await asyncio.sleep(1)
+    watch, before = Stopwatch(), delivered(sink)
+    say("warm")
+    await asyncio.wait({running}, timeout=task.seconds)
+    return watch.result(delivered(sink) - before)
+
+
+async def _delivered(sink: Sink, events: int, running: asyncio.Task[str]) -> None:
+    while delivered(sink) < events:
+        await _next(running)
+
+
+async def _next(running: asyncio.Task[str]) -> None:
+    await asyncio.sleep(_POLL)
+    if running.done():
+        raise RuntimeError(f"the service ended: {running.result()}")
+
+
+def delivered(sink: Sink) -> int:
+    """Events that the sink has delivered, records of the stream itself not counted."""
+    return sum(sink.account.delivered[kind] for kind in KINDS)
+
+
+def main() -> None:
+    """Measure the task of the command line."""
+    task = task_of_argument()
+    answer(uvloop.run(decoded(task) if task.path == "decoded" else served(task)))
+
+
+if __name__ == "__main__":
+    main()

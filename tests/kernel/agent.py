@@ -1,0 +1,241 @@
+"""Runs the real agent as a process, and checks what it recorded against its own account.
+
+Tracing sees the whole machine, so a test narrows the agent down to a cgroup of its own
+(`scope.py`), and everything that is recorded is the test's own doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from streamer.events import KINDS
+from streamer.stream_events import STREAM_KINDS, StreamHeartbeat, StreamLoss, StreamManifest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ALL = "*"
+START_SECONDS = 60.0
+STOP_SECONDS = 60.0
+TYPES: dict[str, type] = {kind: info.struct for kind, info in KINDS.items()} | STREAM_KINDS
+DECODERS = {kind: msgspec.json.Decoder(cls, strict=True) for kind, cls in TYPES.items()}
+
+
+@cache
+def schema_of(kind: str) -> Any:
+    return json.loads((ROOT / "schemas" / f"{kind}.json").read_text())
+
+
+def decoded(line: bytes) -> Any:
+    """The Struct of a line; it must have exactly the fields of its schema, of their types."""
+    raw = json.loads(line)
+    schema = schema_of(raw["event"])
+    assert raw.keys() == schema["properties"].keys() >= set(schema["required"])
+    event = DECODERS[raw["event"]].decode(line)
+    assert msgspec.json.encode(event) == line
+    return event
+
+
+def kind_of(event: Any) -> str:
+    return str(type(event).__struct_config__.tag)
+
+
+class Recording:
+    """What one run of the agent wrote."""
+
+    def __init__(self, output: bytes, stderr: str, returncode: int) -> None:
+        self.all = [decoded(line) for line in output.splitlines()]
+        self.events = [event for event in self.all if not kind_of(event).startswith("stream.")]
+        self.stderr = stderr
+        self.returncode = returncode
+
+    def of(self, kind: str) -> list[Any]:
+        """The events of a kind, in the order of the output."""
+        return [event for event in self.all if kind_of(event) == kind]
+
+    @property
+    def manifest(self) -> StreamManifest:
+        (manifest,) = self.of("stream.manifest")
+        assert isinstance(manifest, StreamManifest)
+        return manifest
+
+    @property
+    def heartbeat(self) -> StreamHeartbeat:
+        """The last one: the final account."""
+        last = self.of("stream.heartbeat")[-1]
+        assert isinstance(last, StreamHeartbeat)
+        return last
+
+    @property
+    def losses(self) -> list[StreamLoss]:
+        return self.of("stream.loss")
+
+    @property
+    def account(self) -> str:
+        """The line that the agent ends with."""
+        return self.stderr.splitlines()[-1]
+
+    def filtered(self, kind: str) -> int:
+        counts = self.heartbeat.kinds.get(kind)
+        return counts.filtered if counts else 0
+
+    def check(self) -> None:
+        """Nothing is missing, nothing is twice, and every event is in the account."""
+        self._check_ids()
+        self._check_sequence()
+        self._check_account()
+
+    def _check_ids(self) -> None:
+        assert len({event.id for event in self.all}) == len(self.all)
+        assert len({event.boot_id for event in self.all}) == 1
+
+    def _check_sequence(self) -> None:
+        """Delivered and lost numbers are disjoint, and together all that were taken."""
+        taken: dict[tuple[str, int], list[int]] = {}
+        for event in self.events:
+            assert event.id.endswith(f"-{event.stream}-{event.cpu}-{event.seq}")
+            taken.setdefault((event.stream, event.cpu), []).append(event.seq)
+        for ring, cpu, numbers in self._lost_numbers():
+            taken.setdefault((ring, cpu), []).extend(numbers)
+        marks = {(mark.ring, mark.cpu): mark for mark in self.heartbeat.cpus}
+        assert taken.keys() <= marks.keys()
+        for place, mark in marks.items():
+            numbers = sorted(taken.get(place, []))
+            assert len(set(numbers)) == len(numbers), f"{place}: a number is there twice"
+            if not mark.skipped:
+                assert numbers == list(range(1, mark.seq + 1))
+
+    def _lost_numbers(self) -> Iterator[tuple[str, int, range]]:
+        for loss in self.losses:
+            if loss.stage == "kernel":
+                assert loss.ring is not None
+                assert loss.cpu is not None
+                assert loss.seq_from is not None
+                assert loss.seq_to is not None
+                yield loss.ring, loss.cpu, range(loss.seq_from, loss.seq_to + 1)
+
+    def _check_account(self) -> None:
+        delivered = Counter(kind_of(event) for event in self.events)
+        lost = Counter[str]()
+        for loss in self.losses:
+            lost.update(loss.kinds)
+            assert loss.count == sum(loss.kinds.values())
+        counts = self.heartbeat.kinds
+        for kind in delivered | lost:
+            assert kind in counts
+        for kind, found in counts.items():
+            assert found.produced == found.read + found.filtered + found.lost, kind
+            assert found.read == delivered[kind], kind
+            assert found.lost == lost[kind], kind
+        for sink in self.heartbeat.sinks.values():
+            assert sink.received == sink.delivered + sink.dropped + sink.pending
+        self._check_account_line(delivered.total(), lost.total())
+
+    def _check_account_line(self, delivered: int, lost: int) -> None:
+        counts = self.heartbeat.kinds.values()
+        produced = sum(found.produced for found in counts)
+        filtered = sum(found.filtered for found in counts)
+        line = self.account
+        assert line.startswith(f"streamer: {produced:,} events in ")
+        assert f" {delivered:,} delivered, 0 dropped; " in line
+        assert line.endswith(f"; {filtered:,} filtered, {lost:,} lost")
+
+
+class Agent:
+    """`streamer run` with a file sink, between its manifest and a signal."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: str,
+        events: str = ALL,
+        config: str = "",
+        sinks: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
+    ) -> None:
+        """`config` is TOML, `sinks` are further ones, `prefix` is put before the command."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.output = directory / "events.ndjson"
+        self._stderr = directory / "stderr"
+        (directory / "streamer.toml").write_text(config)
+        command = [*prefix, sys.executable, "-m", "streamer", "run", "--no-status"]
+        command += ["--config", str(directory / "streamer.toml"), "--events", events]
+        for sink in (f"file:{self.output}", *sinks):
+            command += ["--sink", sink]
+        self._command = [*command, *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def start(self) -> Self:
+        """Start it, and wait until it has attached and says so."""
+        with self._stderr.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                self._command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=stderr
+            )
+        try:
+            self.wait_for(b'{"event":"stream.manifest"')
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def wait_for(self, marker: bytes, count: int = 1, timeout: float = START_SECONDS) -> None:
+        """Wait until the output holds `marker` so often."""
+        deadline = time.monotonic() + timeout
+        while not self.output.exists() or self.output.read_bytes().count(marker) < count:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the agent ended: {self.stderr}")
+            assert time.monotonic() < deadline, f"no {marker!r} in time: {self.stderr}"
+            time.sleep(0.02)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> Recording:
+        """What it recorded, after it ended by itself."""
+        returncode = self.process.wait(STOP_SECONDS)
+        output = self.output.read_bytes() if self.output.exists() else b""
+        return Recording(output, self.stderr, returncode)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, *, check: bool = True) -> Recording:
+        """End it, and check its account unless told not to."""
+        self.send(number)
+        recording = self.wait()
+        assert recording.returncode == 0, recording.stderr
+        if check:
+            recording.check()
+        return recording
+
+    def kill(self) -> None:
+        """Harmless when it has ended."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()

@@ -1,0 +1,43 @@
+"""What the tests on the running kernel share: a scope, and the program that they execute."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Require
+from tests.kernel.scope import Scope, cgroup_mount
+
+SOURCE = Path(__file__).parent / "subject.c"
+
+
+@pytest.fixture
+def scope(require: Require) -> Iterator[Scope]:
+    """A cgroup of this test."""
+    mount = cgroup_mount()
+    require(mount is not None, "no cgroup v2 hierarchy is mounted")
+    assert mount is not None
+    with Scope(mount) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def open_directory() -> Iterator[Path]:
+    """A directory that every user may enter; those of pytest are root's alone."""
+    with tempfile.TemporaryDirectory(prefix="streamer-test-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name).resolve()
+
+
+@pytest.fixture(scope="session")
+def subject(open_directory: Path) -> Path:
+    """The compiled `subject.c`: linked statically, so that it runs in a chroot too."""
+    program = open_directory / "subject"
+    command = ["cc", "-O1", "-static", "-pthread", "-Wall", "-Werror", "-o", str(program)]
+    subprocess.run([*command, str(SOURCE)], check=True)
+    return program

@@ -1,0 +1,332 @@
+"""Executions, forks and exits, against what the test itself did."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.kernel.agent import Agent, Recording
+from tests.kernel.scope import Scope
+
+pytestmark = pytest.mark.kernel
+
+EXECS = 1000
+ARGV_LEN = 16384  # of events.h
+NOBODY = 65534
+
+
+class Run(NamedTuple):
+    """A process that was run: what it was given, and what wait() said of it."""
+
+    pid: int
+    argv: list[bytes]
+    cwd: str
+    exe: str
+    status: int = 0
+    uid: int = 0
+    euid: int = 0
+    gid: int = 0
+
+
+def arguments_of(i: int) -> list[bytes]:
+    """Arguments that no other `i` has, of every sort."""
+    unique = f"unique-{i}".encode()
+    sorts: list[list[bytes]] = [
+        [unique],
+        [unique, b""],
+        [unique, b"", b"", b"last"],
+        [unique, "prüfung ☃ 日本語".encode(), b"two words"],
+        [unique, b"line\nbreak\n", b"\ttab", b'quote"\\'],
+        [unique, b"x" * 7000],
+        [unique, b"\xff\xfe broken \xc3"],
+        [unique, "🦀".encode()[:3]],
+        [b" ", unique],
+        [unique, *(str(n).encode() for n in range(200))],
+    ]
+    return sorts[i % len(sorts)]
+
+
+def run_many(program: str, directories: list[str], count: int) -> list[Run]:
+    """Run the program `count` times, with arguments and working directory of its own each."""
+    runs = []
+    for i in range(count):
+        argv, cwd = arguments_of(i), directories[i % len(directories)]
+        os.chdir(cwd)
+        pid = os.posix_spawn(program, argv, {})
+        runs.append(Run(pid, argv, cwd, program, os.waitpid(pid, 0)[1]))
+    return runs
+
+
+def text(raw: bytes) -> str:
+    return raw.decode(errors="replace")
+
+
+def assert_exit(event: Any, status: int) -> None:
+    """The event says what wait() said."""
+    assert event.exit_code == (os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0)
+    assert event.signal == (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)
+    assert event.core_dumped == os.WCOREDUMP(status)
+
+
+def assert_exec(event: Any, run: Run) -> None:
+    argv = [text(argument) for argument in run.argv]
+    assert event.argv == argv
+    assert event.cmdline == " ".join(argv)
+    assert event.argc == len(argv)
+    assert event.invalid_utf8 == (argv != [os.fsdecode(argument) for argument in run.argv])
+    assert (event.cwd, event.exe, event.truncated) == (run.cwd, run.exe, False)
+    assert event.comm == os.path.basename(run.exe)[:15]
+    assert event.tid == event.pid == run.pid
+    assert (event.uid, event.euid, event.gid) == (run.uid, run.euid, run.gid)
+
+
+def test_every_exec_fork_and_exit_of_a_thousand(
+    scope: Scope, subject: Path, open_directory: Path, tmp_path: Path
+) -> None:
+    """Exactly one of each per process, with every field as it was."""
+    directories = [str(open_directory), "/", str(tmp_path / "wörk dir")]
+    os.mkdir(directories[-1])
+    before = time.time_ns()
+    with Agent(tmp_path / "agent", *scope.options) as agent:
+        with scope.start(run_many, str(subject), directories, EXECS) as actor:
+            runs = actor.result()
+        recording = agent.stop()
+    after = time.time_ns()
+    execs = {event.pid: event for event in recording.of("process.exec")}
+    exits = {event.pid: event for event in recording.of("process.exit")}
+    forks = {event.child_pid: event for event in recording.of("process.fork")}
+    assert len(runs) == EXECS
+    for found, kind in ((execs, "exec"), (exits, "exit"), (forks, "fork")):
+        assert len(recording.of(f"process.{kind}")) == EXECS
+        assert found.keys() == {run.pid for run in runs}
+    for run in runs:
+        assert_exec(execs[run.pid], run)
+        assert_exit(exits[run.pid], run.status)
+        assert_lifetime(forks[run.pid], execs[run.pid], exits[run.pid])
+    assert_parents(recording, actor.pid)
+    assert {event.cgroup_id for event in recording.events} == {scope_id(recording)}
+    assert all(before < event.time_ns < after for event in recording.events)
+    assert recording.losses == []
+
+
+def scope_id(recording: Recording) -> int:
+    (value,) = recording.manifest.filters["cgroups"]
+    return int(value)
+
+
+def assert_lifetime(fork: Any, execution: Any, end: Any) -> None:
+    """The three agree on the start, and the exit on how long it lasted."""
+    assert fork.boot_ns < execution.boot_ns < end.boot_ns
+    started_boot_ns = end.boot_ns - end.duration_ns
+    # The kernel notes the start of a child shortly before it reports the fork.
+    assert 0 <= fork.boot_ns - started_boot_ns < 1_000_000_000
+    for event, start in (
+        (fork, fork.child_start_time_ns),
+        (execution, execution.start_time_ns),
+        (end, end.start_time_ns),
+    ):
+        assert start - (event.time_ns - event.boot_ns) == started_boot_ns
+
+
+def assert_parents(recording: Recording, parent: int) -> None:
+    python = os.readlink("/proc/self/exe")
+    auid = int(Path("/proc/self/loginuid").read_text()) if has_auid() else NO_AUID
+    for event in recording.of("process.fork"):
+        assert (event.pid, event.tid, event.comm, event.ppid) == (
+            parent,
+            parent,
+            "actor",
+            os.getpid(),
+        )
+    for event in recording.of("process.exit"):
+        assert (event.ppid, event.comm) == (parent, "subject")
+    for event in recording.of("process.exec"):
+        assert (event.ppid, event.parent_comm, event.parent_exe) == (parent, "actor", python)
+        assert event.auid == auid
+
+
+NO_AUID = (1 << 32) - 1
+
+
+def has_auid() -> bool:
+    return Path("/proc/self/loginuid").exists()
+
+
+# ---------------------------------------------------------------- ways to end
+
+
+class Case(NamedTuple):
+    """A way to run the subject: `mode` goes to SUBJECT, `sent` is a signal sent to it."""
+
+    mode: str
+    sent: int = 0
+
+
+CASES = (
+    Case("group"),
+    Case("leaderless"),
+    Case("raw"),
+    Case("crowd"),
+    Case("exec"),
+    Case("wait", signal.SIGKILL),
+    Case("wait", signal.SIGTERM),
+    Case("wait", signal.SIGQUIT),
+    Case("wait", signal.SIGSEGV),
+)
+
+
+def run_cases(program: str, cores: str) -> list[tuple[int, int]]:
+    """Run every case: pid and what wait() said. Cores, where they go to a file, go to `cores`."""
+    os.chdir(cores)
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    ends = []
+    for case in CASES:
+        environment = {"SUBJECT": case.mode, "SUBJECT_NEXT": program}
+        pid = os.posix_spawn(program, [b"subject"], environment)
+        if case.sent:
+            wait_until_it_waits(pid)
+            os.kill(pid, case.sent)
+        ends.append((pid, os.waitpid(pid, 0)[1]))
+    return ends
+
+
+def wait_until_it_waits(pid: int) -> None:
+    """Until it has left its startup behind, and sleeps."""
+    while "S (sleeping)" not in Path(f"/proc/{pid}/status").read_text():
+        time.sleep(0.005)
+    time.sleep(0.02)
+
+
+def test_one_exit_per_process_however_it_ends(scope: Scope, subject: Path, tmp_path: Path) -> None:
+    """Threads end by themselves, all at once, or are killed: one exit, as wait() tells it."""
+    (tmp_path / "cores").mkdir()
+    with Agent(tmp_path, *scope.options) as agent:
+        ends = scope.act(run_cases, str(subject), str(tmp_path / "cores"))
+        recording = agent.stop()
+    exits = recording.of("process.exit")
+    assert Counter(event.pid for event in exits) == Counter(pid for pid, _ in ends)
+    found = {event.pid: event for event in exits}
+    for pid, status in ends:
+        assert_exit(found[pid], status)
+    expected = [(7, 0), (9, 0), (4, 0), (0, 0), (1, 0), (0, 9), (0, 15), (0, 3), (0, 11)]
+    assert [(found[pid].exit_code, found[pid].signal) for pid, _ in ends] == expected
+    cored = [pid for pid, status in ends if os.WCOREDUMP(status)]
+    assert [pid for pid, _ in ends if found[pid].core_dumped] == cored
+    # Every thread that exec replaced is gone without an exit of its own.
+    execs = Counter(event.pid for event in recording.of("process.exec"))
+    by_thread = ends[CASES.index(Case("exec"))][0]
+    assert execs == Counter({pid: 2 if pid == by_thread else 1 for pid, _ in ends})
+    (event,) = [e for e in recording.of("process.exec") if e.argv == ["from a thread"]]
+    assert event.pid == event.tid == by_thread
+
+
+# ---------------------------------------------------------------- unusual executions
+
+
+def run_unusual(program: str, directory: str, jail: str) -> dict[str, int]:
+    """Run it as another user, as a script, from deep down, in a chroot, and with much argv."""
+    script = f"{directory}/script"
+    Path(script).write_text(f"#!{program} option\n")
+    os.chmod(script, 0o755)
+    os.symlink(program, f"{directory}/a-link-with-a-long-name")
+    deep = make_deep(directory)
+    os.link(program, f"{jail}/inside")
+    pids = {}
+    os.chdir(directory)
+    pids["user"] = fork_and(lambda: run_as_user(program))
+    pids["script"] = fork_and(lambda: os.execv(script, [b"shown", b"given"]))
+    pids["link"] = fork_and(lambda: os.execv("a-link-with-a-long-name", [b"linked"]))
+    pids["much"] = fork_and(lambda: os.execv(program, [b"much", *[b"y" * 999] * 30]))
+    pids["none"] = fork_and(lambda: execv_empty(program))
+    pids["chroot"] = fork_and(lambda: run_in_jail(jail))
+    os.chdir(deep)
+    pids["deep"] = fork_and(lambda: os.execv(program, [b"deep"]))
+    return pids
+
+
+def make_deep(directory: str) -> str:
+    """A directory of 70 levels. The path, which is too long to be given in one piece, is not."""
+    here = os.getcwd()
+    os.chdir(directory)
+    for level in range(70):
+        os.mkdir(f"level-{level:02}")
+        os.chdir(f"level-{level:02}")
+    deep = os.getcwd()
+    os.chdir(here)
+    return deep
+
+
+def run_as_user(program: str) -> None:
+    os.setresgid(1234, 1234, 1234)
+    os.setresuid(1001, 1002, 1002)
+    os.execv(program, [b"user"])
+
+
+def run_in_jail(jail: str) -> None:
+    os.chroot(jail)
+    os.chdir("/")
+    os.execv("/inside", [b"jailed"])
+
+
+def execv_empty(program: str) -> None:
+    """With one argument, which is empty: Python's own exec refuses that."""
+    argv = (ctypes.c_char_p * 2)(b"", None)
+    ctypes.CDLL(None).execv(program.encode(), argv)
+
+
+def fork_and(execute: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            execute()
+        os._exit(101)
+    os.waitpid(pid, 0)
+    return pid
+
+
+def test_unusual_executions(
+    scope: Scope, subject: Path, open_directory: Path, tmp_path: Path
+) -> None:
+    directory = open_directory / "unusual"
+    jail = directory / "jail"
+    jail.mkdir(parents=True)
+    directory.chmod(0o755)
+    with Agent(tmp_path, *scope.options) as agent:
+        pids = scope.act(run_unusual, str(subject), str(directory), str(jail))
+        recording = agent.stop()
+    found = {event.pid: event for event in recording.of("process.exec")}
+    assert found.keys() == set(pids.values())
+    events = {name: found[pid] for name, pid in pids.items()}
+
+    user = events["user"]
+    assert (user.uid, user.euid, user.gid, user.argv) == (1001, 1002, 1234, ["user"])
+    script = events["script"]
+    assert script.argv == [str(subject), "option", f"{directory}/script", "given"]
+    assert (script.exe, script.argc, script.comm) == (str(subject), 4, "script")
+    link = events["link"]
+    assert (link.exe, link.argv, link.comm) == (str(subject), ["linked"], "a-link-with-a-l")
+    assert (events["none"].argv, events["none"].argc, events["none"].cmdline) == ([""], 1, "")
+    jailed = events["chroot"]
+    assert (jailed.exe, jailed.cwd) == (f"{jail}/inside", str(jail))
+
+    much = events["much"]
+    assert (much.truncated, much.argc) == (True, 31)
+    whole = b"much\0" + b"\0".join([b"y" * 999] * 30)
+    assert much.argv == whole[:ARGV_LEN].decode().split("\0")
+    deep = events["deep"]
+    assert deep.truncated
+    assert deep.exe == str(subject)
+    assert deep.cwd == "".join(f"/level-{level:02}" for level in range(6, 70))
+    for name, event in events.items():
+        assert event.truncated == (name in ("much", "deep")), name
+    exits = {event.pid: event.exit_code for event in recording.of("process.exit")}
+    assert exits == {pid: found[pid].argc for pid in pids.values()}
