@@ -76,15 +76,18 @@ int on_openat2_enter(struct trace_event_raw_sys_enter *ctx)
 	return enter(ctx->args[0], (const char *)ctx->args[1], how.flags, how.mode);
 }
 
-/* Of an open that succeeded: where the file really is. */
+/* Where an open file really is. 0 where that cannot be said: it is nameless, such as a pipe, or
+ * another thread has closed it already. */
 static __always_inline __u32 opened_path(struct open_scratch *scratch, struct task_struct *task,
 					 int fd)
 {
 	struct file *file = file_of_fd(task, fd);
 
-	if (!file) /* another thread closed it already */
+	if (!file)
 		return 0;
 	path_build(&scratch->path, &file->f_path);
+	if (scratch->path.nameless)
+		return 0;
 	return path_append(&scratch->path, scratch->record.data, 0, 0, &scratch->record.header);
 }
 
@@ -100,7 +103,17 @@ static __always_inline __u32 base_path(struct open_scratch *scratch, struct task
 	return path_append(&scratch->path, scratch->record.data, 0, 0, &scratch->record.header);
 }
 
-/* Of an open that failed: what was asked for, after what it is relative to. */
+/* Whether a name that filled the whole of PATH_LEN goes on behind it. */
+static __always_inline bool is_longer(const char *name)
+{
+	char last = 0;
+
+	bpf_probe_read_user(&last, sizeof(last), name + PATH_LEN - 1);
+	return last;
+}
+
+/* Of an open that failed: what was asked for, after what it is relative to. Where there is no such
+ * directory, the name alone, as if it were cut. */
 static __always_inline __u32 requested_path(struct open_scratch *scratch, struct task_struct *task,
 					    const struct open_call *call)
 {
@@ -111,14 +124,16 @@ static __always_inline __u32 requested_path(struct open_scratch *scratch, struct
 
 	bpf_probe_read_user(&first, sizeof(first), call->filename);
 	position = base_path(scratch, task, call->dirfd, first == '/');
-	if (position == 1 && first) /* the root directory */
-		position = 0;
 	if (position > PATH_LEN - 1)
 		position = PATH_LEN - 1;
-	if (first && first != '/')
+	if (!position)
+		record->header.flags |= FLAG_TRUNCATED;
+	else if (position == 1 && first == '/') /* the root directory, which ends in a slash */
+		position = 0;
+	else if (position > 1 && first && first != '/')
 		record->data[position++] = '/';
 	length = bpf_probe_read_user_str(&record->data[position], PATH_LEN, call->filename);
-	if (length <= 0 || length >= PATH_LEN)
+	if (length <= 0 || (length >= PATH_LEN && is_longer(call->filename)))
 		record->header.flags |= FLAG_TRUNCATED;
 	if (length <= 0)
 		return position;
@@ -157,12 +172,13 @@ static __always_inline int leave(long result)
 		goto out;
 	record->latency_ns = record->header.boot_ns - call->boot_ns;
 	record->fd = result < 0 ? -1 : result;
-	record->errno = result < 0 ? -result : 0;
+	record->errno = errno_of(result);
 	record->flags = call->flags;
 	record->mode = call->mode;
 	__builtin_memset(record->pad, 0, sizeof(record->pad));
-	record->path_len = result < 0 ? requested_path(scratch, task, call) :
-					opened_path(scratch, task, result);
+	record->path_len = result < 0 ? 0 : opened_path(scratch, task, result);
+	if (!record->path_len)
+		record->path_len = requested_path(scratch, task, call);
 	if (!passes_path_filter(scratch, record->path_len)) {
 		count_filtered(KIND_FILE_OPEN);
 		goto out;

@@ -22,6 +22,9 @@
 #define IPPROTO_TCP 6
 #define SOCK_DONE 1 /* enum sock_flags: the peer's FIN was received */
 #define SIGNAL_GROUP_EXIT 4
+#define EINTR 4
+#define ERESTARTSYS 512
+#define ERESTART_RESTARTBLOCK 516
 #define ECONNABORTED 103
 #define EINPROGRESS 115
 #define O_CREAT 0100
@@ -201,6 +204,15 @@ struct trace_event_raw_sys_exit {
 };
 
 #pragma clang attribute pop
+
+/* The error number of a system call's result; 0 when it succeeded. A call that a signal interrupts
+ * has a number of the kernel's own here, which becomes EINTR unless the call is made anew. */
+static __always_inline __u32 errno_of(long result)
+{
+	__u32 errno = result < 0 ? -result : 0;
+
+	return errno >= ERESTARTSYS && errno <= ERESTART_RESTARTBLOCK ? EINTR : errno;
+}
 
 /* From the uapi headers, whose full inclusion would clash with the types above. */
 struct sockaddr_in {

@@ -32,6 +32,14 @@ struct {
 	__type(value, struct cpu_counters);
 } counters SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct reader_state);
+} reader SEC(".maps");
+
 #define FILTER_MAP(name, key_type)            \
 	struct {                              \
 		__uint(type, BPF_MAP_TYPE_HASH); \
@@ -204,15 +212,29 @@ static __always_inline void lose(struct event_header *header, enum event_kind ki
 		count(&mine->kinds[kind].lost);
 }
 
+/* Whether the reader sleeps for want of events; the first to ask wakes it. */
+static __always_inline bool reader_waits(enum event_stream stream)
+{
+	__u32 zero = 0;
+	struct reader_state *state = bpf_map_lookup_elem(&reader, &zero);
+
+	if (!state || !state->waiting[stream])
+		return false;
+	state->waiting[stream] = 0;
+	return true;
+}
+
 /*
- * Wake the reader only when this record carried the ring over its mark: a wake-up for each record
- * costs thirty times the record. Below the mark the reader's timer finds the records.
+ * Wake the reader only when it sleeps, or when this record carried the ring over its mark: a
+ * wake-up for each record costs thirty times the record. Otherwise the reader's timer finds it.
  */
 static __always_inline __u64 wakeup(void *ring, enum event_stream stream, __u64 size)
 {
 	__u64 held = bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA);
 	__u64 mark = settings.wakeup_bytes[stream];
 
+	if (reader_waits(stream))
+		return BPF_RB_FORCE_WAKEUP;
 	return held >= mark && held - size < mark ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
 }
 

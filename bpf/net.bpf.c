@@ -298,6 +298,15 @@ out:
 	bpf_map_delete_elem(&connections, &key);
 }
 
+/* Both ends sent a SYN before they had the other's: the socket connects all the same. */
+static __always_inline bool opens_simultaneously(const struct sock *sk)
+{
+	__u64 key = (__u64)sk;
+	struct connection *known = bpf_map_lookup_elem(&connections, &key);
+
+	return known && known->direction == DIRECTION_OUTBOUND;
+}
+
 /* An inbound connection is complete, and waits to be accepted. */
 static __always_inline void on_inbound(const struct sock *sk, const struct endpoints *ends)
 {
@@ -354,6 +363,8 @@ int BPF_PROG(on_sock_state, const struct sock *sk, int from, int to)
 	if (!is_tcp(sk))
 		return 0;
 	read_endpoints(&ends, sk);
+	if (from == TCP_SYN_RECV && opens_simultaneously(sk))
+		from = TCP_SYN_SENT;
 	if (to == TCP_SYN_SENT)
 		on_syn(sk);
 	else if (from == TCP_SYN_SENT && to == TCP_ESTABLISHED)

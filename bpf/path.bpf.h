@@ -13,7 +13,8 @@
 struct path_buffer {
 	char bytes[PATH_LEN + NAME_LEN];
 	__u32 start;
-	__u32 truncated;
+	__u16 truncated;
+	__u16 nameless; /* a pipe, for example: it is in no directory and has no name */
 };
 
 static __always_inline void path_prepend(struct path_buffer *buffer, struct dentry *dentry)
@@ -34,6 +35,19 @@ static __always_inline void path_prepend(struct path_buffer *buffer, struct dent
 	buffer->bytes[buffer->start & (PATH_LEN - 1)] = '/';
 }
 
+/* The name of what is in no directory, such as a memory file; of a root that name is a slash. */
+static __always_inline void path_prepend_topmost(struct path_buffer *buffer, struct dentry *dentry)
+{
+	const unsigned char *name = BPF_CORE_READ(dentry, d_name.name);
+	char first = 0;
+
+	bpf_probe_read_kernel(&first, sizeof(first), name);
+	if (first && first != '/')
+		path_prepend(buffer, dentry);
+	else if (!first)
+		buffer->nameless = 1;
+}
+
 /*
  * Builds the path of `path` as seen from the root of its mount namespace. A path of more than
  * MAX_DEPTH parts, or too long, loses its beginning and is marked truncated.
@@ -50,6 +64,7 @@ static __always_inline void path_build(struct path_buffer *buffer, const struct 
 
 	buffer->start = PATH_LEN;
 	buffer->truncated = 0;
+	buffer->nameless = 0;
 	for (depth = 0; depth < MAX_DEPTH; depth++) {
 		if (dentry == mnt_root) {
 			above = BPF_CORE_READ(mount, mnt_parent);
@@ -61,8 +76,12 @@ static __always_inline void path_build(struct path_buffer *buffer, const struct 
 			continue;
 		}
 		parent = BPF_CORE_READ(dentry, d_parent);
+		if (parent == dentry) {
+			path_prepend_topmost(buffer, dentry);
+			break;
+		}
 		path_prepend(buffer, dentry);
-		if (buffer->truncated || parent == dentry) /* too long; or unnamed, as a memfd */
+		if (buffer->truncated)
 			break;
 		dentry = parent;
 	}

@@ -45,6 +45,11 @@ struct cpu_counters {
 	__u64 pad[4];
 };
 
+/* Written by the agent, mapped: what the programs need to know of the reader. */
+struct reader_state {
+	__u32 waiting[STREAM_END]; /* not 0: the reader sleeps until this ring wakes it */
+};
+
 #define PREFIX_LEN 256
 
 struct path_prefix {

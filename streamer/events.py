@@ -345,6 +345,7 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "settings": (('enabled_kinds', 0, 8), ('wakeup_bytes', 8, 16), ('filter_pid', 24, 1), ('filter_uid', 25, 1), ('filter_comm', 26, 1), ('filter_cgroup', 27, 1), ('filter_port', 28, 1), ('filter_path', 29, 1), ('pad', 30, 2)),
     "kind_counters": (('produced', 0, 8), ('filtered', 8, 8), ('lost', 16, 8)),
     "cpu_counters": (('seq', 0, 16), ('skipped', 16, 16), ('kinds', 32, 1536), ('pad', 1568, 32)),
+    "reader_state": (('waiting', 0, 8),),
     "path_prefix": (('bits', 0, 4), ('path', 4, 256)),
     "process_exec": (('header', 0, 72), ('start_boot_ns', 72, 8), ('euid', 80, 4), ('auid', 84, 4), ('argc', 88, 4), ('exe_len', 92, 2), ('argv_len', 94, 2), ('cwd_len', 96, 2), ('parent_exe_len', 98, 2), ('pad', 100, 4), ('parent_comm', 104, 16), ('data', 120, 28672)),
     "process_fork": (('header', 0, 72), ('child_start_boot_ns', 72, 8), ('child_pid', 80, 4), ('pad', 84, 4)),

@@ -1,9 +1,9 @@
 """Drains the rings on the event loop.
 
 A timer looks at every ring; a wake-up from the kernel, which comes only when a ring is filling
-fast, is answered sooner. Each callback drains a bounded number of records and goes back to the
-loop, so that the sinks get their turn. A paused reader leaves the records in the rings, where
-the kernel counts what no longer fits.
+fast or the reader sleeps, is answered sooner. Each callback drains a bounded number of records
+and goes back to the loop, so that the sinks get their turn. A paused reader leaves the records
+in the rings, where the kernel counts what no longer fits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from streamer.gaps import GapTracker, Loss
 from streamer.kernel.loader import STREAMS, counters_stride
 from streamer.records import Decoder, Ring
 
+LOOKS_IN_VAIN = 5
+"""Looks at empty rings before the reader goes to sleep: at moderate rates it had better not."""
+
+_WAITING = struct.Struct(f"<{len(STREAMS)}I")  # struct reader_state
 _SEQ_AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}["seq"]
 
 
@@ -44,23 +48,36 @@ class RingSource:
 
 
 class RingReader:
-    """Drains all rings, the most important first, and hands on what it reads."""
+    """Drains all rings, the most important first, and hands on what it reads.
+
+    Awake, it looks every `poll_interval_ms`. After some looks in vain it tells the programs that
+    it sleeps, and the next event wakes it.
+    """
 
     def __init__(
         self,
         sources: list[RingSource],
-        on_batch: Callable[[Batch], None],
+        state: mmap.mmap,
         *,
+        on_batch: Callable[[Batch], None],
+        on_error: Callable[[Exception], None],
         poll_interval_ms: int,
         drain_records: int,
     ) -> None:
-        """`on_batch` gets the events of each drain, and may call `pause`."""
+        """`state` is the mapped `struct reader_state`.
+
+        `on_batch` gets the events of each drain, and may call `pause`. `on_error` gets what
+        makes further reading impossible, and is called once.
+        """
         self.sources = sources
         self.paused = False
         self.pauses = 0
+        self._state = state
         self._on_batch = on_batch
+        self._on_error = on_error
         self._interval = poll_interval_ms / 1000
         self._drain_records = drain_records
+        self._looks_in_vain = 0
         self._armed: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.Handle | None = None
@@ -68,10 +85,10 @@ class RingReader:
 
     def start(self) -> None:
         """Begin reading."""
-        self._tick()
+        self._wake()
 
     def stop(self) -> None:
-        """Stop reading; `drain_all` still works."""
+        """Stop reading; `drain_once` still works."""
         for handle in (self._timer, self._soon):
             if handle is not None:
                 handle.cancel()
@@ -83,13 +100,13 @@ class RingReader:
         if not self.paused:
             self.paused = True
             self.pauses += 1
-            self._disarm()
+            self.stop()
 
     def resume(self) -> None:
         """Read on."""
         if self.paused:
             self.paused = False
-            self._drain_soon()
+            self._wake()
 
     def drain_once(self) -> bool:
         """One bounded drain of each ring that has records. Whether any has more."""
@@ -105,20 +122,41 @@ class RingReader:
         if gaps:
             source.gaps.feed(gaps, self._now_ns())
         if events:
+            self._looks_in_vain = 0
             self._on_batch(Batch(events, kinds))
 
     def _now_ns(self) -> int:
         return int(self._loop.time() * 1e9)
 
+    def _wake(self) -> None:
+        self._looks_in_vain = 0
+        self._drain_soon()
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._interval, self._tick)
+
     def _tick(self) -> None:
-        self._timer = self._loop.call_later(self._interval, self._tick)
+        self._timer = None
+        self._looks_in_vain += 1
         self._continue()
-        if not self.paused:
-            self._arm()
+        if self.paused:
+            return
+        self._arm()
+        if self._looks_in_vain == LOOKS_IN_VAIN:
+            self._set_waiting(1)
+        # One look more after the programs were told: one of them may just have missed it.
+        if self._looks_in_vain <= LOOKS_IN_VAIN or len(self._armed) < len(self.sources):
+            self._timer = self._loop.call_later(self._interval, self._tick)
 
     def _continue(self) -> None:
         self._soon = None
-        if self.drain_once():
+        try:
+            more = self.drain_once()
+        except Exception as error:  # whatever it is: it would come again at every look
+            self.paused = True
+            self.stop()
+            self._on_error(error)
+            return
+        if more:
             self._drain_soon()
 
     def _drain_soon(self) -> None:
@@ -140,12 +178,17 @@ class RingReader:
     def _woken(self, fd: int) -> None:
         self._armed.discard(fd)
         self._loop.remove_reader(fd)
-        self._drain_soon()
+        self._set_waiting(0)
+        self._wake()
 
     def _disarm(self) -> None:
+        self._set_waiting(0)
         for fd in self._armed:
             self._loop.remove_reader(fd)
         self._armed.clear()
+
+    def _set_waiting(self, waiting: int) -> None:
+        _WAITING.pack_into(self._state, 0, *[waiting] * len(STREAMS))
 
     def refresh_clock(self) -> None:
         """Use the offset between the clocks as it is now."""

@@ -68,6 +68,7 @@ class Service:
         self._started = time.monotonic()
         self._read: Counter[str] = Counter()
         self._untold = 0
+        self._error: Exception | None = None
         self.envelope = Envelope(settings.host)
         self.counters = KernelCounters(kernel.counters, kernel.cpus)
         self._ledger = LossLedger(self.counters, {k: info.stream for k, info in KINDS.items()})
@@ -76,7 +77,9 @@ class Service:
                 RingSource(name, fd, kernel.ring_bytes[name], self.envelope)
                 for name, fd in kernel.ring_fds.items()
             ],
-            self._on_batch,
+            kernel.reader_state,
+            on_batch=self._on_batch,
+            on_error=self._on_error,
             poll_interval_ms=settings.rings.poll_interval_ms,
             drain_records=settings.rings.drain_records,
         )
@@ -108,6 +111,8 @@ class Service:
             self._attach()
             self.reader.start()
             await self._stream()
+            if self._error is not None:
+                raise KernelError(f"the events cannot be read: {self._error}") from self._error
         finally:
             self._kernel.detach()
             self.reader.stop()
@@ -185,6 +190,10 @@ class Service:
                 return
         self._read.update(batch.kinds)
         self.fanout.submit(batch)
+
+    def _on_error(self, error: Exception) -> None:
+        self._error = error
+        self.stop()
 
     def _submit(self, record: StreamRecord) -> None:
         self.fanout.submit(Batch([record]))
@@ -288,7 +297,6 @@ class Service:
         deadline = time.monotonic() + self._settings.grace_seconds
         await self._drain_rest(deadline)
         self._look_for_losses(final=True)
-        self._look_for_losses(final=True)  # the tails that the first look found
         self._submit(self._heartbeat())
         grace = max(deadline - time.monotonic(), 0.1)
         self.fanout.stopping = True
@@ -298,7 +306,8 @@ class Service:
 
     async def _drain_rest(self, deadline: float) -> None:
         while time.monotonic() < deadline:
-            if not self.reader.drain_once() and not self.reader.paused:
+            more = self.reader.drain_once()
+            if self._error is not None or not (more or self.reader.paused):
                 return
             await asyncio.sleep(0.01 if self.reader.paused else 0)
 

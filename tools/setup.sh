@@ -154,11 +154,12 @@ fresh() {
 done_with() { echo "$digest" >"$stamp"; }
 
 make_venv() {
-    local wanted
+    local wanted # the scripts in it name its own path, too
     wanted=$("$python" -c 'import sys
 if sys.version_info < (3, 11):
     sys.exit(f"setup: Python 3.11 or newer is needed, and {sys.executable} is {sys.version}")
 print(sys.executable, sys.version)') || exit 1
+    wanted+=" in $PWD"
     if [ -e $venv/stamps/venv ] && [ "$(<$venv/stamps/venv)" = "$wanted" ]; then return; fi
     step "making the virtual environment in $venv" "$python" -m venv --clear $venv
     mkdir -p $venv/stamps
@@ -196,7 +197,9 @@ install_streamer() {
     done_with
 }
 
-mkdir -p build
+if ! mkdir -p build 2>/dev/null || ! [ -w build ]; then
+    fail "build/ is not writable: this checkout is $(stat -c %U .)'s"
+fi
 exec 9>build/setup.lock
 if ! flock -n 9; then
     say "waiting for another set-up of this checkout"

@@ -8,7 +8,14 @@ from streamer.kernel.btf import Btf, Type
 Layout = tuple[tuple[str, int, int], ...]
 """Members of a struct in order: name, offset and size in bytes."""
 
-_SHARED = ("event_header", "settings", "kind_counters", "cpu_counters", "path_prefix")
+_SHARED = (
+    "event_header",
+    "settings",
+    "kind_counters",
+    "cpu_counters",
+    "reader_state",
+    "path_prefix",
+)
 
 
 def kind_names(btf: Btf) -> dict[str, int]:

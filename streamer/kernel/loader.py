@@ -203,6 +203,7 @@ class KernelState:
         self.ring_fds = {name: loaded.maps[name].fd for name in STREAMS}
         self.ring_bytes = {"critical": rings.critical_bytes, "bulk": rings.bulk_bytes}
         self.counters = _map_counters(loaded.maps["counters"].fd, cpus)
+        self.reader_state = mmap.mmap(loaded.maps["reader"].fd, mmap.PAGESIZE)
         self.program_fds = {program.name: program.fd for program in programs}
 
     def attach(self) -> None:
@@ -229,8 +230,9 @@ class KernelState:
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""
         self.detach()
-        with suppress(BufferError):  # somebody still looks at the counters
+        with suppress(BufferError):  # somebody still looks at them
             self.counters.close()
+            self.reader_state.close()
         self._object.close()
 
 

@@ -40,7 +40,6 @@ RETRY_STOPPING = 0.5
 """At most, between attempts within the grace period of `stop`."""
 QUOTA_FIRST, QUOTA_MOST = 0.1, 5.0
 """Seconds without sending after the broker answered that it cannot take more for now."""
-CHECK_SECONDS = 1.0
 
 MAX_TRIES = 10
 """How often a message is sent that the broker answers with an error that may pass."""
@@ -222,7 +221,7 @@ class MqttSink(Sink):
     def _credentials(self) -> tuple[str | None, ssl.SSLContext | None]:
         """Read anew for every connection, so that a renewed secret is used. Raises ConfigError."""
         settings = self._settings
-        password = read_secret("password", settings.password_env, settings.password_file)
+        password = read_secret("mqtt.password", settings.password_env, settings.password_file)
         return password, ssl_context(settings.tls) if settings.tls else None
 
     async def _serve(self, connection: Connection) -> str:
@@ -230,8 +229,9 @@ class MqttSink(Sink):
         self._limit = min(self._settings.max_inflight, connection.receive_maximum)
         self._connection = connection
         self._pump()
+        check = min(1.0, self._settings.timeout_seconds / 4)
         while True:
-            reason = await connection.lost(CHECK_SECONDS) or self._overdue()
+            reason = await connection.lost(check) or self._overdue()
             if reason:
                 return reason
 

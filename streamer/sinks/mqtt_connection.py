@@ -142,7 +142,6 @@ class Connection(aiomqtt.Client):
             # also has it after the broker lost everything. The broker would not recognise a
             # repetition anyway, because QoS 1 has no state that could tell.
             clean_start=True,
-            tls_context=tls,
         )
         self.receive_maximum = NO_LIMIT
         self.maximum_packet_size = ALL_PACKETS
@@ -150,7 +149,10 @@ class Connection(aiomqtt.Client):
         self._loop_thread = get_ident()
         self._abandoned = False
         self._ending = ""
-        self._client.connect_timeout = min(settings.timeout_seconds, CONNECT_TIMEOUT)
+        self._tls = tls
+        self._connect_timeout = min(settings.timeout_seconds, CONNECT_TIMEOUT)
+        # paho's own leaves the socket open when the TLS handshake fails.
+        self._client._create_socket = self._create_socket  # type: ignore[method-assign]
         self._client.max_inflight_messages_set(0)  # counted by the sink, without walking a list
         # Below on_publish, because paho ends the connection over a PUBACK with a code that its
         # table does not allow there, such as Mosquitto's 0x95 for a message over its limit.
@@ -163,7 +165,7 @@ class Connection(aiomqtt.Client):
             Refused: there is no connection; `close` is to be called all the same.
         """
         try:
-            await _in_daemon_thread(self._connect_blocking)
+            await _in_daemon_thread(self._client_connect)
             await asyncio.wait({self._connected}, timeout=self.timeout)
             if not self._connected.done():
                 raise Refused(f"no answer within {self.timeout:g} s")
@@ -215,11 +217,17 @@ class Connection(aiomqtt.Client):
 
     # -------------------------------------------------------------- on the connecting thread
 
-    def _connect_blocking(self) -> None:
-        self._client_connect()
-        sock = self._client.socket()
-        if isinstance(sock, socket.socket):
+    def _create_socket(self) -> socket.socket:
+        """A connected socket, after the TLS handshake. Raises OSError, and leaves nothing open."""
+        sock = socket.create_connection((self._hostname, self._port), self._connect_timeout)
+        try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is None:
+                return sock
+            return self._tls.wrap_socket(sock, server_hostname=self._hostname)
+        except BaseException:
+            sock.close()
+            raise
 
     def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
         self._loop.call_soon_threadsafe(self._attach)
@@ -310,7 +318,9 @@ class Connection(aiomqtt.Client):
         reason_code: ReasonCode,
         properties: Properties | None = None,
     ) -> None:
-        if flags.is_disconnect_packet_from_server or reason_code.value == _KEEP_ALIVE:
+        if self._ending:
+            pass  # paho may call again while it closes: the first reason is the one
+        elif flags.is_disconnect_packet_from_server or reason_code.value == _KEEP_ALIVE:
             self._ending = f"connection lost: {code_name(reason_code.value)}"
         else:
             self._ending = "connection lost"  # all that paho says is "Unspecified error"

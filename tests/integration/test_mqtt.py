@@ -14,7 +14,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,19 @@ class Witness:
 
     def __init__(self, broker: MosquittoBroker, topic: str, *options: str, name: str) -> None:
         self._output = broker.directory / f"{name}.out"
+        named = ["-i", name, "-t", topic, *options]
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
-                ["mosquitto_sub", "-V", "mqttv5", "-h", "127.0.0.1", "-p", str(broker.port)]
-                + ["-i", name, "-t", topic, *options],
+                [
+                    "mosquitto_sub",
+                    "-V",
+                    "mqttv5",
+                    "-h",
+                    "127.0.0.1",
+                    "-p",
+                    str(broker.port),
+                    *named,
+                ],
                 stdout=output,
                 stderr=subprocess.DEVNULL,
             )
@@ -154,8 +163,8 @@ async def start_sink() -> AsyncIterator[StartSink]:
     sinks: list[MqttSink] = []
 
     async def start(port: int, **options: Any) -> tuple[MqttSink, Recorder]:
-        options = {"host": "127.0.0.1", "linger_ms": 5} | options
-        sink = MqttSink(settings.MqttSink(port=port, **options), host="web1")
+        options = {"type": "mqtt", "host": "127.0.0.1", "port": port, "linger_ms": 5} | options
+        sink = MqttSink(msgspec.convert(options, settings.MqttSink), host="web1")
         sinks.append(sink)
         recorder = Recorder()
         sink.listener = recorder
@@ -345,22 +354,21 @@ async def test_chunks_are_cut_when_the_broker_answers_too_large(
 
 
 async def test_a_broker_absent_at_start_gets_everything_when_it_comes(
-    start_sink: StartSink, tmp_path: Path, watch: Watch
+    start_sink: StartSink, tmp_path: Path
 ) -> None:
     """The budget fills up to its exact mark meanwhile, and the trouble is told once."""
     broker = MosquittoBroker(tmp_path / "mosquitto", ["log_type all"])
-    batch = execs(10, pad=100)
+    batch = execs(10, pad=400)
     size = len(batch.lines("json"))
     sink, recorder = await start_sink(broker.port, budget_bytes=20 * size)
     await until(lambda: sink.status == "down")
     for n in range(20):
         assert recorder.marks == []
-        sink.submit(execs(10, start=10 * n, pad=100))
+        sink.submit(execs(10, start=10 * n, pad=400))
     assert recorder.marks == ["full"]
     assert sink.watermarks.held == 20 * size
     await asyncio.sleep(0.5)
     assert recorder.statuses == [("down", "Connection refused")]
-    broker.config = (*broker.config, "queue_qos0_messages true")
     with broker:
         await until(lambda: account(sink) == (200, 0, 0))
         await sink.stop(GRACE)
@@ -421,3 +429,380 @@ async def test_a_broker_killed_in_mid_stream_and_restarted_misses_nothing(
     assert len(messages()) - len(by_first_id) <= 2 * 20
     statuses = [status for status, _ in recorder.statuses]
     assert statuses == ["up", "down", "up", "down", "up", "closed"]
+
+
+async def test_a_broker_that_stops_answering_is_replaced_and_the_window_replayed(
+    start_sink: StartSink,
+) -> None:
+    """A connection that looks alive: no PUBACK within the timeout."""
+    async with ScriptedBroker(lambda n: None) as broker:
+        sink, recorder = await start_sink(broker.port, batch_events=10, timeout_seconds=0.5)
+        sink.submit(execs(30))
+        await until(lambda: broker.connections == 2)
+        broker.answer = lambda n: 0
+        await until(lambda: account(sink) == (30, 0, 0))
+        await sink.stop(GRACE)
+    expected = [execs(10, start).lines("json") for start in (0, 10, 20)]
+    assert broker.payloads[:3] == expected
+    assert broker.payloads[-3:] == expected
+    assert ("down", "no acknowledgement within 0.5 s") in recorder.statuses
+
+
+async def test_a_broker_that_closes_at_once_is_a_reason_and_not_a_timeout(
+    start_sink: StartSink,
+) -> None:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    async with server:
+        sink, recorder = await start_sink(server.sockets[0].getsockname()[1])
+        await until(lambda: sink.status == "down")
+        await sink.stop(0)
+    assert recorder.statuses[0] == ("down", "the broker closed the connection")
+
+
+# ---------------------------------------------------------------- limits and answers, scripted
+
+
+class ScriptedBroker:
+    """Speaks just enough MQTT v5 to give the answers that Mosquitto does not give.
+
+    `answer(n)` is the reason code for the n-th PUBLISH, or None for no answer.
+    """
+
+    def __init__(
+        self, answer: Callable[[int], int | None], connack: bytes = b"", *, silent: bool = False
+    ) -> None:
+        """`connack` are properties of the CONNACK; `silent` gives none at all."""
+        self.answer = answer
+        self.connack = connack
+        self.silent = silent
+        self.connections = 0
+        self.payloads: list[bytes] = []
+        self.unanswered: list[tuple[asyncio.StreamWriter, int]] = []
+        self.port = free_port()
+        self._server: asyncio.Server | None = None
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> ScriptedBroker:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+        await self._server.wait_closed()
+
+    def answer_all(self) -> int:
+        """Acknowledge what was not answered; how many messages that were."""
+        unanswered, self.unanswered = self.unanswered, []
+        for writer, mid in unanswered:
+            self._puback(writer, mid, 0)
+        return len(unanswered)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._writers.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                kind = (await reader.readexactly(1))[0] >> 4
+                body = await reader.readexactly(await self._length(reader))
+                if kind == 1 and not self.silent:
+                    rest = bytes([0, 0, len(self.connack)]) + self.connack
+                    writer.write(bytes([0x20, len(rest)]) + rest)
+                elif kind == 3:
+                    self._on_publish(writer, body)
+                elif kind == 12:
+                    writer.write(b"\xd0\x00")
+        writer.close()
+
+    async def _length(self, reader: asyncio.StreamReader) -> int:
+        value = shift = 0
+        while True:
+            byte = (await reader.readexactly(1))[0]
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    def _on_publish(self, writer: asyncio.StreamWriter, body: bytes) -> None:
+        at = 2 + int.from_bytes(body[:2], "big")
+        mid = int.from_bytes(body[at : at + 2], "big")
+        assert body[at + 2] < 0x80, "properties of less than 128 bytes"
+        self.payloads.append(body[at + 3 + body[at + 2] :])
+        code = self.answer(len(self.payloads) - 1)
+        if code is None:
+            self.unanswered.append((writer, mid))
+        else:
+            self._puback(writer, mid, code)
+
+    def _puback(self, writer: asyncio.StreamWriter, mid: int, code: int) -> None:
+        writer.write(b"\x40\x03" + struct.pack(">HB", mid, code))
+
+
+async def test_no_more_are_in_flight_than_the_broker_receives(start_sink: StartSink) -> None:
+    """CONNACK's Receive Maximum of 3, below the 20 of the settings."""
+    async with ScriptedBroker(lambda n: None, b"\x21\x00\x03") as broker:
+        sink, _ = await start_sink(broker.port, batch_events=1, max_inflight=20)
+        sink.submit(execs(10))
+        seen: list[int] = []
+        while not seen or account(sink)[2]:
+            await until(lambda: broker.unanswered)
+            await asyncio.sleep(0.05)
+            seen.append(broker.answer_all())
+            await asyncio.sleep(0.05)
+        await sink.stop(GRACE)
+    assert seen == [3, 3, 3, 1]
+    assert b"".join(broker.payloads) == execs(10).lines("json")
+
+
+async def test_no_more_are_in_flight_than_the_settings_allow(start_sink: StartSink) -> None:
+    async with ScriptedBroker(lambda n: None) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=1, max_inflight=5)
+        sink.submit(execs(10))
+        await until(lambda: len(broker.unanswered) == 5)
+        await asyncio.sleep(0.05)
+        assert len(broker.unanswered) == 5
+        broker.answer = lambda n: 0
+        broker.answer_all()
+        await sink.stop(GRACE)
+    assert account(sink) == (10, 0, 0)
+
+
+async def test_an_exceeded_quota_is_waited_for(start_sink: StartSink) -> None:
+    """PUBACK 0x97 twice, then success: the same message again, nothing dropped, in order."""
+    async with ScriptedBroker(lambda n: 0x97 if n in (1, 2) else 0) as broker:
+        sink, recorder = await start_sink(broker.port, batch_events=10, max_inflight=1)
+        sink.submit(execs(30))
+        await sink.stop(GRACE)
+    chunks = [execs(10, start).lines("json") for start in (0, 10, 20)]
+    assert broker.payloads == [chunks[0], chunks[1], chunks[1], chunks[1], chunks[2]]
+    assert account(sink) == (30, 0, 0)
+    assert [status for status, _ in recorder.statuses] == ["up", "closed"]
+
+
+async def test_a_broker_without_qos_1_is_a_clear_reason(start_sink: StartSink) -> None:
+    async with ScriptedBroker(lambda n: 0, b"\x24\x00") as broker:
+        sink, recorder = await start_sink(broker.port)
+        await until(lambda: sink.status == "down")
+        await sink.stop(0)
+    assert recorder.statuses[0] == ("down", "connection refused: QoS not supported (0x9B)")
+
+
+# ---------------------------------------------------------------- who we are, and who they are
+
+
+async def test_a_wrong_password_is_a_clear_reason_and_no_secret_is_shown(
+    start_broker: StartBroker,
+    start_sink: StartSink,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = start_broker(*password_file(tmp_path), anonymous=False)
+    monkeypatch.setenv("MQTT_PASSWORD", "wrong horse")
+    with caplog.at_level(0):
+        sink, recorder = await start_sink(
+            broker.port, username="agent", password_env="MQTT_PASSWORD"
+        )
+        await until(lambda: sink.status == "down")
+        await sink.stop(0)
+    assert recorder.statuses[0] == ("down", "connection refused: Not authorized (0x87)")
+    shown = f"{sink.name} {sink!r} {recorder.statuses} {caplog.text}"
+    assert "horse" not in shown
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("source", ["env", "file"])
+async def test_a_password_comes_from_the_environment_or_a_file(
+    start_broker: StartBroker,
+    start_sink: StartSink,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+) -> None:
+    broker = start_broker(*password_file(tmp_path), anonymous=False)
+    monkeypatch.setenv("MQTT_PASSWORD", PASSWORD)
+    (tmp_path / "secret").write_text(f"{PASSWORD}\n")
+    where = {"env": "MQTT_PASSWORD", "file": str(tmp_path / "secret")}[source]
+    sink, _ = await start_sink(broker.port, username="agent", **{f"password_{source}": where})
+    sink.submit(execs(5))
+    await sink.stop(GRACE)
+    assert account(sink) == (5, 0, 0)
+
+
+def password_file(directory: Path) -> list[str]:
+    """Configuration of a broker that knows the user `agent`."""
+    path = directory / "passwords"
+    run("mosquitto_passwd", "-c", "-b", path, "agent", PASSWORD)
+    return [f"password_file {path}"]
+
+
+def run(*command: object) -> None:
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+
+
+class Certificates:
+    """A certificate authority, and what it signed, made by openssl."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self._directory = directory
+        self.ca = directory / "ca.pem"
+        self._ca_key = directory / "ca.key"
+        run(
+            *("openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=test authority"),
+            *("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-keyout", self._ca_key, "-out", self.ca),
+        )
+
+    def sign(self, name: str) -> tuple[Path, Path]:
+        """Certificate and key of `name`, valid for 127.0.0.1."""
+        key, request = self._directory / f"{name}.key", self._directory / f"{name}.csr"
+        certificate, extensions = self._directory / f"{name}.pem", self._directory / "san"
+        extensions.write_text("subjectAltName=IP:127.0.0.1")
+        run(
+            *("openssl", "req", "-nodes", "-subj", f"/CN={name}"),
+            *("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-keyout", key, "-out", request),
+        )
+        run(
+            *("openssl", "x509", "-req", "-days", "2", "-in", request, "-extfile", extensions),
+            *("-CA", self.ca, "-CAkey", self._ca_key, "-CAcreateserial", "-out", certificate),
+        )
+        return certificate, key
+
+
+async def test_tls_with_certificates_on_both_sides(
+    start_broker: StartBroker, watch: Watch, start_sink: StartSink, tmp_path: Path
+) -> None:
+    authority = Certificates(tmp_path / "authority")
+    certificate, key = authority.sign("broker")
+    broker = start_broker(
+        *(f"cafile {authority.ca}", f"certfile {certificate}", f"keyfile {key}"),
+        "require_certificate true",
+    )
+    own_certificate, own_key = authority.sign("agent")
+    own = ("--cafile", authority.ca, "--cert", own_certificate, "--key", own_key)
+    witness = await watch(broker, "kernel/#", "-q", "1", "-N", *map(str, own))
+    tls = {"ca_file": str(authority.ca), "cert_file": str(own_certificate)}
+    sink, _ = await start_sink(broker.port, tls=tls | {"key_file": str(own_key)})
+    batch = execs(5000, pad=200)
+    sink.submit(batch)
+    await sink.stop(GRACE)
+    assert account(sink) == (5000, 0, 0)
+    expected = batch.lines("json")
+    await until(lambda: len(witness.data) >= len(expected))
+    assert witness.data == expected
+
+
+async def test_a_broker_of_another_authority_is_refused(
+    start_broker: StartBroker, start_sink: StartSink, tmp_path: Path
+) -> None:
+    certificate, key = Certificates(tmp_path / "theirs").sign("broker")
+    other = Certificates(tmp_path / "ours")
+    broker = start_broker(f"certfile {certificate}", f"keyfile {key}")
+    sink, recorder = await start_sink(broker.port, tls={"ca_file": str(other.ca)})
+    await until(lambda: sink.status == "down")
+    await sink.stop(0)
+    assert recorder.statuses[0][1].startswith("TLS: unable to get local issuer certificate")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topic": "kernel/+/events"}, "contains wildcard \\+"),
+        ({"topic": "kernel/#"}, "contains wildcard #"),
+        ({"topic": "kernel/{kind}"}, "contains {"),
+        ({"username": "agent", "password_env": "NOT_SET_1"}, "NOT_SET_1 is not set"),
+        ({"tls": {"ca_file": "/does/not/exist"}}, "cannot use /does/not/exist"),
+    ],
+)
+async def test_settings_that_cannot_work_are_refused_before_anything_starts(
+    start_sink: StartSink, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        await start_sink(1883, **options)
+
+
+# ---------------------------------------------------------------- stopping
+
+
+async def test_stop_gives_up_on_a_broker_that_hangs(
+    start_broker: StartBroker, start_sink: StartSink
+) -> None:
+    broker = start_broker()
+    sink, recorder = await start_sink(broker.port)
+    sink.submit(execs(10))
+    await until(lambda: account(sink) == (10, 0, 0))
+    os.kill(broker.pid, signal.SIGSTOP)
+    for n in range(100):
+        sink.submit(execs(1000, start=1000 * n, pad=100))
+    await asyncio.wait_for(sink.stop(0.2), WAIT)
+    assert account(sink) == (10, 100_000, 0)
+    assert sink.watermarks.held == 0
+    reason = "stopped before the broker acknowledged it"
+    assert recorder.reasons == {reason}
+    assert recorder.statuses[-1] == ("closed", reason)
+
+
+async def test_stop_within_the_grace_delivers_to_a_broker_that_comes_back(
+    start_broker: StartBroker, start_sink: StartSink
+) -> None:
+    broker = start_broker()
+    sink, _ = await start_sink(broker.port)
+    await until(lambda: sink.status == "up")
+    broker.kill()
+    await until(lambda: sink.status == "down")
+    sink.submit(execs(10))
+    stopping = asyncio.create_task(sink.stop(GRACE))
+    await asyncio.sleep(0.05)
+    await asyncio.to_thread(broker.start)
+    await stopping
+    assert account(sink) == (10, 0, 0)
+
+
+async def test_stop_while_the_broker_is_away_drops_and_counts(start_sink: StartSink) -> None:
+    sink, _ = await start_sink(free_port())
+    sink.submit(execs(10))
+    await asyncio.wait_for(sink.stop(0.1), WAIT)
+    assert account(sink) == (0, 10, 0)
+    sink.submit(execs(5))
+    await sink.stop(0.1)
+    assert account(sink) == (0, 15, 0)
+
+
+async def test_stop_does_not_wait_for_a_connection_that_hangs(start_sink: StartSink) -> None:
+    """Neither for a host whose backlog is full nor for a CONNACK that does not come."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        blocked = [socket.socket() for _ in range(3)]
+        for sock in blocked:
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", port))
+        sink, _ = await start_sink(port)
+        sink.submit(execs(10))
+        await asyncio.sleep(0.05)
+        before = time.monotonic()
+        await sink.stop(0.05)
+        assert time.monotonic() - before < 2, "the limit for one connection is 5 s"
+        for sock in blocked:
+            sock.close()
+    assert account(sink) == (0, 10, 0)
+    async with ScriptedBroker(lambda n: 0, silent=True) as broker:
+        sink, recorder = await start_sink(broker.port, timeout_seconds=0.2)
+        await until(lambda: sink.status == "down")
+        await asyncio.wait_for(sink.stop(0), WAIT)
+        assert recorder.statuses[0] == ("down", "no answer within 0.2 s")
+
+
+async def test_a_cancelled_stop_still_gives_the_account(start_sink: StartSink) -> None:
+    sink, _ = await start_sink(free_port())
+    sink.submit(execs(10))
+    stopping = asyncio.create_task(sink.stop(GRACE))
+    await asyncio.sleep(0.01)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert sink.status == "closed"
+    assert account(sink) == (0, 10, 0)

@@ -45,7 +45,7 @@ class Doer:
         self.directory = str(directory)
         self.expected: Expected = {}
         self.children: set[int] = set()
-        self._me = {"pid": os.getpid(), "tid": os.getpid(), "ppid": os.getppid()}
+        self._me: Event = {"pid": os.getpid(), "tid": os.getpid(), "ppid": os.getppid()}
         self._me |= {"comm": _comm(), "uid": os.getuid(), "gid": os.getgid(), "truncated": False}
 
     def _expect(self, kind: str, fields: Event) -> None:
@@ -60,7 +60,7 @@ class Doer:
         status = os.waitpid(pid, 0)[1]
         self.children.add(pid)
         self._expect("process.fork", self._me | {"child_pid": pid})
-        child = {"pid": pid, "tid": pid, "ppid": os.getpid(), "uid": os.getuid()}
+        child: Event = {"pid": pid, "tid": pid, "ppid": os.getpid(), "uid": os.getuid()}
         child |= {"comm": os.path.basename(argv[0]), "gid": os.getgid()}
         self._expect("process.exec", child | self._execution(argv))
         self._expect("process.exit", child | _end(status))
@@ -235,7 +235,7 @@ def record(directory: Path) -> tuple[Doer, list[Event], str]:
     with (directory / "stderr").open("w+") as stderr:
         agent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=stderr)
         try:
-            _wait_for_manifest(agent, output)
+            _wait_for_manifest(agent, output, Path(stderr.name))
             doer = do_all(done_in)
             time.sleep(1)
             agent.send_signal(signal.SIGTERM)
@@ -248,11 +248,11 @@ def record(directory: Path) -> tuple[Doer, list[Event], str]:
     return doer, [json.loads(line) for line in output.read_bytes().splitlines()], account
 
 
-def _wait_for_manifest(agent: subprocess.Popen[bytes], output: Path) -> None:
+def _wait_for_manifest(agent: subprocess.Popen[bytes], output: Path, stderr: Path) -> None:
     deadline = time.monotonic() + SECONDS
     while not output.exists() or b'"stream.manifest"' not in output.read_bytes():
         if agent.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit("streamer run did not start")
+            raise SystemExit(f"streamer run did not start: {stderr.read_text()}")
         time.sleep(0.1)
 
 

@@ -1,0 +1,93 @@
+"""For functions that act: forked processes with names of their own, and sockets in namespaces."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CLONE_NEWNET = 0x40000000
+
+
+class Role:
+    """A forked process that calls one function."""
+
+    def __init__(self, name: str, function: Callable[..., Any], *arguments: Any) -> None:
+        """`name` becomes the comm of the process."""
+        self._from, to = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._play(to, name, function, arguments)
+        os.close(to)
+
+    def _play(
+        self, to: int, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> None:
+        code = 1
+        try:
+            Path("/proc/self/comm").write_text(name)
+            result = pickle.dumps(function(*arguments))
+            while result:
+                result = result[os.write(to, result) :]
+            code = 0
+        finally:
+            os._exit(code)
+
+    def result(self) -> Any:
+        """Wait for the end of the process. What the function returned."""
+        with os.fdopen(self._from, "rb") as pipe:
+            data = pipe.read()
+        _, status = os.waitpid(self.pid, 0)
+        assert status == 0, f"a role failed: {status}"
+        return pickle.loads(data)
+
+
+def netns_inode() -> int:
+    return os.stat("/proc/self/ns/net").st_ino
+
+
+def enter_netns(name: str) -> None:
+    """Move the calling thread into a network namespace made by `ip netns add`."""
+    fd = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
+    os.close(fd)
+
+
+def leave_network() -> None:
+    """Move the calling thread into a network namespace of its own, which has no route."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare")
+
+
+@contextmanager
+def two_namespaces() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a veth pair between them: 192.0.2.1 and .2, 2001:db8::1 and ::2."""
+    names = f"streamer-test-{os.getpid()}-1", f"streamer-test-{os.getpid()}-2"
+    first, second = names
+    try:
+        for name in names:
+            _ip("netns", "add", name)
+        pair = ["veth1", "netns", first, "type", "veth", "peer", "name", "veth2", "netns", second]
+        _ip("link", "add", *pair)
+        for number, name in enumerate(names, 1):
+            device = f"veth{number}"
+            _ip("-n", name, "address", "add", f"192.0.2.{number}/24", "dev", device)
+            address = f"2001:db8::{number}/64"
+            _ip("-n", name, "address", "add", address, "dev", device, "nodad")
+            _ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
