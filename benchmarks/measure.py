@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 from typing import IO
 
 import msgspec
@@ -97,7 +98,9 @@ def answer(result: Result) -> None:
 class Subject:
     """A measured process, as the benchmark sees it."""
 
-    def __init__(self, command: list[str], task: Task, *, stdout: int | None = None) -> None:
+    def __init__(
+        self, command: list[str], task: Task, *, stdout: int | None = None, timeout: float = 60
+    ) -> None:
         """Start `command` with the task as its last argument. `stdout` is handed to it as
         descriptor `task.out_fd` when that is another than 1.
         """
@@ -111,6 +114,9 @@ class Subject:
             text=True,
             cwd=Path(__file__).parent.parent,
         )
+        # One that hangs is ended, and then the benchmark says so.
+        self._watchdog = Timer(timeout, self._process.kill)
+        self._watchdog.start()
         assert self._process.stdout is not None
         self._answers: IO[str] = self._process.stdout
 
@@ -140,13 +146,15 @@ class Subject:
             RuntimeError: it failed.
         """
         line = self._answers.readline()
-        self._answers.close()
-        if self._process.wait(60) != 0 or not line:
+        code = self._process.wait()
+        self.kill()
+        if code != 0 or not line:
             raise RuntimeError("the measured process failed")
         return msgspec.json.decode(line, type=Result)
 
     def kill(self) -> None:
         """End it if it still runs."""
+        self._watchdog.cancel()
         if self.alive():
             self._process.kill()
             self._process.wait()

@@ -1,6 +1,6 @@
 """The plain alternative: what one writes first, and what most tools of this kind do.
 
-libbpf's `ring_buffer__poll` calls a Python function for each record, which unpacks it into a
+libbpf calls a Python function for each record, which unpacks it into a
 dict; msgspec encodes it; and each event is sent by itself, with aiokafka's `send()` or aiomqtt's
 `publish()`. Same rings, same records, same fields in the output, and for Kafka the same
 guarantees and batching (acks=all, idempotent, same codec, batch size and linger).
@@ -25,7 +25,7 @@ from aiokafka import AIOKafkaProducer
 from benchmarks.measure import Result, Stopwatch, Task, answer, say, task_of_argument
 from streamer.settings import KafkaSink
 
-_POLL_MS = 10
+_POLL = 0.01
 _SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 # As in bpf/events.h; a program of this kind types it a second time.
@@ -50,7 +50,6 @@ class Records:
             ctypes.c_void_p,
             ctypes.c_void_p,
         ]
-        library.ring_buffer__poll.argtypes = [ctypes.c_void_p, ctypes.c_int]
         library.ring_buffer__consume.argtypes = [ctypes.c_void_p]
         self._library = library
         self._callback = _SAMPLE(self._on_record)
@@ -61,17 +60,9 @@ class Records:
         wall, boot = (time.clock_gettime_ns(clock) for clock in clocks)
         self._offset = wall - boot
 
-    def poll(self) -> list[Event]:
-        """The events that are there, after waiting a little if there are none."""
-        self._library.ring_buffer__poll(self._handle, _POLL_MS)
-        return self._take()
-
     def consume(self) -> list[Event]:
         """The events that are there."""
         self._library.ring_buffer__consume(self._handle)
-        return self._take()
-
-    def _take(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 
@@ -163,14 +154,16 @@ class Progress:
 
 
 def read_each(records: Records, task: Task, handle: Callable[[list[Event]], None]) -> Result:
-    """Handle the events of each poll until all are there."""
+    """Handle the events of each look at the ring until all are there."""
     progress = Progress(task)
     say("ready")
     done = False
     while not done:
-        events = records.poll()
+        events = records.consume()
         handle(events)
         done = progress.add(len(events))
+        if not events:
+            time.sleep(_POLL)
     return progress.finish()
 
 
@@ -205,6 +198,8 @@ async def to_kafka(records: Records, task: Task) -> Result:
     done = False
     while not done:
         events = records.consume()
+        if not events:
+            await asyncio.sleep(_POLL)
         for event in events:
             await producer.send(
                 task.topic,
@@ -212,9 +207,6 @@ async def to_kafka(records: Records, task: Task) -> Result:
                 key=key,
                 timestamp_ms=event["time_ns"] // 1_000_000,
             )
-        if not events:
-            await asyncio.sleep(_POLL_MS / 1000)
-            continue
         done = progress.add(len(events))
     await producer.flush()
     result = progress.finish()
@@ -233,11 +225,10 @@ async def to_mqtt(records: Records, task: Task) -> Result:
         done = False
         while not done:
             events = records.consume()
+            if not events:
+                await asyncio.sleep(_POLL)
             for event in events:
                 await client.publish(task.topic, encoder.encode(event), qos=1)
-            if not events:
-                await asyncio.sleep(_POLL_MS / 1000)
-                continue
             done = progress.add(len(events))
         return progress.finish()
 
