@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+from benchmarks.measure import Shared
 from streamer.account import KernelCounters
 from streamer.events import CONTRACT
 from streamer.kernel.btf import Btf
@@ -79,22 +80,26 @@ class Load:
         """
         rings = rings or Rings()
         compare(contract_of(Btf.of_object(OBJECT)), CONTRACT)
-        self.cpus = possible_cpus()
         self._object = Object(OBJECT)
         self._prepare(rings)
         self._object.load()
         self._fill_tables()
         sizes = {"critical": rings.critical_bytes, "bulk": rings.bulk_bytes}
         self.rings = {name: Ring(self._object.maps[name].fd, sizes[name]) for name in STREAMS}
-        self.counters_fd = self._object.maps["counters"].fd
-        self.counters = KernelCounters(map_counters(self.counters_fd, self.cpus), self.cpus)
+        self.shared = Shared(
+            {name: (ring.fd, ring.size) for name, ring in self.rings.items()},
+            self._object.maps["counters"].fd,
+            self._object.maps["reader"].fd,
+            possible_cpus(),
+        )
+        self.counters = KernelCounters(map_counters(self.shared), self.shared.cpus)
 
     def _prepare(self, rings: Rings) -> None:
         maps = self._object.maps
         maps["critical"].resize(rings.critical_bytes)
         maps["bulk"].resize(rings.bulk_bytes)
         for name in _BY_CPU:
-            maps[name].resize(self.cpus)
+            maps[name].resize(possible_cpus())
         rodata = next(m for m in maps.values() if m.name.endswith(".rodata"))
         rodata.write_initial(settings_bytes(KINDS, rings, Filters()))
         for program in self._object.programs.values():
@@ -150,10 +155,10 @@ class Load:
         self._object.close()
 
 
-def map_counters(fd: int, cpus: int) -> mmap.mmap:
+def map_counters(shared: Shared) -> mmap.mmap:
     """The mapped `struct cpu_counters` of every CPU."""
-    pages = -(-cpus * counters_stride() // mmap.PAGESIZE) * mmap.PAGESIZE
-    return mmap.mmap(fd, pages, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    pages = -(-shared.cpus * counters_stride() // mmap.PAGESIZE) * mmap.PAGESIZE
+    return mmap.mmap(shared.counters_fd, pages, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
 
 
 def processes() -> Iterable[bytes]:

@@ -21,14 +21,26 @@ WARM_EVENTS = 20_000
 """Events before the measurement begins: caches fill, imports and connections are done."""
 
 
+class Shared(msgspec.Struct, frozen=True):
+    """The maps of the load. `rings` are descriptors and data sizes in bytes, by name."""
+
+    rings: dict[str, tuple[int, int]]
+    counters_fd: int
+    reader_fd: int
+    cpus: int
+
+    @property
+    def descriptors(self) -> list[int]:
+        """All of them."""
+        return [self.counters_fd, self.reader_fd, *(fd for fd, _ in self.rings.values())]
+
+
 class Task(msgspec.Struct, frozen=True):
-    """What to measure. `rings` are descriptors and data sizes in bytes, by name."""
+    """What to measure, and on which CPU."""
 
     path: str
     events: int
-    rings: dict[str, tuple[int, int]]
-    counters_fd: int
-    cpus: int
+    shared: Shared
     cpu: int
     kafka: str = ""
     mqtt_port: int = 0
@@ -99,16 +111,15 @@ class Subject:
     """A measured process, as the benchmark sees it."""
 
     def __init__(
-        self, command: list[str], task: Task, *, stdout: int | None = None, timeout: float = 60
+        self, command: list[str], shared: Shared, *, output: int | None = None, timeout: float = 60
     ) -> None:
-        """Start `command` with the task as its last argument. `stdout` is handed to it as
-        descriptor `task.out_fd` when that is another than 1.
+        """Start `command`, which inherits the maps, and `output` where it is to write to one.
+
+        It is killed after `timeout` seconds.
         """
-        descriptors = [fd for fd, _ in task.rings.values()] + [task.counters_fd]
-        if stdout is not None:
-            descriptors.append(stdout)
+        descriptors = [*shared.descriptors, *([] if output is None else [output])]
         self._process = subprocess.Popen(
-            [*command, msgspec.json.encode(task).decode()],
+            command,
             stdout=subprocess.PIPE,
             pass_fds=descriptors,
             text=True,
@@ -161,9 +172,10 @@ class Subject:
         self._answers.close()
 
 
-def python_command(module: str) -> list[str]:
+def python_command(module: str, task: Task) -> list[str]:
     """The command that runs a module of this package as the measured process."""
-    return [sys.executable, "-m", f"benchmarks.{module}"]
+    argument = msgspec.json.encode(task).decode()
+    return [sys.executable, "-m", f"benchmarks.{module}", argument]
 
 
 def task_of_argument() -> Task:

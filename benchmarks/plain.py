@@ -20,7 +20,7 @@ from typing import Any
 import aiomqtt
 import msgspec
 import uvloop
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]
 
 from benchmarks.measure import Result, Stopwatch, Task, answer, say, task_of_argument
 from streamer.settings import KafkaSink
@@ -160,8 +160,9 @@ def read_each(records: Records, task: Task, handle: Callable[[list[Event]], None
     done = False
     while not done:
         events = records.consume()
+        count = len(events)
         handle(events)
-        done = progress.add(len(events))
+        done = progress.add(count)
         if not events:
             time.sleep(_POLL)
     return progress.finish()
@@ -236,10 +237,10 @@ async def to_mqtt(records: Records, task: Task) -> Result:
 def main() -> None:
     """Measure the task of the command line."""
     task = task_of_argument()
-    records = Records(task.rings["bulk"][0])
+    records = Records(task.shared.rings["bulk"][0])
     match task.path:
         case "decoded":
-            answer(read_each(records, task, len))
+            answer(read_each(records, task, list.clear))
         case "ndjson":
             answer(to_null(records, task))
         case "kafka":

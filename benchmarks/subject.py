@@ -7,13 +7,15 @@ and its accounting.
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
+import sys
 from collections.abc import Collection
 
 import uvloop
 
 from benchmarks.load import KINDS, map_counters
-from benchmarks.measure import Result, Stopwatch, Task, answer, say, task_of_argument
+from benchmarks.measure import Result, Shared, Stopwatch, Task, answer, say, task_of_argument
 from streamer.batch import Batch
 from streamer.envelope import Envelope
 from streamer.kernel.loader import KernelState, KindStatus, ProgramStatus
@@ -31,12 +33,13 @@ _POLL = 0.01
 class InheritedKernel(KernelState):
     """The rings and counters of the load, which another process has loaded and runs."""
 
-    def __init__(self, task: Task) -> None:
-        self.cpus = task.cpus
+    def __init__(self, shared: Shared) -> None:
+        self.cpus = shared.cpus
         self.statuses: list[ProgramStatus] = []
-        self.ring_fds = {name: fd for name, (fd, _) in task.rings.items()}
-        self.ring_bytes = {name: size for name, (_, size) in task.rings.items()}
-        self.counters = map_counters(task.counters_fd, task.cpus)
+        self.ring_fds = {name: fd for name, (fd, _) in shared.rings.items()}
+        self.ring_bytes = {name: size for name, (_, size) in shared.rings.items()}
+        self.counters = map_counters(shared)
+        self.reader_state = mmap.mmap(shared.reader_fd, mmap.PAGESIZE)
         self.program_fds: dict[str, int] = {}
 
     def attach(self) -> None:
@@ -53,34 +56,53 @@ class InheritedKernel(KernelState):
         """Nothing to release before the process ends."""
 
 
+class Count:
+    """Counts events, and calls back when so many are there."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self._limit = 0
+        self._reached = asyncio.Event()
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch, and let it go."""
+        self.events += len(batch)
+        if self.events >= self._limit:
+            self._reached.set()
+
+    async def reach(self, limit: int) -> None:
+        """Wait for so many events."""
+        self._limit = limit
+        if self.events < limit:
+            self._reached.clear()
+            await self._reached.wait()
+
+
 async def decoded(task: Task) -> Result:
     """The rings drained to Structs, which are counted and let go."""
-    counted, done, limit = 0, asyncio.Event(), task.warm
-
-    def count(batch: Batch) -> None:
-        nonlocal counted
-        counted += len(batch)
-        if counted >= limit:
-            done.set()
-
-    envelope, rings = Envelope(), Rings()
+    count, rings, envelope = Count(), Rings(), Envelope()
     reader = RingReader(
-        [RingSource(name, fd, size, envelope) for name, (fd, size) in task.rings.items()],
-        count,
+        [RingSource(name, fd, size, envelope) for name, (fd, size) in task.shared.rings.items()],
+        mmap.mmap(task.shared.reader_fd, mmap.PAGESIZE),
+        on_batch=count.add,
+        on_error=_fail,
         poll_interval_ms=rings.poll_interval_ms,
         drain_records=rings.drain_records,
     )
     reader.start()
     say("ready")
-    await done.wait()
+    await count.reach(task.warm)
     watch = Stopwatch()
-    limit = task.warm + task.events
-    done.clear()
     say("warm")
-    await done.wait()
-    result = watch.result(counted - task.warm)
+    await count.reach(task.warm + task.events)
+    result = watch.result(count.events - task.warm)
     reader.stop()
     return result
+
+
+def _fail(error: Exception) -> None:
+    print(f"the ring cannot be read: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def chosen_sink(task: Task) -> AnySink:
@@ -88,6 +110,8 @@ def chosen_sink(task: Task) -> AnySink:
     match task.path:
         case "ndjson":
             return FileSink(path=os.devnull)
+        case "file":
+            return FileSink(path=task.topic)
         case "kafka":
             return KafkaSink(bootstrap=(task.kafka,), topic=task.topic)
         case "mqtt":
@@ -109,7 +133,7 @@ async def served(task: Task) -> Result:
     settings = Settings(sinks=(chosen,), drop_capabilities=False)
     sink = sink_of(task, chosen)
     service = Service(
-        settings, frozenset(KINDS), Limits(status=False), [sink], InheritedKernel(task)
+        settings, frozenset(KINDS), Limits(status=False), [sink], InheritedKernel(task.shared)
     )
     running = asyncio.create_task(service.run())
     watch = Stopwatch()

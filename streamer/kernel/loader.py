@@ -31,6 +31,7 @@ KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
 STREAMS = ("critical", "bulk")
 _WHOAMI = "whoami"
 _BY_CPU = ("exec_scratch", "open_scratch", "counters")
+_RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _KEEP, _DROP = b"\x01", b"\x02"
 _OFF, _EXCLUDE, _INCLUDE = 0, 1, 2
 _NUMBERS = {layout.kind: number for number, layout in RECORDS.items()}
@@ -81,11 +82,10 @@ def find_btf(settings: Settings) -> str | None:
     """The BTF file to relocate against: None for the kernel's own.
 
     Raises:
-        KernelError: the kernel has none, and none is configured.
+        KernelError: the kernel has none, and none that is readable is configured.
     """
     if settings.btf is not None:
-        if not Path(settings.btf).is_file():
-            raise KernelError(f"btf: no such file: {settings.btf}")
+        _check_btf(Path(settings.btf))
         return settings.btf
     if not KERNEL_BTF.exists():
         raise KernelError(
@@ -93,6 +93,19 @@ def find_btf(settings: Settings) -> str | None:
             "observed; name a BTF file of this very kernel in the configuration (btf = PATH)"
         )
     return None
+
+
+def _check_btf(path: Path) -> None:
+    """Refuse what libbpf would refuse with a number that nobody knows."""
+    if not path.is_file():
+        raise KernelError(f"btf: no such file: {path}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise KernelError(f"btf: cannot read {path}: {error.strerror}") from None
+    if not start.startswith((_RAW_BTF, _ELF)):
+        raise KernelError(f"btf: {path} holds no BTF")
 
 
 def ensure_tracefs() -> str:
@@ -159,13 +172,19 @@ def filter_entries(filters: Filters) -> Iterable[tuple[str, bytes, bytes]]:
         ("filter_ports", map(_u16, filters.ports), map(_u16, filters.exclude_ports)),
         (
             "filter_paths",
-            map(_prefix, filters.path_prefixes),
+            map(_prefix, _kept_prefixes(filters)),
             map(_prefix, filters.exclude_path_prefixes),
         ),
     ]
     for name, keep, drop in tables:
         yield from ((name, key, _KEEP) for key in keep)
         yield from ((name, key, _DROP) for key in drop)
+
+
+def _kept_prefixes(filters: Filters) -> Iterable[str]:
+    """Without those within an excluded one: in the map the longest match would win."""
+    excluded = filters.exclude_path_prefixes
+    return (prefix for prefix in filters.path_prefixes if not prefix.startswith(excluded))
 
 
 def _u16(value: int) -> bytes:

@@ -7,6 +7,10 @@ the broker has them. Only when the producer has to be replaced (the broker lost 
 numbers, or nothing is acknowledged although the bootstrap servers answer) are the
 unacknowledged batches sent again by the next one, which can duplicate what was written and
 not acknowledged. Such copies have the same `id`: a consumer that needs to can drop them.
+
+A broker forgets the numbers of a producer whose newest record bears a time of more than a day
+ago (`producer.id.expiration.ms`, 24 hours), whenever it was written. A broker that is killed
+while it is sent events as old as that can therefore store the repetition as well.
 """
 
 from __future__ import annotations

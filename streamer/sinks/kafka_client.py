@@ -308,6 +308,8 @@ def _reason(error: BaseException) -> tuple[str, bool]:
         case errors.ClusterAuthorizationFailedError():
             # Brokers before 2.8 ask for IDEMPOTENT_WRITE on the cluster as well.
             return "not authorised: WRITE is needed on the topic", True
+        case errors.InvalidTimestampError():
+            return "the broker refuses the times of the events: is a clock wrong?", True
         case errors.InvalidTopicError():
             return "invalid topic", True
         case errors.KafkaConnectionError(__cause__=ssl.SSLError() as cause):

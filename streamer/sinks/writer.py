@@ -99,22 +99,25 @@ class WriterThread:
         self._last = False
         self._thread = Thread(target=self._run, name="streamer-writer", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
     def put(self, data: bytes) -> None:
         """Hand over one byte string. Never waits."""
-        self._queue.put(data)
+        self._hand_over(data)
 
     def finish(self) -> None:
         """End after what was handed over."""
-        self._queue.put(None)
+        self._hand_over(None)
 
     def abandon(self) -> None:
         """End as soon as possible: at once, unless a write is blocked."""
         self._abandoned.set()
-        self._queue.put(None)
+        self._hand_over(None)
+
+    def _hand_over(self, data: bytes | None) -> None:
+        # Started only when there is something to write: a thread keeps the capabilities that the
+        # process had when it began, and the service gives them up before its first batch.
+        if self._thread.ident is None:
+            self._thread.start()
+        self._queue.put(data)
 
     def _run(self) -> None:
         error = None
@@ -221,7 +224,7 @@ class WriterSink(Sink):
         """Whether the descriptor is closed in the end."""
 
     async def start(self) -> None:
-        """Open the descriptor and start the thread.
+        """Open the descriptor; the thread starts with the first batch.
 
         Raises:
             SinkError: it cannot be opened, or is not open.
@@ -236,7 +239,6 @@ class WriterSink(Sink):
             ended=self._on_ended,
             close=self._owns_descriptor,
         )
-        self._thread.start()
         self._set_status("up")
 
     def submit(self, batch: Batch) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.bpf_variant import Change, Variant
 from tests.conftest import Require
 from tests.kernel.scope import Scope, cgroup_mount
 
@@ -41,3 +42,9 @@ def subject(open_directory: Path) -> Path:
     command = ["cc", "-O1", "-static", "-pthread", "-Wall", "-Werror", "-o", str(program)]
     subprocess.run([*command, str(SOURCE)], check=True)
     return program
+
+
+@pytest.fixture
+def variant(tmp_path: Path) -> Callable[[Mapping[str, Change]], Variant]:
+    """Makes kernel programs that differ from ours: file in bpf/, and what to change there."""
+    return lambda changes: Variant(tmp_path / "variant", changes)

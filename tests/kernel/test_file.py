@@ -18,14 +18,11 @@ import pytest
 from tests.conftest import Require
 from tests.kernel.agent import Agent
 from tests.kernel.scope import Scope
+from tests.kernel.system import AT_FDCWD, OPEN, OPENAT, OPENAT2, open_missing, system_call
 
 pytestmark = pytest.mark.kernel
 
 PATH_LEN = 4096  # of events.h
-AT_FDCWD = -100
-OPEN = {"x86_64": 2}.get(platform.machine())  # newer architectures do without
-OPENAT = {"x86_64": 257, "aarch64": 56}[platform.machine()]
-OPENAT2 = 437
 NOBODY = 65534
 BAD_ADDRESS = 8  # in the first page, which nobody has
 
@@ -51,18 +48,6 @@ class OpenHow(ctypes.Structure):
         ("mode", ctypes.c_uint64),
         ("resolve", ctypes.c_uint64),
     )
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def system_call(number: int, *arguments: Any) -> tuple[int, int, int]:
-    """Result, error number and the nanoseconds that it took at most."""
-    words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    before = time.monotonic_ns()
-    result: int = _libc.syscall(ctypes.c_long(number), *words)
-    most_ns = time.monotonic_ns() - before
-    return result, ctypes.get_errno() if result < 0 else 0, most_ns
 
 
 class Opener:
@@ -337,17 +322,12 @@ def open_from_many(directory: str) -> None:
 
 def open_from_threads(prefix: str) -> None:
     threads = [
-        threading.Thread(target=open_numbered, args=(f"{prefix}-{n}",)) for n in range(THREADS)
+        threading.Thread(target=open_missing, args=(f"{prefix}-{n}-", OPENS)) for n in range(THREADS)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def open_numbered(prefix: str) -> None:
-    for i in range(OPENS):
-        system_call(OPENAT, AT_FDCWD, f"{prefix}-{i}".encode(), 0, 0)
 
 
 def test_every_open_of_many_threads_and_processes(scope: Scope, tmp_path: Path) -> None:

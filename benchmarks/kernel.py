@@ -1,0 +1,113 @@
+"""What an event costs in the kernel: emitting it, and what the program that is observed pays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.load import Load, Ring, user_string
+from streamer.kernel import loader
+from streamer.settings import Filters, Rings, Settings
+
+_EVENTS = 8192
+_OPENS = 10_000
+
+OPENED = (
+    "/etc/passwd",
+    "/usr/lib/os-release",
+    "/usr/share/doc/libc6/copyright",
+)
+
+
+class Cost(NamedTuple):
+    """Nanoseconds for one event."""
+
+    what: str
+    ns: float
+
+
+def emission(rounds: int) -> list[Cost]:
+    """What emitting costs, the loop around it taken off; the best of some rounds."""
+    load = Load()
+    try:
+        empty = _best(load, rounds, "nothing")
+        found = [
+            Cost("net.close, reserve and submit", _best(load, rounds, "close") - empty),
+            Cost("file.open, copied", _best(load, rounds, "open") - empty),
+        ]
+        for path in (path for path in OPENED if Path(path).exists()):
+            with _opened(path) as (fd, address):
+                cost = _best(load, rounds, "hooks", address, fd) - empty
+            found.append(Cost(f"both hooks of openat(), {os.path.realpath(path)}", cost))
+    finally:
+        load.close()
+    return found
+
+
+def _best(load: Load, rounds: int, program: str, filename: int = 0, fd: int = 0) -> float:
+    times = []
+    for _ in range(rounds):
+        load.rings["bulk"].discard()
+        start = time.perf_counter_ns()
+        load.run(program, _EVENTS, filename, fd)
+        times.append((time.perf_counter_ns() - start) / _EVENTS)
+    if load.lost():
+        raise RuntimeError("the ring overflowed, so the cost is not that of an event")
+    return min(times)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[int, int]]:
+    fd = os.open(path, os.O_RDONLY)
+    address, keep = user_string(path.encode())
+    try:
+        yield fd, address
+    finally:
+        os.close(fd)
+        del keep
+
+
+def observed(rounds: int, path: str = OPENED[0]) -> tuple[float, float]:
+    """Nanoseconds that open() and close() of `path` take a program, unobserved and observed.
+
+    The best of some rounds each, which alternate.
+    """
+    command = [sys.executable, "-m", "benchmarks.opens", path, str(_OPENS)]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        stdin, stdout = child.stdin, child.stdout
+
+        def one_round() -> float:
+            print(file=stdin, flush=True)
+            return float(stdout.readline())
+
+        try:
+            one_round()
+            pairs = [(one_round(), _attached(child.pid, one_round)) for _ in range(rounds)]
+        finally:
+            stdin.close()
+    return min(alone for alone, _ in pairs), min(watched for _, watched in pairs)
+
+
+def _attached(pid: int, one_round: Callable[[], float]) -> float:
+    rings = Rings()
+    settings = Settings(rings=rings, filters=Filters(pids=(pid,)))
+    state = loader.load(settings, {"file.open"})
+    try:
+        state.attach()
+        cost = one_round()
+        if Ring(state.ring_fds["bulk"], rings.bulk_bytes).pending < _OPENS * 64:
+            raise RuntimeError("the opens were not observed")
+        return cost
+    finally:
+        state.close()

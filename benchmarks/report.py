@@ -1,0 +1,218 @@
+"""The tables: for the terminal, and for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.kernel import Cost
+from benchmarks.measure import Result
+from benchmarks.pipe_reader import Latencies
+from benchmarks.runs import Machine
+
+Row = tuple[str, ...]
+
+
+class PathRow(msgspec.Struct, frozen=True):
+    """One path through the streamer, beside its alternatives. `target` is events/s per core."""
+
+    name: str
+    load: str
+    target: float
+    streamer: Result
+    plain: Result | None
+    limit: Result | None
+    limit_name: str = ""
+
+
+class Measured(msgspec.Struct):
+    """All that a run has measured; what was left out is None or empty."""
+
+    paths: list[PathRow] = []
+    emission: list[Cost] = []
+    observed: tuple[float, float] | None = None
+    idle: Result | None = None
+    latencies: dict[str, Latencies] = {}
+
+
+def per_second(events: float) -> str:
+    """Events per second, in millions or thousands."""
+    return f"{events / 1e6:.2f} M/s" if events >= 1e6 else f"{events / 1e3:.0f} k/s"
+
+
+def paths_table(paths: Sequence[PathRow]) -> list[Row]:
+    """The streamer beside the plain alternative and the limit."""
+    rows: list[Row] = [
+        ("ring →", "events", "per core", "ns", "target", "plain", "ns", "ratio", "limit in C", "ns")
+    ]
+    for path in paths:
+        plain, limit = path.plain, path.limit
+        rows.append(
+            (
+                path.name,
+                path.load,
+                per_second(path.streamer.per_second),
+                f"{path.streamer.ns_per_event:,.0f}",
+                per_second(path.target) if path.target else "",
+                per_second(plain.per_second) if plain else "",
+                f"{plain.ns_per_event:,.0f}" if plain else "",
+                f"{plain.ns_per_event / path.streamer.ns_per_event:.1f}x" if plain else "",
+                f"{path.limit_name} {per_second(limit.per_second)}" if limit else "",
+                f"{limit.ns_per_event:,.0f}" if limit else "",
+            )
+        )
+    return rows
+
+
+def kernel_table(measured: Measured) -> list[Row]:
+    """The costs in the kernel."""
+    rows: list[Row] = [("in the kernel", "ns")]
+    rows += [(cost.what, f"{cost.ns:,.0f}") for cost in measured.emission]
+    if measured.observed is not None:
+        alone, watched = measured.observed
+        rows.append(("open() and close() of a program, unobserved", f"{alone:,.0f}"))
+        rows.append(("the same, with file.open observed", f"{watched:,.0f}"))
+    return rows
+
+
+def service_table(measured: Measured) -> list[Row]:
+    """Memory, idle CPU and latency."""
+    rows: list[Row] = [("the process", "measured", "target")]
+    if measured.idle is not None:
+        share = measured.idle.cpu_seconds / measured.idle.wall_seconds
+        rows.append(("CPU with nothing to do", f"{share:.2%}", "< 1%"))
+        rows.append(("resident, idle", mebibytes(measured.idle.resident_bytes), "< 150 MB"))
+    if measured.paths:
+        name, peak = max(
+            ((path.name, path.streamer.peak_bytes) for path in measured.paths),
+            key=lambda pair: pair[1],
+        )
+        rows.append((f"resident, most of all runs (→ {name})", mebibytes(peak), "< 150 MB"))
+    for when, ages in measured.latencies.items():
+        rows.append((f"event to pipe, {when}: p50", f"{ages.p50:.1f} ms", ""))
+        rows.append((f"event to pipe, {when}: p99", f"{ages.p99:.1f} ms", "< 20 ms"))
+    return rows
+
+
+def mebibytes(size: int) -> str:
+    """A size, the mappings of the rings included."""
+    return f"{size / 1e6:.0f} MB"
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """Aligned columns, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The same as a table in Markdown."""
+    head, *rest = rows
+    rule = ("---", *("---:" for _ in head[1:]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rest))
+
+
+def tables(measured: Measured) -> list[list[Row]]:
+    """All tables that have something to say."""
+    found = [paths_table(measured.paths), kernel_table(measured), service_table(measured)]
+    return [table for table in found if len(table) > 1]
+
+
+def machine_lines(machine: Machine) -> list[str]:
+    """Where and with what this was measured."""
+    kernel = platform.uname()
+    packages = ("msgspec", "uvloop", "aiokafka", "aiomqtt", "cramjam")
+    return [
+        f"- {time.strftime('%Y-%m-%d')}",
+        f"- {cpu_model()}, {len(machine.others) + 1} CPUs used: the measured process on one, "
+        "generator and brokers on the rest",
+        f"- Linux {kernel.release} {kernel.machine}, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in packages),
+        f"- {first_line('mosquitto', '-h')}; {first_line('kcat', '-V', line=2)}; "
+        f"{first_line('clang', '--version')}",
+    ]
+
+
+def cpu_model() -> str:
+    """What the kernel calls the CPU."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "CPU implementer"):
+            return value.strip()
+    return platform.machine()
+
+
+def first_line(*command: str, line: int = 0) -> str:
+    """A line of what a tool says of its version."""
+    told = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return told[line].strip() if len(told) > line else command[0]
+
+
+def document(measured: Measured, machine: Machine, command: str) -> str:
+    """docs/benchmarks.md."""
+    body = "\n\n".join(as_markdown(table) for table in tables(measured))
+    return _DOCUMENT.format(machine="\n".join(machine_lines(machine)), command=command, tables=body)
+
+
+_DOCUMENT = """\
+# Benchmarks
+
+Written by `make bench ARGS=--write`; what is measured, and how, is below the tables.
+
+{machine}
+- `{command}`
+
+{tables}
+
+## What the numbers are
+
+**Events per second per core** are events divided by the CPU time of the measured process, user and
+system, all its threads. The process is pinned to one CPU; the generator and the brokers have the
+others, so that neither a slow broker nor a waiting process counts, and nothing that the process
+does is left out. Each number is the median of several runs, in which the streamer and its
+alternatives take turns. A run in which an event was lost, or not delivered, is an error and gives
+no number: produced, lost and delivered are compared, and for Kafka the broker is asked how many
+records the topic has.
+
+**The load** is a BPF program (`bpf/bench.bpf.c`) that fills the service's own rings, of the default
+sizes, through the helpers that the hooks use: `file.open` with 64 different paths of 17 to 54
+bytes, and `net.close`, from 16 processes; `mixed` is one of each in turn. No system call is in the
+way. It runs in bursts of 4,096 events, when less than half of the ring is unread.
+
+**The streamer** is the code that runs in production. Decoded is `RingReader` alone, with the events
+counted and let go. The others are a whole `Service` with one sink in its default settings: NDJSON
+into `/dev/null`; Kafka with acks=all, idempotent, keyed, one record per event, zstd; MQTT v5 at
+QoS 1. An event counts when the sink says that it was delivered, for the brokers when they have
+acknowledged it. Kafka is Apache Kafka, one node; both brokers are plain processes on loopback.
+
+**Plain** (`benchmarks/plain.py`) is what one writes first: libbpf calls a Python function for each
+record, which unpacks it with one precompiled `struct` into a dict of the same fields, msgspec
+encodes it, and each event is sent by itself: aiokafka `send()`, with the same guarantees, codec,
+batch size and linger, or aiomqtt `publish()` at QoS 1.
+
+**Limit in C** is, for the ring, libbpf's own consumer counting records and bytes
+(`benchmarks/consumer.c`); for Kafka, librdkafka (kcat) sending lines that are encoded already,
+with the same guarantees, codec and batch size: it neither reads a ring nor encodes.
+
+**In the kernel** is the best of several runs of 8,192 events, the empty loop taken off. The first
+lines are the price of a record with the identity of its task; the hooks of `openat()` do all that
+they do at a real call, the walk up the path included. What an observed program pays is measured
+on a program that opens and closes a file, with the hooks attached and without.
+
+**Event to pipe** is the age of an event, from the time in its record to the return of the `read()`
+that brings it to whoever reads the streamer's standard output. Idle means single events at random
+times. Resident memory counts the pages of the rings, once for each of the two mappings.
+"""

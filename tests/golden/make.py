@@ -1,0 +1,103 @@
+"""Makes the golden records anew, on the running kernel: `python -m tests.golden.make` (root).
+
+Runs `golden.c`, compiled, in a cgroup of its own, takes the raw records of what it did out of
+the rings, and writes them with the events that they are decoded to. Look at the difference
+before it is committed: the decoder that is to be tested by them has made the events.
+"""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import msgspec
+
+from streamer.events import HEADER, RECORDS
+from streamer.kernel import loader
+from streamer.kernel.loader import KernelState
+from streamer.records_py import Decoder, Ring
+from streamer.settings import Filters, Settings
+from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, PLACE, Case, constants, save
+from tests.kernel.scope import Scope, cgroup_mount
+
+SOURCE = Path(__file__).parent / "golden.c"
+COMM = "golden"
+
+
+class RecordKeeper(Decoder):
+    """A decoder that keeps the raw records."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(HEADER, RECORDS, constants(stream), f"{ID_PREFIX}-{stream}")
+        self.clock_offset_ns = CLOCK_OFFSET_NS
+        self.records: list[bytes] = []
+
+    def decode_kind(self, record: bytes) -> tuple[str, object] | None:
+        self.records.append(record)
+        return super().decode_kind(record)
+
+
+def run_program(program: str) -> None:
+    os.chdir(os.path.dirname(program))
+    os.waitpid(os.posix_spawn(program, [COMM.encode()], {}), 0)
+
+
+def drained(state: KernelState, stream: str) -> list[Case]:
+    """Everything that is in a ring."""
+    page, size, fd = mmap.PAGESIZE, state.ring_bytes[stream], state.ring_fds[stream]
+    keeper = RecordKeeper(stream)
+    with (
+        mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) as consumer,
+        mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page) as producer,
+    ):
+        ring = Ring(consumer, producer, page)
+        events = ring.drain(keeper, 1 << 20).events
+        ring.close()
+    return [
+        Case(stream, record, msgspec.to_builtins(event))
+        for record, event in zip(keeper.records, events, strict=True)
+    ]
+
+
+def is_own(case: Case) -> bool:
+    """Whether it is about the program alone, and not about the process that started it."""
+    own = PLACE / COMM
+    return case.event["comm"] == COMM and case.event.get("parent_exe", str(own)) == str(own)
+
+
+def record(program: Path, scope: Scope) -> list[Case]:
+    """Run the program and take what it did out of the rings."""
+    settings = Settings(filters=Filters(cgroups=(scope.id,)))
+    state = loader.load(settings, loader.known_kinds())
+    try:
+        state.attach()
+        scope.act(run_program, str(program))
+        state.detach()
+        cases = [case for stream in state.ring_fds for case in drained(state, stream)]
+    finally:
+        state.close()
+    return [case for case in cases if is_own(case)]
+
+
+def main() -> None:
+    mount = cgroup_mount()
+    assert mount is not None, "no cgroup v2 hierarchy is mounted"
+    PLACE.mkdir()
+    try:
+        program = PLACE / COMM
+        subprocess.run(["cc", "-O1", "-static", "-o", str(program), str(SOURCE)], check=True)
+        with Scope(mount) as scope:
+            cases = record(program, scope)
+    finally:
+        shutil.rmtree(PLACE)
+    save(cases)
+    print(f"{len(cases)} records")
+
+
+if __name__ == "__main__":
+    # By its name, under which the actor finds `run_program`.
+    importlib.import_module("tests.golden.make").main()

@@ -1,0 +1,201 @@
+"""Kernels that lack something: what is lost is said with its reason, and the rest runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+import pytest
+
+from streamer.errors import ContractError, KernelError
+from streamer.kernel import loader
+from streamer.kernel.loader import KindStatus
+from streamer.settings import Settings
+from tests.bpf_variant import Variant
+from tests.kernel.agent import ROOT, Agent
+from tests.kernel.scope import Scope
+from tests.kernel.system import open_missing
+
+pytestmark = pytest.mark.kernel
+
+ALL_KINDS = loader.known_kinds()
+NO_BTF = ("unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none /sys/kernel/btf; exec "$@"', "sh")
+# Without a directory to mount it on, tracefs cannot be mounted either.
+NO_TRACEFS_SCRIPT = """
+mount --bind /sys/kernel/btf "$0"
+mount -t tmpfs none /sys/kernel
+mkdir /sys/kernel/btf
+mount --bind "$0" /sys/kernel/btf
+exec "$@"
+"""
+
+
+def no_tracefs(directory: Path) -> tuple[str, ...]:
+    """What to put before a command that is to find no tracefs. The directory is made."""
+    directory.mkdir()
+    return "unshare", "--mount", "sh", "-ec", NO_TRACEFS_SCRIPT, str(directory)
+
+
+def streamer(prefix: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*prefix, sys.executable, "-m", "streamer", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+# ---------------------------------------------------------------- no BTF
+
+
+def test_without_btf(tmp_path: Path) -> None:
+    """Nothing can be observed: one line says why, and what to do."""
+    ended = streamer(NO_BTF, "run", "--sink", f"file:{tmp_path}/events")
+    assert (ended.returncode, ended.stdout) == (3, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("streamer: no BTF: /sys/kernel/btf/vmlinux is missing")
+    assert "btf = PATH" in line
+
+
+def test_check_without_btf() -> None:
+    ended = streamer(NO_BTF, "check", "--json", "--events", "*")
+    assert ended.returncode == 3
+    found = json.loads(ended.stdout)
+    assert found["features"]["btf"] == "no"
+    assert found["kinds"].keys() == ALL_KINDS
+    for state in found["kinds"].values():
+        assert state["status"] == "missing"
+        assert state["reason"].startswith("no BTF")
+
+
+def test_a_btf_file_instead_of_the_kernels(scope: Scope, tmp_path: Path) -> None:
+    """The same BTF, as a file that the configuration names."""
+    shutil.copyfile("/sys/kernel/btf/vmlinux", tmp_path / "vmlinux")
+    config = f'btf = "{tmp_path}/vmlinux"\n'
+    with Agent(tmp_path, *scope.options, config=config, prefix=NO_BTF) as agent:
+        scope.act(open_missing, "/no/", 10)
+        recording = agent.stop()
+    assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(10)]
+    assert {kind.status for kind in recording.manifest.kinds.values()} == {"full"}
+
+
+# ---------------------------------------------------------------- no tracefs
+
+
+def connect_and_run(target: tuple[str, int]) -> None:
+    socket.create_connection(target).close()
+    os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+    open_missing("/no/", 10)
+
+
+def test_without_tracefs(scope: Scope, tmp_path: Path) -> None:
+    """What needs no system-call tracepoint goes on; the manifest and the log name the rest."""
+    prefix = no_tracefs(tmp_path / "btf")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with Agent(tmp_path, *scope.options, prefix=prefix) as agent:
+            scope.act(connect_and_run, listener.getsockname())
+            recording = agent.stop()
+    kinds = recording.manifest.kinds
+    assert {name: kind.status for name, kind in kinds.items()} == {
+        "file.open": "missing",
+        "net.accept": "missing",
+        "net.close": "partial",
+        "net.connect": "partial",
+        "process.exec": "full",
+        "process.exit": "full",
+        "process.fork": "full",
+    }
+    for name in ("file.open", "net.accept", "net.close", "net.connect"):
+        assert "tracefs is not mounted and cannot be" in kinds[name].reason
+        assert f"streamer: {name} is " in agent.stderr
+    found = {type(event).__name__ for event in recording.events}
+    assert {"NetConnect", "ProcessExec", "ProcessExit", "ProcessFork"} <= found
+    assert not found & {"FileOpen", "NetAccept"}
+
+
+def test_check_without_tracefs(tmp_path: Path) -> None:
+    ended = streamer(no_tracefs(tmp_path / "btf"), "check", "--json", "--events", "*")
+    found = json.loads(ended.stdout)
+    assert found["features"]["tracefs"].startswith("tracefs is not mounted and cannot be")
+    assert found["kinds"]["file.open"]["status"] == "missing"
+    assert found["kinds"]["process.exec"]["status"] == "full"
+
+
+# ---------------------------------------------------------------- other programs
+
+
+def coverage_of(path: Path) -> tuple[dict[str, KindStatus], dict[str, str]]:
+    """Coverage of every kind, and why programs failed, with the object at `path`."""
+    state = loader.load(Settings(), ALL_KINDS, path)
+    try:
+        state.attach()
+        failed = {s.name: s.reason for s in state.statuses if s.status == "failed"}
+        return state.coverage(ALL_KINDS), failed
+    finally:
+        state.close()
+
+
+def test_a_missing_tracepoint(variant: Callable[..., Variant]) -> None:
+    """Of openat2 alone: other opens are still observed."""
+    made = variant({"file.bpf.c": ("syscalls/sys_exit_openat2", "syscalls/sys_exit_openat9")})
+    kinds, failed = coverage_of(made.object)
+    assert failed == {"on_openat2_exit": "this kernel has no tracepoint/syscalls/sys_exit_openat9"}
+    reason = f"{failed['on_openat2_exit']}, so opens by openat2() are not observed"
+    assert kinds.pop("file.open") == KindStatus("partial", reason)
+    assert {kind.status for kind in kinds.values()} == {"full"}
+
+
+def test_a_missing_raw_tracepoint(variant: Callable[..., Variant]) -> None:
+    """The only hook of a kind: the kind is missing, others are not."""
+    made = variant({"process.bpf.c": ("raw_tp/sched_process_fork", "raw_tp/sched_process_fork9")})
+    kinds, failed = coverage_of(made.object)
+    assert failed == {"on_fork": "this kernel has no raw_tp/sched_process_fork9"}
+    assert kinds.pop("process.fork") == KindStatus("missing", failed["on_fork"])
+    assert {kind.status for kind in kinds.values()} == {"full"}
+
+
+BAD = """	struct event_header header;
+	bpf_probe_read_kernel(&header, sizeof(header) + 4096, parent);
+"""
+
+
+def test_a_program_that_the_verifier_refuses(variant: Callable[..., Variant]) -> None:
+    """What the verifier says reaches the user, with the program's name; the rest is attached."""
+    made = variant({"process.bpf.c": ("	struct event_header header;\n", BAD)})
+    kinds, failed = coverage_of(made.object)
+    assert list(failed) == ["on_fork"]
+    reason = failed["on_fork"]
+    assert re.fullmatch(r"on_fork does not load: [\w ]+: .*stack.*", reason)
+    assert kinds.pop("process.fork") == KindStatus("missing", reason)
+    assert {kind.status for kind in kinds.values()} == {"full"}
+
+
+def test_an_object_of_another_contract(variant: Callable[..., Variant]) -> None:
+    """It is refused before anything is loaded, and the message names struct and field."""
+    field = "	__u32 child_pid DOC("
+    made = variant({"events.h": (field, '	__u32 child_age DOC("age");\n' + field)})
+    with pytest.raises(ContractError, match=r"process_fork: .*child_age at 80 \(4 bytes\)"):
+        loader.load(Settings(), ALL_KINDS, made.object)
+
+
+def test_no_object_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=f"{tmp_path}/none"):
+        loader.load(Settings(), ALL_KINDS, tmp_path / "none")
+
+
+def test_a_btf_file_that_is_not_there() -> None:
+    with pytest.raises(KernelError, match="btf: no such file: /no/btf"):
+        loader.load(Settings(btf="/no/btf"), ALL_KINDS)
+
+
+def test_a_btf_file_that_is_none(tmp_path: Path) -> None:
+    """One line, and not what libbpf makes of it."""
+    (tmp_path / "btf").write_bytes(b"nonsense")
+    with pytest.raises(KernelError, match=f"btf: {tmp_path}/btf holds no BTF"):
+        loader.load(Settings(btf=str(tmp_path / "btf")), ALL_KINDS)
+
+

@@ -1,0 +1,167 @@
+"""Starting, stopping and limits of the real command."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.brokers import free_port
+from tests.kernel.agent import ROOT, Agent, decoded
+from tests.kernel.scope import Scope
+from tests.kernel.system import open_missing
+
+pytestmark = pytest.mark.kernel
+
+STREAMER = (sys.executable, "-m", "streamer")
+OPENS = 50
+
+
+def run(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """The command `streamer`, run to its end."""
+    command = [*prefix, *STREAMER, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def open_some(count: int = OPENS) -> None:
+    open_missing("/no/", count)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_reports(
+    scope: Scope, tmp_path: Path, number: signal.Signals
+) -> None:
+    """What happened just before the signal is delivered; the last line is the account."""
+    with Agent(tmp_path, *scope.options, events="file.open") as agent:
+        scope.act(open_some)
+        recording = agent.stop(number)
+    assert len(recording.events) == OPENS
+    (sink,) = recording.heartbeat.sinks.values()
+    assert (sink.dropped, sink.status) == (0, "up")
+    produced = recording.heartbeat.kinds["file.open"].produced
+    assert recording.account.startswith(f"streamer: {produced:,} events in ")
+    assert f"; file:{agent.output} {OPENS} delivered, 0 dropped; " in recording.account
+    assert recording.account.endswith(f"{produced - OPENS:,} filtered, 0 lost")
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    """While a sink whose broker is not there is given its grace."""
+    config = "grace_seconds = 60\n"
+    sink = f"kafka://127.0.0.1:{free_port()}/events"
+    with Agent(tmp_path, "--comm", "nobody", config=config, sinks=(sink,)) as agent:
+        agent.send(signal.SIGINT)
+        time.sleep(1)
+        assert agent.process.poll() is None
+        agent.send(signal.SIGINT)
+        assert agent.process.wait(5) == 130
+
+
+def test_a_closed_pipe_ends_it_quietly(scope: Scope) -> None:
+    """As in `streamer run | head -1`."""
+    command = [*STREAMER, "run", "--no-status", "--events", "file.open", *scope.options]
+    with subprocess.Popen(
+        [*command, "--log-level", "warning"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.readline()
+        process.stdout.close()
+        scope.act(open_some)
+        assert process.wait(30) == 0
+        (account,) = process.stderr.read().decode().splitlines()
+    assert decoded(first.rstrip()).agent_pid == process.pid
+    assert account.startswith("streamer: ")
+
+
+def test_a_limit_of_events_is_exact(scope: Scope, tmp_path: Path) -> None:
+    with Agent(tmp_path, *scope.options, "--max-events", "7", events="file.open") as agent:
+        scope.act(open_some)
+        recording = agent.wait()
+    assert recording.returncode == 0
+    assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(7)]
+    assert recording.heartbeat.kinds["file.open"].read == 7
+    assert " 7 delivered, 0 dropped; " in recording.account
+
+
+def test_a_limit_of_time(scope: Scope, tmp_path: Path) -> None:
+    with Agent(tmp_path, *scope.options, "--duration", "500ms", events="file.open") as agent:
+        recording = agent.wait()
+    assert recording.returncode == 0
+    assert recording.heartbeat.uptime_seconds >= 0.5
+    recording.check()
+
+
+def test_heartbeats_while_it_runs(scope: Scope, tmp_path: Path) -> None:
+    """Each has the account so far; only the last counts what came after it."""
+    config = "heartbeat_seconds = 1\n"
+    with Agent(tmp_path, *scope.options, events="file.open", config=config) as agent:
+        scope.act(open_some)
+        agent.wait_for(b'{"event":"stream.heartbeat"', 2)
+        recording = agent.stop()
+    beats = recording.of("stream.heartbeat")
+    assert len(beats) >= 3
+    assert beats[-2].kinds["file.open"].read == OPENS
+    assert [beat.boot_ns for beat in beats] == sorted(beat.boot_ns for beat in beats)
+
+
+# ---------------------------------------------------------------- privileges
+
+
+def test_without_capabilities(tmp_path: Path) -> None:
+    """One line that names them and the command to use."""
+    bare = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+    ended = run("run", "--sink", f"file:{tmp_path}/events", prefix=bare)
+    assert (ended.returncode, ended.stdout) == (3, "")
+    (line,) = ended.stderr.splitlines()
+    assert line == (
+        "streamer: missing CAP_BPF, CAP_PERFMON: run it as root, as in `sudo streamer run`"
+    )
+
+
+def status_of(task: Path) -> dict[str, str]:
+    lines = (task / "status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines)
+
+
+def test_capabilities_are_given_up_once_attached(scope: Scope, tmp_path: Path) -> None:
+    """By every thread, whatever the sinks; and all goes on, until the programs are detached."""
+    sinks = f"kafka://127.0.0.1:{free_port()}/events", f"mqtt://127.0.0.1:{free_port()}/events"
+    config = "grace_seconds = 0.5\n"
+    with Agent(tmp_path, *scope.options, config=config, sinks=sinks, events="file.open") as agent:
+        scope.act(open_some)
+        agent.wait_for(b'{"event":"file.open"', OPENS)
+        for task in Path(f"/proc/{agent.pid}/task").iterdir():
+            status = status_of(task)
+            held = [status[name] for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")]
+            assert [int(value, 16) for value in held] == [0] * 4, status["Name"]
+            assert status["NoNewPrivs"] == "1", status["Name"]
+        scope.act(open_some)
+        recording = agent.stop(check=False)
+    assert len(recording.events) == 2 * OPENS
+
+
+def test_capabilities_are_kept_when_told_so(scope: Scope, tmp_path: Path) -> None:
+    config = "drop_capabilities = false\n"
+    with Agent(tmp_path, *scope.options, events="file.open", config=config) as agent:
+        status = status_of(Path(f"/proc/{agent.pid}"))
+        agent.stop()
+    assert status["CapEff"] == status_of(Path("/proc/self"))["CapEff"]
+
+
+# ---------------------------------------------------------------- a configuration that is wrong
+
+
+def test_an_unknown_key(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[rings]\nbulk_byte = 1\n")
+    ended = run("run", "--config", str(tmp_path / "bad.toml"))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert f"{tmp_path}/bad.toml" in line
+    assert "bulk_byte" in line

@@ -1,0 +1,60 @@
+"""The agent leaves itself out, its brokers' side of its connections included."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.brokers import MosquittoBroker
+from tests.kernel.agent import Agent, Recording
+from tests.kernel.scope import Scope
+
+pytestmark = [pytest.mark.kernel, pytest.mark.mqtt]
+
+
+def connect_to(port: int) -> int:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        own: int = connection.getsockname()[1]
+        return own
+
+
+def await_clients(broker: MosquittoBroker, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while broker.log.count("New client connected") < count:
+        assert time.monotonic() < deadline, broker.log
+        time.sleep(0.05)
+
+
+def with_port(recording: Recording, port: int) -> list[Any]:
+    kinds = ("net.connect", "net.accept", "net.close")
+    events = [event for kind in kinds for event in recording.of(kind)]
+    return [event for event in events if port in (event.local_port, event.remote_port)]
+
+
+def test_neither_the_agent_nor_a_broker_serving_it(scope: Scope, tmp_path: Path) -> None:
+    """What others do with the same broker is observed, at both ends."""
+    with MosquittoBroker(tmp_path / "broker") as broker:
+        sink = f"mqtt://{broker.address}/events"
+        with Agent(tmp_path / "agent", sinks=(sink,)) as agent:
+            await_clients(broker, 1)
+            own_port = scope.act(connect_to, broker.port)
+            agent.wait_for(b'{"event":"net.close"')
+            recording = agent.stop()
+            agent.output.unlink()  # it holds what others on this machine did
+        broker_pid = broker.pid
+    delivered = recording.heartbeat.sinks[f"mqtt://{broker.address}"].delivered
+    assert delivered > len(recording.events) // 2  # the last ones are on their way
+    assert agent.pid not in {event.pid for event in recording.events}
+    seen = with_port(recording, broker.port)
+    assert {own_port} == {p for e in seen for p in (e.local_port, e.remote_port)} - {broker.port}
+    assert Counter((type(e).__name__, e.pid == broker_pid) for e in seen) == {
+        ("NetConnect", False): 1,
+        ("NetClose", False): 1,
+        ("NetAccept", True): 1,
+        ("NetClose", True): 1,
+    }
