@@ -9,7 +9,7 @@ PYTHON_BIN := .venv/bin/python
 # Debian keeps mosquitto and ip where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help run setup test test-unit lint gen lock bench brokers brokers-stop clean
+.PHONY: help run setup test test-unit test-kernels lint gen lock bench brokers brokers-stop clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,10 @@ test: ## set up, and run all tests: this kernel, a real Kafka, a real Mosquitto 
 test-unit: ## the tests that need neither root nor brokers
 	@tools/setup.sh dev
 	@exec $(PYTHON_BIN) -m pytest tests/unit $(ARGS)
+
+test-kernels: ## the agent on stock Debian kernels 5.10 to 7.2 in virtual machines (root, slow)
+	@tools/setup.sh run
+	@tools/kernels.sh test
 
 lint: ## check style, types, and that generated files are up to date
 	@tools/setup.sh dev

@@ -119,7 +119,7 @@ static __always_inline void bench_net_close(__u32 random)
 	record->local_addr[0] = record->remote_addr[0] = 10;
 	record->local_addr[3] = 7;
 	record->remote_addr[3] = random % BENCH_REMOTES;
-	submit(&bulk, STREAM_BULK, record, sizeof(*record));
+	submit(&bulk, STREAM_BULK, record);
 }
 
 static long bench_emit_open(__u32 i, void *context)

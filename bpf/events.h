@@ -135,7 +135,7 @@ struct file_open {
 	__u16 path_len AS("str:path") DOC("absolute path: as opened, symbolic links resolved; of a failed open, as asked, resolved against cwd or dirfd");
 	__u8 pad[6] HIDDEN;
 	__u8 data[2 * PATH_LEN] HIDDEN;
-} STREAM("bulk") DOC("A call of open, openat or openat2 returned.");
+} STREAM("bulk") DOC("A call of open, creat, openat or openat2 returned.");
 
 struct net_connect {
 	struct event_header header;

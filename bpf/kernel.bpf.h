@@ -20,14 +20,18 @@
 #define AF_INET6 10
 #define AT_FDCWD (-100)
 #define IPPROTO_TCP 6
+#define IPPROTO_MPTCP 262
 #define SOCK_DONE 1 /* enum sock_flags: the peer's FIN was received */
 #define SIGNAL_GROUP_EXIT 4
 #define EINTR 4
 #define ERESTARTSYS 512
 #define ERESTART_RESTARTBLOCK 516
+#define EEXIST 17
 #define ECONNABORTED 103
 #define EINPROGRESS 115
+#define O_WRONLY 01
 #define O_CREAT 0100
+#define O_TRUNC 01000
 #define O_TMPFILE 020000000
 
 typedef enum {
@@ -188,6 +192,10 @@ struct tcp_sock {
 	__u64 bytes_received;
 	__u64 bytes_sent;
 	__u64 bytes_retrans;
+};
+
+struct mptcp_sock {
+	struct sock *first; /* of its TCP connections */
 };
 
 struct socket {

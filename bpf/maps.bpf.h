@@ -123,15 +123,6 @@ static __always_inline bool admits(const struct event_header *header, enum event
 	return false;
 }
 
-static __always_inline void identify(struct event_header *header, struct task_struct *task)
-{
-	const struct cred *cred = BPF_CORE_READ(task, cred);
-
-	header->ppid = BPF_CORE_READ(task, real_parent, tgid);
-	header->uid = BPF_CORE_READ(cred, uid.val);
-	header->gid = BPF_CORE_READ(cred, gid.val);
-}
-
 /* Who and when, of the current task. */
 static __always_inline void identify_current(struct event_header *header)
 {
@@ -212,30 +203,33 @@ static __always_inline void lose(struct event_header *header, enum event_kind ki
 		count(&mine->kinds[kind].lost);
 }
 
-/* Whether the reader sleeps for want of events; the first to ask wakes it. */
-static __always_inline bool reader_waits(enum event_stream stream)
+/*
+ * Wakes the reader only when it asked for it: a wake-up for each record costs thirty times the
+ * record. Otherwise the reader's timer finds the records. `size` is of a record that is not
+ * reserved yet.
+ */
+static __always_inline __u64 wakeup(void *ring, enum event_stream stream, __u64 size)
 {
 	__u32 zero = 0;
 	struct reader_state *state = bpf_map_lookup_elem(&reader, &zero);
 
-	if (!state || !state->waiting[stream])
-		return false;
-	state->waiting[stream] = 0;
-	return true;
+	if (!state || state->wake[stream] == WAKE_NEVER)
+		return BPF_RB_NO_WAKEUP;
+	if (state->wake[stream] == WAKE_FULL &&
+	    bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA) + size < settings.wakeup_bytes[stream])
+		return BPF_RB_NO_WAKEUP;
+	state->wake[stream] = WAKE_NEVER;
+	return BPF_RB_FORCE_WAKEUP;
 }
 
-/*
- * Wake the reader only when it sleeps, or when this record carried the ring over its mark: a
- * wake-up for each record costs thirty times the record. Otherwise the reader's timer finds it.
- */
-static __always_inline __u64 wakeup(void *ring, enum event_stream stream, __u64 size)
+/* A wake-up that was not given after all: the next record is to give it. */
+static __always_inline void wake_later(enum event_stream stream)
 {
-	__u64 held = bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA);
-	__u64 mark = settings.wakeup_bytes[stream];
+	__u32 zero = 0;
+	struct reader_state *state = bpf_map_lookup_elem(&reader, &zero);
 
-	if (reader_waits(stream))
-		return BPF_RB_FORCE_WAKEUP;
-	return held >= mark && held - size < mark ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+	if (state)
+		state->wake[stream] = WAKE_ANY;
 }
 
 /* Room for a record of constant `size`, with its header in place; NULL when it is lost. */
@@ -258,10 +252,9 @@ static __always_inline void *begin(void *ring, struct event_header *header, enum
 	return record;
 }
 
-static __always_inline void submit(void *ring, enum event_stream stream, void *record,
-				   const __u32 size)
+static __always_inline void submit(void *ring, enum event_stream stream, void *record)
 {
-	bpf_ringbuf_submit(record, wakeup(ring, stream, size));
+	bpf_ringbuf_submit(record, wakeup(ring, stream, 0));
 }
 
 /* Copies a record of variable size, built elsewhere, into the ring. */
@@ -269,13 +262,16 @@ static __always_inline void output(void *ring, struct event_header *record, enum
 				   enum event_stream stream, __u32 size)
 {
 	struct cpu_counters *mine = number(record, kind, stream, size);
+	__u64 flags;
 
 	if (!mine)
 		return;
-	/* The kernel's record header and the record itself will be held. */
-	if (!record->seq ||
-	    bpf_ringbuf_output(ring, record, size, wakeup(ring, stream, 0)))
-		count(&mine->kinds[kind].lost);
+	flags = wakeup(ring, stream, size);
+	if (record->seq && !bpf_ringbuf_output(ring, record, size, flags))
+		return;
+	count(&mine->kinds[kind].lost);
+	if (flags == BPF_RB_FORCE_WAKEUP)
+		wake_later(stream);
 }
 
 #endif

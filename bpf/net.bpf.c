@@ -15,6 +15,7 @@ struct endpoints {
 	__u16 remote_port;
 	__u8 ip_version;
 	__u8 pad[3];
+	__u32 netns; /* of loopback addresses, which every namespace has; else 0 */
 };
 
 struct connection {
@@ -88,11 +89,24 @@ static __always_inline void unmap_addr(__u8 *addr)
 	word[3] = 0;
 }
 
-static __always_inline void read_endpoints(struct endpoints *ends, const struct sock *sk)
+static __always_inline __u32 netns_of(const struct sock *sk)
+{
+	return BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+}
+
+static __always_inline bool is_loopback(const struct endpoints *ends)
+{
+	const __u32 *word = (const __u32 *)ends->remote_addr;
+
+	if (ends->ip_version == 4)
+		return ends->remote_addr[0] == 127;
+	return !word[0] && !word[1] && !word[2] && word[3] == bpf_htonl(1);
+}
+
+static __always_inline void read_addresses(struct endpoints *ends, const struct sock *sk)
 {
 	const struct inet_sock *inet = (const void *)sk;
 
-	__builtin_memset(ends, 0, sizeof(*ends));
 	/* Not skc_num: a closing socket has given its port back already. */
 	ends->local_port = bpf_ntohs(BPF_CORE_READ(inet, inet_sport));
 	ends->remote_port = bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport));
@@ -112,6 +126,14 @@ static __always_inline void read_endpoints(struct endpoints *ends, const struct 
 	}
 }
 
+static __always_inline void read_endpoints(struct endpoints *ends, const struct sock *sk)
+{
+	__builtin_memset(ends, 0, sizeof(*ends));
+	read_addresses(ends, sk);
+	if (is_loopback(ends))
+		ends->netns = netns_of(sk);
+}
+
 static __always_inline void turn_round(struct endpoints *to, const struct endpoints *from)
 {
 	__builtin_memset(to, 0, sizeof(*to));
@@ -120,6 +142,7 @@ static __always_inline void turn_round(struct endpoints *to, const struct endpoi
 	to->local_port = from->remote_port;
 	to->remote_port = from->local_port;
 	to->ip_version = from->ip_version;
+	to->netns = from->netns;
 }
 
 static __always_inline bool is_tcp(const struct sock *sk)
@@ -130,17 +153,23 @@ static __always_inline bool is_tcp(const struct sock *sk)
 	       BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP;
 }
 
+/* The connection that a socket stands for: of a Multipath TCP one, its first. */
+static __always_inline struct sock *first_connection(struct sock *sk)
+{
+	struct mptcp_sock *multipath = (void *)sk;
+
+	if (bpf_core_type_exists(struct mptcp_sock) &&
+	    BPF_CORE_READ(sk, sk_protocol) == IPPROTO_MPTCP)
+		return BPF_CORE_READ(multipath, first);
+	return sk;
+}
+
 static __always_inline struct socket *socket_of_fd(int fd)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	struct file *file = file_of_fd(task, fd);
 
 	return BPF_CORE_READ(file, private_data);
-}
-
-static __always_inline __u32 netns_of(const struct sock *sk)
-{
-	return BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
 }
 
 /* Whether an event of `owner` between `ends` is to be reported. */
@@ -193,7 +222,7 @@ static __always_inline void emit_connect(const struct event_header *owner, const
 	record->netns = netns_of(sk);
 	record->direction = DIRECTION_OUTBOUND;
 	COPY_ENDPOINTS(record, ends);
-	submit(&bulk, STREAM_BULK, record, sizeof(*record));
+	submit(&bulk, STREAM_BULK, record);
 }
 
 static __always_inline void emit_close(const struct connection *connection, const struct sock *sk,
@@ -224,7 +253,7 @@ static __always_inline void emit_close(const struct connection *connection, cons
 	record->netns = netns_of(sk);
 	record->direction = connection->direction;
 	COPY_ENDPOINTS(record, ends);
-	submit(&bulk, STREAM_BULK, record, sizeof(*record));
+	submit(&bulk, STREAM_BULK, record);
 }
 
 static __always_inline void remember(__u64 key, struct connection *connection)
@@ -317,9 +346,14 @@ static __always_inline void on_inbound(const struct sock *sk, const struct endpo
 		.since_boot_ns = bpf_ktime_get_boot_ns(),
 	};
 
+	__u64 socket = (__u64)sk;
+
+	/* With Fast Open it can have been accepted before it was complete. */
+	if (bpf_map_lookup_elem(&connections, &socket))
+		return;
 	if (listener)
 		connection.owner = *listener;
-	remember((__u64)sk, &connection);
+	remember(socket, &connection);
 }
 
 static __always_inline void on_listen(const struct sock *sk, const struct endpoints *ends)
@@ -355,6 +389,15 @@ static __always_inline void on_closed(const struct sock *sk, struct endpoints *e
 	bpf_map_delete_elem(&agent_peers, ends);
 }
 
+/* Never complete: of interest only if Fast Open let it be accepted all the same. */
+static __always_inline void on_aborted(const struct sock *sk, struct endpoints *ends)
+{
+	__u64 key = (__u64)sk;
+
+	if (bpf_map_lookup_elem(&connections, &key))
+		on_closed(sk, ends);
+}
+
 SEC("raw_tp/inet_sock_set_state") EMITS("net.connect,net.close")
 int BPF_PROG(on_sock_state, const struct sock *sk, int from, int to)
 {
@@ -377,8 +420,9 @@ int BPF_PROG(on_sock_state, const struct sock *sk, int from, int to)
 		on_listen(sk, &ends);
 	else if (to == TCP_FIN_WAIT1 || to == TCP_LAST_ACK)
 		on_closing(sk);
-	else if (to == TCP_CLOSE && from != TCP_LISTEN && from != TCP_SYN_RECV &&
-		 from != TCP_CLOSE)
+	else if (to == TCP_CLOSE && from == TCP_SYN_RECV)
+		on_aborted(sk, &ends);
+	else if (to == TCP_CLOSE && from != TCP_LISTEN && from != TCP_CLOSE)
 		on_closed(sk, &ends);
 	return 0;
 }
@@ -390,6 +434,7 @@ int on_connect_enter(struct trace_event_raw_sys_enter *ctx)
 	__u64 id = bpf_get_current_pid_tgid();
 	struct connect_call call = { .boot_ns = bpf_ktime_get_boot_ns(), .fd = ctx->args[0] };
 	__u64 length = ctx->args[2];
+	struct event_header owner;
 	struct socket *socket;
 	struct sock *sk;
 	__u16 family;
@@ -404,10 +449,14 @@ int on_connect_enter(struct trace_event_raw_sys_enter *ctx)
 	/* Of a socket that is connecting already, connect() asks for news: no new attempt. */
 	if (BPF_CORE_READ(socket, state) != SS_UNCONNECTED)
 		return 0;
-	sk = BPF_CORE_READ(socket, sk);
+	sk = first_connection(BPF_CORE_READ(socket, sk));
 	if (!is_tcp(sk))
 		return 0;
-	bpf_map_update_elem(&connect_calls, &id, &call, BPF_ANY);
+	if (bpf_map_update_elem(&connect_calls, &id, &call, BPF_ANY)) {
+		identify_current(&owner);
+		if (admits(&owner, KIND_NET_CONNECT))
+			lose(&owner, KIND_NET_CONNECT, STREAM_BULK);
+	}
 	return 0;
 }
 
@@ -447,7 +496,7 @@ int on_connect_exit(struct trace_event_raw_sys_exit *ctx)
 		return 0;
 	if (result < 0 && result != -EINPROGRESS && (!call->sock || call->failed)) {
 		socket = socket_of_fd(call->fd);
-		sk = BPF_CORE_READ(socket, sk);
+		sk = first_connection(BPF_CORE_READ(socket, sk));
 		read_endpoints(&ends, sk);
 		read_wanted(&ends, call);
 		identify_current(&owner);
@@ -457,32 +506,39 @@ int on_connect_exit(struct trace_event_raw_sys_exit *ctx)
 	return 0;
 }
 
+/* From now on the connection belongs to the current task. */
+static __always_inline void take_over(const struct sock *sk, const struct event_header *owner)
+{
+	__u64 key = (__u64)sk;
+	struct connection *known = bpf_map_lookup_elem(&connections, &key);
+	struct connection connection = { .direction = DIRECTION_INBOUND };
+
+	if (known)
+		connection = *known;
+	else if (BPF_CORE_READ(sk, __sk_common.skc_state) == TCP_CLOSE)
+		return; /* reset before it was accepted */
+	connection.owner = *owner;
+	/* Not in place: the entry may be another socket's by now. */
+	bpf_map_update_elem(&connections, &key, &connection, known ? BPF_EXIST : BPF_ANY);
+}
+
 static __always_inline int accepted(long fd)
 {
-	struct connection *known, connection = { .direction = DIRECTION_INBOUND };
 	struct net_accept *record;
 	struct event_header header;
 	struct endpoints ends;
 	struct socket *socket;
 	struct sock *sk;
-	__u64 key;
 
 	if (fd < 0)
 		return 0;
 	socket = socket_of_fd(fd);
-	sk = BPF_CORE_READ(socket, sk);
+	sk = first_connection(BPF_CORE_READ(socket, sk));
 	if (!is_tcp(sk))
 		return 0;
 	read_endpoints(&ends, sk);
 	identify_current(&header);
-	key = (__u64)sk;
-	known = bpf_map_lookup_elem(&connections, &key);
-	if (known) {
-		known->owner = header;
-	} else if (BPF_CORE_READ(sk, __sk_common.skc_state) != TCP_CLOSE) {
-		connection.owner = header;
-		remember(key, &connection);
-	}
+	take_over(sk, &header);
 	if (!admits_net(&header, KIND_NET_ACCEPT, &ends))
 		return 0;
 	record = begin(&bulk, &header, KIND_NET_ACCEPT, STREAM_BULK, sizeof(*record));
@@ -492,7 +548,7 @@ static __always_inline int accepted(long fd)
 	record->netns = netns_of(sk);
 	record->direction = DIRECTION_INBOUND;
 	COPY_ENDPOINTS(record, &ends);
-	submit(&bulk, STREAM_BULK, record, sizeof(*record));
+	submit(&bulk, STREAM_BULK, record);
 	return 0;
 }
 

@@ -17,33 +17,92 @@ struct path_buffer {
 	__u16 nameless; /* a pipe, for example: it is in no directory and has no name */
 };
 
-static __always_inline void path_prepend(struct path_buffer *buffer, struct dentry *dentry)
-{
-	struct qstr name;
-	__u32 length;
+/*
+ * What the walk needs of a struct, by one read instead of one for each member: a read costs more
+ * than the bytes it brings. The members are neighbours wherever their order is not randomised;
+ * the offsets are known when the program is loaded, and the branch that does not apply goes then.
+ */
+#define SPAN_WORDS 3
 
-	bpf_core_read(&name.name, sizeof(name.name), &dentry->d_name.name);
-	length = BPF_CORE_READ(dentry, d_name.len);
-	length &= NAME_LEN - 1;
+static __always_inline bool in_span(__u32 offset, __u32 size)
+{
+	return offset <= SPAN_WORDS * sizeof(__u64) - size;
+}
+
+struct dentry_view {
+	struct dentry *parent;
+	const unsigned char *name;
+	__u32 length;
+};
+
+static __always_inline void view_dentry(struct dentry_view *view, const struct dentry *dentry)
+{
+	const __u32 start = bpf_core_field_offset(struct dentry, d_parent);
+	const __u32 name = bpf_core_field_offset(struct dentry, d_name.name) - start;
+	const __u32 length = bpf_core_field_offset(struct dentry, d_name.len) - start;
+	__u64 span[SPAN_WORDS];
+
+	if (in_span(name, sizeof(view->name)) && in_span(length, sizeof(view->length))) {
+		bpf_probe_read_kernel(span, sizeof(span), (const void *)dentry + start);
+		view->parent = (struct dentry *)span[0];
+		view->name = *(const unsigned char **)((void *)span + name);
+		view->length = *(__u32 *)((void *)span + length);
+		return;
+	}
+	view->parent = BPF_CORE_READ(dentry, d_parent);
+	view->name = BPF_CORE_READ(dentry, d_name.name);
+	view->length = BPF_CORE_READ(dentry, d_name.len);
+}
+
+struct mount_view {
+	struct mount *parent;
+	struct dentry *mountpoint;
+	struct dentry *root;
+};
+
+static __always_inline void view_mount(struct mount_view *view, const struct mount *mount)
+{
+	const __u32 start = bpf_core_field_offset(struct mount, mnt_parent);
+	const __u32 mountpoint = bpf_core_field_offset(struct mount, mnt_mountpoint) - start;
+	const __u32 root = bpf_core_field_offset(struct mount, mnt.mnt_root) - start;
+	__u64 span[SPAN_WORDS];
+
+	if (in_span(mountpoint, sizeof(view->mountpoint)) && in_span(root, sizeof(view->root))) {
+		bpf_probe_read_kernel(span, sizeof(span), (const void *)mount + start);
+		view->parent = (struct mount *)span[0];
+		view->mountpoint = *(struct dentry **)((void *)span + mountpoint);
+		view->root = *(struct dentry **)((void *)span + root);
+		return;
+	}
+	view->parent = BPF_CORE_READ(mount, mnt_parent);
+	view->mountpoint = BPF_CORE_READ(mount, mnt_mountpoint);
+	view->root = BPF_CORE_READ(mount, mnt.mnt_root);
+}
+
+static __always_inline void path_prepend(struct path_buffer *buffer,
+					 const struct dentry_view *entry)
+{
+	__u32 length = entry->length & (NAME_LEN - 1);
+
 	if (buffer->start < length + 1) {
 		buffer->truncated = 1;
 		return;
 	}
 	buffer->start -= length;
-	bpf_probe_read_kernel(&buffer->bytes[buffer->start & (PATH_LEN - 1)], length, name.name);
+	bpf_probe_read_kernel(&buffer->bytes[buffer->start & (PATH_LEN - 1)], length, entry->name);
 	buffer->start--;
 	buffer->bytes[buffer->start & (PATH_LEN - 1)] = '/';
 }
 
 /* The name of what is in no directory, such as a memory file; of a root that name is a slash. */
-static __always_inline void path_prepend_topmost(struct path_buffer *buffer, struct dentry *dentry)
+static __always_inline void path_prepend_topmost(struct path_buffer *buffer,
+						 const struct dentry_view *entry)
 {
-	const unsigned char *name = BPF_CORE_READ(dentry, d_name.name);
 	char first = 0;
 
-	bpf_probe_read_kernel(&first, sizeof(first), name);
+	bpf_probe_read_kernel(&first, sizeof(first), entry->name);
 	if (first && first != '/')
-		path_prepend(buffer, dentry);
+		path_prepend(buffer, entry);
 	else if (!first)
 		buffer->nameless = 1;
 }
@@ -57,33 +116,32 @@ static __always_inline void path_build(struct path_buffer *buffer, const struct 
 	struct dentry *dentry = BPF_CORE_READ(path, dentry);
 	struct vfsmount *vfsmount = BPF_CORE_READ(path, mnt);
 	struct mount *mount = (void *)vfsmount - bpf_core_field_offset(struct mount, mnt);
-	struct dentry *mnt_root = BPF_CORE_READ(vfsmount, mnt_root);
-	struct dentry *parent;
-	struct mount *above;
+	struct dentry_view entry;
+	struct mount_view on;
 	int depth;
 
 	buffer->start = PATH_LEN;
 	buffer->truncated = 0;
 	buffer->nameless = 0;
+	view_mount(&on, mount);
 	for (depth = 0; depth < MAX_DEPTH; depth++) {
-		if (dentry == mnt_root) {
-			above = BPF_CORE_READ(mount, mnt_parent);
-			if (above == mount)
+		if (dentry == on.root) {
+			if (on.parent == mount)
 				break;
-			dentry = BPF_CORE_READ(mount, mnt_mountpoint);
-			mount = above;
-			mnt_root = BPF_CORE_READ(mount, mnt.mnt_root);
+			dentry = on.mountpoint;
+			mount = on.parent;
+			view_mount(&on, mount);
 			continue;
 		}
-		parent = BPF_CORE_READ(dentry, d_parent);
-		if (parent == dentry) {
-			path_prepend_topmost(buffer, dentry);
+		view_dentry(&entry, dentry);
+		if (entry.parent == dentry) {
+			path_prepend_topmost(buffer, &entry);
 			break;
 		}
-		path_prepend(buffer, dentry);
+		path_prepend(buffer, &entry);
 		if (buffer->truncated)
 			break;
-		dentry = parent;
+		dentry = entry.parent;
 	}
 	if (depth == MAX_DEPTH)
 		buffer->truncated = 1;

@@ -116,7 +116,7 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 		return 0;
 	record->child_start_boot_ns = BPF_CORE_READ(child, start_boottime);
 	record->child_pid = child_pid;
-	submit(&critical, STREAM_CRITICAL, record, sizeof(*record));
+	submit(&critical, STREAM_CRITICAL, record);
 	return 0;
 }
 
@@ -144,7 +144,8 @@ static __always_inline bool ends_process(struct task_struct *task, struct exit_k
 
 	if (BPF_CORE_READ(task, signal, live.counter) != 0)
 		return false;
-	return bpf_map_update_elem(&exited, key, &one, BPF_NOEXIST) == 0;
+	/* Where there is no room to remember it, better twice than not at all. */
+	return bpf_map_update_elem(&exited, key, &one, BPF_NOEXIST) != -EEXIST;
 }
 
 SEC("raw_tp/sched_process_exit") EMITS("process.exit")
@@ -177,6 +178,6 @@ int BPF_PROG(on_exit, struct task_struct *task)
 	record->exit_code = (code >> 8) & 0xff;
 	record->signal = code & 0x7f;
 	record->core_dumped = !!(code & 0x80);
-	submit(&critical, STREAM_CRITICAL, record, sizeof(*record));
+	submit(&critical, STREAM_CRITICAL, record);
 	return 0;
 }

@@ -45,9 +45,16 @@ struct cpu_counters {
 	__u64 pad[4];
 };
 
-/* Written by the agent, mapped: what the programs need to know of the reader. */
+/* When a program is to wake the reader. */
+enum wake {
+	WAKE_NEVER = 0, /* it will look by itself */
+	WAKE_FULL = 1,  /* when the ring holds wakeup_bytes */
+	WAKE_ANY = 2,   /* at the next record: the reader sleeps */
+};
+
+/* Mapped: the reader asks for one wake-up for each ring, the program that gives it resets it. */
 struct reader_state {
-	__u32 waiting[STREAM_END]; /* not 0: the reader sleeps until this ring wakes it */
+	__u32 wake[STREAM_END]; /* enum wake */
 };
 
 #define PREFIX_LEN 256

@@ -13,6 +13,9 @@ const struct {
 	enum event_kind kind;
 	enum event_stream stream;
 	enum event_flags flags;
+	enum filter_mode mode;
+	enum filter_verdict verdict;
+	enum wake wake;
 } *event_enums __attribute__((unused));
 
 /* Never attached: the agent runs it in its own process, and so learns its pid as the hooks see it,

@@ -131,7 +131,7 @@ def _overrides(arguments: argparse.Namespace) -> Overrides:
 
 def _run(arguments: argparse.Namespace) -> int:
     chosen = plan(arguments)
-    from streamer.service import run_service
+    from streamer.run import run_service
 
     return run_service(chosen.settings, chosen.kinds, chosen.limits)
 

@@ -72,7 +72,7 @@ class ProcessExit(Event, tag="process.exit", gc=False):
 
 
 class FileOpen(Event, tag="file.open", gc=False):
-    """A call of open, openat or openat2 returned."""
+    """A call of open, creat, openat or openat2 returned."""
 
     latency_ns: Annotated[int, Meta(description="time the system call took")]
     fd: Annotated[int, Meta(description="file descriptor; -1 when the open failed")]
@@ -273,7 +273,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("signal", "integer", "signal that ended the process; 0 when it exited"),
         FieldInfo("core_dumped", "boolean", "whether a core was dumped"),
     ), ('on_exit',)),
-    "file.open": KindInfo("file.open", FileOpen, "bulk", "A call of open, openat or openat2 returned.", (
+    "file.open": KindInfo("file.open", FileOpen, "bulk", "A call of open, creat, openat or openat2 returned.", (
         *_ENVELOPE_INFO,
         FieldInfo("latency_ns", "integer", "time the system call took"),
         FieldInfo("fd", "integer", "file descriptor; -1 when the open failed"),
@@ -281,7 +281,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("flags", "integer", "open flags as passed (O_*)"),
         FieldInfo("mode", "integer", "permissions asked for a new file; 0 when none could be created"),
         FieldInfo("path", "string", "absolute path: as opened, symbolic links resolved; of a failed open, as asked, resolved against cwd or dirfd"),
-    ), ('on_open_enter', 'on_openat_enter', 'on_openat2_enter', 'on_open_exit', 'on_openat_exit', 'on_openat2_exit')),
+    ), ('on_open_enter', 'on_creat_enter', 'on_openat_enter', 'on_openat2_enter', 'on_open_exit', 'on_creat_exit', 'on_openat_exit', 'on_openat2_exit')),
     "net.connect": KindInfo("net.connect", NetConnect, "bulk", "An outbound TCP connection was established or failed.", (
         *_ENVELOPE_INFO,
         FieldInfo("latency_ns", "integer", "time from the call (or SYN) to the result"),
@@ -327,9 +327,11 @@ PROGRAMS: dict[str, ProgramInfo] = {
     "on_fork": ProgramInfo("on_fork", ('process.fork',), ""),
     "on_exit": ProgramInfo("on_exit", ('process.exit',), ""),
     "on_open_enter": ProgramInfo("on_open_enter", ('file.open',), "opens by open()"),
+    "on_creat_enter": ProgramInfo("on_creat_enter", ('file.open',), "opens by creat()"),
     "on_openat_enter": ProgramInfo("on_openat_enter", ('file.open',), "opens by openat()"),
     "on_openat2_enter": ProgramInfo("on_openat2_enter", ('file.open',), "opens by openat2()"),
     "on_open_exit": ProgramInfo("on_open_exit", ('file.open',), "opens by open()"),
+    "on_creat_exit": ProgramInfo("on_creat_exit", ('file.open',), "opens by creat()"),
     "on_openat_exit": ProgramInfo("on_openat_exit", ('file.open',), "opens by openat()"),
     "on_openat2_exit": ProgramInfo("on_openat2_exit", ('file.open',), "opens by openat2()"),
     "on_sock_state": ProgramInfo("on_sock_state", ('net.connect', 'net.close'), ""),
@@ -345,7 +347,7 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "settings": (('enabled_kinds', 0, 8), ('wakeup_bytes', 8, 16), ('filter_pid', 24, 1), ('filter_uid', 25, 1), ('filter_comm', 26, 1), ('filter_cgroup', 27, 1), ('filter_port', 28, 1), ('filter_path', 29, 1), ('pad', 30, 2)),
     "kind_counters": (('produced', 0, 8), ('filtered', 8, 8), ('lost', 16, 8)),
     "cpu_counters": (('seq', 0, 16), ('skipped', 16, 16), ('kinds', 32, 1536), ('pad', 1568, 32)),
-    "reader_state": (('waiting', 0, 8),),
+    "reader_state": (('wake', 0, 8),),
     "path_prefix": (('bits', 0, 4), ('path', 4, 256)),
     "process_exec": (('header', 0, 72), ('start_boot_ns', 72, 8), ('euid', 80, 4), ('auid', 84, 4), ('argc', 88, 4), ('exe_len', 92, 2), ('argv_len', 94, 2), ('cwd_len', 96, 2), ('parent_exe_len', 98, 2), ('pad', 100, 4), ('parent_comm', 104, 16), ('data', 120, 28672)),
     "process_fork": (('header', 0, 72), ('child_start_boot_ns', 72, 8), ('child_pid', 80, 4), ('pad', 84, 4)),
@@ -355,5 +357,11 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "net_accept": (('header', 0, 72), ('fd', 72, 4), ('netns', 76, 4), ('local_port', 80, 2), ('remote_port', 82, 2), ('ip_version', 84, 1), ('direction', 85, 1), ('pad', 86, 2), ('local_addr', 88, 16), ('remote_addr', 104, 16)),
     "net_close": (('header', 0, 72), ('duration_ns', 72, 8), ('bytes_sent', 80, 8), ('bytes_received', 88, 8), ('errno', 96, 4), ('netns', 100, 4), ('local_port', 104, 2), ('remote_port', 106, 2), ('ip_version', 108, 1), ('direction', 109, 1), ('pad', 110, 2), ('local_addr', 112, 16), ('remote_addr', 128, 16)),
     "enum event_kind": (('process_exec', 1, 0), ('process_fork', 2, 0), ('process_exit', 3, 0), ('file_open', 16, 0), ('net_connect', 32, 0), ('net_accept', 33, 0), ('net_close', 34, 0)),
+    "enum event_schema": (('SCHEMA_VERSION', 1, 0),),
+    "enum event_stream": (('STREAM_CRITICAL', 0, 0), ('STREAM_BULK', 1, 0), ('STREAM_END', 2, 0)),
+    "enum event_flags": (('FLAG_TRUNCATED', 1, 0),),
+    "enum filter_mode": (('FILTER_OFF', 0, 0), ('FILTER_EXCLUDE', 1, 0), ('FILTER_INCLUDE', 2, 0)),
+    "enum filter_verdict": (('VERDICT_KEEP', 1, 0), ('VERDICT_DROP', 2, 0)),
+    "enum wake": (('WAKE_NEVER', 0, 0), ('WAKE_FULL', 1, 0), ('WAKE_ANY', 2, 0)),
 }
 """Every shared struct: its members with offset and size in bytes."""

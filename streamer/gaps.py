@@ -2,7 +2,8 @@
 
 A missing number is not a loss at once: a program that was interrupted between taking its number
 and reserving its record arrives a little late, behind the program that interrupted it. So a gap
-waits for `grace_ns`, gives back what arrives meanwhile, and only then counts.
+waits for `grace_ns`, and then until the reader has seen all that was in the ring by that time (it
+may have been paused); it gives back what arrives meanwhile, and only then counts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class _Gap:
     last: int
     due_ns: int
     tail: bool
+    mark: int | None = None  # position of the ring when it was due
 
 
 class GapTracker:
@@ -59,11 +61,21 @@ class GapTracker:
         if not any(gap.tail and gap.cpu == cpu for gap in self._gaps):
             self._open(cpu, first, last, now_ns, tail=True)
 
-    def expire(self, now_ns: int, next_seq: Callable[[int], int]) -> Iterator[Loss]:
-        """The losses that are certain now. `next_seq(cpu)` is the number that the ring expects."""
-        due = [gap for gap in self._gaps if gap.due_ns <= now_ns]
-        self._gaps = [gap for gap in self._gaps if gap.due_ns > now_ns]
-        for gap in due:
+    def expire(
+        self, now_ns: int, next_seq: Callable[[int], int], *, produced: int = 0, consumed: int = 0
+    ) -> Iterator[Loss]:
+        """The losses that are certain now.
+
+        `next_seq(cpu)` is the number that the ring expects; `produced` and `consumed` are the
+        positions up to which it has been written and read, in bytes.
+        """
+        gaps, self._gaps = self._gaps, []
+        for gap in gaps:
+            if gap.mark is None and gap.due_ns <= now_ns:
+                gap = replace(gap, mark=produced)
+            if gap.mark is None or gap.mark > consumed:
+                self._gaps.append(gap)
+                continue
             loss = self._settle(gap, next_seq)
             if loss is not None:
                 yield loss

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import keyword
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,10 @@ SCHEMA_VERSION = {version}
 _PYTHON_TYPES = {"cstr": "str", "ip": "str", "names": "str", "str": "str", "line": "str"}
 _PYTHON_TYPES |= {"argv": "list[str]", "bool": "bool", "flag": "bool", "invalid_utf8": "bool"}
 _PYTHON_TYPES |= {"id": "str", "const": "str"}
+
+
+# What the decoder reads for each way to publish a field, in bytes; others have any size.
+_SIZES = {"bool": 1, "names": 1, "ns": 8, "boottime": 8, "ip": 16, "str": 2, "argv": 2}
 
 
 class Field(NamedTuple):
@@ -107,12 +112,13 @@ def read_model(btf: Btf) -> Model:
     Raises:
         ContractError: a struct or field that cannot be published, with its name.
     """
+    header = _header(btf)
     envelope = tuple(_envelope(btf))
     return Model(
         version=btf.enum("event_schema")["SCHEMA_VERSION"],
-        header=_header(btf),
+        header=header,
         envelope=envelope,
-        records=tuple(_record(btf, name, n) for name, n in kind_names(btf).items()),
+        records=tuple(_record(btf, name, n, envelope) for name, n in kind_names(btf).items()),
         programs=tuple(_programs(btf)),
         contract=contract_of(btf),
     )
@@ -130,6 +136,7 @@ def _header(btf: Btf) -> dict[str, int]:
 def _envelope(btf: Btf) -> Iterator[Field]:
     """What every event begins with: fields made by the decoder, and the header's own."""
     type_id, struct = btf.structure("event_header")
+    _check_padding(btf, struct)
     own = {f.name: f for m in struct.members for f in _fields(btf, type_id, m)}
     flags = next(m.offset for m in struct.members if m.name == "flags")
     yield Field("schema", "const", 0, "schema", "version of the meaning of the fields")
@@ -147,7 +154,7 @@ def _envelope(btf: Btf) -> Iterator[Field]:
     yield Field("invalid_utf8", "invalid_utf8", 0, None, doc)
 
 
-def _record(btf: Btf, name: str, number: int) -> Record:
+def _record(btf: Btf, name: str, number: int, envelope: tuple[Field, ...]) -> Record:
     type_id, struct = btf.structure(name)
     stream, doc = btf.tag(type_id, "stream"), btf.tag(type_id, "doc")
     first = struct.members[0]
@@ -157,7 +164,17 @@ def _record(btf: Btf, name: str, number: int) -> Record:
         raise ContractError(f"struct {name} must begin with `struct event_header header`")
     _check_padding(btf, struct)
     fields = tuple(f for m in struct.members[1:] for f in _fields(btf, type_id, m))
+    _check_names(name, [f.name for f in (*envelope, *fields)])
     return Record(number, name, stream, doc, _fixed_size(struct), fields)
+
+
+def _check_names(struct: str, names: list[str]) -> None:
+    """Names become attributes of a class and keys of one flat object."""
+    for name in names:
+        if keyword.iskeyword(name) or not name.isidentifier():
+            raise ContractError(f"struct {struct}: {name!r} cannot be the name of a field")
+        if names.count(name) > 1 or name == "event":
+            raise ContractError(f"struct {struct}: {name} is published twice")
 
 
 def _check_padding(btf: Btf, struct: Type) -> None:
@@ -195,6 +212,8 @@ def _shown(
     btf: Btf, struct: Type, member: Member, shown: str, argument: str, doc: str
 ) -> Iterator[Field]:
     name, offset, size = member.name, member.offset, btf.size_of(member.type_id)
+    if size != _SIZES.get(shown, size):
+        raise ValueError(size)
     match shown:
         case "":
             yield Field(name, _integer(btf, member), offset, None, doc)
@@ -222,7 +241,7 @@ def _shown(
 
 def _integer(btf: Btf, member: Member) -> str:
     op = f"{'s' if btf.is_signed(member.type_id) else 'u'}{8 * btf.size_of(member.type_id)}"
-    if btf.is_array(member.type_id) or op not in ("u8", "u16", "u32", "u64", "s32", "s64"):
+    if not btf.is_integer(member.type_id) or op not in ("u8", "u16", "u32", "u64", "s32", "s64"):
         raise ValueError(op)
     # Numbers that seldom repeat are not worth the decoder's cache.
     return "ns" if member.name in ("boot_ns", "seq") else op
@@ -250,7 +269,7 @@ def _base(model: Model) -> str:
 
 def _struct(record: Record) -> str:
     head = f'class {record.class_name}(Event, tag="{record.kind}", gc=False):\n'
-    return head + f'    """{record.doc}"""\n\n' + _attributes(record.fields)
+    return head + f"    {_docstring(record.doc)}\n\n" + _attributes(record.fields)
 
 
 def _attributes(fields: tuple[Field, ...]) -> str:
@@ -303,6 +322,11 @@ def _info(field: Field) -> str:
 
 
 _WORDS = {"int": "integer", "str": "string", "bool": "boolean"}
+
+
+def _docstring(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"""{escaped}"""'
 
 
 def _quoted(text: str) -> str:

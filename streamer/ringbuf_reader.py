@@ -23,7 +23,10 @@ from streamer.records import Decoder, Ring
 LOOKS_IN_VAIN = 5
 """Looks at empty rings before the reader goes to sleep: at moderate rates it had better not."""
 
-_WAITING = struct.Struct(f"<{len(STREAMS)}I")  # struct reader_state
+_WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}
+_WAKE_WORD = struct.Struct("<I")  # struct reader_state is one for each ring
+_FOREVER = 1 << 64
+_POSITION = struct.Struct("<Q")
 _SEQ_AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}["seq"]
 
 
@@ -46,6 +49,16 @@ class RingSource:
         self.gaps = GapTracker()
         self.more = False
 
+    @property
+    def produced(self) -> int:
+        """Bytes that were ever reserved in the ring."""
+        return int(_POSITION.unpack_from(self._producer)[0])
+
+    @property
+    def consumed(self) -> int:
+        """Bytes that were ever read from the ring."""
+        return int(_POSITION.unpack_from(self._consumer)[0])
+
 
 class RingReader:
     """Drains all rings, the most important first, and hands on what it reads.
@@ -63,67 +76,85 @@ class RingReader:
         on_error: Callable[[Exception], None],
         poll_interval_ms: int,
         drain_records: int,
+        max_events: int | None = None,
     ) -> None:
         """`state` is the mapped `struct reader_state`.
 
         `on_batch` gets the events of each drain, and may call `pause`. `on_error` gets what
-        makes further reading impossible, and is called once.
+        makes further reading impossible, and is called once. After `max_events` the reader
+        is `done`, and what is left stays in the rings.
         """
         self.sources = sources
         self.paused = False
         self.pauses = 0
+        self.done = max_events == 0
+        self._left = max_events
         self._state = state
         self._on_batch = on_batch
         self._on_error = on_error
         self._interval = poll_interval_ms / 1000
         self._drain_records = drain_records
         self._looks_in_vain = 0
-        self._armed: set[int] = set()
+        self._looks = False
+        self._armed: set[RingSource] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
 
     def start(self) -> None:
         """Begin reading."""
+        self._looks = True
         self._wake()
 
     def stop(self) -> None:
-        """Stop reading; `drain_once` still works."""
-        for handle in (self._timer, self._soon):
-            if handle is not None:
-                handle.cancel()
-        self._timer = self._soon = None
-        self._disarm()
+        """Stop looking by itself; `drain_once` still works, until `close`."""
+        self._looks = False
+        self._halt()
+
+    def close(self) -> None:
+        """Never read again, whatever a sink may still ask for."""
+        self.done = True
+        self.stop()
 
     def pause(self) -> None:
         """Leave the records in the rings until `resume`."""
         if not self.paused:
             self.paused = True
             self.pauses += 1
-            self.stop()
+            self._halt()
 
     def resume(self) -> None:
         """Read on."""
-        if self.paused:
-            self.paused = False
+        self.paused = False
+        if self._looks:
             self._wake()
 
     def drain_once(self) -> bool:
         """One bounded drain of each ring that has records. Whether any has more."""
+        read = False
         for source in self.sources:
-            if self.paused:
+            if self.paused or self.done:
                 return False
-            self._drain(source)
-        return any(source.more for source in self.sources)
+            read |= self._drain(source)
+        more = any(source.more for source in self.sources)
+        # Who drains by the way may have taken the record that would have woken the reader.
+        if (read or more) and self._looks and self._timer is None:
+            self._wake()
+        return more
 
-    def _drain(self, source: RingSource) -> None:
-        events, kinds, gaps, more, _ = source.ring.drain(source.decoder, self._drain_records)
+    def _drain(self, source: RingSource) -> bool:
+        most = self._drain_records if self._left is None else min(self._drain_records, self._left)
+        events, kinds, gaps, more, _ = source.ring.drain(source.decoder, most)
         source.more = more
+        if self._left is not None:
+            self._left -= len(events)
+            self.done = self._left == 0
         if gaps:
             source.gaps.feed(gaps, self._now_ns())
         if events:
             self._looks_in_vain = 0
             self._on_batch(Batch(events, kinds))
+        return bool(events or gaps)
 
     def _now_ns(self) -> int:
         return int(self._loop.time() * 1e9)
@@ -134,36 +165,41 @@ class RingReader:
         if self._timer is None:
             self._timer = self._loop.call_later(self._interval, self._tick)
 
+    def _halt(self) -> None:
+        for handle in (self._timer, self._soon):
+            if handle is not None:
+                handle.cancel()
+        self._timer = self._soon = None
+        for source in self.sources:
+            self._disarm(source)
+
     def _tick(self) -> None:
-        self._timer = None
+        this = self._timer
         self._looks_in_vain += 1
         self._continue()
-        if self.paused:
+        if self._timer is not this:  # halted in the meantime, and perhaps woken again
             return
-        self._arm()
-        if self._looks_in_vain == LOOKS_IN_VAIN:
-            self._set_waiting(1)
-        # One look more after the programs were told: one of them may just have missed it.
-        if self._looks_in_vain <= LOOKS_IN_VAIN or len(self._armed) < len(self.sources):
-            self._timer = self._loop.call_later(self._interval, self._tick)
+        # One look more after the programs were asked to wake it: one may just have missed that.
+        sleeps = self._looks_in_vain > LOOKS_IN_VAIN and len(self._armed) == len(self.sources)
+        self._timer = None if sleeps else self._loop.call_later(self._interval, self._tick)
+        self._arm(_WAKE["WAKE_ANY" if self._looks_in_vain >= LOOKS_IN_VAIN else "WAKE_FULL"])
 
     def _continue(self) -> None:
         self._soon = None
         try:
             more = self.drain_once()
         except Exception as error:  # whatever it is: it would come again at every look
-            self.paused = True
-            self.stop()
+            self.close()
             self._on_error(error)
             return
-        if more:
+        if more and self._looks:
             self._drain_soon()
 
     def _drain_soon(self) -> None:
         if self._soon is None:
             self._soon = self._loop.call_soon(self._continue)
 
-    def _arm(self) -> None:
+    def _arm(self, wake: int) -> None:
         """Ask to be woken for rings that are empty now.
 
         Epoll reports a ring for as long as it holds anything: a ring that is written all the time,
@@ -171,24 +207,25 @@ class RingReader:
         the timer alone looks, until it finds the ring empty.
         """
         for source in self.sources:
-            if source.fd not in self._armed and not source.ring.pending:
-                self._armed.add(source.fd)
-                self._loop.add_reader(source.fd, self._woken, source.fd)
+            if source in self._armed:
+                self._ask(source, wake)
+            elif not source.ring.pending:
+                self._armed.add(source)
+                self._ask(source, wake)
+                self._loop.add_reader(source.fd, self._woken, source)
 
-    def _woken(self, fd: int) -> None:
-        self._armed.discard(fd)
-        self._loop.remove_reader(fd)
-        self._set_waiting(0)
+    def _woken(self, source: RingSource) -> None:
+        self._disarm(source)
         self._wake()
 
-    def _disarm(self) -> None:
-        self._set_waiting(0)
-        for fd in self._armed:
-            self._loop.remove_reader(fd)
-        self._armed.clear()
+    def _disarm(self, source: RingSource) -> None:
+        if source in self._armed:
+            self._armed.discard(source)
+            self._ask(source, _WAKE["WAKE_NEVER"])
+            self._loop.remove_reader(source.fd)
 
-    def _set_waiting(self, waiting: int) -> None:
-        _WAITING.pack_into(self._state, 0, *[waiting] * len(STREAMS))
+    def _ask(self, source: RingSource, wake: int) -> None:
+        _WAKE_WORD.pack_into(self._state, _WAKE_WORD.size * STREAMS.index(source.name), wake)
 
     def refresh_clock(self) -> None:
         """Use the offset between the clocks as it is now."""
@@ -196,14 +233,15 @@ class RingReader:
         for source in self.sources:
             source.decoder.clock_offset_ns = offset
 
-    def look_for_tails(self, kernel_seqs: Mapping[str, list[int]]) -> None:
+    def look_for_tails(self, kernel_seqs: Mapping[str, list[int]], *, final: bool = False) -> None:
         """Note records that were numbered before the rings were found empty, and did not come.
 
         `kernel_seqs`: per ring, the last number taken on each CPU, read before the last drain.
+        With `final`, what is still in the rings will not come either.
         """
         now = self._now_ns()
         for source in self.sources:
-            if source.ring.pending:
+            if source.ring.pending and not final:
                 continue
             for cpu, taken in enumerate(kernel_seqs[source.name]):
                 expected = source.ring.next_seq(cpu)
@@ -212,9 +250,14 @@ class RingReader:
 
     def losses(self, *, final: bool = False) -> Iterator[tuple[str, Loss]]:
         """Ring and range of every loss that is certain now; with `final`, of every open gap."""
-        now = 1 << 63 if final else self._now_ns()
         for source in self.sources:
-            for loss in source.gaps.expire(now, source.ring.next_seq):
+            losses = source.gaps.expire(
+                _FOREVER if final else self._now_ns(),
+                source.ring.next_seq,
+                produced=source.produced,
+                consumed=_FOREVER if final else source.consumed,
+            )
+            for loss in losses:
                 yield source.name, loss
 
 

@@ -1,52 +1,31 @@
-"""Wires the line together: rings, reader, sinks, and the records about the stream itself."""
+"""One run of the agent: attach, stream, and end with everything accounted for."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable
 from contextlib import suppress
 
-import msgspec
-import uvloop
-
-from streamer import __version__
-from streamer.account import KernelCounters, LossLedger, missed_runs
 from streamer.batch import Batch
 from streamer.envelope import Envelope
-from streamer.errors import KernelError
-from streamer.events import KINDS
+from streamer.errors import KernelError, SinkError
 from streamer.fanout import Fanout, policy_of
-from streamer.kernel import capabilities, loader
+from streamer.kernel import capabilities
 from streamer.kernel.loader import KernelState
-from streamer.render import Rates, Renderer, StatusLine, same_terminal, status_text, wants_color
-from streamer.ringbuf_reader import RingReader, RingSource, kernel_seqs
-from streamer.settings import Filters, Limits, Settings, StdoutSink
+from streamer.render import Rates, StatusLine, status_text
+from streamer.reports import Reporter, account_line
+from streamer.ringbuf_reader import RingReader, RingSource
+from streamer.settings import Limits, Settings
 from streamer.sinks.base import Sink
-from streamer.sinks.factory import make_sink
-from streamer.stream_events import (
-    KindCounts,
-    KindReport,
-    ProgramReport,
-    ReaderCounts,
-    SinkCounts,
-    StreamHeartbeat,
-    StreamLoss,
-    StreamManifest,
-    StreamRecord,
-)
 
-INTERRUPTED = 130
 _log = logging.getLogger("streamer")
 
 
 class Service:
-    """One run of the agent, from attach to the final account."""
+    """Wires rings, reader, sinks and reports together, and sees them through a run."""
 
     def __init__(
         self,
@@ -58,23 +37,23 @@ class Service:
         *,
         status_line: StatusLine | None = None,
     ) -> None:
-        """`kernel` is loaded and not attached; `sinks` are in the order of `settings.sinks`."""
+        """`kernel` is loaded and not attached; `sinks` are in the order of `settings.sinks`.
+
+        Raises:
+            OSError: a ring cannot be mapped.
+        """
         self._settings = settings
         self._kinds = kinds
         self._limits = limits
         self._kernel = kernel
         self._status_line = status_line
         self._stop = asyncio.Event()
-        self._started = time.monotonic()
         self._read: Counter[str] = Counter()
-        self._untold = 0
         self._error: Exception | None = None
-        self.envelope = Envelope(settings.host)
-        self.counters = KernelCounters(kernel.counters, kernel.cpus)
-        self._ledger = LossLedger(self.counters, {k: info.stream for k, info in KINDS.items()})
+        envelope = Envelope(settings.host)
         self.reader = RingReader(
             [
-                RingSource(name, fd, kernel.ring_bytes[name], self.envelope)
+                RingSource(name, fd, kernel.ring_bytes[name], envelope)
                 for name, fd in kernel.ring_fds.items()
             ],
             kernel.reader_state,
@@ -82,6 +61,7 @@ class Service:
             on_error=self._on_error,
             poll_interval_ms=settings.rings.poll_interval_ms,
             drain_records=settings.rings.drain_records,
+            max_events=limits.max_events,
         )
         chosen = settings.sinks
         self.fanout = Fanout(
@@ -93,6 +73,13 @@ class Service:
             resume=self.reader.resume,
             closed=self.stop,
         )
+        self._reporter = Reporter(envelope, kernel, self.reader, settings.filters)
+
+    @property
+    def ended_quietly(self) -> bool:
+        """Whether it ended because whoever read stdout went away."""
+        sinks = self.fanout.sinks
+        return not self.fanout.failures and all(s.status == "closed" for s in sinks)
 
     def stop(self) -> None:
         """Ask the service to end; it drains, flushes and reports first."""
@@ -102,22 +89,39 @@ class Service:
         """Stream until stopped. Returns the account in one line.
 
         Raises:
-            KernelError: nothing could be attached.
-            SinkError: a sink that no retry can mend.
+            KernelError: nothing could be attached, or the rings cannot be read.
+            SinkError: a sink that no retry can mend, or no sink is left.
         """
         try:
-            for sink in self.fanout.sinks:
-                await sink.start()
-            self._attach()
-            self.reader.start()
+            await self._start()
+        except BaseException:
+            self._kernel.detach()
+            self.fanout.stopping = True
+            await self._stop_sinks(0)
+            raise
+        quiet = False
+        try:
             await self._stream()
-            if self._error is not None:
-                raise KernelError(f"the events cannot be read: {self._error}") from self._error
+            quiet = self.ended_quietly
         finally:
             self._kernel.detach()
-            self.reader.stop()
-            line = await self._finish()
-        return line
+            await self._finish()
+        if self._error is not None:
+            raise KernelError(f"the events cannot be read: {self._error}") from self._error
+        if self.fanout.failures and not any(map(self.fanout.is_open, self.fanout.sinks)):
+            raise SinkError("no sink is left: " + "; ".join(self.fanout.failures))
+        counts = self._reporter.counts(self._read)
+        if quiet:
+            return ""
+        reporter = self._reporter
+        return account_line(counts, self.fanout.sinks, reporter.uptime, reporter.missed_runs)
+
+    async def _start(self) -> None:
+        for sink in self.fanout.sinks:
+            await sink.start()
+        self._attach()
+        self.fanout.tell([self._reporter.manifest(self._kinds, self.fanout.sinks)])
+        self.reader.start()
 
     def _attach(self) -> None:
         self._kernel.attach()
@@ -130,41 +134,36 @@ class Service:
             raise KernelError("none of the events asked for can be observed on this kernel")
         if self._settings.drop_capabilities:
             capabilities.drop_all()
-        self._started = time.monotonic()
-        self._submit(self._manifest())
 
     async def _stream(self) -> None:
-        tasks: list[asyncio.Task[object]] = [asyncio.create_task(self._every_second())]
+        """Until asked to stop, the time is over, or a defect ends one of the tasks."""
+        work: list[Awaitable[object]] = [self._stop.wait(), self._every_second()]
         if self._status_line is not None:
-            tasks.append(asyncio.create_task(self._draw_status(self._status_line)))
-        waiting: asyncio.Task[object] = asyncio.create_task(self._stop.wait())
+            work.append(self._draw_status(self._status_line))
+        tasks = [asyncio.ensure_future(one) for one in work]
         try:
-            await asyncio.wait(
-                [waiting, *tasks],
-                timeout=self._limits.duration_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            for task in tasks:
-                if task.done():
-                    task.result()  # a defect: let it be seen
+            limit = self._limits.duration_seconds
+            done, _ = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # a defect: let it be seen
         finally:
-            for task in (waiting, *tasks):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(waiting, *tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             if self._status_line is not None:
                 self._status_line.close()
 
     async def _every_second(self) -> None:
-        next_heartbeat = time.monotonic() + self._settings.heartbeat_seconds
+        every = self._settings.heartbeat_seconds
+        next_heartbeat = time.monotonic() + every
         while True:
             await asyncio.sleep(1)
             self.reader.refresh_clock()
-            self._look_for_losses()
+            self._tell_losses()
             if time.monotonic() >= next_heartbeat:
-                next_heartbeat += self._settings.heartbeat_seconds
-                # A sink that takes nothing must not fill up with heartbeats.
-                if not self.fanout.blocked:
-                    self._submit(self._heartbeat())
+                next_heartbeat = max(next_heartbeat + every, time.monotonic())
+                self.fanout.tell(self._reporter.missed())
+                self.fanout.tell_ready(self._reporter.heartbeat(self._read, self.fanout.sinks))
 
     async def _draw_status(self, line: StatusLine) -> None:
         before, then = 0, time.monotonic()
@@ -175,266 +174,50 @@ class Service:
             if now - then >= 1:
                 rate, before, then = (total - before) / (now - then), total, now
             delivered = max(s.account.delivered.total() for s in self.fanout.sinks)
-            lost = sum(counts.lost for counts in self.counters.kinds({}).values())
+            lost = sum(counts.lost for counts in self._reporter.counts({}).values())
             note = "paused" if self.reader.paused else ""
             line.draw(status_text(Rates(rate, delivered, self.fanout.filled, lost, note)))
 
     def _on_batch(self, batch: Batch) -> None:
-        limit = self._limits.max_events
-        if limit is not None:
-            room = limit - self._read.total()
-            if len(batch) >= room:
-                batch = Batch(batch.events[:room])
-                self.stop()
-            if not batch.events:
-                return
         self._read.update(batch.kinds)
         self.fanout.submit(batch)
+        if self.reader.done:
+            self.stop()
 
     def _on_error(self, error: Exception) -> None:
         self._error = error
         self.stop()
 
-    def _submit(self, record: StreamRecord) -> None:
-        self.fanout.submit(Batch([record]))
+    def _tell_losses(self, *, final: bool = False) -> None:
+        self.fanout.tell(self._reporter.losses(final=final))
+        for sink, reason, kinds in self.fanout.take_dropped(final=final):
+            self.fanout.tell_one(sink, [self._reporter.dropped(sink, kinds, reason)])
 
-    def _look_for_losses(self, *, final: bool = False) -> None:
-        seqs = kernel_seqs(self._kernel.counters, self._kernel.cpus)
-        if not self.reader.paused and not self.reader.drain_once():
-            self.reader.look_for_tails(seqs)
-        for ring, loss in self.reader.losses(final=final):
-            record = self.envelope.record(
-                StreamLoss,
-                stage="kernel",
-                count=loss.count,
-                kinds=self._ledger.kinds(ring, loss),
-                ring=ring,
-                cpu=loss.cpu,
-                seq_from=loss.first,
-                seq_to=loss.last,
-                reason="no room in the ring",
-            )
-            self._submit(record)
-        self._tell_undecodable()
-        self._tell_dropped()
-
-    def _tell_undecodable(self) -> None:
-        counts = self._reader_counts()
-        refused = counts.unknown_kind + counts.short_record
-        if refused > self._untold:
-            count, self._untold = refused - self._untold, refused
-            reason = (
-                f"so far {counts.unknown_kind} of unknown kind, {counts.short_record} too short"
-            )
-            self._submit(
-                self.envelope.record(
-                    StreamLoss, stage="decode", count=count, kinds={}, reason=reason
-                )
-            )
-
-    def _tell_dropped(self) -> None:
-        for sink, reason, kinds in self.fanout.take_dropped():
-            record = self.envelope.record(
-                StreamLoss,
-                stage="sink",
-                count=sum(kinds.values()),
-                kinds=kinds,
-                sink=sink.name,
-                reason=reason,
-            )
-            sink.submit(Batch([record]))
-
-    def _manifest(self) -> StreamManifest:
-        kernel = os.uname()
-        return self.envelope.record(
-            StreamManifest,
-            agent=__version__,
-            agent_pid=os.getpid(),
-            kernel=kernel.release,
-            machine=kernel.machine,
-            cpus=self._kernel.cpus,
-            rings=dict(self._kernel.ring_bytes),
-            kinds={
-                kind: KindReport(state.status, state.reason)
-                for kind, state in self._kernel.coverage(self._kinds).items()
-            },
-            programs=[
-                ProgramReport(p.name, p.hook, p.kinds, p.status, p.reason)
-                for p in self._kernel.statuses
-            ],
-            filters=filters_in_force(self._settings.filters),
-            sinks=[sink.name for sink in self.fanout.sinks],
-        )
-
-    def _heartbeat(self) -> StreamHeartbeat:
-        passed = {
-            (source.name, cpu): source.ring.next_seq(cpu) - 1
-            for source in self.reader.sources
-            for cpu in range(self._kernel.cpus)
-        }
-        return self.envelope.record(
-            StreamHeartbeat,
-            uptime_seconds=round(time.monotonic() - self._started, 3),
-            kinds=self.counters.kinds(self._read),
-            cpus=self.counters.marks(passed),
-            sinks={sink.name: sink_counts(sink) for sink in self.fanout.sinks},
-            reader=self._reader_counts(),
-            missed=missed_runs(self._kernel.program_fds),
-        )
-
-    def _reader_counts(self) -> ReaderCounts:
-        decoders = [source.decoder for source in self.reader.sources]
-        return ReaderCounts(
-            unknown_kind=sum(d.unknown_kind for d in decoders),
-            short_record=sum(d.short_record for d in decoders),
-            invalid_utf8=sum(d.invalid_utf8 for d in decoders),
-            truncated=sum(d.truncated for d in decoders),
-            pauses=self.reader.pauses,
-        )
-
-    async def _finish(self) -> str:
-        """Drain what the detached programs left, flush the sinks; the account in one line."""
-        deadline = time.monotonic() + self._settings.grace_seconds
-        await self._drain_rest(deadline)
-        self._look_for_losses(final=True)
-        self._submit(self._heartbeat())
-        grace = max(deadline - time.monotonic(), 0.1)
-        self.fanout.stopping = True
-        await asyncio.gather(*(sink.stop(grace) for sink in self.fanout.sinks))
-        counts = self.counters.kinds(self._read)
-        return account_line(counts, self.fanout.sinks, time.monotonic() - self._started)
+    async def _finish(self) -> None:
+        """Drain what the detached programs left, tell the last losses, flush the sinks."""
+        grace = self._settings.grace_seconds
+        deadline = time.monotonic() + grace
+        self.reader.stop()
+        try:
+            if self.fanout.blocked:
+                _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
+            # Half for reading what is left, so that there is time to deliver it.
+            await self._drain_rest(time.monotonic() + grace / 2)
+            self._tell_losses(final=True)
+            self.fanout.tell(self._reporter.missed())
+            self.reader.close()
+            self.fanout.tell([self._reporter.heartbeat(self._read, self.fanout.sinks)])
+        finally:
+            self.reader.close()
+            self.fanout.stopping = True
+            await self._stop_sinks(max(deadline - time.monotonic(), 0.1))
 
     async def _drain_rest(self, deadline: float) -> None:
-        while time.monotonic() < deadline:
-            more = self.reader.drain_once()
-            if self._error is not None or not (more or self.reader.paused):
+        while time.monotonic() < deadline and not self.reader.done:
+            if not self.reader.drain_once() and not self.reader.paused:
                 return
             await asyncio.sleep(0.01 if self.reader.paused else 0)
 
-
-def filters_in_force(filters: Filters) -> dict[str, list[str]]:
-    """The filters that are set, as strings."""
-    return {
-        name: [str(value) for value in values]
-        for name, values in msgspec.structs.asdict(filters).items()
-        if values
-    }
-
-
-def sink_counts(sink: Sink) -> SinkCounts:
-    """A sink's account in totals."""
-    account = sink.account
-    return SinkCounts(
-        received=account.received.total(),
-        delivered=account.delivered.total(),
-        dropped=account.dropped.total(),
-        pending=account.pending,
-        pending_bytes=sink.watermarks.held,
-        status=sink.status,
-    )
-
-
-def account_line(kinds: Mapping[str, KindCounts], sinks: Iterable[Sink], seconds: float) -> str:
-    """What was produced and what became of it, in one line. Stream records are not counted."""
-    produced, filtered, lost, read = (
-        sum(getattr(counts, name) for counts in kinds.values())
-        for name in ("produced", "filtered", "lost", "read")
-    )
-    parts = [f"{produced:,} events in {seconds:.1f} s"]
-    for sink in sinks:
-        delivered, dropped = (
-            sum(n for kind, n in counter.items() if not kind.startswith("stream."))
-            for counter in (sink.account.delivered, sink.account.dropped)
-        )
-        parts.append(f"{sink.name} {delivered:,} delivered, {dropped:,} dropped")
-    parts.append(f"{filtered:,} filtered, {lost:,} lost")
-    unread = produced - filtered - lost - read
-    if unread:
-        parts.append(f"{unread:,} not read")
-    return "; ".join(parts)
-
-
-class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to stderr, taking the status line away first."""
-
-    def __init__(self, line: StatusLine | None) -> None:
-        super().__init__(sys.stderr)
-        self._line = line
-        self.setFormatter(logging.Formatter("streamer: %(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._line is not None:
-            self._line.clear()
-        super().emit(record)
-
-
-def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> int:
-    """Stream `kinds` as `settings` say until a signal, a limit or a closed pipe. The exit code.
-
-    Raises:
-        StreamerError: what kept it from starting.
-    """
-    if not settings.sinks:
-        settings = msgspec.structs.replace(settings, sinks=(StdoutSink(),))
-    line = StatusLine() if limits.status and os.isatty(2) else None
-    _log.setLevel(settings.log_level.upper())
-    _log.addHandler(handler := _LogHandler(line))
-    try:
-        account = uvloop.run(_run(settings, kinds, limits, line))
-    finally:
-        _log.removeHandler(handler)
-    # A reader that closed the pipe may have closed stderr with it.
-    with suppress(OSError):
-        print(f"streamer: {account}", file=sys.stderr, flush=True)
-    return 0
-
-
-async def _run(
-    settings: Settings, kinds: frozenset[str], limits: Limits, line: StatusLine | None
-) -> str:
-    host = settings.host or os.uname().nodename
-    renderer = _renderer(settings, line)
-    sinks = [make_sink(one, host, renderer) for one in settings.sinks]
-    kernel = loader.load(settings, kinds)
-    try:
-        service = Service(settings, kinds, limits, sinks, kernel, status_line=line)
-        _handle_signals(service)
-        targets = ", ".join(sink.name for sink in sinks)
-        _log.info("streaming %s to %s; Ctrl-C ends it", ", ".join(sorted(kinds)), targets)
-        return await service.run()
-    finally:
-        kernel.close()
-
-
-def _renderer(settings: Settings, line: StatusLine | None) -> Renderer | None:
-    """What makes readable lines for a terminal on stdout; None where there is none."""
-    chosen = next((one for one in settings.sinks if isinstance(one, StdoutSink)), None)
-    if chosen is None or not os.isatty(1):
-        return None
-    color = wants_color(chosen.color, True, os.environ)
-    renderer = Renderer(color, _columns(), line if same_terminal(1, 2) else None)
-
-    def resize() -> None:
-        renderer.width = _columns()
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resize)
-    return renderer
-
-
-def _columns() -> int:
-    return os.get_terminal_size(1).columns
-
-
-def _handle_signals(service: Service) -> None:
-    loop = asyncio.get_running_loop()
-    asked = False
-
-    def on_signal() -> None:
-        nonlocal asked
-        if asked:
-            os._exit(INTERRUPTED)  # asked twice: at once, without draining
-        asked = True
-        service.stop()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    async def _stop_sinks(self, grace: float) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*(sink.stop(grace) for sink in self.fanout.sinks))

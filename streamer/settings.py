@@ -25,7 +25,10 @@ def form(pattern: str, allowed: str) -> Meta:
 
 
 PositiveSeconds = Annotated[float, Meta(gt=0, le=3600)]
+HeartbeatSeconds = Annotated[float, Meta(ge=1, le=3600)]
 RingBytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
+CriticalBytes = Annotated[int, Meta(ge=1 << 16, le=1 << 30)]
+MANY = Meta(max_length=512)  # two lists share a map of 1024
 BudgetBytes = Annotated[int, Meta(ge=1 << 16, le=1 << 32)]
 Pid = Annotated[int, Meta(ge=1, le=1 << 22)]
 Uid = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
@@ -53,7 +56,7 @@ class Rings(Section, frozen=True, kw_only=True):
     """Ring buffers between the kernel and the reader. Sizes are powers of two."""
 
     critical_bytes: Annotated[
-        RingBytes, doc("Ring of `process.*`: a power of two, a multiple of the page size.")
+        CriticalBytes, doc("Ring of `process.*`: a power of two, a multiple of the page size.")
     ] = 4 << 20
     bulk_bytes: Annotated[
         RingBytes, doc("Ring of `file.*` and `net.*`: likewise. It fills while a sink is down.")
@@ -72,26 +75,29 @@ class Filters(Section, frozen=True, kw_only=True):
     Ports are local or remote ones, and apply to `net.*`; path prefixes apply to `file.*`.
     """
 
-    pids: Annotated[tuple[Pid, ...], doc("Keep these process ids only.")] = ()
-    exclude_pids: Annotated[tuple[Pid, ...], doc("Leave out these process ids.")] = ()
-    uids: Annotated[tuple[Uid, ...], doc("Keep these real user ids only.")] = ()
-    exclude_uids: Annotated[tuple[Uid, ...], doc("Leave out these real user ids.")] = ()
+    pids: Annotated[tuple[Pid, ...], MANY, doc("Keep these process ids only.")] = ()
+    exclude_pids: Annotated[tuple[Pid, ...], MANY, doc("Leave out these process ids.")] = ()
+    uids: Annotated[tuple[Uid, ...], MANY, doc("Keep these real user ids only.")] = ()
+    exclude_uids: Annotated[tuple[Uid, ...], MANY, doc("Leave out these real user ids.")] = ()
     comms: Annotated[
-        tuple[Comm, ...], doc("Keep tasks of these names only (at most 15 bytes each).")
+        tuple[Comm, ...], MANY, doc("Keep tasks of these names only (at most 15 bytes each).")
     ] = ()
-    exclude_comms: Annotated[tuple[Comm, ...], doc("Leave out tasks of these names.")] = ()
+    exclude_comms: Annotated[tuple[Comm, ...], MANY, doc("Leave out tasks of these names.")] = ()
     cgroups: Annotated[
         tuple[CgroupId, ...],
+        MANY,
         doc("Keep these cgroups only, by id: the inode number of a cgroup v2 directory."),
     ] = ()
-    exclude_cgroups: Annotated[tuple[CgroupId, ...], doc("Leave out these cgroups.")] = ()
-    ports: Annotated[tuple[Port, ...], doc("Keep connections of these ports only.")] = ()
-    exclude_ports: Annotated[tuple[Port, ...], doc("Leave out connections of these ports.")] = ()
+    exclude_cgroups: Annotated[tuple[CgroupId, ...], MANY, doc("Leave out these cgroups.")] = ()
+    ports: Annotated[tuple[Port, ...], MANY, doc("Keep connections of these ports only.")] = ()
+    exclude_ports: Annotated[
+        tuple[Port, ...], MANY, doc("Leave out connections of these ports.")
+    ] = ()
     path_prefixes: Annotated[
-        tuple[PathPrefix, ...], doc("Keep files whose path begins with one of these only.")
+        tuple[PathPrefix, ...], MANY, doc("Keep files whose path begins with one of these only.")
     ] = ()
     exclude_path_prefixes: Annotated[
-        tuple[PathPrefix, ...], doc("Leave out files whose path begins with one of these.")
+        tuple[PathPrefix, ...], MANY, doc("Leave out files whose path begins with one of these.")
     ] = ()
 
 
@@ -256,7 +262,7 @@ class Settings(Section, frozen=True, kw_only=True):
     ] = None
     format: Annotated[Literal["native"], doc("Shape of the published events.")] = "native"
     heartbeat_seconds: Annotated[
-        PositiveSeconds, doc("Time between two `stream.heartbeat` events.")
+        HeartbeatSeconds, doc("Time between two `stream.heartbeat` events.")
     ] = 10.0
     grace_seconds: Annotated[
         PositiveSeconds, doc("Longest wait, when stopping, for the sinks to deliver the rest.")

@@ -97,7 +97,7 @@ class ReaderCounts(Struct, gc=False):
 
 
 class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
-    """The account so far: produced = read + filtered + lost + in flight, per kind."""
+    """The account so far. Per kind: produced = read + filtered + lost + in flight."""
 
     uptime_seconds: Annotated[float, Meta(description="since the agent attached")]
     kinds: Annotated[dict[str, KindCounts], Meta(description="events per kind")]
@@ -114,8 +114,11 @@ class StreamLoss(StreamRecord, tag="stream.loss", gc=False):
     """Events that happened and will not come, and where they were lost."""
 
     stage: Annotated[
-        Literal["kernel", "decode", "sink"],
-        Meta(description="kernel: no room in the ring; decode: unreadable; sink: given up there"),
+        Literal["kernel", "decode", "sink", "stop"],
+        Meta(
+            description="kernel: no room in the ring; decode: unreadable; sink: given up there; "
+            "stop: not read, or lost in the kernel, when the agent stopped"
+        ),
     ]
     count: Annotated[int, Meta(description="how many")]
     kinds: Annotated[dict[str, int], Meta(description="how many per kind, where that is known")]

@@ -147,9 +147,9 @@ class Btf:
             return self.size_of(found.element) * found.count
         return 8 if found.kind == _PTR else found.size
 
-    def is_array(self, type_id: int) -> bool:
-        """Whether the type is an array."""
-        return self.resolve(type_id).kind == _ARRAY
+    def is_integer(self, type_id: int) -> bool:
+        """Whether the type is an integer or an enum."""
+        return self.resolve(type_id).kind in (_INT, _ENUM, _ENUM64)
 
     def is_signed(self, type_id: int) -> bool:
         """Whether the type is a signed integer."""

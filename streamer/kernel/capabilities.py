@@ -51,14 +51,15 @@ def require() -> None:
 def drop_all() -> None:
     """Give up every capability for good, and the chance to gain any by an exec.
 
+    Applies to the calling thread, and to those that it starts from then on.
+
     Raises:
-        OSError: the kernel refused.
+        PrivilegeError: the kernel refused.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+        raise PrivilegeError(f"cannot set no_new_privs: {os.strerror(ctypes.get_errno())}")
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     nothing = (ctypes.c_uint32 * 6)()
     if libc.capset(header, nothing):
-        number = ctypes.get_errno()
-        raise OSError(number, f"capset: {os.strerror(number)}")
+        raise PrivilegeError(f"cannot drop capabilities: {os.strerror(ctypes.get_errno())}")

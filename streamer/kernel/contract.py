@@ -8,6 +8,14 @@ from streamer.kernel.btf import Btf, Type
 Layout = tuple[tuple[str, int, int], ...]
 """Members of a struct in order: name, offset and size in bytes."""
 
+_ENUMS = (
+    "event_schema",
+    "event_stream",
+    "event_flags",
+    "filter_mode",
+    "filter_verdict",
+    "wake",
+)
 _SHARED = (
     "event_header",
     "settings",
@@ -44,6 +52,8 @@ def contract_of(btf: Btf) -> dict[str, Layout]:
     names = (*_SHARED, *kind_names(btf))
     contract = {name: layout_of(btf, btf.structure(name)[1]) for name in names}
     contract["enum event_kind"] = tuple((name, n, 0) for name, n in kind_names(btf).items())
+    for name in _ENUMS:
+        contract[f"enum {name}"] = tuple((key, n, 0) for key, n in btf.enum(name).items())
     return contract
 
 

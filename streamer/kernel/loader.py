@@ -30,6 +30,8 @@ OBJECT = Path(__file__).parent.parent / "bpf" / "streamer.bpf.o"
 KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
 STREAMS = ("critical", "bulk")
 _WHOAMI = "whoami"
+_X86_SYSTEM_CALLS = ("on_open_enter", "on_open_exit", "on_creat_enter", "on_creat_exit")
+"""Hooks of system calls that newer architectures, such as arm64, never had."""
 _BY_CPU = ("exec_scratch", "open_scratch", "counters")
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _KEEP, _DROP = b"\x01", b"\x02"
@@ -249,9 +251,9 @@ class KernelState:
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""
         self.detach()
-        with suppress(BufferError):  # somebody still looks at them
-            self.counters.close()
-            self.reader_state.close()
+        for mapping in (self.counters, self.reader_state):
+            with suppress(BufferError):  # somebody still looks at it
+                mapping.close()
         self._object.close()
 
 
@@ -280,9 +282,14 @@ def _attach_reason(program: Program, error: OSError, tracefs: str) -> str:
     return f"{program.section} cannot be attached: {error.strerror}"
 
 
-def needed_programs(kinds: Collection[str]) -> list[str]:
-    """The programs that can produce one of `kinds`."""
-    return [name for name, info in PROGRAMS.items() if not set(info.kinds).isdisjoint(kinds)]
+def needed_programs(kinds: Collection[str], machine: str) -> list[str]:
+    """The programs that can produce one of `kinds`, on an architecture as uname calls it."""
+    return [
+        name
+        for name, info in PROGRAMS.items()
+        if not set(info.kinds).isdisjoint(kinds)
+        and (machine == "x86_64" or name not in _X86_SYSTEM_CALLS)
+    ]
 
 
 def load(settings: Settings, kinds: Collection[str], path: Path = OBJECT) -> KernelState:
@@ -298,7 +305,7 @@ def load(settings: Settings, kinds: Collection[str], path: Path = OBJECT) -> Ker
     capabilities.require()
     compare(contract_of(Btf.of_object(path)), CONTRACT)
     btf = find_btf(settings)
-    names = needed_programs(kinds)
+    names = needed_programs(kinds, os.uname().machine)
     failures: dict[str, str] = {}
     loaded = _try_load(settings, kinds, path, btf, names)
     if isinstance(loaded, OSError):
@@ -378,7 +385,9 @@ def _load_error(error: OSError, failures: Mapping[str, str]) -> StreamerError:
     if error.errno == errno.ENOSYS:
         return KernelError("no BPF in this kernel (CONFIG_BPF_SYSCALL): no event can be observed")
     if error.errno == errno.EPERM:
-        return KernelError("the kernel refused to load BPF programs: not permitted (lockdown?)")
+        return KernelError(
+            "not permitted to load BPF programs: lockdown, or a small RLIMIT_MEMLOCK"
+        )
     reason = failures.get(_WHOAMI) or "; ".join(failures.values()) or error.strerror
     return KernelError(f"the BPF object does not load: {reason}")
 

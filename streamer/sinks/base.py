@@ -83,7 +83,12 @@ class Listener:
 
 
 class Sink(ABC):
-    """Where events go. Subclasses deliver; accounting and budget are here."""
+    """Where events go. Subclasses deliver; accounting and budget are here.
+
+    `ends_quietly`: that its reader goes away is how such a sink is meant to end.
+    """
+
+    ends_quietly = False
 
     def __init__(self, name: str, budget_bytes: int) -> None:
         """`name` is the sink's URL without any secret; `budget_bytes` bounds what it holds."""

@@ -23,7 +23,7 @@ def make_sink(chosen: settings.AnySink, host: str, render: Render | None) -> Sin
         case settings.StdoutSink():
             from streamer.sinks.stdout import StdoutSink
 
-            return StdoutSink(chosen, render=render if chosen.encoding == "auto" else None)
+            return StdoutSink(chosen, render=render)
         case settings.FileSink():
             from streamer.sinks.file import FileSink
 

@@ -101,9 +101,9 @@ class KafkaSink(Sink):
 
     def __init__(self, settings: Settings, *, host: str) -> None:
         """`host` is the key of every record."""
-        super().__init__(
-            f"kafka://{','.join(settings.bootstrap)}/{settings.topic}", settings.budget_bytes
-        )
+        scheme = "kafkas" if settings.tls else "kafka"
+        name = f"{scheme}://{','.join(settings.bootstrap)}/{settings.topic}"
+        super().__init__(name, settings.budget_bytes)
         self._settings = settings
         self._key = host.encode()
         self._record_most = max(RECORD_MOST, settings.batch_bytes)
@@ -173,8 +173,8 @@ class KafkaSink(Sink):
 
     def _enqueue(self, lane: Lane, piece: Piece) -> None:
         for part in split(piece, lane.most):
-            if part.size > self._record_most and len(part.records) == 1:
-                self._dropped(part.kinds, part.size, f"a record of {part.size} bytes is too large")
+            if part.size > self._record_most and part.number == 1:
+                self._dropped(part.kinds, part.size, "a record is larger than the limit")
             else:
                 lane.put(part)
 
@@ -198,7 +198,9 @@ class KafkaSink(Sink):
         error = None if supervisor.cancelled() else supervisor.exception()
         if error is not None:
             _log.error("the Kafka sink cannot go on after an error", exc_info=error)
-            self._problem("", trouble_of(error))
+            reason = trouble_of(error).reason
+            self._drop_rest(reason)
+            self._set_status("closed", reason)
 
     async def _connect(self, client: Client) -> Producer:
         while True:

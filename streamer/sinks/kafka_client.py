@@ -8,7 +8,6 @@ import os
 import re
 import ssl
 from collections.abc import Iterable
-from itertools import count
 from typing import Any
 
 import aiokafka.errors as errors  # type: ignore[import-untyped]
@@ -17,19 +16,18 @@ from aiokafka.conn import collect_hosts, create_conn  # type: ignore[import-unty
 from aiokafka.partitioner import murmur2  # type: ignore[import-untyped]
 from aiokafka.producer.message_accumulator import BatchBuilder  # type: ignore[import-untyped]
 from aiokafka.protocol.metadata import MetadataRequest  # type: ignore[import-untyped]
-from aiokafka.record.default_records import DefaultRecordBatch  # type: ignore[import-untyped]
 
 from streamer.credentials import read_secret, ssl_context
 from streamer.errors import ConfigError
 from streamer.settings import KafkaSink as Settings
 from streamer.sinks.kafka_lane import Piece
+from streamer.sinks.record_batch import Laid, lay_out, record_batch
 
 CONNECT_SECONDS = 10.0
 TOPIC_SECONDS = 5.0
 RETRY_MS = 200
 
 _TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
-_LARGE = 1 << 30  # the lanes limit a batch; the builder's own limit would lose records silently
 
 
 class Trouble(Exception):
@@ -153,16 +151,32 @@ class Client:
 
 
 class RecordBatch(BatchBuilder):  # type: ignore[misc]
-    """A batch that is filled with many records at a time: half the cost of `append`."""
+    """A closed batch of many records, built in one go: a tenth of the cost of `append` for each."""
 
-    def extend(self, records: list[bytes], times_ms: list[int], key: bytes) -> None:
-        """Add `records` with their times, in milliseconds, all under one `key`."""
-        append = self._builder.append
-        headers: list[tuple[str, bytes]] = []
-        offsets = count(self._relative_offset)
-        for offset, time_ms, record in zip(offsets, times_ms, records, strict=False):
-            append(offset, time_ms, key, record, headers)
-        self._relative_offset += len(records)
+    def __init__(self, pieces: Iterable[Piece], key: bytes, codec: str) -> None:
+        """Lay out the records of all pieces, all under one `key`."""
+        super().__init__(0, 0)
+        self._laid: Laid = lay_out([piece[:2] for piece in pieces], key)
+        self._codec = codec
+        self._relative_offset = self._laid[1]
+        self._producer = (-1, -1, 0)
+        self._built: bytes | None = None
+        self.close()  # an open batch would linger
+
+    def _set_producer_state(
+        self, producer_id: int, producer_epoch: int, base_sequence: int
+    ) -> None:
+        self._producer = (producer_id, producer_epoch, base_sequence)
+
+    def _build(self) -> bytes:
+        if self._built is None:
+            self._built = record_batch(self._laid, self._codec, self._producer)
+            del self._laid
+        return self._built
+
+    def size(self) -> int:
+        """Bytes; before it was built, those of the records uncompressed."""
+        return len(self._laid[0] if self._built is None else self._built)
 
 
 class Producer:
@@ -171,7 +185,7 @@ class Producer:
     def __init__(self, producer: Any, compression: str) -> None:
         """`producer` is an AIOKafkaProducer that was not started."""
         self._producer = producer
-        self._codec: int = getattr(DefaultRecordBatch, f"CODEC_{compression.upper()}")
+        self._codec = compression
         self._requests: set[asyncio.Task[None]] = set()
         self._track_requests()
 
@@ -211,11 +225,7 @@ class Producer:
 
     def build(self, pieces: Iterable[Piece], key: bytes) -> Any:
         """One record batch of all pieces. A batch can be sent only once: replay builds anew."""
-        batch = RecordBatch(_LARGE, self._codec)
-        for piece in pieces:
-            batch.extend(piece.records, piece.times_ms, key)
-        batch.close()  # an open batch would linger
-        return batch
+        return RecordBatch(pieces, key, self._codec)
 
     async def send(self, batch: Any, topic: str, partition: int) -> asyncio.Future[object]:
         """Queue a batch, once the one before it was sent; the future is done with its ack.

@@ -9,9 +9,13 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from operator import attrgetter
 from typing import NamedTuple
 
 from streamer.batch import Batch, Encoding, Event
+from streamer.sinks.record_batch import Records, split_lines
+
+_time_ns = attrgetter("time_ns")
 
 
 class Piece(NamedTuple):
@@ -21,8 +25,8 @@ class Piece(NamedTuple):
     the memory of their records. Their types are, for the counts of the parts.
     """
 
-    records: list[bytes]
-    times_ms: list[int]
+    data: Records
+    times_ns: list[int]
     types: list[type[Event]]
     kinds: Mapping[str, int]
     size: int
@@ -30,26 +34,42 @@ class Piece(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, encoding: Encoding) -> Piece:
         """A whole batch; `size` is the bytes of its records."""
-        records = batch.records(encoding)
-        times_ms = [event.time_ns // 1_000_000 for event in batch.events]
+        times_ns = list(map(_time_ns, batch.events))
         types = list(map(type, batch.events))
-        return cls(records, times_ms, types, batch.kinds, sum(map(len, records)))
+        if encoding == "json":  # as one piece, which costs least, and other sinks share it
+            lines = batch.lines("json")
+            return cls(lines, times_ns, types, batch.kinds, len(lines) - len(batch))
+        records = batch.records(encoding)
+        return cls(records, times_ns, types, batch.kinds, sum(map(len, records)))
+
+    @property
+    def number(self) -> int:
+        """How many events."""
+        return len(self.times_ns)
+
+    @property
+    def records(self) -> list[bytes]:
+        """The encoded events one by one."""
+        return split_lines(self.data) if isinstance(self.data, bytes) else self.data
 
     def halves(self) -> tuple[Piece, Piece]:
         """Two parts in order, each of at least one event; for a piece of two or more."""
-        middle = len(self.records) // 2
+        middle = self.number // 2
         return self._part(slice(middle)), self._part(slice(middle, None))
 
     def _part(self, where: slice) -> Piece:
         records, types = self.records[where], self.types[where]
+        data: Records = records
+        if isinstance(self.data, bytes):
+            data = b"".join(record + b"\n" for record in records)
         counts = Counter(types)
         kinds = {str(cls.__struct_config__.tag): n for cls, n in counts.items()}
-        return Piece(records, self.times_ms[where], types, kinds, sum(map(len, records)))
+        return Piece(data, self.times_ns[where], types, kinds, sum(map(len, records)))
 
 
 def split(piece: Piece, most: int) -> Iterator[Piece]:
     """The piece in order, halved until each part has at most `most` bytes or a single event."""
-    if piece.size <= most or len(piece.records) == 1:
+    if piece.size <= most or piece.number == 1:
         yield piece
         return
     for half in piece.halves():
@@ -75,7 +95,7 @@ class Sent:
     @property
     def single(self) -> bool:
         """Whether there is only one record, so that nothing can be split."""
-        return sum(len(piece.records) for piece in self.pieces) == 1
+        return sum(piece.number for piece in self.pieces) == 1
 
 
 class Lane:

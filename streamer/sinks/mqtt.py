@@ -96,10 +96,13 @@ class MqttSink(Sink):
             ConfigError: the topic cannot be published to, or a secret or certificate cannot
                 be read.
         """
-        super().__init__(f"mqtt://{settings.host}:{settings.port}", settings.budget_bytes)
+        scheme = "mqtts" if settings.tls else "mqtt"
+        name = f"{scheme}://{settings.host}:{settings.port}/{settings.topic}"
+        super().__init__(name, settings.budget_bytes)
         expand_topic(settings.topic, host, "category")
         self._settings = settings
-        self._credentials()
+        # Read now, while the process may still read what only root may.
+        self._password, self._tls = self._credentials()
         self._host = host
         self._topics: dict[str, str] = {}
         self._by_category = "{category}" in settings.topic
@@ -200,15 +203,14 @@ class MqttSink(Sink):
 
     async def _open(self) -> Connection:
         """Raises Refused."""
-        try:
-            password, tls = self._credentials()
-        except ConfigError as error:
-            raise Refused(str(error), lasting=True) from None
+        # A renewed secret is used; one that became unreadable leaves the last good one.
+        with contextlib.suppress(ConfigError):
+            self._password, self._tls = self._credentials()
         connection = Connection(
             self._settings,
             client_id=self._client_id,
-            password=password,
-            tls=tls,
+            password=self._password,
+            tls=self._tls,
             acknowledged=self._acknowledged,
         )
         try:
@@ -219,7 +221,7 @@ class MqttSink(Sink):
         return connection
 
     def _credentials(self) -> tuple[str | None, ssl.SSLContext | None]:
-        """Read anew for every connection, so that a renewed secret is used. Raises ConfigError."""
+        """Password and TLS as they are now. Raises ConfigError."""
         settings = self._settings
         password = read_secret("mqtt.password", settings.password_env, settings.password_file)
         return password, ssl_context(settings.tls) if settings.tls else None
@@ -305,7 +307,7 @@ class MqttSink(Sink):
 
     def _cut(self, chunk: Chunk, max_bytes: int) -> None:
         if chunk.count == 1:
-            self._give_up(chunk, f"larger than the broker accepts ({len(chunk.payload)} bytes)")
+            self._give_up(chunk, "larger than the broker accepts")
         else:
             self._queue.push_front(cut(chunk, self._settings.encoding, max_bytes))
 

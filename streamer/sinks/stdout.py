@@ -18,6 +18,8 @@ class StdoutSink(WriterSink):
     everything from then on is dropped and accounted for.
     """
 
+    ends_quietly = True
+
     def __init__(
         self,
         settings: config.StdoutSink,

@@ -66,7 +66,7 @@ def drained(state: KernelState, stream: str) -> list[Case]:
 def is_own(case: Case) -> bool:
     """Whether it is about the program alone, and not about the process that started it."""
     own = PLACE / COMM
-    return case.event["comm"] == COMM and case.event.get("parent_exe", str(own)) == str(own)
+    return COMM == case.event["comm"] and str(own) == case.event.get("parent_exe", str(own))
 
 
 def record(program: Path, scope: Scope) -> list[Case]:

@@ -28,7 +28,9 @@ ALL = "*"
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 TYPES: dict[str, type] = {kind: info.struct for kind, info in KINDS.items()} | STREAM_KINDS
-DECODERS = {kind: msgspec.json.Decoder(cls, strict=True) for kind, cls in TYPES.items()}
+DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(cls, strict=True) for kind, cls in TYPES.items()
+}
 
 
 @cache
@@ -105,8 +107,8 @@ class Recording:
         for event in self.events:
             assert event.id.endswith(f"-{event.stream}-{event.cpu}-{event.seq}")
             taken.setdefault((event.stream, event.cpu), []).append(event.seq)
-        for ring, cpu, numbers in self._lost_numbers():
-            taken.setdefault((ring, cpu), []).extend(numbers)
+        for ring, cpu, lost in self._lost_numbers():
+            taken.setdefault((ring, cpu), []).extend(lost)
         marks = {(mark.ring, mark.cpu): mark for mark in self.heartbeat.cpus}
         assert taken.keys() <= marks.keys()
         for place, mark in marks.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -81,6 +82,30 @@ def test_a_btf_file_instead_of_the_kernels(scope: Scope, tmp_path: Path) -> None
         recording = agent.stop()
     assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(10)]
     assert {kind.status for kind in recording.manifest.kinds.values()} == {"full"}
+
+
+# ---------------------------------------------------------------- no BPF
+
+
+def refusing(error: int) -> tuple[str, ...]:
+    """What to put before a command whose bpf() is to fail."""
+    return sys.executable, "-m", "tests.kernel.without_bpf", str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(errno.ENOSYS, "CONFIG_BPF_SYSCALL"), (errno.EPERM, "lockdown")]
+)
+def test_without_bpf(tmp_path: Path, error: int, words: str) -> None:
+    """One line says so, and `check` says it of every kind."""
+    ended = streamer(refusing(error), "run", "--sink", f"file:{tmp_path}/events")
+    assert (ended.returncode, ended.stdout) == (3, "")
+    (line,) = ended.stderr.splitlines()
+    reason = line.removeprefix("streamer: ")
+    assert words in reason
+    checked = streamer(refusing(error), "check", "--json")
+    assert checked.returncode == 3
+    states = json.loads(checked.stdout)["kinds"].values()
+    assert {(state["status"], state["reason"]) for state in states} == {("missing", reason)}
 
 
 # ---------------------------------------------------------------- no tracefs
@@ -197,5 +222,3 @@ def test_a_btf_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "btf").write_bytes(b"nonsense")
     with pytest.raises(KernelError, match=f"btf: {tmp_path}/btf holds no BTF"):
         loader.load(Settings(btf=str(tmp_path / "btf")), ALL_KINDS)
-
-

@@ -7,7 +7,6 @@ import os
 import platform
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -322,7 +321,8 @@ def open_from_many(directory: str) -> None:
 
 def open_from_threads(prefix: str) -> None:
     threads = [
-        threading.Thread(target=open_missing, args=(f"{prefix}-{n}-", OPENS)) for n in range(THREADS)
+        threading.Thread(target=open_missing, args=(f"{prefix}-{n}-", OPENS))
+        for n in range(THREADS)
     ]
     for thread in threads:
         thread.start()

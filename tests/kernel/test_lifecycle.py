@@ -32,9 +32,7 @@ def open_some(count: int = OPENS) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_and_reports(
-    scope: Scope, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_drains_and_reports(scope: Scope, tmp_path: Path, number: signal.Signals) -> None:
     """What happened just before the signal is delivered; the last line is the account."""
     with Agent(tmp_path, *scope.options, events="file.open") as agent:
         scope.act(open_some)

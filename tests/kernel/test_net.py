@@ -73,9 +73,7 @@ def end_of(connection: socket.socket, remote: Any = None) -> End:
 
 def end_in(event: Any) -> End:
     local = event.local_addr, event.local_port
-    return End(
-        event.pid, event.comm, event.netns, local, (event.remote_addr, event.remote_port)
-    )
+    return End(event.pid, event.comm, event.netns, local, (event.remote_addr, event.remote_port))
 
 
 def assert_seen(recording: Recording, *seen: Seen) -> None:

@@ -40,7 +40,7 @@ def test_splitting_loses_nothing_and_keeps_order(lengths: list[int], most: int) 
     whole = piece(*lengths)
     parts = list(split(whole, most))
     assert [record for part in parts for record in part.records] == whole.records
-    assert [time for part in parts for time in part.times_ms] == whole.times_ms
+    assert [time for part in parts for time in part.times_ns] == whole.times_ns
     assert sum((Counter(part.kinds) for part in parts), Counter()) == Counter(whole.kinds)
     for part in parts:
         assert part.size == sum(map(len, part.records))

@@ -11,6 +11,7 @@ runs in a virtual machine on a kernel of its own: see tools/kernels.sh.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -83,7 +84,7 @@ class Doer:
     # ------------------------------------------------------------ files
 
     def open_files(self) -> None:
-        """By each call: a file that is there, one that is not, and one that is made."""
+        """By each call: a file that is there, one that is not, and one that is made; and no name."""
         os.chdir(self.directory)
         os.mknod("there")
         dirfd = os.open(".", os.O_DIRECTORY)
@@ -104,6 +105,9 @@ class Doer:
             how = (ctypes.c_uint64 * 3)(flags, mode, 0)
             size = ctypes.sizeof(how)
             self._open(name, flags, mode, OPENAT2, dirfd, name.encode(), how, size)
+        self._syscall(OPENAT, dirfd, b"", 0, 0)  # no name at all
+        nothing = directory | {"flags": 0, "fd": -1, "errno": errno.ENOENT}
+        self._expect("file.open", self._me | nothing)
         os.close(dirfd)
 
     def _open(self, name: str, flags: int, mode: int, *call: Any) -> None:

@@ -1,0 +1,153 @@
+"""The process around a service: event loop, signals, log, terminal, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+import sys
+from contextlib import suppress
+
+import msgspec
+import uvloop
+
+from streamer.batch import Batch
+from streamer.errors import ConfigError, KernelError
+from streamer.kernel import loader
+from streamer.render import Renderer, StatusLine, printable, same_terminal, wants_color
+from streamer.service import Service
+from streamer.settings import Limits, Settings, StdoutSink
+from streamer.sinks.base import Sink
+from streamer.sinks.factory import Render, make_sink
+
+INTERRUPTED = 130
+_log = logging.getLogger("streamer")
+
+
+def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> int:
+    """Stream `kinds` as `settings` say until a signal, a limit or a closed pipe. The exit code.
+
+    Raises:
+        StreamerError: what kept it from starting, or ended it.
+    """
+    if not settings.sinks:
+        settings = msgspec.structs.replace(settings, sinks=(StdoutSink(),))
+    line = StatusLine() if limits.status and os.isatty(2) else None
+    _log.setLevel(settings.log_level.upper())
+    _log.addHandler(handler := _LogHandler(line))
+    try:
+        account = uvloop.run(_run(settings, kinds, limits, line))
+    finally:
+        _log.removeHandler(handler)
+    if account:
+        # A reader that closed the pipe may have closed stderr with it.
+        with suppress(OSError):
+            print(f"streamer: {account}", file=sys.stderr, flush=True)
+    return 0
+
+
+async def _run(
+    settings: Settings, kinds: frozenset[str], limits: Limits, line: StatusLine | None
+) -> str:
+    host = settings.host or os.uname().nodename
+    render = _render(settings, line)
+    sinks = [make_sink(one, host, render) for one in settings.sinks]
+    names = [sink.name for sink in sinks]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"sinks: found the same one twice among {', '.join(names)}")
+    kernel = loader.load(settings, kinds)
+    try:
+        service = _service(settings, kinds, limits, sinks, kernel, line)
+        _handle_signals(service)
+        what = ", ".join(sorted(kinds))
+        _log.info("streaming %s to %s; Ctrl-C ends it", what, ", ".join(names))
+        return await service.run()
+    finally:
+        kernel.close()
+
+
+def _service(
+    settings: Settings,
+    kinds: frozenset[str],
+    limits: Limits,
+    sinks: list[Sink],
+    kernel: loader.KernelState,
+    line: StatusLine | None,
+) -> Service:
+    try:
+        return Service(settings, kinds, limits, sinks, kernel, status_line=line)
+    except OSError as error:
+        raise KernelError(f"the rings cannot be mapped: {error.strerror}") from error
+
+
+class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to stderr, taking the status line away first."""
+
+    def __init__(self, line: StatusLine | None) -> None:
+        super().__init__(sys.stderr)
+        self._line = line
+        self.setFormatter(_LogFormatter("streamer: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._line is not None:
+            self._line.clear()
+        super().emit(record)
+
+
+class _LogFormatter(logging.Formatter):
+    """Escapes what a terminal would act upon: reasons can quote a peer."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
+def _render(settings: Settings, line: StatusLine | None) -> Render | None:
+    """What a terminal on stdout gets; None where stdout is none, or not used."""
+    chosen = next((one for one in settings.sinks if isinstance(one, StdoutSink)), None)
+    if chosen is None or not os.isatty(1):
+        return None
+    if chosen.encoding == "msgpack":
+        raise ConfigError("stdout is a terminal, and MessagePack is not for people to read")
+    if chosen.encoding == "json":
+        return ascii_lines
+    color = wants_color(chosen.color, True, os.environ)
+    renderer = Renderer(color, _columns(), line if same_terminal(1, 2) else None)
+
+    def resize() -> None:
+        renderer.width = _columns()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resize)
+    return renderer
+
+
+def ascii_lines(batch: Batch) -> bytes:
+    r"""NDJSON with everything beyond printable ASCII as `\uXXXX`: a terminal acts upon some."""
+    text = batch.lines("json").decode()
+    return re.sub(r"[^\n -~]", _escape, text).encode()
+
+
+def _escape(match: re.Match[str]) -> str:
+    units = match[0].encode("utf-16-be")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
+
+
+def _columns() -> int:
+    return os.get_terminal_size(1).columns
+
+
+def _handle_signals(service: Service) -> None:
+    loop = asyncio.get_running_loop()
+    asked = False
+
+    def on_signal() -> None:
+        nonlocal asked
+        if asked:
+            os._exit(INTERRUPTED)  # asked twice: at once, without draining
+        asked = True
+        service.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            loop.add_signal_handler(number, on_signal)

@@ -1,0 +1,192 @@
+"""One batch to every sink: who waits for whom, and what a full sink costs."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import pytest
+
+from streamer.batch import Batch
+from streamer.fanout import Fanout, Policy, policy_of
+from streamer.sinks.memory import MemorySink
+
+
+class Event(msgspec.Struct, tag_field="event", tag="test.event", gc=False):
+    text: str
+
+
+class Calls:
+    """What the fanout asked of the reader and of the service."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def fanout(self, *sinks: tuple[MemorySink, Policy]) -> Fanout:
+        return Fanout(
+            sinks,
+            pause=lambda: self.made.append("pause"),
+            resume=lambda: self.made.append("resume"),
+            closed=lambda: self.made.append("closed"),
+        )
+
+
+def batch(size: int = 1000) -> Batch:
+    """One event of about so many bytes."""
+    return Batch([Event("x" * size)])
+
+
+async def opened(name: str, budget: int = 4000, *, hold: bool = False) -> MemorySink:
+    sink = MemorySink(name, budget)
+    sink.hold = hold
+    await sink.start()
+    return sink
+
+
+def is_blocked(fanout: Fanout) -> bool:
+    """As it is now: mypy takes a property that was false once to be false for good."""
+    return fanout.blocked
+
+
+def assert_balanced(*sinks: MemorySink) -> None:
+    for sink in sinks:
+        account = sink.account
+        assert account.pending >= 0
+        assert account.received.total() == (
+            account.delivered.total() + account.dropped.total() + account.pending
+        )
+
+
+@pytest.mark.parametrize(
+    ("on_full", "sinks", "policy"),
+    [
+        ("auto", 1, "pause"),
+        ("auto", 2, "drop"),
+        ("pause", 1, "pause"),
+        ("pause", 3, "pause"),
+        ("drop", 1, "drop"),
+        ("drop", 2, "drop"),
+    ],
+)
+def test_policy(on_full: str, sinks: int, policy: str) -> None:
+    assert policy_of(on_full, sinks) == policy
+
+
+async def test_every_sink_gets_every_batch_in_order() -> None:
+    one, two = await opened("one", 1 << 20), await opened("two", 1 << 20)
+    fanout = Calls().fanout((one, "pause"), (two, "drop"))
+    batches = [batch(n) for n in range(5)]
+    for each in batches:
+        fanout.submit(each)
+    assert one.events == two.events == [each.events[0] for each in batches]
+    assert_balanced(one, two)
+
+
+async def test_a_full_sink_that_pauses_is_waited_for() -> None:
+    """At the high mark, once; until it is below the low mark. It loses nothing."""
+    calls, sink = Calls(), await opened("slow", hold=True)
+    fanout = calls.fanout((sink, "pause"))
+    for _ in range(3):
+        fanout.submit(batch())
+    assert calls.made == []
+    assert not is_blocked(fanout)
+    fanout.submit(batch())
+    assert calls.made == ["pause"]
+    assert is_blocked(fanout)
+    fanout.submit(batch())  # what was on its way when the reader paused
+    assert calls.made == ["pause"]
+    sink.release()
+    assert calls.made == ["pause", "resume"]
+    assert not is_blocked(fanout)
+    assert (len(sink.events), sink.account.dropped.total()) == (5, 0)
+
+
+async def test_reading_goes_on_only_when_no_sink_is_waited_for() -> None:
+    calls = Calls()
+    one, two = await opened("one", hold=True), await opened("two", hold=True)
+    fanout = calls.fanout((one, "pause"), (two, "pause"))
+    for _ in range(4):
+        fanout.submit(batch())
+    assert calls.made == ["pause", "pause"]
+    one.release()
+    assert calls.made == ["pause", "pause"]
+    two.release()
+    assert calls.made == ["pause", "pause", "resume"]
+
+
+async def test_a_full_sink_that_drops_stalls_nobody() -> None:
+    """It loses its own copies from the high mark to the low one, exactly counted."""
+    calls = Calls()
+    dead, alive = await opened("dead", hold=True), await opened("alive")
+    fanout = calls.fanout((dead, "drop"), (alive, "drop"))
+    for _ in range(10):
+        fanout.submit(batch())
+    assert calls.made == []
+    assert not fanout.blocked
+    assert len(alive.events) == 10
+    assert dead.account.dropped == {"test.event": 6}
+    dead.release()
+    fanout.submit(batch())
+    dead.release()
+    assert (len(dead.events), dead.account.dropped.total()) == (5, 6)
+    assert_balanced(dead, alive)
+
+
+async def test_drops_are_told_once_there_is_room() -> None:
+    """To the sink that lost them, per reason, and once."""
+    dead, alive = await opened("dead", hold=True), await opened("alive")
+    fanout = Calls().fanout((dead, "drop"), (alive, "drop"))
+    for _ in range(7):
+        fanout.submit(batch())
+    assert list(fanout.take_dropped()) == []
+    dead.release()
+    ((sink, reason, kinds),) = fanout.take_dropped()
+    assert (sink, kinds) == (dead, {"test.event": 3})
+    assert "no room" in reason
+    assert list(fanout.take_dropped()) == []
+
+
+async def test_a_closed_sink_is_no_reason_to_wait() -> None:
+    """It blocks no more, gets nothing more, and what it does not get is counted."""
+    calls = Calls()
+    one, two = await opened("one", hold=True), await opened("two")
+    fanout = calls.fanout((one, "pause"), (two, "pause"))
+    for _ in range(4):
+        fanout.submit(batch())
+    assert calls.made == ["pause"]
+    await one.stop(0)
+    assert calls.made[-1] == "resume"
+    fanout.submit(batch())
+    assert one.account.dropped.total() == 5
+    assert len(two.events) == 5
+    assert_balanced(one, two)
+
+
+async def test_the_service_is_told_when_no_sink_is_left() -> None:
+    calls = Calls()
+    one, two = await opened("one"), await opened("two")
+    calls.fanout((one, "pause"), (two, "pause"))
+    await one.stop(0)
+    assert "closed" not in calls.made
+    await two.stop(0)
+    assert "closed" in calls.made
+
+
+async def test_how_full_the_fullest_sink_is() -> None:
+    calls = Calls()
+    full, empty = await opened("full", 1 << 20, hold=True), await opened("empty")
+    fanout = calls.fanout((full, "pause"), (empty, "pause"))
+    assert fanout.filled == 0
+    fanout.submit(batch(1 << 19))
+    assert 0.5 <= fanout.filled < 0.51
+
+
+async def test_trouble_is_logged_once_and_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    sink = await opened("broker")
+    fanout = Calls().fanout((sink, "pause"))
+    with caplog.at_level(logging.INFO, "streamer"):
+        for status, reason in (("down", "refused"), ("up", ""), ("up", "")):
+            sink._set_status(status, reason)  # type: ignore[arg-type]
+    assert not fanout.blocked
+    levels = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert levels == [("WARNING", "broker is down: refused"), ("INFO", "broker is up")]
