@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0 done, 2 bad configuration, 3 missing privilege or kernel support,
     4 a sink failed, 130 interrupted. Errors are one line on standard error.
     """
+    _fill_standard_descriptors()
     try:
         arguments = parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
@@ -70,6 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _closed_pipe()
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _fill_standard_descriptors() -> None:
+    """Open what was closed (`>&-`), so that no other file gets the number of a standard one."""
+    for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # For stdout one that cannot be written to: what goes there is not delivered.
+            os.open(os.devnull, flags)
 
 
 def _failed(error: StreamerError) -> int:
@@ -218,7 +229,10 @@ def _add_run(commands: Any) -> None:
         "--duration", type=_duration, metavar="TIME", help="end after 10s, 5m, 1h, …"
     )
     parser.add_argument(
-        "--max-events", type=_count, metavar="N", help="end after N events were delivered"
+        "--max-events",
+        type=_count,
+        metavar="N",
+        help="end after N events (beside those of the stream itself)",
     )
     parser.add_argument("--host", metavar="NAME", help="name of this host in the events")
     levels = ("debug", "info", "warning", "error")

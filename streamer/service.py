@@ -199,7 +199,7 @@ class Service:
         deadline = time.monotonic() + grace
         self.reader.stop()
         try:
-            if self.fanout.blocked:
+            if any(sink.account.pending and sink.status != "up" for sink in self.fanout.sinks):
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
             # Half for reading what is left, so that there is time to deliver it.
             await self._drain_rest(time.monotonic() + grace / 2)

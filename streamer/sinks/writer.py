@@ -18,6 +18,7 @@ import contextlib
 import errno
 import os
 import select
+import stat
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -205,6 +206,7 @@ class WriterSink(Sink):
         self._thread: WriterThread | None = None
         self._ended: asyncio.Future[None] | None = None
         self._over = ""
+        self._unwatch: Callable[[], object] = lambda: None
 
     @abstractmethod
     def _open(self) -> int:
@@ -231,15 +233,23 @@ class WriterSink(Sink):
         """
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
+        fd = self._open()
         self._thread = WriterThread(
-            self._open(),
+            fd,
             loop=loop,
             written=self._on_written,
             failing=self._on_failing,
             ended=self._on_ended,
             close=self._owns_descriptor,
         )
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            self._watch(loop, fd)
         self._set_status("up")
+
+    def _watch(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
+        """Notice when the last reader of a pipe goes, also while nothing is written to it."""
+        loop.add_reader(fd, self._on_hangup)
+        self._unwatch = lambda: loop.remove_reader(fd)
 
     def submit(self, batch: Batch) -> None:
         """Take a batch; its size is that of what will be written."""
@@ -284,6 +294,12 @@ class WriterSink(Sink):
         else:
             self._set_status("down", f"cannot write: {error.strerror}; trying again")
 
+    def _on_hangup(self) -> None:
+        # A writing end becomes readable only when it has an error.
+        if self._thread is not None:
+            self._thread.abandon()
+        self._end(f"nobody reads it: {os.strerror(errno.EPIPE)}")
+
     def _on_ended(self, error: OSError | None) -> None:
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
@@ -295,6 +311,7 @@ class WriterSink(Sink):
         if self._over:
             return
         self._over = reason
+        self._unwatch()
         while self._held:
             kinds, size = self._held.popleft()
             self._dropped(kinds, size, reason)

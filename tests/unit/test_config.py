@@ -111,11 +111,11 @@ MISTAKES = [
     ),
     (
         "heartbeat_seconds = 0",
-        "heartbeat_seconds: found 0 (integer), allowed: a number above 0 and at most 3600",
+        "heartbeat_seconds: found 0 (integer), allowed: a number from 1 to 3600",
     ),
     (
         "heartbeat_seconds = nan",
-        "heartbeat_seconds: found nan (float), allowed: a number above 0 and at most 3600",
+        "heartbeat_seconds: found nan (float), allowed: a number from 1 to 3600",
     ),
     (
         f"rings.bulk_bytes = 0x{'f' * 5000}",
@@ -157,8 +157,8 @@ MISTAKES = [
         f"allowed: a power of two from {PAGE} to 1073741824",
     ),
     (
-        "rings.critical_bytes = 5000",
-        f"rings.critical_bytes: found 5000 (integer), "
+        "rings.bulk_bytes = 5000",
+        f"rings.bulk_bytes: found 5000 (integer), "
         f"allowed: a power of two from {PAGE} to 1073741824",
     ),
     (
@@ -337,7 +337,7 @@ def test_values_at_the_limits_are_accepted(file: Path) -> None:
     file.write_text(
         f"""
         heartbeat_seconds = 3600
-        rings = {{critical_bytes = {PAGE}, bulk_bytes = 1073741824}}
+        rings = {{critical_bytes = 65536, bulk_bytes = 1073741824}}
         filters = {{uids = [0, 4294967295], comms = ["fifteen-letters", "a\\tb"]}}
         """
         + KAFKA
@@ -345,7 +345,7 @@ def test_values_at_the_limits_are_accepted(file: Path) -> None:
     )
     settings = load(file)
     assert settings.heartbeat_seconds == 3600.0
-    assert settings.rings == Rings(critical_bytes=PAGE, bulk_bytes=1 << 30)
+    assert settings.rings == Rings(critical_bytes=1 << 16, bulk_bytes=1 << 30)
     assert settings.filters.comms == ("fifteen-letters", "a\tb")
 
 
