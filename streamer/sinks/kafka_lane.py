@@ -15,6 +15,9 @@ from typing import NamedTuple
 from streamer.batch import Batch, Encoding, Event
 from streamer.sinks.record_batch import Records, split_lines
 
+BACKLOG_PIECES = 8
+MERGED_EVENTS = 256
+
 _time_ns = attrgetter("time_ns")
 
 
@@ -51,6 +54,17 @@ class Piece(NamedTuple):
     def records(self) -> list[bytes]:
         """The encoded events one by one."""
         return split_lines(self.data) if isinstance(self.data, bytes) else self.data
+
+    def with_next(self, other: Piece) -> Piece:
+        """One piece of this and the one that follows it."""
+        data: Records
+        if isinstance(self.data, bytes) and isinstance(other.data, bytes):
+            data = self.data + other.data
+        else:
+            data = self.records + other.records
+        kinds = Counter(self.kinds) + Counter(other.kinds)
+        times_ns, types = self.times_ns + other.times_ns, self.types + other.types
+        return Piece(data, times_ns, types, kinds, self.size + other.size)
 
     def halves(self) -> tuple[Piece, Piece]:
         """Two parts in order, each of at least one event; for a piece of two or more."""
@@ -129,10 +143,19 @@ class Lane:
         return self.limit * 3 // 2
 
     def put(self, piece: Piece) -> None:
-        """Queue a piece of at most `most` bytes."""
-        self._queue.append(piece)
+        """Queue a piece of at most `most` bytes.
+
+        In a backlog small pieces become one: each costs more memory than a small event.
+        """
         self._queued += piece.size
+        if len(self._queue) > BACKLOG_PIECES and self._goes_with(self._queue[-1], piece):
+            piece = self._queue.pop().with_next(piece)
+        self._queue.append(piece)
         self._arm()
+
+    def _goes_with(self, last: Piece, piece: Piece) -> bool:
+        few = last.number + piece.number <= MERGED_EVENTS
+        return few and last.size + piece.size <= self.most
 
     async def take(self) -> Sent:
         """Wait until a record batch is due, and move its pieces into the window."""

@@ -47,6 +47,20 @@ def test_splitting_loses_nothing_and_keeps_order(lengths: list[int], most: int) 
         assert part.size <= most or len(part.records) == 1
 
 
+async def test_a_backlog_of_single_events_becomes_few_pieces() -> None:
+    lane = Lane("t", limit=10_000_000, linger=60)
+    events = [piece(length % 500) for length in range(1000)]
+    for one in events:
+        lane.put(one)
+    held = lane.clear()
+    assert len(held) < 20
+    assert [record for part in held for record in part.records] == [
+        record for one in events for record in one.records
+    ]
+    assert sum((Counter(part.kinds) for part in held), Counter()) == {"file.open": 1000}
+    assert all(part.size == sum(map(len, part.records)) for part in held)
+
+
 async def test_pieces_are_coalesced_up_to_the_limit() -> None:
     lane = Lane("t", limit=1000, linger=60)
     size = piece(300).size
