@@ -11,12 +11,12 @@ RUN python3 -m venv /opt/streamer \
     && /opt/streamer/bin/pip install --no-cache-dir --require-hashes -r requirements.txt \
     && /opt/build/bin/pip install --no-cache-dir --require-hashes -r requirements-build.txt
 COPY . .
-# The C module is optional for `pip install`, but not here.
+# The C modules are optional for `pip install`, but not here.
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
     && /opt/streamer/bin/pip install --no-cache-dir --no-deps /wheels/*.whl \
-    && cd / && /opt/streamer/bin/python -c 'import streamer._records'
+    && cd / && /opt/streamer/bin/python -c 'import streamer._records, streamer._record_batch'
 
-# No compiler: the wheel carries the kernel programs and the C module.
+# No compiler: the wheel carries the kernel programs and the C modules.
 FROM debian:bookworm-slim
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libbpf1 python3 \

@@ -31,7 +31,10 @@ test-unit: ## the tests that need neither root nor brokers
 
 test-kernels: ## the agent on stock Debian kernels 5.10 to 7.2 in virtual machines (root, slow)
 	@tools/setup.sh run
-	@tools/kernels.sh test
+	@tools/kernels.sh setup
+	@status=0; for suite in bullseye bookworm trixie sid; do \
+		tools/kernels.sh run $$suite -- $(PYTHON_BIN) tests/vm/smoke.py || status=1; \
+	done; exit $$status
 
 lint: ## check style, types, and that generated files are up to date
 	@tools/setup.sh dev

@@ -1,4 +1,4 @@
-"""The parts of the build that pyproject.toml cannot say: a C module and the kernel programs."""
+"""The parts of the build that pyproject.toml cannot say: C modules and the kernel programs."""
 
 from __future__ import annotations
 
@@ -36,23 +36,24 @@ class BuildPy(build_py):
 
 
 class BuildExt(build_ext):
-    """Says what it means when the C module, which is optional, could not be compiled."""
+    """Says what it means when a C module, which is optional, could not be compiled."""
 
     def run(self) -> None:
         super().run()
         for extension in self.extensions:
             if not Path(self.get_ext_fullpath(extension.name)).exists():
-                self.warn(f"without {extension.name} reading is slower: compile it with gcc")
+                self.warn(f"without {extension.name} streamer is slower: compile it with gcc")
 
 
 setup(
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
     ext_modules=[
         Extension(
-            "streamer._records",
-            ["streamer/_records.c"],
+            f"streamer.{name}",
+            [f"streamer/{name}.c"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
-            optional=True,  # streamer/records_py.py does the same, several times slower
+            optional=True,  # each has a twin in Python, which is several times slower
         )
+        for name in ("_records", "_record_batch")
     ],
 )

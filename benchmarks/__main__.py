@@ -79,8 +79,7 @@ def contenders(
     if plan.limit == "libbpf":
         yield plan.limit, through("C", many)
     if plan.limit == "librdkafka":
-        directory = Path(tempfile.gettempdir())
-        yield plan.limit, partial(runs.librdkafka, few, machine, at, directory)
+        yield plan.limit, partial(runs.librdkafka, few, machine, at)
 
 
 def measure_process(measured: Measured, seconds: float, machine: Machine) -> None:
@@ -129,7 +128,7 @@ def start_brokers(stack: ExitStack, only: frozenset[str]) -> Brokers:
     if "mqtt" in only:
         show("starting Mosquitto")
         port = stack.enter_context(MosquittoBroker(directory / "mosquitto")).port
-    return Brokers(kafka, port)
+    return Brokers(kafka, port, directory)
 
 
 def arguments() -> argparse.Namespace:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import os
 import socket
 import struct
@@ -183,6 +184,7 @@ def to_null(records: Records, task: Task) -> Result:
 
 async def to_kafka(records: Records, task: Task) -> Result:
     """`send()` for each event, and at the end `flush()`."""
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the topic is not there at first
     defaults = KafkaSink(bootstrap=(task.kafka,))
     producer = AIOKafkaProducer(
         bootstrap_servers=task.kafka,

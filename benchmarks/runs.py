@@ -40,10 +40,11 @@ class Machine(NamedTuple):
 
 
 class Brokers(NamedTuple):
-    """Addresses of the brokers, which run on the other CPUs too."""
+    """Addresses of the brokers, which run on the other CPUs too, and room for files."""
 
     kafka: str
     mqtt_port: int
+    directory: Path
 
 
 def build_consumer() -> None:
@@ -124,9 +125,9 @@ def check_topic(kafka: str, topic: str, events: int) -> None:
         raise RuntimeError(f"topic {topic} has {records} records, and {events} were sent")
 
 
-def librdkafka(events: int, machine: Machine, at: Brokers, directory: Path) -> Result:
+def librdkafka(events: int, machine: Machine, at: Brokers) -> Result:
     """What librdkafka, in C, needs to send events that lie in a file, encoded already."""
-    path, topic = directory / "events.ndjson", f"bench-kcat-{time.monotonic_ns()}"
+    path, topic = at.directory / "events.ndjson", f"bench-kcat-{time.monotonic_ns()}"
     _write_lines(path, events, machine)
     properties = ("enable.idempotence=true", "acks=all", "linger.ms=50", "batch.size=524288")
     options = [part for one in properties for part in ("-X", one)]

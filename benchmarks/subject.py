@@ -16,6 +16,7 @@ import uvloop
 
 from benchmarks.load import KINDS, map_counters
 from benchmarks.measure import Result, Shared, Stopwatch, Task, answer, say, task_of_argument
+from streamer.allocator import keep_freed_memory
 from streamer.batch import Batch
 from streamer.envelope import Envelope
 from streamer.kernel.loader import KernelState, KindStatus, ProgramStatus
@@ -181,6 +182,7 @@ def delivered(sink: Sink) -> int:
 def main() -> None:
     """Measure the task of the command line."""
     task = task_of_argument()
+    keep_freed_memory()  # as `streamer run` does
     answer(uvloop.run(decoded(task) if task.path == "decoded" else served(task)))
 
 

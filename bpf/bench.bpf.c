@@ -72,15 +72,15 @@ static __always_inline void bench_identify(struct event_header *header, __u32 ra
 static __always_inline void bench_file_open(__u32 random)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
-	struct open_scratch *scratch = bpf_map_lookup_elem(&open_scratch, &cpu);
+	struct open_scratches *scratches = bpf_map_lookup_elem(&open_scratch, &cpu);
 	__u32 index = random / BENCH_PROCESSES % BENCH_PATHS;
 	struct bench_path *path = bpf_map_lookup_elem(&bench_paths, &index);
 	struct file_open *record;
 	__u32 length;
 
-	if (!scratch || !path)
+	if (!scratches || !path)
 		return;
-	record = &scratch->record;
+	record = &scratches->of[PROGRAM_OPENAT].record;
 	bench_identify(&record->header, random);
 	if (!admits(&record->header, KIND_FILE_OPEN))
 		return;
@@ -152,7 +152,7 @@ static long bench_emit_hooks(__u32 i, void *context)
 	struct bench_request *request = context;
 
 	enter(AT_FDCWD, (const char *)request->filename, 0, 0);
-	leave(request->fd);
+	leave(request->fd, PROGRAM_OPENAT);
 	return 0;
 }
 

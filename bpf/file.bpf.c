@@ -25,12 +25,28 @@ struct open_scratch {
 	struct path_prefix prefix;
 };
 
-/* Too large for the stack; written only by hooks of system calls, which do not nest on a CPU. */
+/* The programs that need room to build a record. */
+enum open_program {
+	PROGRAM_OPEN,
+	PROGRAM_CREAT,
+	PROGRAM_OPENAT,
+	PROGRAM_OPENAT2,
+	PROGRAM_END,
+};
+
+/* Each has its own: up to 6.19 one program of a system call's tracepoint keeps every other from its
+ * CPU, but 7.2 runs them preemptibly (trace_call_bpf_faultable), and only a program itself is not
+ * started again on a CPU where it is under way. */
+struct open_scratches {
+	struct open_scratch of[PROGRAM_END];
+};
+
+/* Too large for the stack. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct open_scratch);
+	__type(value, struct open_scratches);
 } open_scratch SEC(".maps");
 
 static __always_inline int enter(int dirfd, const char *filename, __u32 flags, __u32 mode)
@@ -160,21 +176,23 @@ static __always_inline bool passes_path_filter(struct open_scratch *scratch, __u
 	return passes(settings.filter_path, &filter_paths, &scratch->prefix);
 }
 
-static __always_inline int leave(long result)
+static __always_inline int leave(long result, enum open_program program)
 {
 	__u64 id = bpf_get_current_pid_tgid();
 	struct open_call *call = bpf_map_lookup_elem(&open_calls, &id);
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	__u32 cpu = bpf_get_smp_processor_id();
+	struct open_scratches *scratches;
 	struct open_scratch *scratch;
 	struct file_open *record;
 	__u32 size;
 
 	if (!call)
 		return 0;
-	scratch = bpf_map_lookup_elem(&open_scratch, &cpu);
-	if (!scratch)
+	scratches = bpf_map_lookup_elem(&open_scratch, &cpu);
+	if (!scratches)
 		return 0;
+	scratch = &scratches->of[program];
 	record = &scratch->record;
 	identify_current(&record->header);
 	if (!admits(&record->header, KIND_FILE_OPEN))
@@ -203,23 +221,23 @@ out:
 SEC("tracepoint/syscalls/sys_exit_open") EMITS("file.open") DOC("opens by open()")
 int on_open_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return leave(ctx->ret);
+	return leave(ctx->ret, PROGRAM_OPEN);
 }
 
 SEC("tracepoint/syscalls/sys_exit_creat") EMITS("file.open") DOC("opens by creat()")
 int on_creat_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return leave(ctx->ret);
+	return leave(ctx->ret, PROGRAM_CREAT);
 }
 
 SEC("tracepoint/syscalls/sys_exit_openat") EMITS("file.open") DOC("opens by openat()")
 int on_openat_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return leave(ctx->ret);
+	return leave(ctx->ret, PROGRAM_OPENAT);
 }
 
 SEC("tracepoint/syscalls/sys_exit_openat2") EMITS("file.open") DOC("opens by openat2()")
 int on_openat2_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return leave(ctx->ret);
+	return leave(ctx->ret, PROGRAM_OPENAT2);
 }

@@ -398,33 +398,110 @@ static __always_inline void on_aborted(const struct sock *sk, struct endpoints *
 		on_closed(sk, ends);
 }
 
-SEC("raw_tp/inet_sock_set_state") EMITS("net.connect,net.close")
-int BPF_PROG(on_sock_state, const struct sock *sk, int from, int to)
-{
-	struct endpoints ends;
+/*
+ * The kernel does not run a program inside itself on one CPU. But a system call's change of state
+ * can be interrupted by packets and their changes, on a busy machine about one in a hundred times.
+ * So there are two programs: the first to see a change handles it and leaves a note, by which the
+ * other knows. What interrupts one of them is handled by the other alone.
+ */
+#define TWINS 2
+#define NOTES 4 /* room for some that are never picked up */
 
-	if (!is_tcp(sk))
-		return 0;
-	read_endpoints(&ends, sk);
+struct notes {
+	__u64 changes[TWINS][NOTES];
+	__u32 next[TWINS];
+	__u32 busy[TWINS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct notes);
+} notes SEC(".maps");
+
+/* Which change of which connection. Ports, because the memory of a socket is soon used again. */
+static __always_inline __u64 change_of(const struct sock *sk, const struct endpoints *ends,
+				       int from, int to)
+{
+	__u64 ports = (__u64)ends->local_port << 16 | ends->remote_port;
+
+	return ((__u64)sk << 8 | (from & 15) << 4 | (to & 15)) ^ ports << 32;
+}
+
+static __always_inline bool first_to_see(volatile struct notes *here, __u64 change,
+					 const __u32 me)
+{
+	const __u32 twin = 1 - me;
+	__u32 i;
+
+#pragma unroll
+	for (i = 0; i < NOTES; i++) {
+		if (here->changes[twin][i] == change) {
+			here->changes[twin][i] = 0;
+			return false;
+		}
+	}
+	if (here->busy[twin]) /* this interrupts it: it will not come to see */
+		return true;
+	i = here->next[me]++ % NOTES;
+	here->changes[me][i] = change;
+	return true;
+}
+
+static __always_inline void change_state(const struct sock *sk, struct endpoints *ends, int from,
+					 int to)
+{
 	if (from == TCP_SYN_RECV && opens_simultaneously(sk))
 		from = TCP_SYN_SENT;
 	if (to == TCP_SYN_SENT)
 		on_syn(sk);
 	else if (from == TCP_SYN_SENT && to == TCP_ESTABLISHED)
-		on_connected(sk, &ends);
+		on_connected(sk, ends);
 	else if (from == TCP_SYN_SENT && to == TCP_CLOSE)
-		on_connect_failed(sk, &ends);
+		on_connect_failed(sk, ends);
 	else if (from == TCP_SYN_RECV && to == TCP_ESTABLISHED)
-		on_inbound(sk, &ends);
+		on_inbound(sk, ends);
 	else if (to == TCP_LISTEN)
-		on_listen(sk, &ends);
+		on_listen(sk, ends);
 	else if (to == TCP_FIN_WAIT1 || to == TCP_LAST_ACK)
 		on_closing(sk);
 	else if (to == TCP_CLOSE && from == TCP_SYN_RECV)
-		on_aborted(sk, &ends);
+		on_aborted(sk, ends);
 	else if (to == TCP_CLOSE && from != TCP_LISTEN && from != TCP_CLOSE)
-		on_closed(sk, &ends);
+		on_closed(sk, ends);
+}
+
+static __always_inline int sock_state(const struct sock *sk, int from, int to, const __u32 me)
+{
+	volatile struct notes *here;
+	struct endpoints ends;
+	__u32 zero = 0;
+
+	here = bpf_map_lookup_elem(&notes, &zero);
+	if (!here)
+		return 0;
+	here->busy[me] = 1;
+	if (is_tcp(sk)) {
+		read_endpoints(&ends, sk);
+		if (first_to_see(here, change_of(sk, &ends, from, to), me))
+			change_state(sk, &ends, from, to);
+	}
+	here->busy[me] = 0;
 	return 0;
+}
+
+SEC("raw_tp/inet_sock_set_state") EMITS("net.connect,net.close")
+int BPF_PROG(on_sock_state, const struct sock *sk, int from, int to)
+{
+	return sock_state(sk, from, to, 0);
+}
+
+SEC("raw_tp/inet_sock_set_state") EMITS("net.connect,net.close")
+DOC("changes of state that interrupt another one")
+int BPF_PROG(on_sock_state_twin, const struct sock *sk, int from, int to)
+{
+	return sock_state(sk, from, to, 1);
 }
 
 SEC("tracepoint/syscalls/sys_enter_connect") EMITS("net.connect")

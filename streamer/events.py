@@ -293,7 +293,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("direction", "string", "always outbound"),
         FieldInfo("local_addr", "string", "local address"),
         FieldInfo("remote_addr", "string", "remote address"),
-    ), ('on_sock_state', 'on_connect_enter', 'on_connect_exit')),
+    ), ('on_sock_state', 'on_sock_state_twin', 'on_connect_enter', 'on_connect_exit')),
     "net.accept": KindInfo("net.accept", NetAccept, "bulk", "A process accepted an inbound TCP connection.", (
         *_ENVELOPE_INFO,
         FieldInfo("fd", "integer", "file descriptor of the accepted connection"),
@@ -318,7 +318,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("direction", "string", "who opened it; unknown when established before the agent started"),
         FieldInfo("local_addr", "string", "local address"),
         FieldInfo("remote_addr", "string", "remote address"),
-    ), ('on_sock_state', 'on_accept_exit', 'on_accept4_exit')),
+    ), ('on_sock_state', 'on_sock_state_twin', 'on_accept_exit', 'on_accept4_exit')),
 }
 """What each kind is, for people."""
 
@@ -335,6 +335,7 @@ PROGRAMS: dict[str, ProgramInfo] = {
     "on_openat_exit": ProgramInfo("on_openat_exit", ('file.open',), "opens by openat()"),
     "on_openat2_exit": ProgramInfo("on_openat2_exit", ('file.open',), "opens by openat2()"),
     "on_sock_state": ProgramInfo("on_sock_state", ('net.connect', 'net.close'), ""),
+    "on_sock_state_twin": ProgramInfo("on_sock_state_twin", ('net.connect', 'net.close'), "changes of state that interrupt another one"),
     "on_connect_enter": ProgramInfo("on_connect_enter", ('net.connect',), "connects that fail before a SYN is sent (no route, no free port)"),
     "on_connect_exit": ProgramInfo("on_connect_exit", ('net.connect',), "connects that fail before a SYN is sent (no route, no free port)"),
     "on_accept_exit": ProgramInfo("on_accept_exit", ('net.accept', 'net.close'), "connections taken by accept(), and their owner at the close,"),

@@ -13,6 +13,7 @@ from contextlib import suppress
 import msgspec
 import uvloop
 
+from streamer.allocator import keep_freed_memory
 from streamer.batch import Batch
 from streamer.errors import ConfigError, KernelError
 from streamer.kernel import loader
@@ -34,6 +35,7 @@ def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> in
     """
     if not settings.sinks:
         settings = msgspec.structs.replace(settings, sinks=(StdoutSink(),))
+    keep_freed_memory()
     line = StatusLine() if limits.status and os.isatty(2) else None
     _log.setLevel(settings.log_level.upper())
     _log.addHandler(handler := _LogHandler(line))

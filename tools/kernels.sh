@@ -31,8 +31,12 @@ need_tools() {
     for pair in qemu-system-x86_64=qemu-system-x86 busybox=busybox-static depmod=kmod; do
         command -v "${pair%=*}" >/dev/null || missing+=("${pair#*=}")
     done
-    [ ${#missing[@]} -eq 0 ] ||
+    [ ${#missing[@]} -eq 0 ] && return
+    [ "$(id -u)" = 0 ] ||
         die "missing; as root: apt-get install --no-install-recommends ${missing[*]}"
+    say "installing ${missing[*]}"
+    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+        "${missing[@]}" >/dev/null || die "cannot install ${missing[*]}: apt-get update?"
 }
 
 # ---------------------------------------------------------------- fetching

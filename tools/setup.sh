@@ -189,11 +189,12 @@ build_bpf() {
 }
 
 install_streamer() {
-    local sources=(pyproject.toml setup.py streamer/__init__.py streamer/_records.c)
-    if fresh streamer "${sources[@]}" && compgen -G 'streamer/_records.*.so' >/dev/null; then return; fi
-    step "compiling the C module and installing streamer" pip_install --no-deps --no-build-isolation -e .
-    # The build goes on without its C module; here a compiler is known to be there.
-    step "trying the C module" $venv/bin/python -c 'import streamer._records'
+    local sources=(pyproject.toml setup.py streamer/__init__.py streamer/_record{s,_batch}.c)
+    if fresh streamer "${sources[@]}" && compgen -G 'streamer/_records.*.so' >/dev/null &&
+        compgen -G 'streamer/_record_batch.*.so' >/dev/null; then return; fi
+    step "compiling the C modules and installing streamer" pip_install --no-deps --no-build-isolation -e .
+    # The build goes on without its C modules; here a compiler is known to be there.
+    step "trying the C modules" $venv/bin/python -c 'import streamer._records, streamer._record_batch'
     done_with
 }
 

@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -225,7 +226,9 @@ class KernelState:
         self.ring_bytes = {"critical": rings.critical_bytes, "bulk": rings.bulk_bytes}
         self.counters = _map_counters(loaded.maps["counters"].fd, cpus)
         self.reader_state = mmap.mmap(loaded.maps["reader"].fd, mmap.PAGESIZE)
-        self.program_fds = {program.name: program.fd for program in programs}
+        # Of two programs on one hook, each does what the other has to leave out.
+        hooks = Counter(program.section for program in programs)
+        self.program_fds = {p.name: p.fd for p in programs if hooks[p.section] == 1}
 
     def attach(self) -> None:
         """Attach every loaded program; what fails is noted in `statuses`."""

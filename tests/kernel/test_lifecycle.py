@@ -73,9 +73,8 @@ def test_a_closed_pipe_ends_it_quietly(scope: Scope) -> None:
         process.stdout.close()
         scope.act(open_some)
         assert process.wait(30) == 0
-        (account,) = process.stderr.read().decode().splitlines()
+        assert process.stderr.read() == b""
     assert decoded(first.rstrip()).agent_pid == process.pid
-    assert account.startswith("streamer: ")
 
 
 def test_a_limit_of_events_is_exact(scope: Scope, tmp_path: Path) -> None:

@@ -47,7 +47,11 @@ def test_neither_the_agent_nor_a_broker_serving_it(scope: Scope, tmp_path: Path)
             recording = agent.stop()
             agent.output.unlink()  # it holds what others on this machine did
         broker_pid = broker.pid
-    delivered = recording.heartbeat.sinks[f"mqtt://{broker.address}"].delivered
+    (delivered,) = (
+        counts.delivered
+        for name, counts in recording.heartbeat.sinks.items()
+        if name.startswith("mqtt:")
+    )
     assert delivered > len(recording.events) // 2  # the last ones are on their way
     assert agent.pid not in {event.pid for event in recording.events}
     seen = with_port(recording, broker.port)

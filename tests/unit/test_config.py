@@ -335,10 +335,10 @@ def test_a_file_sets_what_it_names_and_nothing_else(file: Path) -> None:
 
 def test_values_at_the_limits_are_accepted(file: Path) -> None:
     file.write_text(
-        f"""
+        """
         heartbeat_seconds = 3600
-        rings = {{critical_bytes = 65536, bulk_bytes = 1073741824}}
-        filters = {{uids = [0, 4294967295], comms = ["fifteen-letters", "a\\tb"]}}
+        rings = {critical_bytes = 65536, bulk_bytes = 1073741824}
+        filters = {uids = [0, 4294967295], comms = ["fifteen-letters", "a\\tb"]}
         """
         + KAFKA
         + f'topic = "{"t" * 239}{{category}}"'

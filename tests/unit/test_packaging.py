@@ -194,9 +194,10 @@ def test_a_wheel_without_clang_is_refused_in_one_line(checkout: Path, tmp_path: 
 def test_the_wheel_carries_programs_and_module_and_no_sources(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     package = {name for name in names if name.startswith("streamer/")}
-    module = f"streamer/_records{sysconfig.get_config_var('EXT_SUFFIX')}"
-    assert {"streamer/bpf/streamer.bpf.o", "streamer/py.typed", module} <= package
-    assert "streamer/_records.pyi" in package
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    modules = {f"streamer/_record{end}" for end in (f"s{suffix}", f"_batch{suffix}")}
+    assert {"streamer/bpf/streamer.bpf.o", "streamer/py.typed"} | modules <= package
+    assert {"streamer/_records.pyi", "streamer/_record_batch.pyi"} <= package
     assert not {name for name in names if name.endswith((".c", ".h", ".pyc"))}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"streamer"}
 
@@ -262,7 +263,8 @@ def test_without_a_c_compiler_the_wheel_has_the_slower_reader(
     command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, copy)
     built = run(*command, environ={"CC": "false"})
     assert built.returncode == 0, built.stderr
-    assert "without streamer._records reading is slower" in built.stdout + built.stderr
+    for module in ("streamer._records", "streamer._record_batch"):
+        assert f"without {module} streamer is slower" in built.stdout + built.stderr
     (path,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(path).extractall(unpacked)
     script = "import streamer.records as r; print(r.COMPILED, r.__file__)"

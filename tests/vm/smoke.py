@@ -84,7 +84,7 @@ class Doer:
     # ------------------------------------------------------------ files
 
     def open_files(self) -> None:
-        """By each call: a file that is there, one that is not, and one that is made; and no name."""
+        """By each call: a file that is there, one that is not, one that is made; and no name."""
         os.chdir(self.directory)
         os.mknod("there")
         dirfd = os.open(".", os.O_DIRECTORY)
