@@ -15,6 +15,7 @@ from benchmarks.kernel import Cost
 from benchmarks.measure import Result
 from benchmarks.pipe_reader import Latencies
 from benchmarks.runs import Machine
+from tests.brokers import kafka_class_path
 
 Row = tuple[str, ...]
 
@@ -141,8 +142,8 @@ def machine_lines(machine: Machine) -> list[str]:
         "generator and brokers on the rest",
         f"- Linux {kernel.release} {kernel.machine}, Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in packages),
-        f"- {first_line('mosquitto', '-h')}; {first_line('kcat', '-V', line=2)}; "
-        f"{first_line('clang', '--version')}",
+        f"- Apache Kafka {kafka_version()}; {version_line('mosquitto', '-h')}; "
+        f"kcat {version_line('kcat', '-V')}; {version_line('clang', '--version')}",
     ]
 
 
@@ -155,10 +156,17 @@ def cpu_model() -> str:
     return platform.machine()
 
 
-def first_line(*command: str, line: int = 0) -> str:
-    """A line of what a tool says of its version."""
+def version_line(*command: str) -> str:
+    """The line in which a tool says its version."""
     told = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    return told[line].strip() if len(told) > line else command[0]
+    found = next((line.strip() for line in told if "version" in line.lower()), command[0])
+    return found.partition(" builtin.features")[0]
+
+
+def kafka_version() -> str:
+    """The version of the Kafka that ran, from the name of its archive."""
+    archives = Path(kafka_class_path()).parent.glob("kafka_2.13-*.jar")
+    return min(archive.stem.removeprefix("kafka_2.13-") for archive in archives)
 
 
 def document(measured: Measured, machine: Machine, command: str) -> str:

@@ -405,7 +405,7 @@ static __always_inline void on_aborted(const struct sock *sk, struct endpoints *
  * other knows. What interrupts one of them is handled by the other alone.
  */
 #define TWINS 2
-#define NOTES 4 /* room for some that are never picked up */
+#define NOTES 8 /* room for some that are never picked up */
 
 struct notes {
 	__u64 changes[TWINS][NOTES];

@@ -66,7 +66,7 @@ class Rings(Section, frozen=True, kw_only=True):
     ] = 10
     drain_records: Annotated[
         int, Meta(ge=1, le=65536), doc("Most records read in one turn of the event loop.")
-    ] = 1024
+    ] = 512
 
 
 class Filters(Section, frozen=True, kw_only=True):

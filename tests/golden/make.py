@@ -65,8 +65,9 @@ def drained(state: KernelState, stream: str) -> list[Case]:
 
 def is_own(case: Case) -> bool:
     """Whether it is about the program alone, and not about the process that started it."""
-    own = PLACE / COMM
-    return COMM == case.event["comm"] and str(own) == case.event.get("parent_exe", str(own))
+    parent: str = case.event.get("parent_exe", str(PLACE / COMM))
+    comm: str = case.event["comm"]
+    return comm == COMM and parent == str(PLACE / COMM)
 
 
 def record(program: Path, scope: Scope) -> list[Case]:

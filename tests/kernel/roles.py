@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import pickle
+import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CLONE_NEWNET = 0x40000000
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
 
 class Role:
@@ -67,9 +71,24 @@ def leave_network() -> None:
         raise OSError(ctypes.get_errno(), "unshare")
 
 
+def in_own_network(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function in a network namespace with nothing but a loopback device.
+
+    There no packet is handed to another CPU, where it would interrupt processes that are not the
+    test's.
+    """
+    leave_network()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+    return function(*arguments)
+
+
 @contextmanager
 def two_namespaces() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a veth pair between them: 192.0.2.1 and .2, 2001:db8::1 and ::2."""
+    """Two network namespaces with a veth pair between them.
+
+    The first has the addresses 192.0.2.1 and 2001:db8::1, the second .2 and ::2.
+    """
     names = f"streamer-test-{os.getpid()}-1", f"streamer-test-{os.getpid()}-2"
     first, second = names
     try:

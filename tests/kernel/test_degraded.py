@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-
 import pytest
 
 from streamer.errors import ContractError, KernelError
@@ -120,10 +119,12 @@ def connect_and_run(target: tuple[str, int]) -> None:
 def test_without_tracefs(scope: Scope, tmp_path: Path) -> None:
     """What needs no system-call tracepoint goes on; the manifest and the log name the rest."""
     prefix = no_tracefs(tmp_path / "btf")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with Agent(tmp_path, *scope.options, prefix=prefix) as agent:
-            scope.act(connect_and_run, listener.getsockname())
-            recording = agent.stop()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        Agent(tmp_path, *scope.options, prefix=prefix) as agent,
+    ):
+        scope.act(connect_and_run, listener.getsockname())
+        recording = agent.stop()
     kinds = recording.manifest.kinds
     assert {name: kind.status for name, kind in kinds.items()} == {
         "file.open": "missing",

@@ -14,14 +14,15 @@ import pytest
 from tests.brokers import free_port
 from tests.conftest import Require
 from tests.kernel.agent import Agent, Recording
-from tests.kernel.roles import Role
+from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope, cgroup_mount, checkpoint
 from tests.kernel.system import open_missing
 
 pytestmark = pytest.mark.kernel
 
-UID = 43210
-COMM = "named-by-test"
+# Of this run alone: another on the same machine must not be taken for it.
+UID = 1_000_000 + os.getpid()
+COMM = f"test-{os.getpid()}"
 EACH = 25
 
 
@@ -55,10 +56,10 @@ def connect_on(port: int, count: int) -> None:
 # ---------------------------------------------------------------- leaving out
 
 
-def do_what_is_left_out(base: str, port: int) -> None:
+def do_what_is_left_out(base: str, comm: str, uid: int, port: int) -> None:
     """By name, by user, by path, by port."""
-    Role(COMM, open_missing, f"{base}/comm/", EACH).result()
-    Role("other", open_as, f"{base}/uid/", UID).result()
+    Role(comm, open_missing, f"{base}/comm/", EACH).result()
+    Role("other", open_as, f"{base}/uid/", uid).result()
     open_missing(f"{base}/left/out/", EACH)
     open_missing(f"{base}/left/outer/", EACH)  # kept: the prefix ends in a slash
     connect_on(port, EACH)
@@ -90,7 +91,7 @@ def test_what_is_left_out_is_counted(scope: Scope, other_scope: Scope, tmp_path:
         with Agent(tmp_path / "agent", *exclusions, events="file.*,net.*") as agent:
             by_pid.proceed()
             by_pid.reached()
-            scope.act(do_what_is_left_out, base, port)
+            scope.act(in_own_network, do_what_is_left_out, base, COMM, UID, port)
             other_scope.act(open_here, f"{base}/cgroup/")
             recording = agent.stop()
             agent.output.unlink()  # it holds what others on this machine did
@@ -117,10 +118,10 @@ def ports_of(event: Any) -> tuple[int, int]:
 # ---------------------------------------------------------------- keeping
 
 
-def do_everything(base: str, kept: int, others: int) -> None:
+def do_everything(base: str, name: str, user: int, kept: int, others: int) -> None:
     """Every combination of name, user, path and port, of which one passes all filters."""
-    for comm in (COMM, "other"):
-        for uid in (UID, UID + 1):
+    for comm in (name, "other"):
+        for uid in (user, user + 1):
             for place in ("kept/", "kept/secret/", "elsewhere/"):
                 Role(comm, open_as, f"{base}/{place}{comm}-{uid}-", uid).result()
             for port in (kept, others):
@@ -143,8 +144,8 @@ def test_what_is_kept_passes_every_filter(scope: Scope, other_scope: Scope, tmp_
         *("--path", f"{base}/kept", "--exclude-path", f"{base}/kept/secret"),
     )
     with Agent(tmp_path / "agent", *filters, events="file.*,net.*") as agent:
-        scope.act(do_everything, base, kept, others)
-        other_scope.act(do_everything, base, kept, others)
+        scope.act(in_own_network, do_everything, base, COMM, UID, kept, others)
+        other_scope.act(in_own_network, do_everything, base, COMM, UID, kept, others)
         recording = agent.stop()
     opened = [event.path for event in recording.of("file.open")]
     assert opened == [f"{base}/kept/{COMM}-{UID}-{i}" for i in range(EACH)]

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.kernel.agent import Agent, Recording
-from tests.kernel.roles import Role, enter_netns, leave_network, netns_inode, two_namespaces
+from tests.kernel.roles import (
+    Role,
+    enter_netns,
+    in_own_network,
+    leave_network,
+    netns_inode,
+    two_namespaces,
+)
 from tests.kernel.scope import Scope, checkpoint
 
 pytestmark = pytest.mark.kernel
@@ -104,11 +111,11 @@ def closed_in(event: Any) -> Closed:
     )
 
 
-def streamed(scope: Scope, directory: Path, function: Any, *given: Any, **more: Any) -> Recording:
+def streamed(scope: Scope, directory: Path, function: Any, *given: Any) -> Recording:
     """Let the function act, and check the events against the `Seen` that it returns."""
-    with Agent(directory, *scope.options, events=NET, **more) as agent:
+    with Agent(directory, *scope.options, events=NET) as agent:
         before = time.monotonic_ns()
-        seen = scope.act(function, *given)
+        seen = scope.act(in_own_network, function, *given)
         closes = sum(len(one.closed) for one in seen)
         if closes:
             agent.wait_for(b'{"event":"net.close"', closes)
@@ -584,7 +591,7 @@ def outlive() -> list[Seen]:
 
 def test_connections_older_than_the_agent(scope: Scope, tmp_path: Path) -> None:
     """Who opened it and when is not known; bytes, owner and end are."""
-    with scope.start(outlive) as actor:
+    with scope.start(in_own_network, outlive) as actor:
         actor.reached()
         with Agent(tmp_path, *scope.options, events=NET) as agent:
             actor.proceed()
