@@ -433,7 +433,7 @@ static __always_inline bool first_to_see(volatile struct notes *here, __u64 chan
 					 const __u32 me)
 {
 	const __u32 twin = 1 - me;
-	__u32 i;
+	__u32 i, free = NOTES;
 
 #pragma unroll
 	for (i = 0; i < NOTES; i++) {
@@ -441,11 +441,14 @@ static __always_inline bool first_to_see(volatile struct notes *here, __u64 chan
 			here->changes[twin][i] = 0;
 			return false;
 		}
+		if (free == NOTES && !here->changes[me][i])
+			free = i;
 	}
 	if (here->busy[twin]) /* this interrupts it: it will not come to see */
 		return true;
-	i = here->next[me]++ % NOTES;
-	here->changes[me][i] = change;
+	if (free == NOTES)
+		free = here->next[me]++;
+	here->changes[me][free % NOTES] = change;
 	return true;
 }
 

@@ -84,14 +84,6 @@ class Batch:
             part_of[cls].append(event)
         return {category: Batch(events) for category, events in parts.items()}
 
-    def slices(self, size: int) -> Iterable[Batch]:
-        """The batch in order, in pieces of at most `size` events."""
-        if len(self.events) <= size:
-            return (self,)
-        return (
-            Batch(self.events[start : start + size]) for start in range(0, len(self.events), size)
-        )
-
 
 def count_kinds(events: Iterable[Event]) -> dict[str, int]:
     """How many events there are of each dotted kind."""

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (by default the process's arguments) names.
 
     Returns the exit code: 0 done, 2 bad configuration, 3 missing privilege or kernel support,
-    4 a sink failed, 130 interrupted. Errors are one line on standard error.
+    4 no sink is left, 130 interrupted. Errors are one line on standard error.
     """
     _fill_standard_descriptors()
     try:

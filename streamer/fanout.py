@@ -51,7 +51,7 @@ class Fanout(Listener):
         """Give the batch to every sink that is open; one that may drop and is full loses it."""
         for sink in self.sinks:
             if sink.watermarks.full and self._policies[sink] == "drop":
-                self._refuse(sink, batch, f"no room, sink {sink.status}")
+                self._refuse(sink, batch.kinds, f"no room, sink {sink.status}")
             else:
                 self._give(sink, batch)
 
@@ -67,7 +67,7 @@ class Fanout(Listener):
         """The same for one sink."""
         batch = Batch(list(records))
         if sink.watermarks.held > 2 * sink.watermarks.high:
-            self._refuse(sink, batch, "no room")
+            self._refuse(sink, batch.kinds, "no room")
         else:
             self._give(sink, batch)
 
@@ -83,20 +83,22 @@ class Fanout(Listener):
 
     def _give(self, sink: Sink, batch: Batch) -> None:
         if not self.is_open(sink):
-            self._refuse(sink, batch, "closed")
+            self._refuse(sink, batch.kinds, "closed")
             return
+        before = sink.account.received.copy()
         try:
             sink.submit(batch)
         except Exception as error:  # a defect of this sink must not cost the others their events
             _log.exception("%s failed and gets no more events", sink.name)
             self._broken.add(sink)
-            self._refuse(sink, batch, "failed")
+            taken = sink.account.received - before
+            self._refuse(sink, Counter(batch.kinds) - taken, "failed")
             self._fail(sink, f"{type(error).__name__}: {error}")
 
-    def _refuse(self, sink: Sink, batch: Batch, reason: str) -> None:
-        sink.account.received.update(batch.kinds)
-        sink.account.dropped.update(batch.kinds)
-        self.sink_dropped(sink, batch.kinds, reason)
+    def _refuse(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
+        sink.account.received.update(kinds)
+        sink.account.dropped.update(kinds)
+        self.sink_dropped(sink, kinds, reason)
 
     def _fail(self, sink: Sink, reason: str) -> None:
         if not sink.ends_quietly or sink in self._broken:

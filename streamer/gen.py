@@ -12,7 +12,7 @@ import importlib.util
 import json
 import keyword
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import msgspec
 from streamer.errors import ContractError, StreamerError
 from streamer.kernel.btf import Btf, Member, Type
 from streamer.kernel.contract import contract_of, dotted, kind_names
-from streamer.layout import HEADER_FIELDS
+from streamer.layout import HEADER_FIELDS, KindInfo
 
 _HEAD = '''"""GENERATED from bpf/events.h by `make gen`: do not edit.
 
@@ -349,7 +349,7 @@ def _pretty(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def events_page(model: Model, stream_structs: dict[str, type]) -> str:
+def events_page(model: Model, stream_kinds: Iterable[KindInfo]) -> str:
     """The text of `docs/events.md`."""
     lines = ["<!-- GENERATED from bpf/events.h by `make gen`: do not edit. -->", "# Events", ""]
     lines += ["One flat JSON object (or MessagePack map) per event. Every event of the kernel"]
@@ -359,22 +359,11 @@ def events_page(model: Model, stream_structs: dict[str, type]) -> str:
         lines += _table(record.fields)
     lines += ["", "# Records of the stream itself", ""]
     lines += ["Made by the agent, in the same topics; always on."]
-    for kind, cls in stream_structs.items():
-        lines += ["", f"## {kind}", "", (cls.__doc__ or "").strip(), ""]
+    for info in stream_kinds:
+        lines += ["", f"## {info.kind}", "", info.doc, ""]
         lines += ["| field | type | meaning |", "| --- | --- | --- |"]
-        properties = _schema(kind, cls)["properties"]
-        lines += [
-            f"| `{name}` | {_type_words(p)} | {_cell(p.get('description', ''))} |"
-            for name, p in properties.items()
-            if name != "event"
-        ]
+        lines += [f"| `{f.name}` | {f.type} | {_cell(f.doc)} |" for f in info.fields]
     return "\n".join(lines) + "\n"
-
-
-def _type_words(schema: dict[str, Any]) -> str:
-    if schema.get("type") == "array":
-        return "array"
-    return str(schema.get("type", "object"))
 
 
 def _table(fields: tuple[Field, ...]) -> list[str]:
@@ -398,13 +387,16 @@ def outputs(object_path: Path, root: Path) -> Iterator[tuple[Path, str]]:
     events = _execute(source)
     kinds: dict[str, type] = {kind: info.struct for kind, info in events.KINDS.items()}
     # Imported only now: these import `events.py`, which may have been stale until this moment.
-    from streamer import config, stream_events
+    from streamer import cli_text, config, stream_events
 
     own = stream_events.STREAM_KINDS
     for name, text in schemas(kinds | own).items():
         yield root / "schemas" / name, text
     yield root / "schemas" / "config.schema.json", _pretty(config.schema())
-    yield root / "docs" / "events.md", events_page(model, own)
+    yield (
+        root / "docs" / "events.md",
+        events_page(model, [cli_text.stream_kind(kind, struct) for kind, struct in own.items()]),
+    )
     yield root / "docs" / "configuration.md", config.documentation()
 
 

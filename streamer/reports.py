@@ -28,6 +28,8 @@ from streamer.stream_events import (
     StreamManifest,
 )
 
+_UNREAD = "not read when the agent stopped; those in kinds found no room in the kernel"
+
 
 class Reporter:
     """Makes the records of the stream from the state of kernel, reader and sinks."""
@@ -141,17 +143,18 @@ class Reporter:
 
     def _kernel_losses(self, unread: set[str], *, final: bool) -> Iterator[StreamLoss]:
         for ring, loss in self._reader.losses(final=final):
-            stopped = ring in unread
+            kinds = self._ledger.kinds(ring, loss)
+            stopped = ring in unread and sum(kinds.values()) < loss.count
             yield self._envelope.record(
                 StreamLoss,
                 stage="stop" if stopped else "kernel",
                 count=loss.count,
-                kinds=self._ledger.kinds(ring, loss),
+                kinds=kinds,
                 ring=ring,
                 cpu=loss.cpu,
                 seq_from=loss.first,
                 seq_to=loss.last,
-                reason="not read when the agent stopped" if stopped else "no room in the kernel",
+                reason=_UNREAD if stopped else "no room in the kernel",
             )
 
     def _undecodable(self) -> Iterator[StreamLoss]:

@@ -126,11 +126,18 @@ class RingReader:
     def resume(self) -> None:
         """Read on."""
         self.paused = False
-        if self._looks:
-            self._wake()
+        self._wake()
 
     def drain_once(self) -> bool:
         """One bounded drain of each ring that has records. Whether any has more."""
+        try:
+            return self._drain_each()
+        except Exception as error:  # whatever it is: it would come again at every look
+            self.close()
+            self._on_error(error)
+            return False
+
+    def _drain_each(self) -> bool:
         read = False
         for source in self.sources:
             if self.paused or self.done:
@@ -138,11 +145,13 @@ class RingReader:
             read |= self._drain(source)
         more = any(source.more for source in self.sources)
         # Who drains by the way may have taken the record that would have woken the reader.
-        if (read or more) and self._looks and self._timer is None:
+        if (read or more) and self._timer is None:
             self._wake()
         return more
 
     def _drain(self, source: RingSource) -> bool:
+        """One drain of one ring. Whether there was any record."""
+        before = source.ring.records
         most = self._drain_records if self._left is None else min(self._drain_records, self._left)
         events, kinds, gaps, more, _ = source.ring.drain(source.decoder, most)
         source.more = more
@@ -154,12 +163,14 @@ class RingReader:
         if events:
             self._looks_in_vain = 0
             self._on_batch(Batch(events, kinds))
-        return bool(events or gaps)
+        return source.ring.records != before
 
     def _now_ns(self) -> int:
         return int(self._loop.time() * 1e9)
 
     def _wake(self) -> None:
+        if self.paused or self.done or not self._looks:
+            return
         self._looks_in_vain = 0
         self._drain_soon()
         if self._timer is None:
@@ -176,7 +187,8 @@ class RingReader:
     def _tick(self) -> None:
         this = self._timer
         self._looks_in_vain += 1
-        self._continue()
+        if self._soon is None:  # else the next drain is on its way
+            self._continue()
         if self._timer is not this:  # halted in the meantime, and perhaps woken again
             return
         # One look more after the programs were asked to wake it: one may just have missed that.
@@ -186,13 +198,7 @@ class RingReader:
 
     def _continue(self) -> None:
         self._soon = None
-        try:
-            more = self.drain_once()
-        except Exception as error:  # whatever it is: it would come again at every look
-            self.close()
-            self._on_error(error)
-            return
-        if more and self._looks:
+        if self.drain_once() and self._looks:
             self._drain_soon()
 
     def _drain_soon(self) -> None:

@@ -63,8 +63,6 @@ async def _run(
     try:
         service = _service(settings, kinds, limits, sinks, kernel, line)
         _handle_signals(service)
-        what = ", ".join(sorted(kinds))
-        _log.info("streaming %s to %s; Ctrl-C ends it", what, ", ".join(names))
         return await service.run()
     finally:
         kernel.close()

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from streamer.batch import Batch
 from streamer.envelope import Envelope
-from streamer.errors import KernelError, SinkError
+from streamer.errors import ConfigError, KernelError, SinkError
 from streamer.fanout import Fanout, policy_of
 from streamer.kernel import capabilities
 from streamer.kernel.loader import KernelState
@@ -118,8 +118,13 @@ class Service:
 
     async def _start(self) -> None:
         for sink in self.fanout.sinks:
-            await sink.start()
+            try:
+                await sink.start()
+            except ConfigError as error:
+                raise ConfigError(f"{sink.name}: {error}") from None
         self._attach()
+        names = ", ".join(sink.name for sink in self.fanout.sinks)
+        _log.info("streaming %s to %s; Ctrl-C ends it", ", ".join(sorted(self._kinds)), names)
         self.fanout.tell([self._reporter.manifest(self._kinds, self.fanout.sinks)])
         self.reader.start()
 

@@ -288,8 +288,3 @@ class Limits(Struct, frozen=True, kw_only=True):
     duration_seconds: float | None = None
     max_events: int | None = None
     status: bool = True
-
-
-def tagged(settings: SinkCommon) -> str:
-    """The sink's type as written in the configuration, such as `kafka`."""
-    return str(type(settings).__struct_config__.tag)

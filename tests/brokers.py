@@ -105,11 +105,6 @@ class Broker(ABC):
         """SIGTERM, and SIGKILL after 10 seconds; harmless when it is not running."""
         self._end(signal.SIGTERM)
 
-    def restart(self) -> None:
-        """SIGKILL, and a new start on the same port and data."""
-        self.kill()
-        self.start()
-
     def __enter__(self) -> Self:
         self.start()
         return self

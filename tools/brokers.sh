@@ -35,7 +35,7 @@ setup() {
     say "fetching Kafka with Maven into $cache/kafka"
     rm -rf "$cache/kafka"
     mvn --batch-mode --quiet -Dstyle.color=never --file "$pom" dependency:copy-dependencies \
-        -DincludeScope=runtime "-DoutputDirectory=$cache/kafka"
+        -DincludeScope=runtime "-DoutputDirectory=$cache/kafka" >/dev/null
     cp "$pom" "$stamp"
     say "Kafka is there"
 }

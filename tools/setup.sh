@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets this checkout up. What is there already is left alone, so that a second run is quick.
 #
-#   tools/setup.sh run     Debian packages, virtual environment, kernel programs, C module
+#   tools/setup.sh run     Debian packages, virtual environment, kernel programs, C modules
 #   tools/setup.sh dev     the same, and the tools that check the code
 #   tools/setup.sh test    the same, and what the tests run: Kafka, Mosquitto, their clients
 #

@@ -9,8 +9,6 @@ from pathlib import Path
 from streamer.errors import PrivilegeError
 
 _BITS = {
-    "CAP_DAC_OVERRIDE": 1,
-    "CAP_NET_ADMIN": 12,
     "CAP_SYS_ADMIN": 21,
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,

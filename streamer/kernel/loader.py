@@ -20,7 +20,7 @@ from typing import Literal
 import msgspec
 
 from streamer.errors import KernelError, StreamerError
-from streamer.events import CONTRACT, KINDS, PROGRAMS, RECORDS
+from streamer.events import CONTRACT, PROGRAMS, RECORDS
 from streamer.kernel import capabilities
 from streamer.kernel.btf import Btf
 from streamer.kernel.contract import compare, contract_of
@@ -413,8 +413,3 @@ def _ready(
         if name != _WHOAMI
     ]
     return state
-
-
-def known_kinds() -> frozenset[str]:
-    """Every kind that a program can produce."""
-    return frozenset(KINDS)

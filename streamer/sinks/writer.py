@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import stat
@@ -83,7 +84,7 @@ class WriterThread:
         loop: asyncio.AbstractEventLoop,
         written: Callable[[int], None],
         failing: Callable[[OSError | None], None],
-        ended: Callable[[OSError | None], None],
+        ended: Callable[[Exception | None], None],
         close: bool,
     ) -> None:
         """`close` says whether `fd` is closed when the thread ends."""
@@ -100,20 +101,17 @@ class WriterThread:
         self._last = False
         self._thread = Thread(target=self._run, name="streamer-writer", daemon=True)
 
-    def put(self, data: bytes) -> None:
-        """Hand over one byte string. Never waits."""
-        self._hand_over(data)
-
     def finish(self) -> None:
         """End after what was handed over."""
-        self._hand_over(None)
+        self.hand_over(None)
 
     def abandon(self) -> None:
         """End as soon as possible: at once, unless a write is blocked."""
         self._abandoned.set()
-        self._hand_over(None)
+        self.hand_over(None)
 
-    def _hand_over(self, data: bytes | None) -> None:
+    def hand_over(self, data: bytes | None) -> None:
+        """Hand over one byte string; None is the end. Never waits."""
         # Started only when there is something to write: a thread keeps the capabilities that the
         # process had when it began, and the service gives them up before its first batch.
         if self._thread.ident is None:
@@ -121,11 +119,11 @@ class WriterThread:
         self._queue.put(data)
 
     def _run(self) -> None:
-        error = None
+        error: Exception | None = None
         try:
             while not self._last and not self._abandoned.is_set():
                 self._write(self._gather())
-        except OSError as caught:
+        except Exception as caught:  # what ends this thread must end the sink
             error = caught
         finally:
             if self._close:
@@ -196,6 +194,12 @@ class WriterThread:
             self._loop.call_soon_threadsafe(callback, argument)
 
 
+def _is_writing_end(fd: int) -> bool:
+    """Whether it is a pipe's end that cannot be read from."""
+    only_writes = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+    return only_writes and stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
 class WriterSink(Sink):
     """A sink that writes encoded batches one after the other to a descriptor."""
 
@@ -242,7 +246,7 @@ class WriterSink(Sink):
             ended=self._on_ended,
             close=self._owns_descriptor,
         )
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        if _is_writing_end(fd):
             self._watch(loop, fd)
         self._set_status("up")
 
@@ -260,7 +264,7 @@ class WriterSink(Sink):
         data = self._encode(batch)
         self._take(batch.kinds, len(data))
         self._held.append((batch.kinds, len(data)))
-        self._thread.put(data)
+        self._thread.hand_over(data)
 
     async def stop(self, grace: float) -> None:
         """Write what is held within `grace` seconds and drop the rest.
@@ -300,11 +304,13 @@ class WriterSink(Sink):
             self._thread.abandon()
         self._end(f"nobody reads it: {os.strerror(errno.EPIPE)}")
 
-    def _on_ended(self, error: OSError | None) -> None:
+    def _on_ended(self, error: Exception | None) -> None:
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
-        if error is not None:
+        if isinstance(error, OSError):
             self._end(f"nobody reads it: {error.strerror}")
+        elif error is not None:
+            self._end(f"{type(error).__name__}: {error}")
 
     def _end(self, reason: str) -> None:
         """Drop what is held and close for good; only the first call counts."""

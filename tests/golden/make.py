@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from streamer.events import HEADER, RECORDS
+from streamer.events import HEADER, KINDS, RECORDS
 from streamer.kernel import loader
 from streamer.kernel.loader import KernelState
 from streamer.records_py import Decoder, Ring
@@ -73,7 +73,7 @@ def is_own(case: Case) -> bool:
 def record(program: Path, scope: Scope) -> list[Case]:
     """Run the program and take what it did out of the rings."""
     settings = Settings(filters=Filters(cgroups=(scope.id,)))
-    state = loader.load(settings, loader.known_kinds())
+    state = loader.load(settings, frozenset(KINDS))
     try:
         state.attach()
         scope.act(run_program, str(program))

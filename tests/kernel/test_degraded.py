@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from streamer.errors import ContractError, KernelError
+from streamer.events import KINDS
 from streamer.kernel import loader
 from streamer.kernel.loader import KindStatus
 from streamer.settings import Settings
@@ -26,7 +27,7 @@ from tests.kernel.system import open_missing
 
 pytestmark = pytest.mark.kernel
 
-ALL_KINDS = loader.known_kinds()
+ALL_KINDS = frozenset(KINDS)
 NO_BTF = ("unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none /sys/kernel/btf; exec "$@"', "sh")
 # Without a directory to mount it on, tracefs cannot be mounted either.
 NO_TRACEFS_SCRIPT = """

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 import streamer
 from streamer.config import load
-from streamer.settings import tagged
+from streamer.settings import KafkaSink, MqttSink
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -351,7 +351,7 @@ def test_the_files_that_compose_mounts_are_there() -> None:
 
 def test_compose_configures_both_sinks() -> None:
     settings = load(ROOT / "compose" / "streamer.toml")
-    assert [tagged(sink) for sink in settings.sinks] == ["kafka", "mqtt"]
+    assert [type(sink) for sink in settings.sinks] == [KafkaSink, MqttSink]
 
 
 def test_compose_runs_the_kafka_of_the_tests() -> None:
