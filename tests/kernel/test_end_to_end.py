@@ -75,7 +75,13 @@ def test_a_killed_kafka_costs_no_event(scope: Scope, tmp_path: Path) -> None:
     """SIGKILL in mid-stream, events while it is away, and a new start on the same data."""
     with KafkaBroker(tmp_path / "kafka") as kafka:
         sinks = (f"kafka://{kafka.address}/{TOPIC}",)
-        with Agent(tmp_path / "a", *scope.options, events="process.exec", sinks=sinks) as agent:
+        with Agent(
+            tmp_path / "a",
+            *scope.options,
+            events="process.exec",
+            config="grace_seconds = 60",
+            sinks=sinks,
+        ) as agent:
             commands = scope.act(run_programs, 0, EXECS)
             kafka.kill()
             commands += scope.act(run_programs, EXECS, EXECS)
