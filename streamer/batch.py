@@ -28,7 +28,7 @@ def category_of(kind: str) -> str:
 class Batch:
     """Some events in order, with their count per kind.
 
-    Every sink gets the same batch, so an encoding that two sinks share is paid for once.
+    Every sink gets the same batch, so sinks that take it whole pay for an encoding once.
     A batch is never changed after it was made.
     """
 

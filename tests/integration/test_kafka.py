@@ -17,7 +17,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +32,9 @@ from streamer.errors import ConfigError
 from streamer.settings import KafkaSink as Settings
 from streamer.settings import Sasl, Tls
 from streamer.sinks import kafka, kafka_client
-from streamer.sinks.base import Listener, Sink, Status
 from streamer.sinks.kafka import KafkaSink
 from tests.brokers import KafkaBroker, free_port
+from tests.recorder import Recorder
 
 pytestmark = pytest.mark.kafka
 
@@ -77,27 +77,6 @@ class Record(NamedTuple):
     time_ms: int
     key: str
     value: bytes
-
-
-class Heard(Listener):
-    """What the sink said, in order."""
-
-    def __init__(self) -> None:
-        self.statuses: list[tuple[Status, str]] = []
-        self.dropped: list[tuple[dict[str, int], str]] = []
-        self.marks: list[str] = []
-
-    def sink_full(self, sink: Sink) -> None:
-        self.marks.append("full")
-
-    def sink_room(self, sink: Sink) -> None:
-        self.marks.append("room")
-
-    def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
-        self.statuses.append((status, reason))
-
-    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
-        self.dropped.append((dict(kinds), reason))
 
 
 # ---------------------------------------------------------------- brokers
@@ -224,11 +203,11 @@ def opens(start: int, count: int, path: str = "/etc/hosts") -> list[FileOpen]:
     ]
 
 
-def make(address: str, topic: str, **settings: Any) -> tuple[KafkaSink, Heard]:
+def make(address: str, topic: str, **settings: Any) -> tuple[KafkaSink, Recorder]:
     sink = KafkaSink(
         Settings(bootstrap=tuple(address.split(",")), topic=topic, **settings), host=HOST
     )
-    sink.listener = heard = Heard()
+    sink.listener = heard = Recorder()
     return sink, heard
 
 
@@ -281,7 +260,7 @@ async def test_records_read_back_equal_those_submitted(broker: KafkaBroker, enco
     assert len({record.partition for record in records}) == 1
     assert sink.account.delivered == Counter({"file.open": 5000})
     assert heard.statuses == [("up", ""), ("closed", "")]
-    assert heard.dropped == []
+    assert heard.drops == []
 
 
 async def test_partition_is_that_of_other_producers(broker: KafkaBroker) -> None:
@@ -345,8 +324,8 @@ async def test_oversized_record_is_dropped_and_the_rest_delivered(broker: KafkaB
     huge = FileOpen("huge", NOW_NS, "x" * 1_000_001)
     async with started(sink):
         sink.submit(Batch([*opens(0, 10), huge, *opens(10, 10)]))
-        assert heard.dropped[0][0] == {"file.open": 1}
-        assert "larger" in heard.dropped[0][1]
+        assert heard.drops[0][0] == {"file.open": 1}
+        assert "larger" in heard.drops[0][1]
     assert ids(await read_back(broker, topic)) == expected(0, 20)
     assert sink.account.delivered == Counter({"file.open": 20})
     assert sink.account.dropped == Counter({"file.open": 1})
@@ -365,7 +344,7 @@ async def test_a_smaller_limit_of_the_topic_is_found_out(broker: KafkaBroker) ->
             sink.submit(Batch(opens(start, 100)))
         await until(lambda: not sink.account.pending)
     assert ids(await read_back(broker, topic)) == expected(0, 1010)
-    assert heard.dropped == [({"file.open": 1}, "the broker refused a record as too large")]
+    assert heard.drops == [({"file.open": 1}, "the broker refused a record as too large")]
     assert heard.statuses == [("up", ""), ("closed", "")]
 
 
@@ -517,7 +496,7 @@ async def test_stop_with_a_broker_that_hangs(mortal: KafkaBroker) -> None:
         begun = time.monotonic()
     assert time.monotonic() - begun < 0.5 + 4
     os.kill(mortal.pid, signal.SIGCONT)
-    assert heard.dropped == [({"file.open": 10}, "not acknowledged within 0.5 s")]
+    assert heard.drops == [({"file.open": 10}, "not acknowledged within 0.5 s")]
 
 
 async def test_stop_with_a_dead_broker_drops_and_counts(mortal: KafkaBroker) -> None:
@@ -534,9 +513,9 @@ async def test_stop_with_a_dead_broker_drops_and_counts(mortal: KafkaBroker) -> 
         begun = time.monotonic()
     assert time.monotonic() - begun < 1 + 4
     assert sink.account.delivered == Counter({"file.open": 100})
-    assert heard.dropped == [({"file.open": 900}, "not acknowledged within 1 s")]
+    assert heard.drops == [({"file.open": 900}, "not acknowledged within 1 s")]
     sink.submit(Batch(opens(0, 7)))
-    assert heard.dropped[1] == ({"file.open": 7}, "closed")
+    assert heard.drops[1] == ({"file.open": 7}, "closed")
     await sink.stop(1)
 
 
@@ -551,14 +530,14 @@ async def test_cancelling_stop_still_accounts_and_releases() -> None:
         with pytest.raises(asyncio.CancelledError):
             await stopping
         assert sink.status == "closed"
-    assert heard.dropped == [({"file.open": 100}, "not acknowledged within 60 s")]
+    assert heard.drops == [({"file.open": 100}, "not acknowledged within 60 s")]
 
 
 async def test_stop_before_start_drops() -> None:
     sink, heard = make("127.0.0.1:1", "t")
     sink.submit(Batch(opens(0, 3)))
     await sink.stop(1)
-    assert heard.dropped == [({"file.open": 3}, "not acknowledged within 1 s")]
+    assert heard.drops == [({"file.open": 3}, "not acknowledged within 1 s")]
     assert sink.status == "closed"
 
 
@@ -656,7 +635,7 @@ async def test_unauthorised_topic_is_named_and_others_go_on(
         sink.submit(Batch([*opens(10, 10), NetClose("n", 0, 1)]))
     reason = f"not authorised to write to topic {topic}.net"
     assert heard.statuses == [("up", ""), ("down", reason), ("closed", "")]
-    assert heard.dropped == [({"net.close": 2}, "not acknowledged within 1 s")]
+    assert heard.drops == [({"net.close": 2}, "not acknowledged within 1 s")]
     assert ids(await read_back(broker, f"{topic}.file")) == expected(0, 20)
 
 

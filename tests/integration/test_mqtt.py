@@ -14,7 +14,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ import pytest
 from streamer import settings
 from streamer.batch import Batch
 from streamer.errors import ConfigError
-from streamer.sinks.base import Listener, Sink, Status
+from streamer.sinks.base import Sink
 from streamer.sinks.mqtt import MqttSink
 from tests.brokers import MosquittoBroker, free_port
+from tests.recorder import Recorder
 
 pytestmark = pytest.mark.mqtt
 
@@ -54,27 +55,6 @@ def execs(count: int, start: int = 0, pad: int = 0) -> Batch:
 
 def ids(ndjson: bytes) -> list[str]:
     return [msgspec.json.decode(line)["id"] for line in ndjson.splitlines()]
-
-
-class Recorder(Listener):
-    """Keeps what a sink tells its owner."""
-
-    def __init__(self) -> None:
-        self.marks: list[str] = []
-        self.statuses: list[tuple[Status, str]] = []
-        self.reasons: set[str] = set()
-
-    def sink_full(self, sink: Sink) -> None:
-        self.marks.append("full")
-
-    def sink_room(self, sink: Sink) -> None:
-        self.marks.append("room")
-
-    def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
-        self.statuses.append((status, reason))
-
-    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
-        self.reasons.add(reason)
 
 
 async def until(condition: Callable[[], object]) -> None:

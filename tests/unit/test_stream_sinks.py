@@ -7,7 +7,7 @@ import fcntl
 import itertools
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from streamer import settings
 from streamer.batch import Batch
 from streamer.errors import SinkError
-from streamer.sinks.base import Listener, Sink, Status
+from streamer.sinks.base import Sink
 from streamer.sinks.file import FileSink
 from streamer.sinks.stdout import StdoutSink
 from streamer.sinks.writer import advance
+from tests.recorder import Recorder
 
 WAIT = 10.0
 
@@ -34,27 +35,6 @@ class Exec(msgspec.Struct, tag_field="event", tag="process.exec"):
 
 class Open(msgspec.Struct, tag_field="event", tag="file.open"):
     id: str
-
-
-class Recorder(Listener):
-    """Keeps what a sink tells its owner."""
-
-    def __init__(self) -> None:
-        self.marks: list[str] = []
-        self.statuses: list[tuple[Status, str]] = []
-        self.drops: list[tuple[dict[str, int], str]] = []
-
-    def sink_full(self, sink: Sink) -> None:
-        self.marks.append("full")
-
-    def sink_room(self, sink: Sink) -> None:
-        self.marks.append("room")
-
-    def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
-        self.statuses.append((status, reason))
-
-    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
-        self.drops.append((dict(kinds), reason))
 
 
 def execs(count: int, start: int = 0, pad: int = 0) -> Batch:
