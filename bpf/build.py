@@ -1,8 +1,8 @@
-"""Compiles the kernel programs: every `bpf/NAME.bpf.c` that is a program of its own.
+"""Compiles the kernel programs: every `bpf/NAME.bpf.c` becomes an object of its own.
 
-`streamer.bpf.c` includes the other sources and becomes `streamer/bpf/streamer.bpf.o`, which is
-part of the wheel. With `--all` the programs of benchmarks and tests (`bench*`, `test*`) are
-compiled too, into `build/bpf/`. An object newer than everything in this directory is left alone.
+`core.bpf.c` and the sensors become `streamer/bpf/NAME.bpf.o`, which are part of the wheel. With
+`--all` the programs of benchmarks and tests (`bench*`, `test*`) are compiled too, into
+`build/bpf/`. An object newer than everything in this directory is left alone.
 
     python3 bpf/build.py [--all]
 
@@ -53,17 +53,12 @@ def compiler_flags(machine: str, root: Path = ROOT) -> list[str]:
 
 def outputs(sources: Iterable[Path], everything: bool) -> dict[Path, Path]:
     """The object of each source that is compiled on its own."""
-    packaged = {
-        source: PACKAGED / f"{source.stem}.o"
-        for source in sources
-        if source.name == "streamer.bpf.c"
-    }
-    unpackaged = {
-        source: UNPACKAGED / f"{source.stem}.o"
-        for source in sources
-        if source.name.startswith(("bench", "test"))
-    }
-    return packaged | unpackaged if everything else packaged
+    found = {}
+    for source in sources:
+        for_tests = source.name.startswith(("bench", "test"))
+        if everything or not for_tests:
+            found[source] = (UNPACKAGED if for_tests else PACKAGED) / f"{source.stem}.o"
+    return found
 
 
 def is_stale(built: Path, inputs: Iterable[Path]) -> bool:
@@ -82,8 +77,8 @@ def build(everything: bool = False, environ: Mapping[str, str] = os.environ) -> 
     """
     inputs = [path for path in SOURCES.rglob("*") if path.suffix in {".c", ".h", ".py"}]
     wanted = outputs(sorted(SOURCES.glob("*.bpf.c")), everything)
-    if not any(built.parent == PACKAGED for built in wanted.values()):
-        raise BuildError(f"{SOURCES}/streamer.bpf.c is missing: this is no complete source tree")
+    if SOURCES / "core.bpf.c" not in wanted:
+        raise BuildError(f"{SOURCES}/core.bpf.c is missing: this is no complete source tree")
     stale = {source: built for source, built in wanted.items() if is_stale(built, inputs)}
     for source, built in stale.items():
         _compile(source, built, environ)

@@ -74,7 +74,23 @@ struct qstr {
 	const unsigned char *name;
 };
 
+struct super_block {
+	__u32 s_dev;
+};
+
+struct inode {
+	unsigned short i_mode;
+	unsigned int i_nlink;
+	unsigned long i_ino;
+	struct super_block *i_sb;
+};
+
+struct hlist_bl_node {
+	struct hlist_bl_node **pprev; /* NULL: not in the hash table */
+};
+
 struct dentry {
+	struct hlist_bl_node d_hash;
 	struct dentry *d_parent;
 	struct qstr d_name;
 };
@@ -87,6 +103,7 @@ struct mount {
 	struct mount *mnt_parent;
 	struct dentry *mnt_mountpoint;
 	struct vfsmount mnt;
+	struct mnt_namespace *mnt_ns; /* NULL: detached */
 };
 
 struct path {
@@ -101,6 +118,7 @@ struct fs_struct {
 
 struct file {
 	struct path f_path;
+	struct inode *f_inode;
 	void *private_data;
 };
 
@@ -116,6 +134,44 @@ struct files_struct {
 struct mm_struct {
 	unsigned long arg_start, arg_end;
 	struct file *exe_file;
+};
+
+struct ns_common {
+	unsigned int inum;
+};
+
+struct mnt_namespace {
+	struct ns_common ns;
+};
+
+struct pid_namespace {
+	struct ns_common ns;
+};
+
+struct nsproxy {
+	struct mnt_namespace *mnt_ns;
+};
+
+struct upid {
+	int nr;
+	struct pid_namespace *ns;
+};
+
+struct pid {
+	unsigned int level;
+	struct upid numbers[1];
+};
+
+struct kernfs_node {
+	__u64 id;
+};
+
+struct cgroup {
+	struct kernfs_node *kn;
+};
+
+struct css_set {
+	struct cgroup *dfl_cgrp;
 };
 
 struct cred {
@@ -139,6 +195,10 @@ struct task_struct {
 	struct fs_struct *fs;
 	struct files_struct *files;
 	struct signal_struct *signal;
+	struct nsproxy *nsproxy;
+	struct css_set *cgroups;
+	struct pid *thread_pid;
+	void *stack;
 	const struct cred *cred;
 	kuid_t loginuid;
 	__u64 start_boottime;
@@ -148,10 +208,8 @@ struct task_struct {
 
 struct linux_binprm {
 	int argc;
-};
-
-struct ns_common {
-	unsigned int inum;
+	const char *filename;
+	const char *interp;
 };
 
 struct net {
@@ -182,6 +240,7 @@ struct sock {
 	struct sock_common __sk_common;
 	__u16 sk_protocol;
 	int sk_err;
+	struct socket *sk_socket;
 };
 
 struct inet_sock {
@@ -200,6 +259,7 @@ struct mptcp_sock {
 
 struct socket {
 	socket_state state;
+	struct file *file;
 	struct sock *sk;
 };
 
