@@ -306,7 +306,7 @@ class _Field(NamedTuple):
         return word
 
     def names(self, least: int, most: float = math.inf) -> tuple[str, ...]:
-        names = self.layout.argument
+        names: tuple[str, ...] = self.layout.argument
         fits = isinstance(names, tuple) and len(names) >= least
         if not (fits and all(isinstance(name, str) for name in names)):
             raise ValueError(f"{self.where}: names are {names!r}, not a tuple of str")

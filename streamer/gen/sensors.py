@@ -9,7 +9,8 @@ from streamer.kernel.btf import Btf
 from streamer.kernel.contract import dotted, kind_names
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
-_MACHINES = ("x86_64", "aarch64")
+_NOT = "no "
+_WORDS = ("x86_64", "aarch64", "interface", "cgroup", "rate")
 _GIVEN_BY = ("function:", "option:")
 _SIZES = ("cpus", "cpus,kinds")
 _TABLE = "table:"
@@ -36,16 +37,14 @@ def _programs(sensor: str, btf: Btf) -> Iterator[ProgramInfo]:
         tags = {key: btf.tag(type_id, key) for key in ("emits", "hook", "needs")}
         if not any(tags.values()):
             continue
-        kinds, needs = _words(tags["emits"]), _words(tags["needs"])
+        kinds = _words(tags["emits"])
         if not kinds:
             raise _mistake(sensor, name, "HOOK or NEEDS without EMITS")
         for kind in kinds:
             if kind not in known:
                 raise _mistake(sensor, name, f'EMITS("{kind}"), which is no kind')
-        for need in needs:
-            if need not in _MACHINES and not _named(need, _GIVEN_BY):
-                raise _mistake(sensor, name, f'NEEDS("{need}"), which tags.h does not know')
         covers = btf.tag(type_id, "doc") or ""
+        needs = _needs(sensor, name, tags["needs"])
         yield ProgramInfo(name, tags["hook"] or name, kinds, covers, needs)
 
 
@@ -56,8 +55,18 @@ def _maps(sensor: str, btf: Btf) -> Iterator[MapInfo]:
             raise _mistake(sensor, name, f'SIZED("{sized}"), which tags.h does not know')
         if shared not in (None, _CORE):
             raise _mistake(sensor, name, f"shared by {shared}, and only {_CORE} shares")
-        if sized is not None or shared is not None:
-            yield MapInfo(name, sized or "", shared is not None)
+        needs = _needs(sensor, name, btf.tag(type_id, "needs"))
+        if sized or shared or needs:
+            yield MapInfo(name, sized or "", shared is not None, needs)
+
+
+def _needs(sensor: str, name: str, tag: str | None) -> tuple[str, ...]:
+    needs = _words(tag)
+    for need in needs:
+        word = need.removeprefix(_NOT)
+        if word not in _WORDS and not _named(word, _GIVEN_BY):
+            raise _mistake(sensor, name, f'NEEDS("{need}"), which tags.h does not know')
+    return needs
 
 
 def _words(tag: str | None) -> tuple[str, ...]:

@@ -20,11 +20,12 @@ from typing import Literal
 import msgspec
 
 from streamer.errors import KernelError, StreamerError
-from streamer.events import CONTRACT, PROGRAMS, RECORDS
+from streamer.events import RECORDS
 from streamer.kernel import capabilities
 from streamer.kernel.btf import Btf
 from streamer.kernel.contract import compare, contract_of
 from streamer.kernel.libbpf import Link, Object, Program, possible_cpus
+from streamer.kernel.objects import CONTRACT, SENSORS
 from streamer.settings import Filters, Rings, Settings
 
 OBJECT = Path(__file__).parent.parent / "bpf" / "streamer.bpf.o"
@@ -37,6 +38,7 @@ _BY_CPU = ("exec_scratch", "open_scratch", "counters")
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _KEEP, _DROP = b"\x01", b"\x02"
 _OFF, _EXCLUDE, _INCLUDE = 0, 1, 2
+PROGRAMS = {program.name: program for sensor in SENSORS.values() for program in sensor.programs}
 _NUMBERS = {layout.kind: number for number, layout in RECORDS.items()}
 
 Coverage = Literal["full", "partial", "missing"]

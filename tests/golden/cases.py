@@ -10,7 +10,7 @@ FILE = Path(__file__).parent / "records.json"
 PLACE = Path("/tmp/streamer-golden")
 CLOCK_OFFSET_NS = 1_700_000_000_000_000_000
 CONSTANTS = {
-    "schema": 1,
+    "schema": 2,
     "host": "golden",
     "boot_id": "00000000-0000-0000-0000-000000000000",
 }
@@ -20,23 +20,21 @@ ID_PREFIX = "golden"
 class Case(NamedTuple):
     """A record, the ring that it came from, and the event that is published for it."""
 
-    stream: str
+    ring: str
     record: bytes
     event: dict[str, Any]
 
 
-def constants(stream: str) -> dict[str, object]:
+def constants(ring: str) -> dict[str, object]:
     """What the decoder of a ring is given."""
-    return {**CONSTANTS, "stream": stream}
+    return {**CONSTANTS, "ring": ring}
 
 
 def load() -> list[Case]:
     rows = json.loads(FILE.read_text())
-    return [Case(row["stream"], bytes.fromhex(row["record"]), row["event"]) for row in rows]
+    return [Case(row["ring"], bytes.fromhex(row["record"]), row["event"]) for row in rows]
 
 
 def save(cases: list[Case]) -> None:
-    rows = [
-        {"stream": case.stream, "record": case.record.hex(), "event": case.event} for case in cases
-    ]
+    rows = [{"ring": case.ring, "record": case.record.hex(), "event": case.event} for case in cases]
     FILE.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

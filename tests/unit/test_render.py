@@ -83,7 +83,7 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
     ("process.exec", {"exe": "/bin/x", "cwd": "/"}, "/bin/x  (in /)"),
     (
         "process.exec",
-        {"cmdline": "ls", "cwd": "/", "exe": "/usr/bin/ls", "filename": "/ls", "interp": "/ls"},
+        {"cmdline": "ls", "cwd": "/", "exe": "/usr/bin/ls", "filename": "/bin/ls"},
         "ls  (in /)",
     ),
     (
