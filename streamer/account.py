@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from streamer.events import CONTRACT, RECORDS
+from streamer.events import RECORDS
 from streamer.gaps import Loss
 from streamer.kernel.loader import STREAMS, counters_stride
+from streamer.kernel.objects import CONTRACT
 from streamer.stream_events import CpuMark, KindCounts
 
 _AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}

@@ -43,7 +43,7 @@ class Reporter:
         self._reader = reader
         self._filters = filters
         self._counters = KernelCounters(kernel.counters, kernel.cpus)
-        self._ledger = LossLedger(self._counters, {k: info.stream for k, info in KINDS.items()})
+        self._ledger = LossLedger(self._counters, {k: info.ring for k, info in KINDS.items()})
         self._undecodable_told = 0
         self._missed_told: Counter[str] = Counter()
         self._started = time.monotonic()

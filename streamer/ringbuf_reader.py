@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from streamer.batch import Batch
 from streamer.envelope import Envelope, clock_offset_ns
-from streamer.events import CONTRACT, HEADER, RECORDS
+from streamer.events import HEADER, RECORDS
 from streamer.gaps import GapTracker, Loss
 from streamer.kernel.loader import STREAMS, counters_stride
+from streamer.kernel.objects import CONTRACT
 from streamer.records import Decoder, Ring
 
 LOOKS_IN_VAIN = 5

@@ -1,6 +1,6 @@
 """The shape of the configuration: every setting, its type, its limits and its default.
 
-`config.py` fills these from TOML and the command line; `gen.py` derives
+`config.py` fills these from TOML and the command line; `streamer.gen` derives
 `schemas/config.schema.json` and `docs/configuration.md` from them. All sizes are bytes.
 """
 

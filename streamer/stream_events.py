@@ -66,7 +66,7 @@ class KindCounts(Struct, gc=False):
 
 
 class CpuMark(Struct, gc=False):
-    """How far the stream of one CPU has come."""
+    """How far the sequence of one ring on one CPU has come."""
 
     ring: Annotated[str, Meta(description="critical or bulk")]
     cpu: Annotated[int, Meta(description="CPU")]
