@@ -161,7 +161,8 @@ def _sensor(sensor: SensorInfo) -> Iterator[str]:
         yield f"        ProgramInfo({names}, {covers}, {needs}),"
     yield "    ), ("
     for one in sensor.maps:
-        yield f'        MapInfo("{one.name}", "{one.sized}", {one.shared}),'
+        needs = _strings(one.needs)
+        yield f'        MapInfo("{one.name}", "{one.sized}", {one.shared}, {needs}),'
     yield "    )),"
 
 

@@ -9,8 +9,8 @@ from streamer.kernel.btf import Btf
 from streamer.kernel.contract import dotted, kind_names
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
-_MACHINES = ("x86_64", "aarch64")
-_GIVEN_BY = ("function:", "option:")
+_PLAIN_NEEDS = ("x86_64", "aarch64", "interface", "cgroup", "rate")
+_GIVEN_BY = ("function:", "no function:", "option:")
 _SIZES = ("cpus", "cpus,kinds")
 _TABLE = "table:"
 _CORE = "core"
@@ -42,9 +42,7 @@ def _programs(sensor: str, btf: Btf) -> Iterator[ProgramInfo]:
         for kind in kinds:
             if kind not in known:
                 raise _mistake(sensor, name, f'EMITS("{kind}"), which is no kind')
-        for need in needs:
-            if need not in _MACHINES and not _named(need, _GIVEN_BY):
-                raise _mistake(sensor, name, f'NEEDS("{need}"), which tags.h does not know')
+        _check_needs(sensor, name, needs)
         covers = btf.tag(type_id, "doc") or ""
         yield ProgramInfo(name, tags["hook"] or name, kinds, covers, needs)
 
@@ -52,12 +50,20 @@ def _programs(sensor: str, btf: Btf) -> Iterator[ProgramInfo]:
 def _maps(sensor: str, btf: Btf) -> Iterator[MapInfo]:
     for type_id, name in btf.variables():
         sized, shared = btf.tag(type_id, "sized"), btf.tag(type_id, "shared")
+        needs = _words(btf.tag(type_id, "needs"))
+        _check_needs(sensor, name, needs)
         if sized is not None and sized not in _SIZES and not _named(sized, (_TABLE,)):
             raise _mistake(sensor, name, f'SIZED("{sized}"), which tags.h does not know')
         if shared not in (None, _CORE):
             raise _mistake(sensor, name, f"shared by {shared}, and only {_CORE} shares")
-        if sized is not None or shared is not None:
-            yield MapInfo(name, sized or "", shared is not None)
+        if sized is not None or shared is not None or needs:
+            yield MapInfo(name, sized or "", shared is not None, needs)
+
+
+def _check_needs(sensor: str, name: str, needs: tuple[str, ...]) -> None:
+    for need in needs:
+        if need not in _PLAIN_NEEDS and not _named(need, _GIVEN_BY):
+            raise _mistake(sensor, name, f'NEEDS("{need}"), which tags.h does not know')
 
 
 def _words(tag: str | None) -> tuple[str, ...]:

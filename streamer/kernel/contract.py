@@ -5,8 +5,11 @@ Every object carries all of it: what they share is in `bpf/core/core.bpf.h`.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from streamer.errors import ContractError
 from streamer.kernel.btf import Btf, Type
+from streamer.kernel.objects import CONTRACT
 
 Layout = tuple[tuple[str, int, int], ...]
 """Members of a struct in order: name, offset and size in bytes; of an enum: name, number, 0."""
@@ -80,6 +83,18 @@ def compare(found: dict[str, Layout], expected: dict[str, Layout]) -> None:
     trouble = difference(found, expected, "objects.py")
     if trouble is not None:
         raise ContractError(f"the BPF object does not match objects.py: {trouble}; run `make gen`")
+
+
+def check_object(path: Path) -> None:
+    """Refuse an object whose structs are not those of `objects.py`.
+
+    Raises:
+        ContractError: names object, struct and member; or the object cannot be read.
+    """
+    try:
+        compare(contract_of(Btf.of_object(path)), CONTRACT)
+    except ContractError as error:
+        raise ContractError(f"{path.name}: {error}") from None
 
 
 def difference(found: dict[str, Layout], expected: dict[str, Layout], reference: str) -> str | None:
