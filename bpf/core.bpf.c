@@ -32,3 +32,10 @@ int whoami(void *ctx)
 	identity->initial_mntns = mntns_of_init(task);
 	return 0;
 }
+
+/* Never attached either: whether it loads tells whether programs at functions do on this kernel. */
+SEC("fexit/bpf_fentry_test1")
+int try_function(void *ctx)
+{
+	return 0;
+}

@@ -242,7 +242,7 @@ struct {
 	__type(value, __u64);
 } open_starts SEC(".maps") NEEDS("option:open_latency");
 
-const volatile bool open_latency; /* set by the loader with the option of that name */
+OPTION(open_latency);
 
 static __always_inline __u64 latency_until(__u64 now)
 {

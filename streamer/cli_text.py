@@ -119,15 +119,16 @@ def check_text(report: CheckReport) -> str:
     """The report of `check` for people: what is offered, what attaches, what is lost and why."""
     held = [[name, "yes" if there else "no"] for name, there in report.capabilities.items()]
     programs = [
-        [program.name, program.hook, ",".join(program.kinds), program.status, program.reason]
-        for program in report.programs
+        [p.hook, p.way, ",".join(p.kinds), p.status, p.reason]
+        for p in report.programs
+        if p.status != "spare"
     ]
     kinds = [[kind, found.status, found.reason] for kind, found in report.kinds.items()]
     sections = [
         f"kernel {report.kernel}: {'ok' if report.ok else 'not everything can be observed'}",
         table(["capability", "held"], held),
         table(["feature", "found"], [list(pair) for pair in report.features.items()]),
-        table(["program", "hook", "kinds", "status", "reason"], programs),
+        table(["hook", "attached to", "kinds", "status", "reason"], programs),
         table(["event", "status", "reason"], kinds),
     ]
     return "\n\n".join(sections)

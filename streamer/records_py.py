@@ -306,13 +306,13 @@ class _Field(NamedTuple):
         return word
 
     def names(self, least: int, most: float = math.inf) -> tuple[str, ...]:
-        names: tuple[str, ...] = self.layout.argument
+        names: Any = self.layout.argument
         fits = isinstance(names, tuple) and len(names) >= least
         if not (fits and all(isinstance(name, str) for name in names)):
             raise ValueError(f"{self.where}: names are {names!r}, not a tuple of str")
         if len(names) > most:
             raise ValueError(f"{self.where}: names are {names!r}, more than {most}")
-        return names
+        return tuple(names)
 
 
 def _op_of(field: _Field, context: _Context) -> _Op:

@@ -16,7 +16,7 @@ import uvloop
 from streamer.allocator import keep_freed_memory
 from streamer.batch import Batch
 from streamer.errors import ConfigError, KernelError
-from streamer.kernel import loader
+from streamer.kernel import state
 from streamer.render import Renderer, StatusLine, printable, same_terminal, wants_color
 from streamer.service import Service
 from streamer.settings import Limits, Settings, StdoutSink
@@ -59,7 +59,7 @@ async def _run(
     names = [sink.name for sink in sinks]
     if len(set(names)) < len(names):
         raise ConfigError(f"sinks: found the same one twice among {', '.join(names)}")
-    kernel = loader.load(settings, kinds)
+    kernel = state.load(settings, kinds)
     try:
         service = _service(settings, kinds, limits, sinks, kernel, line)
         _handle_signals(service)
@@ -73,7 +73,7 @@ def _service(
     kinds: frozenset[str],
     limits: Limits,
     sinks: list[Sink],
-    kernel: loader.KernelState,
+    kernel: state.KernelState,
     line: StatusLine | None,
 ) -> Service:
     try:

@@ -14,7 +14,7 @@ from streamer.envelope import Envelope
 from streamer.errors import ConfigError, KernelError, SinkError
 from streamer.fanout import Fanout, policy_of
 from streamer.kernel import capabilities
-from streamer.kernel.loader import KernelState
+from streamer.kernel.state import KernelState
 from streamer.render import Rates, StatusLine, status_text
 from streamer.reports import Reporter, account_line
 from streamer.ringbuf_reader import RingReader, RingSource

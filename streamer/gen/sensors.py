@@ -9,9 +9,8 @@ from streamer.kernel.btf import Btf
 from streamer.kernel.contract import dotted, kind_names
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
-_NOT = "no "
-_WORDS = ("x86_64", "aarch64", "interface", "cgroup", "rate")
-_GIVEN_BY = ("function:", "option:")
+_PLAIN_NEEDS = ("x86_64", "aarch64", "interface", "cgroup", "rate")
+_GIVEN_BY = ("function:", "no function:", "option:")
 _SIZES = ("cpus", "cpus,kinds")
 _TABLE = "table:"
 _CORE = "core"
@@ -37,36 +36,34 @@ def _programs(sensor: str, btf: Btf) -> Iterator[ProgramInfo]:
         tags = {key: btf.tag(type_id, key) for key in ("emits", "hook", "needs")}
         if not any(tags.values()):
             continue
-        kinds = _words(tags["emits"])
+        kinds, needs = _words(tags["emits"]), _words(tags["needs"])
         if not kinds:
             raise _mistake(sensor, name, "HOOK or NEEDS without EMITS")
         for kind in kinds:
             if kind not in known:
                 raise _mistake(sensor, name, f'EMITS("{kind}"), which is no kind')
+        _check_needs(sensor, name, needs)
         covers = btf.tag(type_id, "doc") or ""
-        needs = _needs(sensor, name, tags["needs"])
         yield ProgramInfo(name, tags["hook"] or name, kinds, covers, needs)
 
 
 def _maps(sensor: str, btf: Btf) -> Iterator[MapInfo]:
     for type_id, name in btf.variables():
         sized, shared = btf.tag(type_id, "sized"), btf.tag(type_id, "shared")
+        needs = _words(btf.tag(type_id, "needs"))
+        _check_needs(sensor, name, needs)
         if sized is not None and sized not in _SIZES and not _named(sized, (_TABLE,)):
             raise _mistake(sensor, name, f'SIZED("{sized}"), which tags.h does not know')
         if shared not in (None, _CORE):
             raise _mistake(sensor, name, f"shared by {shared}, and only {_CORE} shares")
-        needs = _needs(sensor, name, btf.tag(type_id, "needs"))
-        if sized or shared or needs:
+        if sized is not None or shared is not None or needs:
             yield MapInfo(name, sized or "", shared is not None, needs)
 
 
-def _needs(sensor: str, name: str, tag: str | None) -> tuple[str, ...]:
-    needs = _words(tag)
+def _check_needs(sensor: str, name: str, needs: tuple[str, ...]) -> None:
     for need in needs:
-        word = need.removeprefix(_NOT)
-        if word not in _WORDS and not _named(word, _GIVEN_BY):
+        if need not in _PLAIN_NEEDS and not _named(need, _GIVEN_BY):
             raise _mistake(sensor, name, f'NEEDS("{need}"), which tags.h does not know')
-    return needs
 
 
 def _words(tag: str | None) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ Every object carries all of it: what they share is in `bpf/core/core.bpf.h`.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from streamer.errors import ContractError
 from streamer.kernel.btf import Btf, Type
 
@@ -80,6 +82,21 @@ def compare(found: dict[str, Layout], expected: dict[str, Layout]) -> None:
     trouble = difference(found, expected, "objects.py")
     if trouble is not None:
         raise ContractError(f"the BPF object does not match objects.py: {trouble}; run `make gen`")
+
+
+def check_object(path: Path) -> None:
+    """Refuse an object whose structs are not those of `objects.py`.
+
+    Raises:
+        ContractError: names object, struct and member; or the object cannot be read.
+    """
+    # Imported only here: the generator, which makes it, uses this module too.
+    from streamer.kernel.objects import CONTRACT
+
+    try:
+        compare(contract_of(Btf.of_object(path)), CONTRACT)
+    except ContractError as error:
+        raise ContractError(f"{path.name}: {error}") from None
 
 
 def difference(found: dict[str, Layout], expected: dict[str, Layout], reference: str) -> str | None:

@@ -13,7 +13,7 @@ class ProgramInfo(NamedTuple):
 
     Programs of one `hook` are ways to the same thing, best first. `kinds` is what it reports, and
     `covers` what is not observed without it: empty where that is all of its kinds. It is used
-    only where all of `needs`, which `bpf/core/tags.h` lists, is given (or is not, after `no `).
+    only where all of `needs` is given: see `bpf/core/tags.h`.
     """
 
     name: str
@@ -27,7 +27,8 @@ class MapInfo(NamedTuple):
     """A map that says something of itself.
 
     `sized` is what its number of entries follows: `cpus`, `cpus,kinds`, `table:NAME`, or nothing.
-    A `shared` one is made by the object `core` and used by all. `needs` as of a program.
+    A `shared` one is made by the object `core` and used by all. It is made where all of `needs`
+    is given, as a program is used.
     """
 
     name: str
