@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 FILE = Path(__file__).parent / "records.json"
 PLACE = Path("/tmp/streamer-golden")
 CLOCK_OFFSET_NS = 1_700_000_000_000_000_000
@@ -28,6 +30,12 @@ class Case(NamedTuple):
 def constants(ring: str) -> dict[str, object]:
     """What the decoder of a ring is given."""
     return {**CONSTANTS, "ring": ring}
+
+
+def published(event: msgspec.Struct) -> dict[str, Any]:
+    """An event as a consumer gets it."""
+    found: dict[str, Any] = json.loads(msgspec.json.encode(event))
+    return found
 
 
 def load() -> list[Case]:

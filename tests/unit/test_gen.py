@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
 import pytest
 
 from streamer import _records, events, records_py
@@ -25,7 +24,7 @@ from streamer.kernel import objects
 from streamer.kernel.btf import Btf
 from streamer.kernel.contract import compare, contract_of
 from tests.bpf_variant import ROOT, Change, Variant
-from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, Case, constants, load
+from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, Case, constants, load, published
 
 LAST_OF_EXIT = (
     '	__u8 core_dumped AS("bool") DOC("whether a core was dumped");\n	__u8 pad[7] HIDDEN;\n'
@@ -127,8 +126,8 @@ def test_a_record_with_the_field_is_decoded(with_answer: Variant, reader: Module
     case = exit_case()
     record = with_more(case.record, (42).to_bytes(8, "little"))
     new = decode(reader, generated(with_answer), case, record)
-    assert msgspec.to_builtins(new) == {**case.event, "answer": 42}
-    assert msgspec.to_builtins(decode(reader, events, case, record)) == case.event
+    assert published(new) == {**case.event, "answer": 42}
+    assert published(decode(reader, events, case, record)) == case.event
 
 
 def test_the_loader_names_what_disagrees(with_answer: Variant) -> None:
