@@ -221,7 +221,7 @@ __noinline int path_walk(__u32 slot)
 			break;
 		dentry = entry.parent;
 	}
-	if (step == MOST_STEPS)
+	if (step == MOST_STEPS && (dentry != on.root || on.parent != mount))
 		buffer->truncated = 1;
 	path_finish(buffer, mount);
 	return 0;
