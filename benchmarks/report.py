@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.host import Added, HostCost
 from benchmarks.kernel import Cost
 from benchmarks.measure import Result
 from benchmarks.pipe_reader import Latencies
@@ -40,6 +41,7 @@ class Measured(msgspec.Struct):
     observed: tuple[float, float] | None = None
     idle: Result | None = None
     latencies: dict[str, Latencies] = {}
+    host: HostCost | None = None
 
 
 def per_second(events: float) -> str:
@@ -101,6 +103,57 @@ def service_table(measured: Measured) -> list[Row]:
     return rows
 
 
+def host_table(cost: HostCost | None) -> list[Row]:
+    """What a host pays for an operation, and where it is spent."""
+    rows: list[Row] = [
+        ("what a host pays, CPU per", "observed by", "µs", "half of all between",
+         "the caller", "the observer", "kernel threads", "machine", "target"),
+    ]  # fmt: skip
+    for row in cost.operations if cost else ():
+        if row.total is None or row.parts is None:
+            rows.append((row.operation, row.observer, row.reason, "", "", "", "", "", ""))
+            continue
+        form = micros if row.observer else plain_micros
+        rows.append(
+            (
+                row.operation,
+                row.observer or "nothing",
+                form(row.total.middle),
+                f"{form(row.total.low)} to {form(row.total.high)}",
+                *(form(part) for part in row.parts),
+                f"≤ {micros(row.target)}" if row.target else "",
+            )
+        )
+    return rows
+
+
+def unrelated_table(cost: HostCost | None) -> list[Row]:
+    """What a system call pays that nobody observes."""
+    rows: list[Row] = [("a system call that is not observed", "ns", "half of all between")]
+    for row in cost.unrelated if cost else ():
+        rows.append((f"getppid(), {row.observer or 'nothing observing'}", *nanos(row)))
+    return rows
+
+
+def nanos(row: Added) -> tuple[str, str]:
+    """Nanoseconds and their spread, or the reason why there are none."""
+    if row.total is None:
+        return row.reason, ""
+    sign = "+" if row.observer else ""
+    middle, low, high = (f"{value:{sign},.1f}" for value in row.total)
+    return middle, f"{low} to {high}"
+
+
+def micros(ns: float) -> str:
+    """What is added, in microseconds."""
+    return f"{ns / 1000:+,.2f}"
+
+
+def plain_micros(ns: float) -> str:
+    """Microseconds."""
+    return f"{ns / 1000:,.2f}"
+
+
 def mebibytes(size: int) -> str:
     """A size, the mappings of the rings included."""
     return f"{size / 1e6:.0f} MB"
@@ -128,7 +181,13 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 def tables(measured: Measured) -> list[list[Row]]:
     """All tables that have something to say."""
-    found = [paths_table(measured.paths), kernel_table(measured), service_table(measured)]
+    found = [
+        paths_table(measured.paths),
+        kernel_table(measured),
+        service_table(measured),
+        host_table(measured.host),
+        unrelated_table(measured.host),
+    ]
     return [table for table in found if len(table) > 1]
 
 
