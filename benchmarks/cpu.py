@@ -8,7 +8,6 @@ of a task.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -18,30 +17,28 @@ _SCHEDULED = 2  # CPUCLOCK_SCHED in the kernel's include/linux/posix-timers.h
 
 
 class Reading(NamedTuple):
-    """What was used until now. `threads` are those of the kernel, by pid; `machine` is coarse."""
+    """What was used until now; `threads` are those of the kernel, by pid."""
 
     caller: int
     observer: int
     threads: dict[int, int]
-    machine: int
 
     @classmethod
     def take(cls, caller: Path, observer: Path) -> Self:
         """Read it, for the processes in these two cgroups."""
-        return cls(cgroup_ns(caller), cgroup_ns(observer), kernel_threads(), machine_ns())
+        return cls(cgroup_ns(caller), cgroup_ns(observer), kernel_threads())
 
 
 class Sample(NamedTuple):
-    """CPU nanoseconds of one operation, by who used them; `machine` is all that was not idle."""
+    """CPU nanoseconds of one operation, by who used them."""
 
     caller: float
     observer: float
     kernel: float
-    machine: float
 
     @property
     def total(self) -> float:
-        """What the host paid: without what others on it did in the meantime."""
+        """What the host paid, what others on it did in the meantime left out."""
         return self.caller + self.observer + self.kernel
 
     @classmethod
@@ -52,7 +49,6 @@ class Sample(NamedTuple):
             (after.caller - before.caller) / operations,
             (after.observer - before.observer) / operations,
             kernel / operations,
-            (after.machine - before.machine) / operations,
         )
 
     def less(self, other: Sample) -> Sample:
@@ -81,14 +77,3 @@ def kernel_threads() -> dict[int, int]:
         except OSError:  # it has ended
             continue
     return used
-
-
-def machine_ns() -> int:
-    """What all CPUs have spent neither idle nor stolen by the hypervisor, in steps of a tick."""
-    names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
-    with open("/proc/stat") as stat:
-        ticks = dict(zip(names, map(int, stat.readline().split()[1:]), strict=False))
-    spare = ticks["idle"] + ticks["iowait"] + ticks["steal"]
-    cpus = os.cpu_count() or 1
-    second = os.sysconf("SC_CLK_TCK")
-    return time.monotonic_ns() * cpus - spare * 1_000_000_000 // second

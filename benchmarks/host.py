@@ -56,7 +56,7 @@ class Operation(NamedTuple):
 
 
 OPERATIONS = (
-    Operation("exec", "exec", 1500),
+    Operation("exec", "exec", 3000),
     *(
         Operation(f"open and close, {path}", "open", 20_000, (path,), 1200)
         for path in (OPENED[0], OPENED[2])
@@ -64,6 +64,8 @@ OPERATIONS = (
     ),
     Operation("TCP connection", "connect", 4000, (), 15_000),
 )
+
+OBSERVERS = (Streamer, StreamerDefault, StreamerOpens, Bpftrace, Auditd)
 
 
 class Observed(NamedTuple):
@@ -97,25 +99,31 @@ class Spread(NamedTuple):
 
 
 class Added(msgspec.Struct, frozen=True):
-    """What an observer adds to an operation, and the medians of its parts; or why it is unknown.
+    """What an observer adds to an operation, and the medians of its parts.
 
     Of an `observer` without a name, nothing, it is what the operation costs alone.
     """
 
     operation: str
     observer: str
-    total: Spread | None = None
-    parts: Sample | None = None
+    total: Spread
+    parts: Sample
     target: float = 0
-    reason: str = ""
+
+
+class Unrelated(msgspec.Struct, frozen=True):
+    """What an observer adds to a system call that it does not observe; without a name as above."""
+
+    observer: str
+    ns: Spread
 
 
 class HostCost(msgspec.Struct, frozen=True):
-    """All of it; an unrelated call has no parts."""
+    """All of it; `reasons` says by name why there is nothing of an observer."""
 
     operations: list[Added]
-    unrelated: list[Added]
-    rounds: int
+    unrelated: list[Unrelated]
+    reasons: dict[str, str]
 
 
 class Load:
@@ -163,12 +171,16 @@ class Load:
 class Bench:
     """The room for it: two cgroups, a directory in memory, the program, and audit where it is."""
 
-    def __init__(self, cpu: int, scale: float) -> None:
+    def __init__(self, cpu: int, scale: float, kinds: Sequence[type[Observer]] = OBSERVERS) -> None:
+        """The load runs on `cpu`, and does `scale` of the usual number of operations."""
         self._cpu = cpu
         self._scale = scale
+        self._kinds = kinds
         self._stack = ExitStack()
         self.reasons: dict[str, str] = {}
-        """Why an observer is left out."""
+        """Why an observer cannot run here."""
+        self.incomplete: dict[str, str] = {}
+        """What is missing of the records of one that can; such a turn gives no number."""
 
     def __enter__(self) -> Self:
         mount = cgroup_mount()
@@ -183,27 +195,35 @@ class Bench:
             self._place = Place(
                 stack.enter_context(Scope(mount)), uid, stack.enter_context(Scope(mount)), directory
             )
-            audit = Audit(uid)
-            try:
-                stack.enter_context(audit.taken())
-                self._place = self._place._replace(audit=audit)
-            except UnavailableError as error:
-                self.reasons[Auditd.name] = str(error)
+            if Auditd in self._kinds:
+                self._take_audit(stack, uid)
             self._stack = stack.pop_all()
         return self
+
+    def _take_audit(self, stack: ExitStack, uid: int) -> None:
+        audit = Audit(uid)
+        try:
+            stack.enter_context(audit.taken())
+            self._place = self._place._replace(audit=audit)
+        except UnavailableError as error:
+            self.reasons[Auditd.name] = str(error)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: object, trace: TracebackType | None
     ) -> None:
         self._stack.close()
 
+    @property
+    def directory(self) -> Path:
+        """In memory, and gone at the end."""
+        return self._place.directory
+
     def observers(self) -> list[type[Observer]]:
         """All that can run here, as far as is known."""
-        kinds = (Streamer, StreamerDefault, StreamerOpens, Bpftrace, Auditd)
-        return [kind for kind in kinds if kind.name not in self.reasons]
+        return [kind for kind in self._kinds if kind.name not in self.reasons]
 
     def pair(self, kind: type[Observer]) -> Pair | None:
-        """A turn with nothing, and one of an observer. None if it recorded too little.
+        """A turn with nothing, and one of an observer. None if it could not run, or lost records.
 
         Raises:
             IncompleteError: the streamer did.
@@ -216,7 +236,8 @@ class Bench:
         except IncompleteError as error:
             if issubclass(kind, Streamer):
                 raise
-            self.reasons[kind.name] = f"it lost records: {error}"
+            show(f"this turn of {kind.name} does not count: {error}")
+            self.incomplete[kind.name] = str(error)
         return None
 
     def _turn(self, observer: Observer, wanted: Sequence[str]) -> Observed:
@@ -271,51 +292,43 @@ def measure(rounds: int, scale: float, machine: Machine) -> HostCost:
     found: dict[str, list[Pair]] = {}
     with Bench(machine.subject, scale) as bench:
         for number in range(rounds):
-            turns = bench.observers()
-            first = number % len(turns)
-            for kind in turns[first:] + turns[:first]:
+            kinds = bench.observers()
+            first = number % len(kinds)
+            for kind in kinds[first:] + kinds[:first]:
                 show(f"what a host pays: {kind.name} {number + 1}/{rounds}")
                 if pair := bench.pair(kind):
                     found.setdefault(kind.name, []).append(pair)
-    return compared(found, bench.reasons, rounds)
+    return compared(found, bench.incomplete | bench.reasons)
 
 
-def compared(
-    found: Mapping[str, Sequence[Pair]], reasons: Mapping[str, str], rounds: int
-) -> HostCost:
-    """What the pairs of each observer say, which may be left out for a reason."""
-    operations = [
-        row for operation in OPERATIONS for row in operation_rows(operation, found, reasons)
-    ]
+def compared(found: Mapping[str, Sequence[Pair]], reasons: Mapping[str, str]) -> HostCost:
+    """What the pairs of each observer say, and why others have none."""
+    operations = [row for each in OPERATIONS for row in operation_rows(each, found)]
     alone = [pair.alone.unrelated_ns for pairs in found.values() for pair in pairs]
-    unrelated = [Added("getppid", "", Spread.of(alone))]
+    unrelated = [Unrelated("", Spread.of(alone))]
     for name, pairs in found.items():
         added = [pair.observed.unrelated_ns - pair.alone.unrelated_ns for pair in pairs]
-        unrelated.append(Added("getppid", name, Spread.of(added)))
-    unrelated += [Added("getppid", name, reason=reason) for name, reason in reasons.items()]
-    return HostCost(operations, unrelated, rounds)
+        unrelated.append(Unrelated(name, Spread.of(added)))
+    left_out = {name: reason for name, reason in reasons.items() if name not in found}
+    return HostCost(operations, unrelated, left_out)
 
 
-def operation_rows(
-    operation: Operation, found: Mapping[str, Sequence[Pair]], reasons: Mapping[str, str]
-) -> Iterator[Added]:
-    """First what it costs alone."""
+def operation_rows(operation: Operation, found: Mapping[str, Sequence[Pair]]) -> Iterator[Added]:
+    """First what it costs alone, then what each observer adds with which it was measured."""
     name = operation.name
     measured = {
         observer: [(pair.alone.samples[name], pair.observed.samples[name]) for pair in pairs]
         for observer, pairs in found.items()
         if all(name in pair.observed.samples for pair in pairs)
     }
-    yield added(name, "", [alone for pairs in measured.values() for alone, _ in pairs])
+    yield middle(name, "", [alone for pairs in measured.values() for alone, _ in pairs])
     for observer, pairs in measured.items():
         target = operation.target if observer == Streamer.name else 0
-        yield added(name, observer, [then.less(alone) for alone, then in pairs], target)
-    for observer, reason in reasons.items():
-        yield Added(name, observer, reason=reason)
+        yield middle(name, observer, [observed.less(alone) for alone, observed in pairs], target)
 
 
-def added(operation: str, observer: str, samples: Sequence[Sample], target: float = 0) -> Added:
-    """The middle of some samples, each part by itself."""
+def middle(operation: str, observer: str, samples: Sequence[Sample], target: float = 0) -> Added:
+    """The median of some samples, each part by itself."""
     parts = Sample(*(statistics.median(part) for part in zip(*samples, strict=True)))
     total = Spread.of([sample.total for sample in samples])
     return Added(operation, observer, total, parts, target)

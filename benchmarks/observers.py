@@ -85,6 +85,8 @@ class Observer:
     operations: Sequence[str] = ("exec", "open", "connect")
     """What is measured with it, beside the unrelated calls."""
     records: Sequence[Record] = ()
+    tolerance = 0.0
+    """The share of records that may be missing."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -119,7 +121,7 @@ class Observer:
         output = self.output.read_bytes() if self.records else b""
         for operation, marker, each in self.records:
             found, expected = output.count(marker), done.get(operation, 0) * each
-            if found != expected:
+            if not expected * (1 - self.tolerance) <= found <= expected:
                 raise IncompleteError(f"{found:,} records of {operation}, not {expected:,}")
 
     def settle(self) -> None:
@@ -228,6 +230,9 @@ class Bpftrace(Observer):
     """A script of bpftrace, of tracepoints alone."""
 
     name = "bpftrace"
+    # A softirq that is late changes the state of a connection in whatever task runs by then, and to
+    # bpftrace that is another user's.
+    tolerance = 0.01
     records = (
         Record("exec", b"\nexec "),
         Record("open", b"\nopen "),
