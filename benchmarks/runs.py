@@ -17,7 +17,7 @@ import msgspec
 from benchmarks.load import Load, Mix
 from benchmarks.measure import WARM_EVENTS, Result, Subject, Task, python_command
 from benchmarks.pipe_reader import Latencies
-from streamer.events import CONTRACT
+from streamer.events import HEADER
 
 ROOT = Path(__file__).parent.parent
 CONSUMER = ROOT / "build" / "bench_consumer"
@@ -93,9 +93,8 @@ def delivery(who: Who, path: str, mix: Mix, events: int, machine: Machine, at: B
 def command(who: Who, task: Task) -> list[str]:
     """What runs as the measured process."""
     if who == "C":
-        offset = next(at for name, at, _ in CONTRACT["event_header"] if name == "kind")
         ring = task.shared.rings["bulk"][0]
-        counts = (ring, offset, task.warm, task.events)
+        counts = (ring, HEADER["kind"], task.warm, task.events)
         return ["taskset", "-c", str(task.cpu), str(CONSUMER), *map(str, counts)]
     return python_command("subject" if who == "streamer" else "plain", task)
 
