@@ -88,7 +88,7 @@ class Kernel(Section, frozen=True, kw_only=True):
         doc("Whether `file.open` says how long the call took: that needs a hook at its start too."),
     ] = False
     sample: Annotated[
-        dict[Text, Annotated[int, Meta(ge=1, le=1 << 20)]],
+        dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
         doc("Kinds of which only one in so many events is reported, its `weight` that number."),
     ] = field(default_factory=dict)
 

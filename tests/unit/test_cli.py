@@ -325,8 +325,14 @@ def report(**statuses: str) -> CheckReport:
         "capabilities": {"CAP_BPF": True, "CAP_PERFMON": False},
         "features": {"btf": "yes"},
         "programs": [
-            {"name": "on_exec", "hook": "tp_btf/sched_process_exec", "kinds": ["process.exec"],
+            {"name": "on_exec", "sensor": "process", "hook": "exec",
+             "way": "tp_btf/sched_process_exec", "kinds": ["process.exec"],
              "status": "failed", "reason": "line one\nline two"},
+            {"name": "on_exec_raw", "sensor": "process", "hook": "exec",
+             "way": "raw_tp/sched_process_exec", "kinds": ["process.exec"], "status": "attached"},
+            {"name": "on_exec_classic", "sensor": "process", "hook": "exec",
+             "way": "tracepoint/sched/sched_process_exec", "kinds": ["process.exec"],
+             "status": "spare"},
         ],
         "kinds": {
             kind.replace("_", "."): {"status": status, "reason": "" if status == "full" else "why"}
@@ -365,8 +371,9 @@ def test_the_report_of_check_for_people() -> None:
         "feature  found\n"
         "btf      yes\n"
         "\n"
-        "program  hook                       kinds         status  reason\n"
-        "on_exec  tp_btf/sched_process_exec  process.exec  failed  line one\\nline two\n"
+        "hook  attached to                kinds         status    reason\n"
+        "exec  tp_btf/sched_process_exec  process.exec  failed    line one\\nline two\n"
+        "exec  raw_tp/sched_process_exec  process.exec  attached\n"
         "\n"
         "event         status   reason\n"
         "process.exec  full\n"
