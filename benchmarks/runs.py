@@ -53,12 +53,21 @@ def build_consumer() -> None:
     Raises:
         CalledProcessError: it cannot be compiled.
     """
-    source = ROOT / "benchmarks" / "consumer.c"
-    if CONSUMER.exists() and CONSUMER.stat().st_mtime > source.stat().st_mtime:
+    compile_c("consumer.c", CONSUMER, "-lbpf")
+
+
+def compile_c(source: str, program: Path, *options: str) -> None:
+    """Compile a source of this package, unless `program` is newer.
+
+    Raises:
+        CalledProcessError: it cannot be compiled.
+    """
+    path = ROOT / "benchmarks" / source
+    if program.exists() and program.stat().st_mtime > path.stat().st_mtime:
         return
-    CONSUMER.parent.mkdir(exist_ok=True)
+    program.parent.mkdir(exist_ok=True)
     compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-O2", "-Wall", "-o", CONSUMER, source, "-lbpf"], check=True)
+    subprocess.run([compiler, "-O2", "-Wall", "-o", program, path, *options], check=True)
 
 
 def delivery(who: Who, path: str, mix: Mix, events: int, machine: Machine, at: Brokers) -> Result:
