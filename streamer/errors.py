@@ -5,6 +5,7 @@ StreamerError
 ├── PrivilegeError     exit 3: missing capabilities
 ├── KernelError        exit 3: no BPF, no BTF, an object that does not load
 │   └── ContractError  exit 3: the object and `events.py` disagree
+├── HelperGone         exit 3: the process that holds the privileges has ended
 └── SinkError          exit 4: a sink that cannot go on
 
 Exceptions of libraries are translated into these once, where the library is called.
@@ -39,6 +40,12 @@ class KernelError(StreamerError):
 
 class ContractError(KernelError):
     """A record in the BPF object is laid out differently from the generated `events.py`."""
+
+
+class HelperGone(StreamerError):
+    """The privileged helper has ended, or does not do what it should."""
+
+    exit_code = 3
 
 
 class SinkError(StreamerError):

@@ -8,8 +8,9 @@ from typing import Literal
 import msgspec
 
 from streamer.errors import StreamerError
-from streamer.kernel import capabilities, loader
+from streamer.kernel import loader
 from streamer.kernel.loader import KindStatus, ProgramStatus
+from streamer.privilege import capabilities
 from streamer.settings import Settings
 
 

@@ -21,10 +21,10 @@ import msgspec
 
 from streamer.errors import KernelError, StreamerError
 from streamer.events import CONTRACT, PROGRAMS, RECORDS
-from streamer.kernel import capabilities
 from streamer.kernel.btf import Btf
 from streamer.kernel.contract import compare, contract_of
 from streamer.kernel.libbpf import Link, Object, Program, possible_cpus
+from streamer.privilege import capabilities
 from streamer.settings import Filters, Rings, Settings
 
 OBJECT = Path(__file__).parent.parent / "bpf" / "streamer.bpf.o"
@@ -231,7 +231,9 @@ class KernelState:
         self.program_fds = {p.name: p.fd for p in programs if hooks[p.section] == 1}
 
     def attach(self) -> None:
-        """Attach every loaded program; what fails is noted in `statuses`."""
+        """Attach every loaded program; what fails is noted in `statuses`. Once is enough."""
+        if self._links:
+            return
         tracefs = ensure_tracefs()
         for program in self._programs:
             try:

@@ -1,0 +1,151 @@
+"""Numbers of the system calls that the filters name, on x86-64 and on arm64.
+
+From the kernel's `asm/unistd_64.h` and `asm-generic/unistd.h`; a test compares them.
+"""
+
+from __future__ import annotations
+
+NEWEST = 450
+"""The highest number that was in the headers when the filters were written.
+
+Above it are calls that a newer C library may try first: it has to hear that they are not there.
+"""
+
+_NUMBERS: dict[str, tuple[int | None, int | None]] = {
+    "access": (21, None),
+    "arch_prctl": (158, None),
+    "bind": (49, 200),
+    "bpf": (321, 280),
+    "brk": (12, 214),
+    "capget": (125, 90),
+    "clock_getres": (229, 114),
+    "clock_gettime": (228, 113),
+    "clock_nanosleep": (230, 115),
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "close": (3, 57),
+    "connect": (42, 203),
+    "dup": (32, 23),
+    "dup2": (33, None),
+    "dup3": (292, 24),
+    "epoll_create1": (291, 20),
+    "epoll_ctl": (233, 21),
+    "epoll_pwait": (281, 22),
+    "epoll_pwait2": (441, 441),
+    "epoll_wait": (232, None),
+    "eventfd2": (290, 19),
+    "exit": (60, 93),
+    "exit_group": (231, 94),
+    "faccessat": (269, 48),
+    "faccessat2": (439, 439),
+    "fchmod": (91, 52),
+    "fcntl": (72, 25),
+    "fdatasync": (75, 83),
+    "fstat": (5, 80),
+    "fstatfs": (138, 44),
+    "fsync": (74, 82),
+    "ftruncate": (77, 46),
+    "futex": (202, 98),
+    "getcpu": (309, 168),
+    "getcwd": (79, 17),
+    "getdents64": (217, 61),
+    "getegid": (108, 177),
+    "geteuid": (107, 175),
+    "getgid": (104, 176),
+    "getgroups": (115, 158),
+    "getpeername": (52, 205),
+    "getpgid": (121, 155),
+    "getpgrp": (111, None),
+    "getpid": (39, 172),
+    "getppid": (110, 173),
+    "getrandom": (318, 278),
+    "getresgid": (120, 150),
+    "getresuid": (118, 148),
+    "getrlimit": (97, 163),
+    "getrusage": (98, 165),
+    "getsid": (124, 156),
+    "getsockname": (51, 204),
+    "getsockopt": (55, 209),
+    "gettid": (186, 178),
+    "gettimeofday": (96, 169),
+    "getuid": (102, 174),
+    "ioctl": (16, 29),
+    "kill": (62, 129),
+    "lseek": (8, 62),
+    "lstat": (6, None),
+    "madvise": (28, 233),
+    "membarrier": (324, 283),
+    "memfd_create": (319, 279),
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "mremap": (25, 216),
+    "munmap": (11, 215),
+    "nanosleep": (35, 101),
+    "newfstatat": (262, 79),
+    "open": (2, None),
+    "openat": (257, 56),
+    "perf_event_open": (298, 241),
+    "pipe2": (293, 59),
+    "poll": (7, None),
+    "ppoll": (271, 73),
+    "prctl": (157, 167),
+    "pread64": (17, 67),
+    "prlimit64": (302, 261),
+    "pselect6": (270, 72),
+    "read": (0, 63),
+    "readlink": (89, None),
+    "readlinkat": (267, 78),
+    "readv": (19, 65),
+    "recvfrom": (45, 207),
+    "recvmmsg": (299, 243),
+    "recvmsg": (47, 212),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "restart_syscall": (219, 128),
+    "rseq": (334, 293),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "rt_sigtimedwait": (128, 137),
+    "sched_getaffinity": (204, 123),
+    "sched_yield": (24, 124),
+    "seccomp": (317, 277),
+    "select": (23, None),
+    "sendmmsg": (307, 269),
+    "sendmsg": (46, 211),
+    "sendto": (44, 206),
+    "set_robust_list": (273, 99),
+    "set_tid_address": (218, 96),
+    "setsockopt": (54, 208),
+    "shutdown": (48, 210),
+    "sigaltstack": (131, 132),
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+    "stat": (4, None),
+    "statfs": (137, 43),
+    "statx": (332, 291),
+    "sysinfo": (99, 179),
+    "tgkill": (234, 131),
+    "time": (201, None),
+    "times": (100, 153),
+    "uname": (63, 160),
+    "wait4": (61, 260),
+    "waitid": (247, 95),
+    "write": (1, 64),
+    "writev": (20, 66),
+}
+
+_COLUMNS = {"x86_64": 0, "aarch64": 1}
+MACHINES = tuple(_COLUMNS)
+"""The architectures, as uname calls them."""
+
+
+def number_of(name: str, machine: str) -> int | None:
+    """The number of a system call; None where the architecture has never had it."""
+    return _NUMBERS[name][_COLUMNS[machine]]
+
+
+def names() -> tuple[str, ...]:
+    """Every system call that has a number here."""
+    return tuple(_NUMBERS)
