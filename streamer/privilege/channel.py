@@ -59,13 +59,18 @@ class Channel:
     def receive(self) -> tuple[Message, list[int]] | None:
         """The next message and its descriptors, which are the caller's. None: the other end went.
 
+        What that end had sent before is still received, and what it had not is lost.
+
         Raises:
             MessageError: it is too large, or no JSON object. Its descriptors are closed.
             OSError: there is none in time.
         """
-        data, ancillary, flags, _ = self._socket.recvmsg(
-            MESSAGE_BYTES, self._room, socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            data, ancillary, flags, _ = self._socket.recvmsg(
+                MESSAGE_BYTES, self._room, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:  # it went before it had read all that was sent to it
+            return None
         descriptors = _descriptors(ancillary)
         if not data and self.gone():  # an empty packet looks like the end
             _close(descriptors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import errno
 import os
 import signal
 import subprocess
@@ -156,8 +157,10 @@ class HelperClient:
             received = self._channel.receive()
         except TimeoutError:
             raise self._lost("does not answer") from None
-        except (OSError, MessageError):
-            raise self._lost("cannot be understood") from None
+        except OSError:
+            raise self._lost("has ended") from None
+        except MessageError as error:
+            raise self._lost(f"cannot be understood: {error}") from None
         if received is None:
             raise self._lost("has ended")
         message, descriptors = received
@@ -246,14 +249,16 @@ class RemoteOpener:
     def __init__(self, client: HelperClient, files: Sequence[NamedFile]) -> None:
         """`files` are those that the helper was told."""
         self._client = client
-        self._indexes = {(file.path, file.use): index for index, file in enumerate(files)}
+        self._indexes: dict[tuple[str, str], int] = {
+            (file.path, file.use): index for index, file in enumerate(files)
+        }
 
     def open(self, path: str) -> int:
         """See `Opener`."""
         own = own_descriptor(path)
         if own is not None:
             return os.dup(own)
-        index = self._indexes[os.path.abspath(path), "read"]
+        index = self._index(path, "read")
         return self._client.ask_for("open", 1, index=index)[1][0]
 
     def append(self, path: str, bits: int) -> Appendable:
@@ -261,14 +266,20 @@ class RemoteOpener:
         own = own_descriptor(path)
         if own is not None:
             return Appendable(os.dup(own), False)
-        index = self._indexes[os.path.abspath(path), "append"]
+        index = self._index(path, "append")
         result, (fd,) = self._client.ask_for("open", 1, index=index)
         return Appendable(fd, result["torn"] is True)
 
     def rotate(self, path: str, keep: int) -> None:
         """Rename a file to append to. See `AppendTarget.rotate`. Raises OSError."""
-        index = self._indexes[os.path.abspath(path), "append"]
+        index = self._index(path, "append")
         self._client.ask("rotate", index=index, keep=keep)
+
+    def _index(self, path: str, use: str) -> int:
+        try:
+            return self._indexes[os.path.abspath(path), use]
+        except KeyError:
+            raise PermissionError(errno.EPERM, "not named in the configuration", path) from None
 
 
 def look_up(client: HelperClient, pid: int, name: str) -> Found:
