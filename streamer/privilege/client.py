@@ -205,10 +205,10 @@ class RemoteLoader:
         )
         return _by_name(result["maps"], found)
 
-    def load(self, sensor: str, tables: Mapping[str, int]) -> Loaded:
+    def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
         """See `Loader`."""
         result, found = self._client.ask_for(
-            "load", None, seconds=LOAD_SECONDS, sensor=sensor, tables=dict(tables)
+            "load", None, seconds=LOAD_SECONDS, sensor=sensor, options=dict(options)
         )
         return Loaded(_programs(result), _by_name(result["maps"], found))
 

@@ -174,10 +174,10 @@ class Helper:
         trim()
         yield Answer({"maps": list(maps)}, list(maps.values()))
 
-    def _load(self, sensor: str, tables: dict[str, int]) -> Iterator[Answer]:
+    def _load(self, sensor: str, options: dict[str, int]) -> Iterator[Answer]:
         if not self._core or sensor in self._sensors:
             raise Refused("no core, or it is loaded already")
-        loaded = self._loader.load(sensor, tables)
+        loaded = self._loader.load(sensor, options)
         self._sensors.add(sensor)
         trim()
         result = {"programs": listed(loaded.programs), "maps": list(loaded.maps)}

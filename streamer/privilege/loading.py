@@ -32,8 +32,8 @@ class Loader(Protocol):
     def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
         """Load what all sensors share; `rings` are sizes in bytes. Maps and their descriptors."""
 
-    def load(self, sensor: str, tables: Mapping[str, int]) -> Loaded:
-        """Load a sensor, with these numbers of entries for its tables. Attaches nothing."""
+    def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
+        """Load a sensor, with sizes of tables and settings that are on (1). Attaches nothing."""
 
     def attach(self, sensor: str) -> list[ProgramState]:
         """Attach a loaded sensor's programs."""

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 MOST_PID = 1 << 22  # PID_MAX_LIMIT
 MOST_SIZE = 1 << 30
 """Bytes of a ring, entries of a table."""
-MOST_SIZES = 64
+MOST_NAMED = 64
+"""Of rings, or of a sensor's options."""
 MOST_BYTES = 1 << 16
 """Of a key or a value."""
 MOST_KEPT = 100
@@ -97,10 +98,10 @@ def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else check(value)
 
 
-def _sizes(value: Any) -> dict[str, int]:
-    if type(value) is not dict or len(value) > MOST_SIZES:
+def _numbers(value: Any) -> dict[str, int]:
+    if type(value) is not dict or len(value) > MOST_NAMED:
         raise ValueError
-    name, size = _string(_MAP), _integer(1, MOST_SIZE)
+    name, size = _string(_MAP), _integer(0, MOST_SIZE)
     return {name(key): size(number) for key, number in value.items()}
 
 
@@ -112,8 +113,8 @@ def _bytes(value: Any) -> bytes:
 
 _INDEX = _integer(0, MOST_SIZE)
 REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
-    "load_core": {"rings": _sizes, "btf": _optional(_INDEX)},
-    "load": {"sensor": _string(_SENSOR), "tables": _sizes},
+    "load_core": {"rings": _numbers, "btf": _optional(_INDEX)},
+    "load": {"sensor": _string(_SENSOR), "options": _numbers},
     "attach": {"sensor": _string(_SENSOR)},
     "unload": {"sensor": _string(_SENSOR)},
     "update": {"map": _string(_MAP), "key": _bytes, "value": _bytes},

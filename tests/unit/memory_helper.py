@@ -31,13 +31,13 @@ class MemoryLoader:
         self.maps["told"] = {key: text.encode().ljust(300) for key, text in told.items()}
         return {name: os.open("/proc/self/status", os.O_RDONLY) for name in rings}
 
-    def load(self, sensor: str, tables: Mapping[str, int]) -> Loaded:
+    def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
         if sensor == "bad":
             raise KernelError("the verifier said no")
         if sensor == "broken":
             raise ZeroDivisionError
         state = ProgramState("on_good", "raw_tp/good", "raw_tp", "loaded", "")
-        fds = {name: os.open("/proc/self/stat", os.O_RDONLY) for name in tables}
+        fds = {name: os.open("/proc/self/stat", os.O_RDONLY) for name in options}
         return Loaded([state], fds)
 
     def attach(self, sensor: str) -> list[ProgramState]:

@@ -149,6 +149,8 @@ def test_proc(helper: Setting) -> None:
     words = ["sleep", *["60"] * MOST_BYTES]
     with subprocess.Popen(words, executable="/bin/sleep") as process:
         try:
+            while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                time.sleep(0.001)  # in the middle of its exec
             found = look_up(helper.client, process.pid, "cmdline")
         finally:
             process.kill()
@@ -251,13 +253,13 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("proc", {"pid": 0, "name": "stat"}),
     ("proc", {"pid": "self", "name": "stat"}),
     ("proc", {"pid": 1 << 23, "name": "stat"}),
-    ("load", {"sensor": "good", "tables": {}}),  # no core yet
-    ("load", {"sensor": "../../tmp/evil", "tables": {}}),
-    ("load", {"sensor": "", "tables": {}}),
-    ("load", {"sensor": "good\n", "tables": {}}),
-    ("load", {"sensor": "good", "tables": {"t": 0}}),
-    ("load", {"sensor": "good", "tables": {"t": 1 << 31}}),
-    ("load", {"sensor": "good", "tables": {str(i): 1 for i in range(65)}}),
+    ("load", {"sensor": "good", "options": {}}),  # no core yet
+    ("load", {"sensor": "../../tmp/evil", "options": {}}),
+    ("load", {"sensor": "", "options": {}}),
+    ("load", {"sensor": "good\n", "options": {}}),
+    ("load", {"sensor": "good", "options": {"t": -1}}),
+    ("load", {"sensor": "good", "options": {"t": 1 << 31}}),
+    ("load", {"sensor": "good", "options": {str(i): 1 for i in range(65)}}),
     ("attach", {"sensor": "good"}),  # not loaded
     ("unload", {"sensor": "good"}),
     ("load_core", {"rings": {}, "btf": "/tmp/evil"}),
