@@ -7,7 +7,7 @@ import pwd
 from typing import NamedTuple
 
 from streamer.errors import ConfigError, PrivilegeError
-from streamer.privilege import capabilities, seccomp
+from streamer.privilege import capabilities, landlock, seccomp
 from streamer.privilege.policies import worker_filter
 
 
@@ -42,6 +42,8 @@ def can_change_user() -> bool:
 def drop_privileges(account: Account | None) -> None:
     """Become `account` (None: stay who it is) without capabilities, under the worker's filter.
 
+    Where the kernel has Landlock, it also keeps the process from writing to files.
+
     For good, and for every thread that is started from now on. The working directory is then
     the root, because what lies below a directory could be reached through it whatever protects
     the way there; and standard input, which nothing reads, is empty.
@@ -58,6 +60,7 @@ def drop_privileges(account: Account | None) -> None:
     capabilities.limit_to(())
     capabilities.forgo_gains()
     capabilities.hide_memory()
+    landlock.restrict()
     seccomp.install(worker_filter(os.getpid(), os.uname().machine))
 
 
