@@ -88,6 +88,9 @@ def is_host(text: str) -> bool:
     return True
 
 
+_NAMES_OF_TASKS_AND_FILES = ("comms", "exes", "path_prefixes")
+
+
 def _control_characters(key: str, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for name, part in value.items():
@@ -101,7 +104,7 @@ def _control_characters(key: str, value: Any) -> Iterator[str]:
 
 def _forbidden(key: str) -> re.Pattern[str]:
     """Names of tasks and files may hold anything but NUL, and so may their filters."""
-    return _UNMATCHABLE if "comms" in key or "path_prefixes" in key else _CONTROL
+    return _UNMATCHABLE if any(name in key for name in _NAMES_OF_TASKS_AND_FILES) else _CONTROL
 
 
 def _ends(key: str) -> bool:
@@ -130,6 +133,8 @@ def _filters(filters: Filters) -> Iterator[str]:
 
 
 def _bytes_of(name: str) -> int:
+    if name.endswith("exes"):
+        return 4095
     return 15 if name.endswith("comms") else 255
 
 

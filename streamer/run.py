@@ -16,7 +16,7 @@ import uvloop
 from streamer.allocator import keep_freed_memory
 from streamer.batch import Batch
 from streamer.errors import ConfigError, HelperGone, KernelError
-from streamer.kernel import loader
+from streamer.kernel import state
 from streamer.privilege import capabilities
 from streamer.privilege.split import Split
 from streamer.render import Renderer, StatusLine, printable, same_terminal, wants_color
@@ -59,9 +59,8 @@ def _split_and_run(
     capabilities.require()
     split = Split(settings)
     try:
-        kernel = loader.load(settings, kinds)
+        kernel = state.load(settings, kinds, split.loader)
         try:
-            kernel.attach()
             split.drop()
             return uvloop.run(_run(settings, kinds, limits, line, split, kernel))
         finally:
@@ -76,7 +75,7 @@ async def _run(
     limits: Limits,
     line: StatusLine | None,
     split: Split,
-    kernel: loader.KernelState,
+    kernel: state.KernelState,
 ) -> str:
     host = settings.host or os.uname().nodename
     render = _render(settings, line)
@@ -98,7 +97,7 @@ def _service(
     kinds: frozenset[str],
     limits: Limits,
     sinks: list[Sink],
-    kernel: loader.KernelState,
+    kernel: state.KernelState,
     line: StatusLine | None,
     split: Split,
 ) -> Service:

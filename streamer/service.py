@@ -13,7 +13,7 @@ from streamer.batch import Batch
 from streamer.envelope import Envelope
 from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.fanout import Fanout, policy_of
-from streamer.kernel.loader import KernelState
+from streamer.kernel.state import KernelState
 from streamer.render import Rates, StatusLine, status_text
 from streamer.reports import Reporter, account_line
 from streamer.ringbuf_reader import RingReader, RingSource
@@ -130,12 +130,12 @@ class Service:
         return account_line(counts, self.fanout.sinks, reporter.uptime, reporter.missed_runs)
 
     async def _start(self) -> None:
-        self._attach()
         for sink in self.fanout.sinks:
             try:
                 await sink.start()
             except ConfigError as error:
                 raise ConfigError(f"{sink.name}: {error}") from None
+        self._attach()
         names = ", ".join(sink.name for sink in self.fanout.sinks)
         _log.info("streaming %s to %s; Ctrl-C ends it", ", ".join(sorted(self._kinds)), names)
         self.fanout.tell([self._reporter.manifest(self._kinds, self.fanout.sinks)])

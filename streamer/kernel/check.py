@@ -8,8 +8,8 @@ from typing import Literal
 import msgspec
 
 from streamer.errors import StreamerError
-from streamer.kernel import loader
-from streamer.kernel.loader import KindStatus, ProgramStatus
+from streamer.kernel import loader, state
+from streamer.kernel.state import KindStatus, ProgramStatus
 from streamer.privilege import capabilities
 from streamer.settings import Settings
 
@@ -30,7 +30,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
     programs: list[ProgramStatus] = []
     reason = ""
     try:
-        kernel = loader.load(settings, kinds)
+        kernel = state.load(settings, kinds)
     except StreamerError as error:
         reason = str(error)
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
@@ -43,7 +43,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
     uname = os.uname()
     return CheckReport(
         kernel=f"{uname.sysname} {uname.release} {uname.machine}",
-        ok=all(state.status == "full" for state in found.values()),
+        ok=all(one.status == "full" for one in found.values()),
         capabilities=capabilities.held(),
         features=_features(settings, reason),
         programs=programs,
@@ -54,7 +54,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
 def _features(settings: Settings, reason: str) -> dict[str, str]:
     tracefs = loader.ensure_tracefs() if not reason else ""
     return {
-        "btf": settings.btf or _yes(loader.KERNEL_BTF.exists()),
+        "btf": settings.btf or _yes(os.path.exists(loader.KERNEL_BTF)),
         "load": reason or "yes",
         "tracefs": tracefs or "yes",
         "decoder": _decoder(),

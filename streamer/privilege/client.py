@@ -15,9 +15,9 @@ from typing import Any
 
 from streamer import errors
 from streamer.errors import HelperGone, KernelError, StreamerError
+from streamer.kernel.loader import Loaded, ProgramState, last_possible_cpu
 from streamer.privilege.channel import Channel, Message, MessageError
 from streamer.privilege.files import Appendable, NamedFile, own_descriptor
-from streamer.privilege.loading import Loaded, ProgramState
 from streamer.privilege.proc import Found
 
 ANSWER_SECONDS = 30.0
@@ -179,9 +179,9 @@ class HelperClient:
 
 def _error(told: Any) -> Exception:
     kind, text = str(told["kind"]), str(told["text"])
-    if kind in _ERRORS:
-        return _ERRORS[kind](text)
-    return OSError(int(told["errno"]), text)
+    if kind == "OSError":
+        return OSError(int(told["errno"]), text)
+    return _ERRORS.get(kind, KernelError)(text)
 
 
 def _close(descriptors: Sequence[int]) -> None:
@@ -190,11 +190,13 @@ def _close(descriptors: Sequence[int]) -> None:
 
 
 class RemoteLoader:
-    """A `Loader` that has the helper do it. Descriptors that it returns are the caller's."""
+    """What stands for `Loader` in the worker. Descriptors that it returns are closed with it."""
 
     def __init__(self, client: HelperClient, files: Sequence[NamedFile]) -> None:
         """`files` are those that the helper was told."""
+        self.cpus = last_possible_cpu() + 1
         self._client = client
+        self._descriptors: dict[str, list[int]] = {}  # of a sensor, and of the core as ""
         self._indexes = {file.path: i for i, file in enumerate(files) if file.use == "read"}
 
     def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
@@ -203,6 +205,7 @@ class RemoteLoader:
         result, found = self._client.ask_for(
             "load_core", None, seconds=LOAD_SECONDS, rings=dict(rings), btf=index
         )
+        self._descriptors[""] = found
         return _by_name(result["maps"], found)
 
     def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
@@ -210,6 +213,7 @@ class RemoteLoader:
         result, found = self._client.ask_for(
             "load", None, seconds=LOAD_SECONDS, sensor=sensor, options=dict(options)
         )
+        self._descriptors[sensor] = found
         return Loaded(_programs(result), _by_name(result["maps"], found))
 
     def attach(self, sensor: str) -> list[ProgramState]:
@@ -219,6 +223,7 @@ class RemoteLoader:
     def unload(self, sensor: str) -> None:
         """See `Loader`."""
         self._client.ask("unload", sensor=sensor)
+        _close(self._descriptors.pop(sensor, ()))
 
     def update(self, map: str, key: bytes, value: bytes) -> None:
         """See `Loader`."""
@@ -241,6 +246,9 @@ class RemoteLoader:
     def close(self) -> None:
         """Detach and release everything, and let the helper end."""
         self._client.close()
+        for descriptors in self._descriptors.values():
+            _close(descriptors)
+        self._descriptors = {}
 
 
 class RemoteOpener:
@@ -298,7 +306,6 @@ def _programs(result: Any) -> list[ProgramState]:
 
 def _by_name(names: Sequence[str], descriptors: list[int]) -> dict[str, int]:
     if len(names) != len(descriptors):
-        _close(descriptors)
         raise HelperGone("the privileged helper sent other descriptors than it said")
     return dict(zip(names, descriptors, strict=True))
 

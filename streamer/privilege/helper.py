@@ -20,10 +20,11 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from streamer.errors import StreamerError
+from streamer.kernel.loader import Loader, ProgramState, ensure_tracefs
 from streamer.privilege import capabilities, proc, seccomp
 from streamer.privilege.channel import Channel, Message, MessageError
 from streamer.privilege.files import AppendTarget, NamedFile, open_read
-from streamer.privilege.loading import Loader, ProgramState
+from streamer.privilege.loading import LoaderLike
 from streamer.privilege.policies import helper_filter
 from streamer.privilege.requests import Refused, parse
 
@@ -106,7 +107,7 @@ def _target(file: NamedFile) -> AppendTarget | OSError:
 class Helper:
     """Does what is asked, one request after the other."""
 
-    def __init__(self, channel: Channel, files: Files, loader: Loader) -> None:
+    def __init__(self, channel: Channel, files: Files, loader: LoaderLike) -> None:
         """See the class."""
         self._channel = channel
         self._files = files
@@ -277,7 +278,7 @@ def trim() -> None:
 # ---------------------------------------------------------------- the process
 
 
-def main(descriptor: int, make_loader: Callable[[], Loader] | None = None) -> int:
+def main(descriptor: int, make_loader: Callable[[], LoaderLike] | None = None) -> int:
     """Run the helper on its end of the socketpair. The exit code of the process."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -298,15 +299,14 @@ def main(descriptor: int, make_loader: Callable[[], Loader] | None = None) -> in
     return 0
 
 
-def _kernel_loader() -> Loader:
-    return _NoLoader()  # type: ignore[return-value]
+def _kernel_loader() -> LoaderLike:
+    ensure_tracefs()  # afterwards nothing can be mounted; what failed is found out again
+    return Loader(parent_is_agent=True)
 
 
-class _NoLoader:
-    def close(self) -> None: ...
-
-
-def _start(channel: Channel, make_loader: Callable[[], Loader]) -> tuple[Files, Loader] | None:
+def _start(
+    channel: Channel, make_loader: Callable[[], LoaderLike]
+) -> tuple[Files, LoaderLike] | None:
     """Take the list of files, and give up what is not needed. None: the worker was told why."""
     try:
         received = channel.receive()

@@ -105,8 +105,8 @@ class Recording:
         """Delivered and lost numbers are disjoint, and together all that were taken."""
         taken: dict[tuple[str, int], list[int]] = {}
         for event in self.events:
-            assert event.id.endswith(f"-{event.stream}-{event.cpu}-{event.seq}")
-            taken.setdefault((event.stream, event.cpu), []).append(event.seq)
+            assert event.id.endswith(f"-{event.ring}-{event.cpu}-{event.seq}")
+            taken.setdefault((event.ring, event.cpu), []).append(event.seq)
         for ring, cpu, lost in self._lost_numbers():
             taken.setdefault((ring, cpu), []).extend(lost)
         marks = {(mark.ring, mark.cpu): mark for mark in self.heartbeat.cpus}
@@ -136,7 +136,7 @@ class Recording:
         for kind in delivered | lost:
             assert kind in counts
         for kind, found in counts.items():
-            assert found.produced == found.read + found.filtered + found.lost, kind
+            assert found.produced == found.read + found.filtered + found.shed + found.lost, kind
             assert found.read == delivered[kind], kind
             assert found.lost == lost[kind], kind
         for sink in self.heartbeat.sinks.values():

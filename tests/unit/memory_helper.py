@@ -13,14 +13,16 @@ from collections.abc import Iterator, Mapping
 sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from streamer.errors import KernelError
+from streamer.kernel.loader import Loaded, ProgramState
 from streamer.privilege.helper import main
-from streamer.privilege.loading import Loaded, ProgramState
 
 MANY = 1 << 16
 
 
 class MemoryLoader:
     """Sensors: `good` loads; `bad` is refused by the kernel; `broken` shows a defect of ours."""
+
+    cpus = 1
 
     def __init__(self) -> None:
         self.maps: dict[str, dict[bytes, bytes]] = {"small": {}, "empty": {}}

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamer.errors import HelperGone, KernelError
+from streamer.kernel.loader import ProgramState
 from streamer.privilege.channel import MESSAGE_BYTES, Channel
 from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener, look_up
 from streamer.privilege.files import NamedFile, read_all
-from streamer.privilege.loading import ProgramState
 from streamer.privilege.proc import MOST_BYTES
 from streamer.privilege.requests import PROC_FILES, PROC_LINKS, REQUESTS
 from streamer.privilege.split import start_helper
@@ -73,12 +73,18 @@ def test_loading(helper: Setting) -> None:
     assert loaded.programs == [ProgramState("on_good", "raw_tp/good", "raw_tp", "loaded", "")]
     (attached,) = loader.attach("good")
     assert attached.status == "attached"
-    loader.unload("good")
-    loader.load("good", {})
-    assert loader.missed() == MISSED
     for fd in (*maps.values(), *loaded.maps.values()):
         assert not os.get_inheritable(fd)
-        os.close(fd)
+    loader.unload("good")
+    assert not [fd for fd in loaded.maps.values() if is_open(fd)]
+    loader.load("good", {})
+    assert loader.missed() == MISSED
+    loader.close()
+    assert not [fd for fd in maps.values() if is_open(fd)]
+
+
+def is_open(fd: int) -> bool:
+    return Path(f"/proc/self/fd/{fd}").exists()
 
 
 def test_maps(helper: Setting) -> None:
@@ -105,7 +111,7 @@ def test_errors_keep_their_kind(helper: Setting) -> None:
         helper.loader.load("bad", {})
     with pytest.raises(KernelError, match="no map nowhere"):
         helper.loader.read("nowhere")
-    with pytest.raises(OSError, match="ZeroDivisionError"):
+    with pytest.raises(KernelError, match="ZeroDivisionError"):
         helper.loader.load("broken", {})
     assert helper.loader.missed() == MISSED
 
@@ -370,10 +376,10 @@ def test_descriptors_are_not_taken(raw: Raw) -> None:
 
 def test_loading_twice(helper: Setting) -> None:
     helper.loader.load_core({}, None)
-    with pytest.raises(OSError, match="loaded already"):
+    with pytest.raises(KernelError, match="loaded already"):
         helper.loader.load_core({}, None)
     helper.loader.load("good", {})
-    with pytest.raises(OSError, match="loaded already"):
+    with pytest.raises(KernelError, match="loaded already"):
         helper.loader.load("good", {})
 
 
@@ -463,7 +469,7 @@ def test_a_worker_that_is_killed(tmp_path: Path, last: dict[str, Any] | None) ->
 def test_what_keeps_it_from_starting() -> None:
     client = start_helper(PROGRAM)
     try:
-        with pytest.raises(OSError, match="TypeError"):
+        with pytest.raises(KernelError, match="TypeError"):
             client.set_up([("one", "two", 3, 4)])  # type: ignore[list-item]
     finally:
         client.close()

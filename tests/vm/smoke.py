@@ -47,7 +47,7 @@ class Doer:
         self.expected: Expected = {}
         self.children: set[int] = set()
         self._me: Event = {"pid": os.getpid(), "tid": os.getpid(), "ppid": os.getppid()}
-        self._me |= {"comm": _comm(), "uid": os.getuid(), "gid": os.getgid(), "truncated": False}
+        self._me |= {"comm": _comm(), "uid": os.getuid(), "gid": os.getgid(), "truncated": []}
 
     def _expect(self, kind: str, fields: Event) -> None:
         self.expected.setdefault(kind, []).append(fields)
@@ -78,7 +78,7 @@ class Doer:
             "euid": os.geteuid(),
             "auid": _auid(),
             "cgroup_id": _cgroup_id(),
-            "truncated": False,
+            "truncated": [],
         }
 
     # ------------------------------------------------------------ files
