@@ -12,11 +12,11 @@ from typing import Literal
 
 from benchmarks.measure import Shared
 from streamer.account import KernelCounters
-from streamer.events import CONTRACT
 from streamer.kernel.btf import Btf
 from streamer.kernel.contract import compare, contract_of
 from streamer.kernel.libbpf import Object, possible_cpus
 from streamer.kernel.loader import STREAMS, counters_stride, settings_bytes
+from streamer.kernel.objects import CONTRACT
 from streamer.settings import Filters, Rings
 
 OBJECT = Path(__file__).parent.parent / "build" / "bpf" / "bench.bpf.o"
