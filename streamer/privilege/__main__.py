@@ -1,4 +1,4 @@
-"""What the helper's interpreter runs: `python -I -S FILE DESCRIPTOR`, with this file's path.
+"""What the helper's interpreter runs: `python -I -S FILE DESCRIPTOR`, this file by its path.
 
 Isolated and without site-packages: the helper needs nothing but this package and Python's own.
 """

@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 MOST_PID = 1 << 22  # PID_MAX_LIMIT
-MOST_SIZE = 1 << 30
-"""Bytes of a ring, entries of a table."""
+MOST_RING = 1 << 30
+"""Bytes of a ring."""
+MOST_OPTION = 1 << 22
+"""Entries of a table."""
 MOST_NAMED = 64
 """Of rings, or of a sensor's options."""
 MOST_BYTES = 1 << 16
 """Of a key or a value."""
+MOST_FILES = 1 << 16
 MOST_KEPT = 100
 """Of a rotated file."""
 
@@ -98,11 +101,15 @@ def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else check(value)
 
 
-def _numbers(value: Any) -> dict[str, int]:
-    if type(value) is not dict or len(value) > MOST_NAMED:
-        raise ValueError
-    name, size = _string(_MAP), _integer(0, MOST_SIZE)
-    return {name(key): size(number) for key, number in value.items()}
+def _numbers(most: int) -> Callable[[Any], dict[str, int]]:
+    name, number = _string(_MAP), _integer(0, most)
+
+    def check(value: Any) -> dict[str, int]:
+        if type(value) is not dict or len(value) > MOST_NAMED:
+            raise ValueError
+        return {name(key): number(one) for key, one in value.items()}
+
+    return check
 
 
 def _bytes(value: Any) -> bytes:
@@ -111,10 +118,10 @@ def _bytes(value: Any) -> bytes:
     return binascii.a2b_base64(value.encode("ascii"), strict_mode=True)
 
 
-_INDEX = _integer(0, MOST_SIZE)
+_INDEX = _integer(0, MOST_FILES)
 REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
-    "load_core": {"rings": _numbers, "btf": _optional(_INDEX)},
-    "load": {"sensor": _string(_SENSOR), "options": _numbers},
+    "load_core": {"rings": _numbers(MOST_RING), "btf": _optional(_INDEX)},
+    "load": {"sensor": _string(_SENSOR), "options": _numbers(MOST_OPTION)},
     "attach": {"sensor": _string(_SENSOR)},
     "unload": {"sensor": _string(_SENSOR)},
     "update": {"map": _string(_MAP), "key": _bytes, "value": _bytes},

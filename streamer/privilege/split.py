@@ -21,7 +21,9 @@ from streamer.settings import Settings
 HELPER = os.path.join(os.path.dirname(__file__), "__main__.py")
 """The program that the helper runs."""
 
-_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH")
+# File names in UTF-8 there if they are in UTF-8 here.
+_OPTIONS = ("-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}")
 _MODULES = ("encodings.idna", "ssl", "traceback", "linecache", "tokenize")
 _CODECS = ("ascii", "idna", "latin-1", "utf-8", "utf-16-be", "unicode_escape")
 
@@ -74,7 +76,7 @@ def start_helper(program: str = HELPER) -> HelperClient:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", program, str(other.fileno())],
+            [sys.executable, *_OPTIONS, program, str(other.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(other.fileno(),),

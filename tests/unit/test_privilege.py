@@ -145,6 +145,20 @@ def test_a_file_to_append_to(helper: Setting) -> None:
         os.close(opened.fd)
 
 
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """Bytes beyond UTF-8, as names of files may have them."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xfc \xc3\xbc")
+    files = (NamedFile(path, "append", 0o600), NamedFile(path, "read"))
+    client = start_helper(PROGRAM)
+    client.set_up(files)
+    opener = RemoteOpener(client, files)
+    with open(opener.append(path, 0o600).fd, "wb") as file:
+        file.write(b"data")
+    assert read_all(opener.open(path)) == b"data"
+    client.close()
+    assert [os.fsencode(name) for name in os.listdir(tmp_path)] == [b"\xfc \xc3\xbc"]
+
+
 def test_proc(helper: Setting) -> None:
     """Of any process; what is too long is cut, and says so."""
     for name in PROC_FILES:
@@ -180,7 +194,6 @@ def test_what_it_keeps(helper: Setting) -> None:
     if os.geteuid() == 0:
         assert int(status["CapBnd"], 16) == 0
     assert (status["NoNewPrivs"], status["Seccomp"], status["Threads"]) == ("1", "2", "1")
-    assert Path(f"/proc/{helper.client.pid}/cmdline").read_bytes().count(b"\0") == 5
 
 
 # ---------------------------------------------------------------- what it refuses
@@ -264,7 +277,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("load", {"sensor": "", "options": {}}),
     ("load", {"sensor": "good\n", "options": {}}),
     ("load", {"sensor": "good", "options": {"t": -1}}),
-    ("load", {"sensor": "good", "options": {"t": 1 << 31}}),
+    ("load", {"sensor": "good", "options": {"t": (1 << 22) + 1}}),
     ("load", {"sensor": "good", "options": {str(i): 1 for i in range(65)}}),
     ("attach", {"sensor": "good"}),  # not loaded
     ("unload", {"sensor": "good"}),
