@@ -131,7 +131,7 @@ def sink_of(task: Task, settings: AnySink) -> Sink:
 async def served(task: Task) -> Result:
     """A service from ring to sink, until all events were delivered."""
     chosen = chosen_sink(task)
-    settings = Settings(sinks=(chosen,), drop_capabilities=False)
+    settings = Settings(sinks=(chosen,))
     sink = sink_of(task, chosen)
     service = Service(
         settings, frozenset(KINDS), Limits(status=False), [sink], InheritedKernel(task.shared)

@@ -319,9 +319,10 @@ class Settings(Section, frozen=True, kw_only=True):
     grace_seconds: Annotated[
         PositiveSeconds, doc("Longest wait, when stopping, for the sinks to deliver the rest.")
     ] = 10.0
-    drop_capabilities: Annotated[
-        bool, doc("Whether all privileges are dropped once the programs are attached.")
-    ] = True
+    user: Annotated[
+        Text,
+        doc("Who the process that reads events and talks to brokers becomes; it is never root."),
+    ] = "nobody"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], doc("Least severity that is logged.")
     ] = "info"

@@ -8,8 +8,9 @@ from typing import Literal
 import msgspec
 
 from streamer.errors import StreamerError
-from streamer.kernel import capabilities, loader, state
+from streamer.kernel import loader, state
 from streamer.kernel.state import KindStatus, ProgramStatus
+from streamer.privilege import capabilities
 from streamer.settings import Settings
 
 

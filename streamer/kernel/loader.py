@@ -219,9 +219,7 @@ class Loader:
 
     # ------------------------------------------------------------ sensors
 
-    def load(
-        self, sensor: str, options: Mapping[str, int], targets: Targets = NOWHERE
-    ) -> Loaded:
+    def load(self, sensor: str, options: Mapping[str, int], targets: Targets = NOWHERE) -> Loaded:
         """Load a sensor's programs, the best way to each hook that loads; attach none.
 
         `options` are sizes of tables and settings that are on (1), by name.
@@ -426,9 +424,9 @@ class Loader:
         """Remove an element of a map; raises as `update` does."""
         self._map(map).delete(key)
 
-    def read(self, map: str) -> list[tuple[bytes, bytes]]:
+    def read(self, map: str) -> Iterator[tuple[bytes, bytes]]:
         """Key and value of every element of a map; raises as `update` does."""
-        return list(self._map(map).entries())
+        return self._map(map).entries()
 
     def _map(self, name: str) -> Map:
         if name in self._shared:

@@ -30,8 +30,8 @@ from streamer.settings import (
 
 KINDS = ("process.exec", "process.fork", "process.exit", "file.open", "net.connect", "net.close")
 ROOT_KEYS = (
-    "btf, drop_capabilities, events, filters, format, grace_seconds, heartbeat_seconds, host, "
-    "kernel, log_level, rings, sinks"
+    "btf, events, filters, format, grace_seconds, heartbeat_seconds, host, kernel, "
+    "log_level, rings, sinks, user"
 )
 SINKS = '"stdout", "file", "kafka", "mqtt", "memory"'
 PAGE = mmap.PAGESIZE
@@ -53,7 +53,10 @@ MISTAKES = [
         "rings.drain_records: found true (boolean), allowed: an integer from 1 to 65536",
     ),
     ("rings = 3", "rings: found 3 (integer), allowed: a table"),
-    ("drop_capabilities = 1", "drop_capabilities: found 1 (integer), allowed: true or false"),
+    (
+        MQTT + "tls.verify_hostname = 1",
+        "sinks[0].tls.verify_hostname: found 1 (integer), allowed: true or false",
+    ),
     ('events = "x"', 'events: found "x" (string), allowed: an array (each: a non-empty string)'),
     ("btf = []", "btf: found an empty array, allowed: a non-empty string"),
     (
