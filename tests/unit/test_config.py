@@ -159,8 +159,7 @@ MISTAKES = [
     ),
     (
         "kernel.sample = 10",
-        "kernel.sample: found 10 (integer), "
-        "allowed: a table (each: an integer from 1 to 1048576)",
+        "kernel.sample: found 10 (integer), allowed: a table (each: an integer from 1 to 1048576)",
     ),
     (
         'kernel.sample = {"net.close" = 5, "net.accept" = true}',
@@ -173,8 +172,7 @@ MISTAKES = [
     # impossible
     (
         'kernel.sample = {"file.opne" = 10}',
-        'kernel.sample: found "file.opne" (string), '
-        f"allowed: {', '.join(sorted(events.KINDS))}",
+        f'kernel.sample: found "file.opne" (string), allowed: {", ".join(sorted(events.KINDS))}',
     ),
     (
         f"rings.bulk_bytes = {PAGE * 3}",
