@@ -257,8 +257,8 @@ class Loader:
         for info in made.info.programs:
             if not self._is_given(made, info.needs):
                 continue
-            section = sections[info.name]
-            reason = self._obstacle(section)
+            section = sections.get(info.name, "")
+            reason = self._obstacle(section) if section else "the object has no such program"
             if reason:
                 made.note(info, section, FAILED, reason)
             else:
