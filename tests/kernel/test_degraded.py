@@ -18,6 +18,7 @@ import pytest
 from streamer.errors import ContractError, KernelError
 from streamer.events import KINDS
 from streamer.kernel import state
+from streamer.kernel.loader import OBJECTS
 from streamer.kernel.state import KindStatus
 from streamer.settings import Settings
 from tests.bpf_variant import Change, Variant
@@ -68,9 +69,9 @@ def test_check_without_btf() -> None:
     found = json.loads(ended.stdout)
     assert found["features"]["btf"] == "no"
     assert found["kinds"].keys() == ALL_KINDS
-    for state in found["kinds"].values():
-        assert state["status"] == "missing"
-        assert state["reason"].startswith("no BTF")
+    for kind in found["kinds"].values():
+        assert kind["status"] == "missing"
+        assert kind["reason"].startswith("no BTF")
 
 
 def test_a_btf_file_instead_of_the_kernels(scope: Scope, tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_an_object_of_another_contract(other_contract: Path) -> None:
 def test_a_sensor_of_another_contract(other_contract: Path, tmp_path: Path) -> None:
     """One left over from another version. Without it the others do."""
     mixed = tmp_path / "mixed"
-    shutil.copytree(state.OBJECTS, mixed)
+    shutil.copytree(OBJECTS, mixed)
     shutil.copy(other_contract / "net.bpf.o", mixed)
     with pytest.raises(ContractError, match=r"net\.bpf\.o: .*process_fork"):
         state.load(Settings(), ALL_KINDS, directory=str(mixed))

@@ -325,23 +325,12 @@ def report(**statuses: str) -> CheckReport:
         "capabilities": {"CAP_BPF": True, "CAP_PERFMON": False},
         "features": {"btf": "yes"},
         "programs": [
-<<<<<<< HEAD
-            {"name": "on_exec", "sensor": "process", "hook": "exec",
-             "way": "tp_btf/sched_process_exec", "kinds": ["process.exec"],
-             "status": "failed", "reason": "line one\nline two"},
-            {"name": "on_exec_raw", "sensor": "process", "hook": "exec",
-             "way": "raw_tp/sched_process_exec", "kinds": ["process.exec"], "status": "attached"},
-            {"name": "on_exec_classic", "sensor": "process", "hook": "exec",
-             "way": "tracepoint/sched/sched_process_exec", "kinds": ["process.exec"],
-             "status": "spare"},
-=======
             {"name": name, "sensor": "process", "hook": "exec", "way": way, "status": status,
              "kinds": ["process.exec"], "reason": reason}
             for name, way, status, reason in (
                 ("on_exec", "tp_btf/sched_process_exec", "failed", "line one\nline two"),
                 ("on_exec_untyped", "raw_tp/sched_process_exec", "spare", ""),
             )
->>>>>>> wip-decode
         ],
         "kinds": {
             kind.replace("_", "."): {"status": status, "reason": "" if status == "full" else "why"}
@@ -380,14 +369,8 @@ def test_the_report_of_check_for_people() -> None:
         "feature  found\n"
         "btf      yes\n"
         "\n"
-<<<<<<< HEAD
-        "hook  attached to                kinds         status    reason\n"
-        "exec  tp_btf/sched_process_exec  process.exec  failed    line one\\nline two\n"
-        "exec  raw_tp/sched_process_exec  process.exec  attached\n"
-=======
         "hook  attached to                kinds         status  reason\n"
         "exec  tp_btf/sched_process_exec  process.exec  failed  line one\\nline two\n"
->>>>>>> wip-decode
         "\n"
         "event         status   reason\n"
         "process.exec  full\n"
