@@ -74,8 +74,20 @@ def private_copy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """
     private = tmp_path_factory.mktemp("private")
     private.chmod(0o700)
-    shutil.copytree(ROOT / "streamer", private / "streamer")
+    return copied(private)
+
+
+@pytest.fixture(scope="session")
+def public_copy(open_directory: Path) -> tuple[str, ...]:
+    """The same, of code that everybody can read, wherever the checkout is."""
+    public = open_directory / "code"
+    public.mkdir()
+    return copied(public)
+
+
+def copied(directory: Path) -> tuple[str, ...]:
+    shutil.copytree(ROOT / "streamer", directory / "streamer")
     (packages,) = (path for path in sys.path if path.endswith("site-packages"))
     tools = shutil.ignore_patterns("mypy*", "*pytest*", "hypothesis*", "pip*", "setuptools*")
-    shutil.copytree(packages, private / "packages", ignore=tools)
-    return "-I", "-S", "-c", COPY.format(paths=[str(private), str(private / "packages")])
+    shutil.copytree(packages, directory / "packages", ignore=tools)
+    return "-I", "-S", "-c", COPY.format(paths=[str(directory), str(directory / "packages")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import json
 import os
@@ -11,11 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from streamer.errors import KernelError
+from streamer.kernel.objects import SENSORS
+from streamer.privilege.client import HelperClient, RemoteLoader
+from streamer.privilege.split import start_helper
 from tests.brokers import free_port
 from tests.kernel.agent import ROOT, Agent, Recording
 from tests.kernel.scope import Scope
@@ -24,6 +30,7 @@ from tests.kernel.system import open_missing
 pytestmark = pytest.mark.kernel
 
 NOBODY = 65534
+BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 OPENS = 50
 ALLOWED_TO_HELPER = 1 << 1 | 1 << 2 | 1 << 19 | 1 << 38 | 1 << 39
 ORPHANED = "streamer: the worker ended without a word; its programs are detached"
@@ -121,6 +128,66 @@ def test_a_user_that_cannot_be(tmp_path: Path, user: str, message: str) -> None:
     assert ended.stderr == f"streamer: {message}\n"
 
 
+def test_root_that_may_not_change_users(scope: Scope, tmp_path: Path) -> None:
+    """As in a container with these two capabilities: it says so, and drops all the same."""
+    bare = ("setpriv", "--bounding-set", "-all,+bpf,+perfmon", "--inh-caps=-all")
+    with Agent(tmp_path, *scope.options, events="file.open", prefix=bare) as agent:
+        worker, helper = status_of(Path(f"/proc/{agent.pid}")), agent.helper_pid
+        held = int(status_of(Path(f"/proc/{helper}"))["CapPrm"], 16)
+        scope.act(open_some)
+        recording = agent.stop()
+    assert worker["Uid"].split() == ["0"] * 4
+    assert [int(worker[f"Cap{name}"], 16) for name in ("Eff", "Prm", "Inh", "Amb")] == [0] * 4
+    assert (worker["NoNewPrivs"], worker["Seccomp"]) == ("1", "2")
+    assert held == 1 << 38 | 1 << 39
+    assert "without CAP_SETUID and CAP_SETGID the worker remains root's process" in agent.stderr
+    assert len(recording.events) == OPENS
+
+
+def test_a_user_with_two_capabilities(
+    scope: Scope, open_directory: Path, public_copy: tuple[str, ...]
+) -> None:
+    """Without root: both processes are that user's, and the worker cannot touch the helper."""
+    directory = open_directory / "users"
+    directory.mkdir()
+    os.chown(directory, NOBODY, NOBODY)
+    who = ("--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups")
+    both = "+bpf,+perfmon"
+    prefix = ("setpriv", *who, "--inh-caps", both, "--ambient-caps", both)
+    with Agent(
+        directory, *scope.options, events="process.exec", prefix=prefix, program=public_copy
+    ) as agent:
+        helper = agent.helper_pid
+        statuses = [status_of(Path(f"/proc/{pid}")) for pid in (agent.pid, helper)]
+        assert os.stat(f"/proc/{helper}/mem").st_uid == 0  # of a process that is not dumpable
+        scope.act(subprocess.run, ["/bin/true"])
+        agent.wait_for(b'{"event":"process.exec"')
+        recording = agent.stop()
+    assert [status["Uid"].split() for status in statuses] == [[str(NOBODY)] * 4] * 2
+    assert [int(status["CapPrm"], 16) for status in statuses] == [0, 1 << 38 | 1 << 39]
+    assert [status["Seccomp"] for status in statuses] == ["2", "2"]
+    assert [event.exe for event in recording.events] == [os.path.realpath("/bin/true")]
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that is a process's own."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
+
+
+def test_memory(scope: Scope, tmp_path: Path) -> None:
+    """What the second process costs, with everything loaded, and both together."""
+    sinks = f"kafka://127.0.0.1:{free_port()}/events", f"mqtt://127.0.0.1:{free_port()}/events"
+    config = "grace_seconds = 0.5\n"
+    with Agent(tmp_path, *scope.options, config=config, sinks=sinks) as agent:
+        scope.act(open_some)
+        agent.wait_for(b'{"event":"file.open"', OPENS)
+        worker, helper = private_bytes(agent.pid), private_bytes(agent.helper_pid)
+        agent.stop(check=False)
+    assert helper < 15 << 20
+    assert worker + helper < 150 << 20
+
+
 # ---------------------------------------------------------------- life and death
 
 
@@ -181,6 +248,70 @@ def test_an_end_without_draining(scope: Scope, tmp_path: Path) -> None:
         assert agent.process.wait(5) == 130
         await_end_of(helper)
     assert ORPHANED not in agent.stderr
+
+
+# ---------------------------------------------------------------- the kernel through the helper
+
+
+@pytest.fixture
+def client() -> Iterator[HelperClient]:
+    """The real helper, asked by this process."""
+    made = start_helper()
+    made.set_up([])
+    yield made
+    made.close()
+
+
+def about(fd: int) -> dict[str, int]:
+    """What the kernel says of a map: its type, the sizes of keys and values."""
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    pairs = (line.split(":\t") for line in lines if line.startswith("map_") or "_size" in line)
+    return {name: int(value, 0) for name, value in pairs}
+
+
+def test_maps_through_the_helper(client: HelperClient) -> None:
+    """Every map can be asked for, whatever it is, and sizes are checked where it matters."""
+    loader = RemoteLoader(client, [])
+    maps = loader.load_core({"critical": 1 << 16, "bulk": 1 << 16}, None)
+    assert maps.keys() >= {"critical", "bulk", "settings", "filter_pids", "counters"}
+    sensors = [name for name in SENSORS if name != "core"]
+    for sensor in sensors:
+        loaded = loader.load(sensor, {"connections": 1024})
+        assert {program.status for program in loaded.programs} <= {"loaded", "failed"}
+        maps = loaded.maps | maps  # of two sensors' maps of one name the first is found
+    read = 0
+    for name, fd in maps.items():
+        found = about(fd)
+        size = found["value_size"]
+        if found["map_type"] in BY_CPU:  # the kernel copies the values of all of them
+            size = -(-size // 8) * 8 * loader.cpus
+        with suppress(KernelError):  # elements too large for a message
+            for key, value in loader.read(name):
+                assert (len(key), len(value)) == (found["key_size"], size), name
+                read += 1
+        for wrong in {0, 1, size // loader.cpus, size + 1} - {size}:
+            with pytest.raises(OSError, match=r"Invalid argument|bytes") as caught:
+                loader.update(name, bytes(found["key_size"]), bytes(wrong))
+            assert caught.value.errno == errno.EINVAL
+    assert read > 10
+    for sensor in sensors:
+        loader.unload(sensor)
+
+
+def test_elements_of_a_map(client: HelperClient) -> None:
+    loader = RemoteLoader(client, [])
+    loader.load_core({"critical": 1 << 16, "bulk": 1 << 16}, None)
+    for number in (1, 2):
+        loader.update("filter_pids", number.to_bytes(4, "little"), bytes([number]))
+    assert sorted(loader.read("filter_pids")) == [
+        (b"\1\0\0\0", b"\1"),
+        (b"\2\0\0\0", b"\2"),
+    ]
+    loader.delete("filter_pids", b"\1\0\0\0")
+    with pytest.raises(FileNotFoundError):
+        loader.delete("filter_pids", b"\1\0\0\0")
+    assert loader.read("filter_pids") == [(b"\2\0\0\0", b"\2")]
+    assert loader.missed() == {}
 
 
 # ---------------------------------------------------------------- files of root's
