@@ -180,13 +180,14 @@ class Loader:
                 identities.update(key, value[4:8] + value[4:])
 
     def _known_functions(self) -> set[str]:
-        wanted = {
-            need.removeprefix("no ").removeprefix("function:")
+        needs = [
+            need
             for sensor in self._catalogue.values()
-            for tagged in (*sensor.programs, *sensor.maps)
-            for need in tagged.needs
-            if "function:" in need
-        }
+            for tagged in (*(p.needs for p in sensor.programs), *(m.needs for m in sensor.maps))
+            for need in tagged
+        ]
+        named = (need.removeprefix("no ") for need in needs if "function:" in need)
+        wanted = {need.removeprefix("function:") for need in named}
         return functions_of(wanted, self._btf)
 
     def _try_function(self) -> str:
