@@ -12,7 +12,8 @@
 
 #define NAME_LEN 256
 #define MEMFD "memfd:" /* how the names of memory files begin */
-#define MOST_STEPS 80 /* directories and mounts on the way up */
+#define MOST_PARTS 80 /* directories on the way up */
+#define MOST_STEPS 88 /* and mounts that they are in */
 
 /* Written from the end: the path is bytes[start .. PATH_LEN). The room behind PATH_LEN is never
  * part of a path; it lets the verifier see that a whole name fits at any masked offset. */
@@ -25,7 +26,8 @@ struct path_buffer {
 	__u8 truncated;
 	__u8 nameless;  /* a pipe, for example: it is in no directory and has no name */
 	__u8 memfd;
-	__u8 pad[5];
+	__u8 parts;
+	__u8 pad[4];
 };
 
 struct path_buffers {
@@ -147,8 +149,8 @@ static __always_inline void path_prepend(struct path_buffer *buffer,
 }
 
 /*
- * Of what is at the top of no mount: a memory file has a name; a pipe has none, nor has a file of
- * /proc/PID/ns/, whose name is a slash.
+ * Of what is at the top, but of no mount: a memory file has a name; a pipe has none, nor has a file of
+ * /proc/PID/ns/, whose name is a slash. What is below it has been moved out of its mount.
  */
 static __always_inline void path_prepend_topmost(struct path_buffer *buffer,
 						 const struct dentry_view *entry)
@@ -159,16 +161,19 @@ static __always_inline void path_prepend_topmost(struct path_buffer *buffer,
 
 	if (bpf_probe_read_kernel_str(name, sizeof(name), entry->name) < 0)
 		count_fault(FAULT_UNREADABLE);
-	if (buffer->start == PATH_LEN && (!name[0] || name[0] == '/')) {
+	if (buffer->start != PATH_LEN) {
+		buffer->truncated = 1;
+		return;
+	}
+	if (!name[0] || name[0] == '/') {
 		buffer->nameless = 1;
 		return;
 	}
 #pragma unroll
 	for (i = 0; i < (int)sizeof(MEMFD) - 1; i++)
 		memfd &= name[i] == MEMFD[i];
-	buffer->memfd = memfd && buffer->start == PATH_LEN;
-	if (name[0] && name[0] != '/')
-		path_prepend(buffer, entry);
+	buffer->memfd = memfd;
+	path_prepend(buffer, entry);
 }
 
 static __always_inline void path_finish(struct path_buffer *buffer, const struct mount *mount)
@@ -182,7 +187,7 @@ static __always_inline void path_finish(struct path_buffer *buffer, const struct
 
 /*
  * Builds, in the buffer of a slot, the path from `dentry` and `vfsmount` in it, as seen from the root
- * of its mount namespace. One of more than MOST_STEPS parts, or too long, loses its beginning
+ * of its mount namespace. One of more than MOST_PARTS parts, or too long, loses its beginning
  * and is marked truncated. Not static: so it is verified once, and not at each call.
  */
 __noinline int path_walk(__u32 slot)
@@ -200,7 +205,7 @@ __noinline int path_walk(__u32 slot)
 	mount = (void *)buffer->vfsmount - bpf_core_field_offset(struct mount, mnt);
 	buffer->start = PATH_LEN;
 	buffer->mntns = 0;
-	buffer->truncated = buffer->nameless = buffer->memfd = 0;
+	buffer->truncated = buffer->nameless = buffer->memfd = buffer->parts = 0;
 	view_mount(&on, mount);
 	for (step = 0; step < MOST_STEPS; step++) {
 		if (dentry == on.root) {
@@ -216,7 +221,10 @@ __noinline int path_walk(__u32 slot)
 			path_prepend_topmost(buffer, &entry);
 			break;
 		}
-		path_prepend(buffer, &entry);
+		if (buffer->parts++ == MOST_PARTS)
+			buffer->truncated = 1;
+		else
+			path_prepend(buffer, &entry);
 		if (buffer->truncated)
 			break;
 		dentry = entry.parent;
