@@ -118,15 +118,19 @@ static __always_inline void view_mount(struct mount_view *view, const struct mou
 	view->root = READ(struct mount, mount, mnt.mnt_root);
 }
 
-/* The mount namespace that a mount is in: detached ones are in none, and the kernel's own have an
- * error number in its place. */
+/* The mount namespace that a mount is in: the kernel's own have an error number in its place, and
+ * detached ones none, or one that is not anybody's: without a number, or, from 6.18 on, with this. */
+#define MNT_NS_ANON_INO 0xeffffff7
+
 static __always_inline __u32 mntns_of_mount(const struct mount *mount)
 {
 	struct mnt_namespace *ns = READ(struct mount, mount, mnt_ns);
+	__u32 inum;
 
 	if (!ns || (unsigned long)ns >= (unsigned long)-MAX_ERRNO)
 		return 0;
-	return READ(struct mnt_namespace, ns, ns.inum);
+	inum = READ(struct mnt_namespace, ns, ns.inum);
+	return inum == MNT_NS_ANON_INO ? 0 : inum;
 }
 
 static __always_inline void path_prepend(struct path_buffer *buffer,
