@@ -22,8 +22,8 @@ MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 MNT_DETACH = 2
 PR_SET_DUMPABLE = 4
 
-# Of this run alone: another on the same machine must not be taken for it.
-UID = 1_000_000 + os.getpid()
+# Of this run alone, its actors included: another on the same machine must not be taken for it.
+UID = int(os.environ.setdefault("STREAMER_TEST_UID", str(1_000_000 + os.getpid())))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
