@@ -249,18 +249,33 @@ static __always_inline struct path_buffer *path_of_file(__u32 slot, struct file 
 }
 
 /*
+ * Where a string goes in `data`: at `position`, which must be at most `limit` (a constant); else NULL.
+ * The compiler is kept from comparing one copy of the position and using another: kernels before 6.2
+ * would not see that they are the same. A pointer, unlike a number, keeps its bounds on the stack.
+ */
+static __always_inline __u8 *place(__u8 *data, __u32 position, const __u32 limit)
+{
+	asm volatile("" : "+r"(position));
+	if (position > limit)
+		return NULL;
+	asm volatile("" : "+r"(position));
+	return data + position;
+}
+
+/*
  * Appends the path that was built to `data` at `position`, which must be at most `limit` (a
  * constant: PATH_LEN bytes fit there). Returns the length.
  */
 static __always_inline __u32 path_append(struct path_buffer *buffer, __u8 *data, __u32 position,
 					 const __u32 limit)
 {
+	__u8 *to = place(data, position, limit);
 	__u32 start = buffer->start & (PATH_LEN - 1);
 	__u32 length = PATH_LEN - start;
 
-	if (position > limit || length > PATH_LEN)
+	if (!to || length > PATH_LEN)
 		return 0;
-	if (bpf_probe_read_kernel(&data[position], length, &buffer->bytes[start]))
+	if (bpf_probe_read_kernel(to, length, &buffer->bytes[start]))
 		return 0;
 	return length;
 }

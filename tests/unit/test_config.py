@@ -31,7 +31,7 @@ from streamer.settings import (
 KINDS = ("process.exec", "process.fork", "process.exit", "file.open", "net.connect", "net.close")
 ROOT_KEYS = (
     "btf, events, filters, format, grace_seconds, heartbeat_seconds, host, "
-    "log_level, rings, sinks, user"
+    "kernel, log_level, rings, sinks, user"
 )
 SINKS = '"stdout", "file", "kafka", "mqtt", "memory"'
 PAGE = mmap.PAGESIZE

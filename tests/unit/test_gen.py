@@ -137,6 +137,33 @@ def test_the_loader_names_what_disagrees(with_answer: Variant) -> None:
     compare(found, generated(with_answer, "streamer/kernel/objects.py").CONTRACT)
 
 
+def examples() -> list[str]:
+    """The pieces of C in CONTRIBUTING.md, without their indentation."""
+    lines = (ROOT / "CONTRIBUTING.md").read_text().splitlines()
+    text = "\n".join(line[7:] if line.startswith(" " * 7) or not line else "@" for line in lines)
+    return [block.strip() for block in re.split("@+", text) if block.strip()]
+
+
+def test_the_example_of_a_kind_is_true(tmp_path: Path) -> None:
+    """One struct, one hook, one command, as CONTRIBUTING.md says."""
+    definition, hook, _ = examples()
+    number, struct_, line = re.split(r"\n\n(?=struct)", definition)
+    changes: dict[str, Change | list[Change]] = {
+        "events.h": [
+            ("	KIND_END,", f"	{number}\n	KIND_END,"),
+            (EVERY_RECORD, f"{struct_}\n\n{EVERY_RECORD}"),
+            ("	struct net_close net_close;", f"	struct net_close net_close;\n	{line}"),
+        ],
+        "process.bpf.c": ("struct exit_key {", hook + "\n\nstruct exit_key {"),
+    }
+    made = Variant(tmp_path / "variant", changes, ("core", "process"))
+    assert generate(made).returncode == 0
+    info = generated(made).KINDS["process.chdir"]
+    assert (info.ring, info.doc) == ("bulk", "A call of fchdir returned.")
+    process = generated(made, "streamer/kernel/objects.py").SENSORS["process"]
+    assert [p.name for p in process.programs if "process.chdir" in p.kinds] == ["on_fchdir_exit"]
+
+
 # ---------------------------------------------------------------- stale or not
 
 
