@@ -96,7 +96,10 @@ def _compile(source: Path, built: Path, environ: Mapping[str, str]) -> None:
     built.parent.mkdir(parents=True, exist_ok=True)
     # Named apart until it is complete, so that an interrupted build leaves nothing half done.
     partial = built.with_suffix(".o.partial")
-    flags = [*compiler_flags(platform.machine()), f"-DPLAIN_LOADS={int(built.parent != WITHOUT_BTF)}"]
+    flags = [
+        *compiler_flags(platform.machine()),
+        f"-DPLAIN_LOADS={int(built.parent != WITHOUT_BTF)}",
+    ]
     _run([clang, *flags, "-c", str(source.relative_to(ROOT)), "-o", str(partial)])
     _run([strip, "-g", str(partial)])  # drops DWARF, keeps BTF
     partial.replace(built)

@@ -123,7 +123,7 @@ struct process_exec {
 	__u16 cwd_len AS("str:cwd") DOC("working directory");
 	__u16 parent_exe_len AS("str:parent_exe") DOC("absolute path of the parent's executable; empty for a kernel thread");
 	__u16 filename_len AS("str:filename") DOC("path that was asked to be executed, as given: the script, for a script");
-	__u16 interp_len AS("str:interp") DOC("path of the interpreter that the script names, as given; `filename` for what is no script");
+	__u16 interp_len AS("str:interp") DOC("path of the interpreter that the script names, as given; empty for what is no script");
 	__u8 exe_mntns_initial AS("bool") DOC("whether `exe_mntns` is the initial mount namespace");
 	__u8 cwd_mntns_initial AS("bool") DOC("whether `cwd_mntns` is");
 	__u8 parent_exe_mntns_initial AS("bool") DOC("whether `parent_exe_mntns` is");

@@ -821,9 +821,10 @@ static __always_inline int connected(long result, struct pt_regs___user *registe
 
 SEC("fexit/" SYSTEM_CALL(connect)) HOOK("connect") EMITS("net.connect")
 DOC("connects that fail before a SYN is sent (no route, no free port)")
-int BPF_PROG(on_connect, struct pt_regs___user *registers, long result)
+int BPF_PROG(on_connect, struct pt_regs___user *unused, long result)
 {
-	return connected(result, registers);
+	/* Not from the argument: in the BTF of 5.10 its type is only declared here. */
+	return connected(result, user_registers());
 }
 
 SEC("tracepoint/syscalls/sys_exit_connect") HOOK("connect") EMITS("net.connect")

@@ -52,9 +52,10 @@ static __always_inline __u32 append_argv(struct process_exec *record, struct mm_
 {
 	unsigned long from = READ(struct mm_struct, mm, arg_start);
 	unsigned long length = READ(struct mm_struct, mm, arg_end) - from;
+	__u8 *to = place(record->data, position, limit);
 	char ends[2] = {};
 
-	if (position > limit)
+	if (!to)
 		return 0;
 	if (length == ARGV_LEN + 1) {
 		/* Its last byte is a NUL, which is not missed unless it is an argument: an empty one. */
@@ -66,7 +67,7 @@ static __always_inline __u32 append_argv(struct process_exec *record, struct mm_
 		cut(&record->base, EXEC_ARGV);
 		length = ARGV_LEN;
 	}
-	if (bpf_probe_read_user(&record->data[position], length, (void *)from)) {
+	if (bpf_probe_read_user(to, length, (void *)from)) {
 		unreadable(&record->base, EXEC_ARGV);
 		return 0;
 	}
@@ -78,11 +79,12 @@ static __always_inline __u32 append_string(struct process_exec *record, const ch
 					   __u32 position, const __u32 limit,
 					   enum exec_string string)
 {
+	__u8 *to = place(record->data, position, limit);
 	long length;
 
-	if (position > limit)
+	if (!to)
 		return 0;
-	length = bpf_probe_read_kernel_str(&record->data[position], PATH_LEN, from);
+	length = bpf_probe_read_kernel_str(to, PATH_LEN, from);
 	if (length < 0) {
 		unreadable(&record->base, string);
 		return 0;

@@ -68,7 +68,7 @@ class ProcessExec(TaskEvent, tag="process.exec", gc=False):
     cwd: Annotated[str, Meta(description="working directory")]
     parent_exe: Annotated[str, Meta(description="absolute path of the parent's executable; empty for a kernel thread")]
     filename: Annotated[str, Meta(description="path that was asked to be executed, as given: the script, for a script")]
-    interp: Annotated[str, Meta(description="path of the interpreter that the script names, as given; `filename` for what is no script")]
+    interp: Annotated[str, Meta(description="path of the interpreter that the script names, as given; empty for what is no script")]
     exe_mntns_initial: Annotated[bool, Meta(description="whether `exe_mntns` is the initial mount namespace")]
     cwd_mntns_initial: Annotated[bool, Meta(description="whether `cwd_mntns` is")]
     parent_exe_mntns_initial: Annotated[bool, Meta(description="whether `parent_exe_mntns` is")]
@@ -363,7 +363,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("cwd", "string", "working directory"),
         FieldInfo("parent_exe", "string", "absolute path of the parent's executable; empty for a kernel thread"),
         FieldInfo("filename", "string", "path that was asked to be executed, as given: the script, for a script"),
-        FieldInfo("interp", "string", "path of the interpreter that the script names, as given; `filename` for what is no script"),
+        FieldInfo("interp", "string", "path of the interpreter that the script names, as given; empty for what is no script"),
         FieldInfo("exe_mntns_initial", "boolean", "whether `exe_mntns` is the initial mount namespace"),
         FieldInfo("cwd_mntns_initial", "boolean", "whether `cwd_mntns` is"),
         FieldInfo("parent_exe_mntns_initial", "boolean", "whether `parent_exe_mntns` is"),

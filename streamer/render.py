@@ -181,7 +181,7 @@ def _short(text: str) -> str:
 def _exec(event: Any) -> Iterator[Segment]:
     yield Segment(event.cmdline or event.exe)
     # The command line of a script is that of its interpreter.
-    script = f"script {event.filename}, " if event.interp != event.filename else ""
+    script = f"script {event.filename}, " if event.interp else ""
     yield Segment(f"  ({script}in {event.cwd})", "dim")
     if event.exe_memfd:
         yield Segment(" from memory", "red")

@@ -179,6 +179,7 @@ class Reporter:
             short_record=sum(d.short_record for d in decoders),
             invalid_utf8=sum(d.invalid_utf8 for d in decoders),
             truncated=sum(d.truncated for d in decoders),
+            incomplete=sum(d.incomplete for d in decoders),
             pauses=self._reader.pauses,
         )
 

@@ -88,7 +88,7 @@ class Kernel(Section, frozen=True, kw_only=True):
         doc("Whether `file.open` says how long the call took: that needs a hook at its start too."),
     ] = False
     sample: Annotated[
-        dict[Text, Annotated[int, Meta(ge=1, le=1 << 20)]],
+        dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
         doc("Kinds of which only one in so many events is reported, its `weight` that number."),
     ] = field(default_factory=dict)
 
@@ -319,9 +319,10 @@ class Settings(Section, frozen=True, kw_only=True):
     grace_seconds: Annotated[
         PositiveSeconds, doc("Longest wait, when stopping, for the sinks to deliver the rest.")
     ] = 10.0
-    drop_capabilities: Annotated[
-        bool, doc("Whether all privileges are dropped once the programs are attached.")
-    ] = True
+    user: Annotated[
+        Text,
+        doc("Who the process that reads events and talks to brokers becomes; it is never root."),
+    ] = "nobody"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], doc("Least severity that is logged.")
     ] = "info"

@@ -107,6 +107,7 @@ class ReaderCounts(Struct, gc=False):
     short_record: Annotated[int, Meta(description="records that end before they should")]
     invalid_utf8: Annotated[int, Meta(description="events with bytes that are not UTF-8")]
     truncated: Annotated[int, Meta(description="events with a string that was cut")]
+    incomplete: Annotated[int, Meta(description="events of which the kernel could not read all")]
     pauses: Annotated[int, Meta(description="times that a full sink stopped the reading")]
 
 

@@ -83,6 +83,11 @@ struct qstr {
 	const unsigned char *name;
 };
 
+struct timespec64 {
+	__s64 tv_sec;
+	long tv_nsec;
+};
+
 struct super_block {
 	__u32 s_dev;
 };

@@ -14,7 +14,7 @@ from streamer.gen.model import read_model
 from streamer.gen.modules import events_module, objects_module
 from streamer.gen.sensors import read_sensor
 from streamer.kernel.btf import Btf
-from streamer.kernel.contract import contract_of, difference, dotted, kind_end, kind_names
+from streamer.kernel.contract import Layout, contract_of, difference, dotted, kind_end, kind_names
 from streamer.kernel.tags import SensorInfo
 
 _SUFFIX = ".bpf.o"
@@ -53,15 +53,22 @@ def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
 def _read(directory: Path) -> dict[str, Btf]:
     """The BTF of every object by its name, `core` first; all hold the same contract."""
     paths = {path.name.removesuffix(_SUFFIX): path for path in directory.glob(f"*{_SUFFIX}")}
-    core = Btf.of_object(paths.pop(_CORE, directory / f"{_CORE}{_SUFFIX}"))
-    contract = contract_of(core)
+    core, contract = _read_one(paths.pop(_CORE, directory / f"{_CORE}{_SUFFIX}"))
     found = {_CORE: core}
     for name, path in sorted(paths.items()):
-        found[name] = Btf.of_object(path)
-        trouble = difference(contract_of(found[name]), contract, f"{_CORE}{_SUFFIX}")
+        found[name], own = _read_one(path)
+        trouble = difference(own, contract, f"{_CORE}{_SUFFIX}")
         if trouble is not None:
             raise ContractError(f"{path} is of other sources than {_CORE}{_SUFFIX}: {trouble}")
     return found
+
+
+def _read_one(path: Path) -> tuple[Btf, dict[str, Layout]]:
+    btf = Btf.of_object(path)
+    try:
+        return btf, contract_of(btf)
+    except ContractError as error:
+        raise ContractError(f"{path}: {error}") from None
 
 
 def _objects_module(found: dict[str, Btf]) -> str:

@@ -97,10 +97,10 @@ def read_model(btf: Btf) -> Model:
     Raises:
         ContractError: a struct or field that cannot be published, with its name.
     """
-    base, task = _base(btf), _task(btf)
+    header, base, task = _header(btf), _base(btf), _task(btf)
     return Model(
         version=btf.constant("event_schema", "SCHEMA_VERSION"),
-        header=_header(btf),
+        header=header,
         base=base,
         task=task,
         records=tuple(_record(btf, name, n, base, task) for name, n in kind_names(btf).items()),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from streamer.errors import ContractError
 from streamer.kernel.btf import Btf, Type
-from streamer.kernel.objects import CONTRACT
 
 Layout = tuple[tuple[str, int, int], ...]
 """Members of a struct in order: name, offset and size in bytes; of an enum: name, number, 0."""
@@ -91,6 +90,9 @@ def check_object(path: Path) -> None:
     Raises:
         ContractError: names object, struct and member; or the object cannot be read.
     """
+    # Imported only here: the generator, which makes it, uses this module too.
+    from streamer.kernel.objects import CONTRACT
+
     try:
         compare(contract_of(Btf.of_object(path)), CONTRACT)
     except ContractError as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 from streamer.errors import KernelError
 
 _BTF_KIND_FUNC = 12
+_MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 LOG_BYTES = 1 << 20
 """Room for one program's verifier log; a longer one loses its beginning or fails to be kept."""
 
@@ -80,6 +81,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_map__reuse_fd": (c_int, [c_void_p, c_int]),
     "bpf_map__key_size": (u32, [c_void_p]),
     "bpf_map__value_size": (u32, [c_void_p]),
+    "bpf_map__type": (c_int, [c_void_p]),
+    "libbpf_num_possible_cpus": (c_int, []),
     "bpf_map__initial_value": (c_void_p, [c_void_p, POINTER(c_size_t)]),
     "bpf_map_update_elem": (c_int, [c_int, c_void_p, c_void_p, u64]),
     "bpf_map_delete_elem": (c_int, [c_int, c_void_p]),
@@ -259,7 +262,7 @@ class Map:
         """Key and value of every element. One that goes meanwhile may end the walk early."""
         library, fd = _library(), self.fd
         key = ctypes.create_string_buffer(library.bpf_map__key_size(self._handle))
-        value = ctypes.create_string_buffer(library.bpf_map__value_size(self._handle))
+        value = ctypes.create_string_buffer(self._value_size())
         before: object = None
         while library.bpf_map_get_next_key(fd, before, key) == 0:
             if library.bpf_map_lookup_elem(fd, key, value) == 0:
@@ -270,7 +273,15 @@ class Map:
         return _sized(self.name, "key", key, _library().bpf_map__key_size(self._handle))
 
     def _value(self, value: bytes) -> bytes:
-        return _sized(self.name, "value", value, _library().bpf_map__value_size(self._handle))
+        return _sized(self.name, "value", value, self._value_size())
+
+    def _value_size(self) -> int:
+        """Bytes of a value as the kernel copies it: of a map by CPU, those of all CPUs."""
+        library = _library()
+        size: int = library.bpf_map__value_size(self._handle)
+        if library.bpf_map__type(self._handle) not in _MAPS_BY_CPU:
+            return size
+        return -(-size // 8) * 8 * _check(library.libbpf_num_possible_cpus())
 
 
 class Object:

@@ -12,13 +12,12 @@ import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import msgspec
 
-from streamer.errors import KernelError
+from streamer.errors import HelperGone, KernelError
 from streamer.events import KINDS, RECORDS
-from streamer.kernel import capabilities
 from streamer.kernel.contract import check_object
 from streamer.kernel.loader import (
     ATTACHED,
@@ -26,12 +25,13 @@ from streamer.kernel.loader import (
     FAILED,
     OBJECTS,
     RINGS,
-    Loaded,
     Loader,
     ProgramState,
 )
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
 from streamer.kernel.tags import ProgramInfo
+from streamer.privilege import capabilities
+from streamer.privilege.loading import LoaderLike
 from streamer.settings import Filters, Kernel, Rings, Settings
 
 _KEEP, _DROP = b"\x01", b"\x02"
@@ -39,20 +39,6 @@ _MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filte
 _RING_OVERHEAD = 8  # the header that the kernel puts before each record
 
 Coverage = Literal["full", "partial", "missing"]
-
-
-class LoaderLike(Protocol):
-    """What `KernelState` asks of a loader; see `loader.Loader`."""
-
-    cpus: int
-
-    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]: ...
-    def load(self, sensor: str, options: Mapping[str, int]) -> Loaded: ...
-    def attach(self, sensor: str) -> list[ProgramState]: ...
-    def unload(self, sensor: str) -> None: ...
-    def update(self, map: str, key: bytes, value: bytes) -> None: ...
-    def missed(self) -> dict[str, int]: ...
-    def close(self) -> None: ...
 
 
 class ProgramStatus(msgspec.Struct):
@@ -119,9 +105,7 @@ def coverage(
     return {kind: _coverage_of(kind, statuses, rings) for kind in sorted(kinds)}
 
 
-def _coverage_of(
-    kind: str, programs: list[ProgramStatus], rings: Mapping[str, int]
-) -> KindStatus:
+def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, int]) -> KindStatus:
     hooks: dict[str, list[ProgramStatus]] = {}
     for program in programs:
         if kind in program.kinds:
@@ -306,6 +290,7 @@ class KernelState:
         self._sample = settings.kernel.sample
         self._states: dict[str, list[ProgramState]] = {}  # kept for the last reports
         self._loaded: list[str] = []
+        self._missed: dict[str, int] = {}
         self._mapped: list[mmap.mmap] = []
         self.cpus = loader.cpus
         self.ring_bytes = dict(
@@ -414,18 +399,21 @@ class KernelState:
         return coverage(self.statuses, kinds, self.ring_bytes)
 
     def missed(self) -> dict[str, int]:
-        """Runs of programs that the kernel left out, per program that had any."""
-        return self._loader.missed()
+        """Runs of programs that the kernel left out, per program that had any.
+
+        As last known, where the privileged helper has gone.
+        """
+        with suppress(HelperGone):
+            self._missed.update(self._loader.missed())
+        return dict(self._missed)
 
     def detach(self) -> None:
-        """Unload every sensor: no event is produced after this.
-
-        Raises:
-            KernelError: the privileged process has gone, and its programs with it.
-        """
+        """Unload every sensor: no event is produced after this."""
+        self.missed()  # their counts go with them
         loaded, self._loaded = self._loaded, []
-        for sensor in loaded:
-            self._loader.unload(sensor)
+        with suppress(HelperGone):  # and its programs with it
+            for sensor in loaded:
+                self._loader.unload(sensor)
 
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""
@@ -440,12 +428,16 @@ def _kinds_of(sensor: str, program: str) -> tuple[str, ...]:
 
 
 def load(
-    settings: Settings, kinds: Collection[str], loader: LoaderLike | None = None
+    settings: Settings,
+    kinds: Collection[str],
+    loader: LoaderLike | None = None,
+    directory: str = OBJECTS,
 ) -> KernelState:
     """Load what `kinds` needs, with its filters in place and the agent itself excluded.
 
     Nothing is attached yet: no event can have been produced when this returns. Without a
-    `loader` the programs are loaded in this process, which is then the whole agent.
+    `loader` the programs are loaded in this process, which is then the whole agent. `directory`
+    is where the loader has its objects from.
 
     Raises:
         PrivilegeError: missing capabilities.
@@ -454,8 +446,8 @@ def load(
     """
     wanted = sensors_of(kinds)
     capabilities.require()
-    check_contracts((CORE, *wanted))
-    state = KernelState(loader or Loader(), settings)
+    check_contracts((CORE, *wanted), directory)
+    state = KernelState(loader or Loader(directory=directory), settings)
     failures = []
     for sensor in wanted:
         try:

@@ -325,8 +325,12 @@ def report(**statuses: str) -> CheckReport:
         "capabilities": {"CAP_BPF": True, "CAP_PERFMON": False},
         "features": {"btf": "yes"},
         "programs": [
-            {"name": "on_exec", "hook": "tp_btf/sched_process_exec", "kinds": ["process.exec"],
-             "status": "failed", "reason": "line one\nline two"},
+            {"name": name, "sensor": "process", "hook": "exec", "way": way, "status": status,
+             "kinds": ["process.exec"], "reason": reason}
+            for name, way, status, reason in (
+                ("on_exec", "tp_btf/sched_process_exec", "failed", "line one\nline two"),
+                ("on_exec_untyped", "raw_tp/sched_process_exec", "spare", ""),
+            )
         ],
         "kinds": {
             kind.replace("_", "."): {"status": status, "reason": "" if status == "full" else "why"}
@@ -365,8 +369,8 @@ def test_the_report_of_check_for_people() -> None:
         "feature  found\n"
         "btf      yes\n"
         "\n"
-        "program  hook                       kinds         status  reason\n"
-        "on_exec  tp_btf/sched_process_exec  process.exec  failed  line one\\nline two\n"
+        "hook  attached to                kinds         status  reason\n"
+        "exec  tp_btf/sched_process_exec  process.exec  failed  line one\\nline two\n"
         "\n"
         "event         status   reason\n"
         "process.exec  full\n"

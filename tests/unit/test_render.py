@@ -83,7 +83,7 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
     ("process.exec", {"exe": "/bin/x", "cwd": "/"}, "/bin/x  (in /)"),
     (
         "process.exec",
-        {"cmdline": "ls", "cwd": "/", "exe": "/usr/bin/ls", "filename": "/ls", "interp": "/ls"},
+        {"cmdline": "ls", "cwd": "/", "exe": "/usr/bin/ls", "filename": "/bin/ls"},
         "ls  (in /)",
     ),
     (
@@ -284,9 +284,9 @@ def test_a_loss_at_a_sink_names_the_sink() -> None:
 
 def test_a_manifest_says_what_is_not_observed() -> None:
     kinds = {
-        "process.exec": KindReport("full", ""),
-        "net.close": KindReport("partial", "no bytes"),
-        "file.open": KindReport("missing", "no tracepoint"),
+        "process.exec": KindReport("full", "", ()),
+        "net.close": KindReport("partial", "no bytes", ("odd ones",)),
+        "file.open": KindReport("missing", "no tracepoint", ()),
     }
     manifest = filled(StreamManifest, kinds=kinds, kernel="6.1.0", machine="x86_64", cpus=2)
     assert lines(manifest) == (
@@ -299,7 +299,7 @@ def test_a_heartbeat_is_the_account_in_short() -> None:
     heartbeat = filled(
         StreamHeartbeat,
         uptime_seconds=20.0,
-        kinds={"a": KindCounts(10_000, 1, 0, 2), "b": KindCounts(5, 1, 3, 0)},
+        kinds={"a": KindCounts(10_000, 1, 0, 0, 2), "b": KindCounts(5, 1, 0, 3, 0)},
         sinks={
             "stdout:": SinkCounts(9, 8, 7, 0, 0, "up"),
             "file:x": SinkCounts(9, 9, 0, 0, 0, "up"),
