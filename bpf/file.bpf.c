@@ -240,7 +240,7 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
 	__type(value, __u64);
-} open_starts SEC(".maps") NEEDS("option:open_latency");
+} open_starts SEC(".maps") NEEDS("option:open_latency,function:bpf_task_storage_get");
 
 OPTION(open_latency);
 
@@ -248,7 +248,7 @@ static __always_inline __u64 latency_until(__u64 now)
 {
 	__u64 *start, began;
 
-	if (!open_latency)
+	if (!open_latency || !bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_storage_get))
 		return 0;
 	start = bpf_task_storage_get(&open_starts, bpf_get_current_task_btf(), NULL, 0);
 	if (!start || !*start)
