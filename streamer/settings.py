@@ -79,8 +79,8 @@ class Kernel(Section, frozen=True, kw_only=True):
         int,
         Meta(ge=1024, le=1 << 22),
         doc(
-            "Room for the owners of connections that cannot be kept with their sockets: of "
-            "accepted ones, and on kernels before 5.11 of all."
+            "Room for the owners of connections that cannot be kept with their sockets: of those "
+            "that another process accepts than listens, and on kernels before 5.11 of all."
         ),
     ] = 65536
     open_latency: Annotated[
@@ -148,7 +148,7 @@ class Filters(Section, frozen=True, kw_only=True):
         MANY,
         doc(
             "Leave out files whose path begins with one of these, in the initial mount namespace: "
-            "opened ones, and ones that are not there."
+            "opened ones that are in a directory, and ones that are not there."
         ),
     ] = ()
 
