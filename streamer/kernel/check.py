@@ -11,6 +11,7 @@ from streamer.errors import StreamerError
 from streamer.kernel import loader, state
 from streamer.kernel.state import KindStatus, ProgramStatus
 from streamer.privilege import capabilities
+from streamer.privilege.split import with_helper
 from streamer.settings import Settings
 
 
@@ -26,11 +27,14 @@ class CheckReport(msgspec.Struct):
 
 
 def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
-    """Load and attach for `kinds`, detach again, and say what became of each. Never raises."""
+    """Load and attach for `kinds`, detach again, and say what became of each. Never raises.
+
+    Through a privileged helper, as `run` does: that it has fewer rights can make a difference.
+    """
     programs: list[ProgramStatus] = []
     reason = ""
     try:
-        kernel = state.load(settings, kinds)
+        kernel = _loaded(settings, kinds)
     except StreamerError as error:
         reason = str(error)
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
@@ -49,6 +53,16 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
         programs=programs,
         kinds=found,
     )
+
+
+def _loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
+    capabilities.require()
+    loader = with_helper(settings).loader
+    try:
+        return state.load(settings, kinds, loader)
+    except BaseException:
+        loader.close()
+        raise
 
 
 def _features(settings: Settings, reason: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from streamer.privilege.proc import Found
 
 ANSWER_SECONDS = 30.0
 LOAD_SECONDS = 300.0
-"""The verifier takes its time, in an emulated machine a hundredfold."""
+"""Interpreter and verifier take their time, in an emulated machine a hundredfold."""
 END_SECONDS = 10.0
 
 _ERRORS: Mapping[str, type[StreamerError]] = {
@@ -54,7 +54,7 @@ class HelperClient:
             StreamerError: what kept it from starting.
         """
         with self._lock:
-            self._send({"files": [list(file) for file in files]}, ANSWER_SECONDS)
+            self._send({"files": [list(file) for file in files]}, LOAD_SECONDS)
             self._receive(0)
 
     def ask(self, request: str, *, seconds: float = ANSWER_SECONDS, **parameters: Any) -> Any:
