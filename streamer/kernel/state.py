@@ -294,11 +294,14 @@ class KernelState:
         self._missed_before: Counter[str] = Counter()  # of what was unloaded
         self._mapped: list[mmap.mmap] = []
         self.cpus = loader.cpus
+        self.no_functions = "not tried"
+        """Why programs at functions (fentry, fexit) do not load; empty where they do."""
         self.ring_bytes = dict(
             zip(RINGS, (settings.rings.critical_bytes, settings.rings.bulk_bytes), strict=True)
         )
         self._check_contract(CORE)
         maps = loader.load_core(self.ring_bytes, settings.btf)
+        self.no_functions = loader.no_functions
         try:
             self.ring_fds = {name: maps[name] for name in RINGS}
             self.counters = self._map(maps["counters"], size_of("cpu_counters") * self.cpus)
