@@ -29,6 +29,7 @@ _WHOAMI, _TRY_FUNCTION = "whoami", "try_function"
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
 _OPTION_SECTION = ".rodata."
+_VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
 ATTACHED, FAILED, SPARE, LOADED = "attached", "failed", "spare", "loaded"
 
@@ -148,7 +149,7 @@ class Loader:
         core = self._open(CORE)
         try:
             for one in core.maps.values():
-                if one.internal:
+                if one.name.endswith(_VARIABLES):
                     one.leave_out()
             for map_info in self._catalogue[CORE].maps:
                 size = self._entries(map_info.sized, {})
@@ -353,8 +354,10 @@ class Loader:
             if name.startswith(_OPTION_SECTION):
                 value = made.options.get(name.removeprefix(_OPTION_SECTION), 0)
                 one.write_initial(value.to_bytes(8, "little"))
-            elif one.internal or not self._is_wanted(made, name):
+            elif name.endswith(_VARIABLES) or not self._is_wanted(made, name):
                 one.leave_out()
+            elif one.internal:
+                continue
             elif name in shared:
                 one.reuse(shared[name].fd)
             elif name in kept:
@@ -466,7 +469,7 @@ class Loader:
 
 
 def _named(maps: Mapping[str, Map]) -> dict[str, Map]:
-    """Without the sections of global data, which no program uses but for its options."""
+    """Without the sections of global data."""
     return {name: one for name, one in maps.items() if not one.internal}
 
 

@@ -39,7 +39,6 @@ _KEEP, _DROP = b"\x01", b"\x02"
 _MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filter_mode"]}
 # The header that the kernel puts before each record, and the eight bytes that it never fills.
 _RING_OVERHEAD = 8 + 8
-_NO_FILTERS = Filters()
 
 Coverage = Literal["full", "partial", "missing"]
 
@@ -215,6 +214,12 @@ def filter_entries(filters: Filters) -> list[tuple[str, bytes, bytes]]:
     return list(_entries(tables))
 
 
+def _common(one: Filters, other: Filters) -> Filters:
+    """The lists that are the same in both."""
+    lists = msgspec.structs.asdict(one)
+    return Filters(**{name: v for name, v in lists.items() if getattr(other, name) == v})
+
+
 def _entries(
     tables: Iterable[tuple[str, Iterable[bytes], Iterable[bytes]]],
 ) -> Iterator[tuple[str, bytes, bytes]]:
@@ -285,6 +290,7 @@ class KernelState:
         self._directory = directory
         self._options = options_of(settings.kernel)
         self._rings = settings.rings
+        self._filters = Filters()
         self._kinds: frozenset[str] = frozenset()
         self._sample = settings.kernel.sample
         self._entries: dict[tuple[str, bytes], bytes] = {}  # of the filters' maps
@@ -335,16 +341,16 @@ class KernelState:
         check_object(Path(self._directory, f"{name}.bpf.o"))
 
     def set_filters(self, filters: Filters) -> None:
-        """Judge by `filters` from now on; until this returns, some events pass unjudged.
+        """Judge by `filters` from now on; until this returns, only by what stays the same.
 
         Owners of connections were judged when they took them, and are not judged again.
 
         Raises:
             KernelError: an executable is not there, and nothing has changed; or the kernel
-                refused, and everything passes.
+                refused, and only what stays the same is in force.
         """
         wanted = {(name, key): value for name, key, value in filter_entries(filters)}
-        self._judge_by(_NO_FILTERS)
+        self._judge_by(_common(self._filters, filters))
         try:
             for name, key in self._entries.keys() - wanted.keys():
                 self._loader.delete(name, key)
@@ -359,6 +365,7 @@ class KernelState:
     def _judge_by(self, filters: Filters) -> None:
         data = settings_bytes(self._rings, filters)
         self._settings[: len(data)] = data
+        self._filters = filters
 
     def enable(self, kinds: Collection[str]) -> None:
         """Report `kinds` from now on, and no others."""
