@@ -509,7 +509,7 @@ def _attach(program: Program, targets: Targets) -> list[Link]:
     if kind == "xdp":
         return _attach_to_each(targets.interfaces, lambda name: _to_interface(program, name))
     if kind.startswith("cgroup"):
-        return [_to_cgroup(program, targets.cgroup)]
+        return _attach_to_each((targets.cgroup,), lambda path: _to_cgroup(program, path))
     if kind == "perf_event":
         cpus = [str(cpu) for cpu in online_cpus()]
         return _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), targets.rate))

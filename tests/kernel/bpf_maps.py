@@ -37,12 +37,26 @@ class HeldMap(NamedTuple):
 def maps_of(*pids: int) -> list[HeldMap]:
     """The maps that the processes hold together; this process, if none is given."""
     numbers = {number for pid in pids or (os.getpid(),) for number in _ids(pid)}
-    return sorted(held for held in map(_look_up, numbers) if held is not None)
+    return sorted(held for held in map(_find, numbers) if held is not None)
 
 
 def exists(number: int) -> bool:
     """Whether there is a map of this id."""
-    return _look_up(number) is not None
+    return _find(number) is not None
+
+
+def look_up(fd: int, key: bytes, size: int) -> list[int]:
+    """The 64-bit words of the value of a key, which has `size` bytes; none if it is not there."""
+    value = ctypes.create_string_buffer(size)
+    if _libbpf.bpf_map_lookup_elem(fd, key, value) < 0:
+        return []
+    return [int.from_bytes(value.raw[at : at + 8], "little") for at in range(0, size, 8)]
+
+
+def possible_cpus() -> int:
+    """How many CPUs may come up: a map by CPU has so many values for a key."""
+    count: int = _libbpf.libbpf_num_possible_cpus()
+    return count
 
 
 def _ids(pid: int) -> Iterator[int]:
@@ -54,7 +68,7 @@ def _ids(pid: int) -> Iterator[int]:
                     yield int(value)
 
 
-def _look_up(number: int) -> HeldMap | None:
+def _find(number: int) -> HeldMap | None:
     fd = _libbpf.bpf_map_get_fd_by_id(number)
     if fd < 0:
         return None
