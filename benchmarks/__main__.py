@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -153,6 +154,8 @@ def main() -> int:
     if os.geteuid() != 0:
         print("bench: the programs are loaded by root: sudo make bench", file=sys.stderr)
         return 3
+    # Ended by a signal, too, it takes away what it has put on the host: cgroups, mounts, rules.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     subprocess.run([sys.executable, runs.ROOT / "bpf" / "build.py", "--all"], check=True)
     runs.build_consumer()
     host.build_load()

@@ -59,7 +59,7 @@ OPERATIONS = (
     Operation("exec", "exec", 3000),
     *(
         Operation(f"open and close, {path}", "open", 20_000, (path,), 1200)
-        for path in (OPENED[0], OPENED[2])
+        for path in OPENED
         if Path(path).exists()
     ),
     Operation("TCP connection", "connect", 4000, (), 15_000),

@@ -275,8 +275,8 @@ batch size and linger, or aiomqtt `publish()` at QoS 1.
 with the same guarantees, codec and batch size: it neither reads a ring nor encodes.
 
 **In the kernel** is the best of several runs of 8,192 events, the empty loop taken off. The first
-lines are the price of a record with the identity of its task; the hooks of `openat()` do all that
-they do at a real call, the walk up the path included. What an observed program pays is measured
+lines are the price of a record with the identity of its task; the hook of `openat()` does all that
+it does at a real call, the walk up the path included. What an observed program pays is measured
 on a program that opens and closes a file, with the hooks attached and without.
 
 **Event to pipe** is the age of an event, from the time in its record to the return of the `read()`

@@ -14,11 +14,13 @@ from typing import Any
 import msgspec
 
 from streamer.config_words import join, mistake, quoted
+from streamer.events import KINDS
 from streamer.settings import (
     AnySink,
     FileSink,
     Filters,
     KafkaSink,
+    Kernel,
     MqttSink,
     Rings,
     Sasl,
@@ -46,6 +48,7 @@ def problems(settings: Settings) -> Iterator[str]:
     """Everything impossible in `settings`, in the order of the settings."""
     yield from _control_characters("", msgspec.to_builtins(settings))
     yield from _rings(settings.rings)
+    yield from _kernel(settings.kernel)
     yield from _filters(settings.filters)
     for index, sink in enumerate(settings.sinks):
         yield from sink_problems(sink, join("sinks", index) + ".")
@@ -118,6 +121,12 @@ def _rings(rings: Rings) -> Iterator[str]:
         if size & (size - 1) or size % page:
             wanted = f"a power of two from {page} to {_MAX_RING_BYTES}"
             yield mistake(f"rings.{name}", size, wanted)
+
+
+def _kernel(kernel: Kernel) -> Iterator[str]:
+    for kind in kernel.sample:
+        if kind not in KINDS:
+            yield mistake("kernel.sample", kind, ", ".join(sorted(KINDS)))
 
 
 def _filters(filters: Filters) -> Iterator[str]:

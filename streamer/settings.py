@@ -79,8 +79,8 @@ class Kernel(Section, frozen=True, kw_only=True):
         int,
         Meta(ge=1024, le=1 << 22),
         doc(
-            "Room for the owners of connections that cannot be kept with their sockets: of "
-            "accepted ones, and on kernels before 5.11 of all."
+            "Room for the owners of connections that cannot be kept with their sockets: of those "
+            "that another process accepts than listens, and on kernels before 5.11 of all."
         ),
     ] = 65536
     open_latency: Annotated[
@@ -88,7 +88,7 @@ class Kernel(Section, frozen=True, kw_only=True):
         doc("Whether `file.open` says how long the call took: that needs a hook at its start too."),
     ] = False
     sample: Annotated[
-        dict[Text, Annotated[int, Meta(ge=1, le=1 << 20)]],
+        dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
         doc("Kinds of which only one in so many events is reported, its `weight` that number."),
     ] = field(default_factory=dict)
 

@@ -70,16 +70,15 @@ static __always_inline __u64 ancestor_cgroup(int level)
 
 /*
  * A cgroup that is listed stands for all below it. They are looked at from the root down, so that
- * none that is deeper than this loop goes can hide one that is listed above it.
+ * none that is deeper than this loop goes can hide one that is listed above it. Not static: so it is
+ * verified once in each program, and not wherever it is called, in whatever state.
  */
-static __always_inline bool passes_cgroup(__u8 mode)
+__noinline int passes_cgroup(__u32 mode)
 {
 	__u8 *verdict = NULL, *found;
 	__u64 id;
 	int level;
 
-	if (mode == FILTER_OFF)
-		return true;
 	for (level = 0; level < MOST_CGROUP_LEVELS; level++) {
 		id = ancestor_cgroup(level);
 		if (!id)
@@ -106,7 +105,7 @@ static __always_inline bool passes_task_filters(const struct event_task *who)
 	if (!passes(wanted->filter_pid, &filter_pids, &who->pid) ||
 	    !passes(wanted->filter_uid, &filter_uids, &who->uid) ||
 	    !passes(wanted->filter_comm, &filter_comms, &who->comm) ||
-	    !passes_cgroup(wanted->filter_cgroup))
+	    (wanted->filter_cgroup != FILTER_OFF && !passes_cgroup(wanted->filter_cgroup)))
 		return false;
 	if (wanted->filter_exe == FILTER_OFF)
 		return true;

@@ -12,20 +12,27 @@
 
 #define NAME_LEN 256
 #define MEMFD "memfd:" /* how the names of memory files begin */
-#define MOST_STEPS 80 /* directories and mounts on the way up */
+#define MOST_PARTS 80 /* directories on the way up */
+#define MOST_STEPS 96 /* and mounts that they are in; a multiple of: */
+#define STEPS_AT_ONCE 4
 
 /* Written from the end: the path is bytes[start .. PATH_LEN). The room behind PATH_LEN is never
  * part of a path; it lets the verifier see that a whole name fits at any masked offset. */
 struct path_buffer {
 	char bytes[PATH_LEN + NAME_LEN];
-	__u64 dentry;   /* where to begin: struct dentry */
-	__u64 vfsmount; /* struct vfsmount */
+	/* How far the walk has come, as addresses. */
+	__u64 dentry;     /* of the struct dentry whose name comes next */
+	__u64 mount;      /* of the struct mount that it is in, */
+	__u64 parent;     /* of that mount's parent, */
+	__u64 mountpoint; /* of the dentry there that it is mounted on, */
+	__u64 root;       /* and of its topmost dentry */
 	__u32 start;
 	__u32 mntns;    /* inode number of the mount namespace; 0: in none */
 	__u8 truncated;
 	__u8 nameless;  /* a pipe, for example: it is in no directory and has no name */
 	__u8 memfd;
-	__u8 pad[5];
+	__u8 parts;
+	__u8 pad[4];
 };
 
 struct path_buffers {
@@ -54,12 +61,6 @@ struct dentry_view {
 	struct dentry *parent;
 	const unsigned char *name;
 	__u32 length;
-};
-
-struct mount_view {
-	struct mount *parent;
-	struct dentry *mountpoint;
-	struct dentry *root;
 };
 
 /*
@@ -95,36 +96,41 @@ static __always_inline void view_dentry(struct dentry_view *view, const struct d
 	view->length = READ(struct dentry, dentry, d_name.len);
 }
 
-static __always_inline void view_mount(struct mount_view *view, const struct mount *mount)
+/* Goes on in another mount, from wherever `dentry` is. */
+static __always_inline void enter_mount(struct path_buffer *buffer, struct mount *mount)
 {
 	const __u32 start = bpf_core_field_offset(struct mount, mnt_parent);
 	const __u32 mountpoint = bpf_core_field_offset(struct mount, mnt_mountpoint) - start;
 	const __u32 root = bpf_core_field_offset(struct mount, mnt.mnt_root) - start;
 	__u64 span[SPAN_WORDS];
 
-	if (!plain_loads() && in_span(mountpoint, sizeof(view->mountpoint)) &&
-	    in_span(root, sizeof(view->root))) {
+	buffer->mount = (__u64)mount;
+	if (!plain_loads() && in_span(mountpoint, sizeof(__u64)) && in_span(root, sizeof(__u64))) {
 		if (bpf_probe_read_kernel(span, sizeof(span), (const void *)mount + start))
 			count_fault(FAULT_UNREADABLE);
-		view->parent = (struct mount *)span[0];
-		view->mountpoint = *(struct dentry **)((void *)span + mountpoint);
-		view->root = *(struct dentry **)((void *)span + root);
+		buffer->parent = span[0];
+		buffer->mountpoint = *(__u64 *)((void *)span + mountpoint);
+		buffer->root = *(__u64 *)((void *)span + root);
 		return;
 	}
-	view->parent = READ(struct mount, mount, mnt_parent);
-	view->mountpoint = READ(struct mount, mount, mnt_mountpoint);
-	view->root = READ(struct mount, mount, mnt.mnt_root);
+	buffer->parent = (__u64)READ(struct mount, mount, mnt_parent);
+	buffer->mountpoint = (__u64)READ(struct mount, mount, mnt_mountpoint);
+	buffer->root = (__u64)READ(struct mount, mount, mnt.mnt_root);
 }
 
-/* The mount namespace that a mount is in: detached ones are in none, and the kernel's own have an
- * error number in its place. */
+/* The mount namespace that a mount is in: the kernel's own have an error number in its place, and
+ * detached ones none, or one that is not anybody's: without a number, or, from 6.18 on, with this. */
+#define MNT_NS_ANON_INO 0xeffffff7
+
 static __always_inline __u32 mntns_of_mount(const struct mount *mount)
 {
 	struct mnt_namespace *ns = READ(struct mount, mount, mnt_ns);
+	__u32 inum;
 
 	if (!ns || (unsigned long)ns >= (unsigned long)-MAX_ERRNO)
 		return 0;
-	return READ(struct mnt_namespace, ns, ns.inum);
+	inum = READ(struct mnt_namespace, ns, ns.inum);
+	return inum == MNT_NS_ANON_INO ? 0 : inum;
 }
 
 static __always_inline void path_prepend(struct path_buffer *buffer,
@@ -147,8 +153,8 @@ static __always_inline void path_prepend(struct path_buffer *buffer,
 }
 
 /*
- * Of what is at the top of no mount: a memory file has a name; a pipe has none, nor has a file of
- * /proc/PID/ns/, whose name is a slash.
+ * Of what is at the top, but of no mount: a memory file has a name; a pipe has none, nor has a file of
+ * /proc/PID/ns/, whose name is a slash. What is below it has been moved out of its mount.
  */
 static __always_inline void path_prepend_topmost(struct path_buffer *buffer,
 						 const struct dentry_view *entry)
@@ -159,71 +165,87 @@ static __always_inline void path_prepend_topmost(struct path_buffer *buffer,
 
 	if (bpf_probe_read_kernel_str(name, sizeof(name), entry->name) < 0)
 		count_fault(FAULT_UNREADABLE);
-	if (buffer->start == PATH_LEN && (!name[0] || name[0] == '/')) {
+	if (buffer->start != PATH_LEN) {
+		buffer->truncated = 1;
+		return;
+	}
+	if (!name[0] || name[0] == '/') {
 		buffer->nameless = 1;
 		return;
 	}
 #pragma unroll
 	for (i = 0; i < (int)sizeof(MEMFD) - 1; i++)
 		memfd &= name[i] == MEMFD[i];
-	buffer->memfd = memfd && buffer->start == PATH_LEN;
-	if (name[0] && name[0] != '/')
-		path_prepend(buffer, entry);
+	buffer->memfd = memfd;
+	path_prepend(buffer, entry);
 }
 
-static __always_inline void path_finish(struct path_buffer *buffer, const struct mount *mount)
+/* One step up; false when the path is whole or can grow no more. */
+static __always_inline bool step_up(struct path_buffer *buffer)
 {
-	buffer->mntns = mntns_of_mount(mount);
-	if (buffer->start == PATH_LEN) {
-		buffer->start = PATH_LEN - 1;
-		buffer->bytes[PATH_LEN - 1] = '/';
+	struct dentry_view entry;
+
+	if (buffer->dentry == buffer->root) {
+		if (buffer->parent == buffer->mount)
+			return false;
+		buffer->dentry = buffer->mountpoint;
+		enter_mount(buffer, (struct mount *)buffer->parent);
+		return true;
 	}
+	view_dentry(&entry, (struct dentry *)buffer->dentry);
+	if ((__u64)entry.parent == buffer->dentry) {
+		path_prepend_topmost(buffer, &entry);
+		return false;
+	}
+	if (buffer->parts++ == MOST_PARTS)
+		buffer->truncated = 1;
+	else
+		path_prepend(buffer, &entry);
+	buffer->dentry = (__u64)entry.parent;
+	return !buffer->truncated;
+}
+
+/* Some steps up, in the buffer of a slot: 1, or 0 when there are no more. Not static, so it is
+ * verified once, and not in each turn of a loop; what it leaves for the next turn is in the buffer. */
+__noinline int path_climb(__u32 slot)
+{
+	struct path_buffer *buffer = path_buffer(slot);
+	int i;
+
+	if (!buffer)
+		return 0;
+#pragma unroll
+	for (i = 0; i < STEPS_AT_ONCE; i++) {
+		if (!step_up(buffer))
+			return 0;
+	}
+	return 1;
 }
 
 /*
- * Builds, in the buffer of a slot, the path from `dentry` and `vfsmount` in it, as seen from the root
- * of its mount namespace. One of more than MOST_STEPS parts, or too long, loses its beginning
- * and is marked truncated. Not static: so it is verified once, and not at each call.
+ * Builds, in the buffer of a slot, the path from `dentry` in it, as seen from the root of its mount
+ * namespace. One of more than MOST_PARTS parts, or too long, loses its beginning and is marked
+ * truncated.
  */
 __noinline int path_walk(__u32 slot)
 {
 	struct path_buffer *buffer = path_buffer(slot);
-	struct dentry_view entry;
-	struct mount_view on;
-	struct dentry *dentry;
-	struct mount *mount;
 	int step;
 
 	if (!buffer)
 		return 0;
-	dentry = (struct dentry *)buffer->dentry;
-	mount = (void *)buffer->vfsmount - bpf_core_field_offset(struct mount, mnt);
-	buffer->start = PATH_LEN;
-	buffer->mntns = 0;
-	buffer->truncated = buffer->nameless = buffer->memfd = 0;
-	view_mount(&on, mount);
-	for (step = 0; step < MOST_STEPS; step++) {
-		if (dentry == on.root) {
-			if (on.parent == mount)
-				break;
-			dentry = on.mountpoint;
-			mount = on.parent;
-			view_mount(&on, mount);
-			continue;
-		}
-		view_dentry(&entry, dentry);
-		if (entry.parent == dentry) {
-			path_prepend_topmost(buffer, &entry);
+	for (step = 0; step < MOST_STEPS; step += STEPS_AT_ONCE) {
+		if (!path_climb(slot))
 			break;
-		}
-		path_prepend(buffer, &entry);
-		if (buffer->truncated)
-			break;
-		dentry = entry.parent;
 	}
-	if (step == MOST_STEPS && (dentry != on.root || on.parent != mount))
+	if (step == MOST_STEPS &&
+	    (buffer->dentry != buffer->root || buffer->parent != buffer->mount))
 		buffer->truncated = 1;
-	path_finish(buffer, mount);
+	buffer->mntns = mntns_of_mount((struct mount *)buffer->mount);
+	if (buffer->start == PATH_LEN) {
+		buffer->start = PATH_LEN - 1;
+		buffer->bytes[PATH_LEN - 1] = '/';
+	}
 	return 0;
 }
 
@@ -235,9 +257,12 @@ static __always_inline struct path_buffer *path_build(__u32 slot, struct dentry 
 
 	if (!buffer || !dentry)
 		return NULL;
-	/* In memory: a pointer to a kernel type cannot be an argument. */
+	buffer->start = PATH_LEN;
+	buffer->truncated = buffer->nameless = buffer->memfd = buffer->parts = 0;
 	buffer->dentry = (__u64)dentry;
-	buffer->vfsmount = (__u64)vfsmount;
+	buffer->mount = (__u64)vfsmount; /* once in memory, it is a number to the verifier */
+	enter_mount(buffer,
+		    (void *)buffer->mount - bpf_core_field_offset(struct mount, mnt));
 	path_walk(slot);
 	return buffer;
 }

@@ -32,7 +32,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
     Through a privileged helper, as `run` does: that it has fewer rights can make a difference.
     """
     programs: list[ProgramStatus] = []
-    reason = ""
+    reason, fentry = "", "not tried"
     try:
         kernel = _loaded(settings, kinds)
     except StreamerError as error:
@@ -42,6 +42,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
         try:
             kernel.attach()
             programs, found = kernel.statuses, kernel.coverage(kinds)
+            fentry = kernel.no_functions or "yes"
         finally:
             kernel.close()
     uname = os.uname()
@@ -49,7 +50,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
         kernel=f"{uname.sysname} {uname.release} {uname.machine}",
         ok=all(one.status == "full" for one in found.values()),
         capabilities=capabilities.held(),
-        features=_features(settings, reason),
+        features=_features(settings, reason, fentry),
         programs=programs,
         kinds=found,
     )
@@ -57,19 +58,20 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
 
 def _loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
     capabilities.require()
-    loader = with_helper(settings).loader
+    stand_in = with_helper(settings).loader
     try:
-        return state.load(settings, kinds, loader)
+        return state.load(settings, kinds, stand_in)
     except BaseException:
-        loader.close()
+        stand_in.close()
         raise
 
 
-def _features(settings: Settings, reason: str) -> dict[str, str]:
+def _features(settings: Settings, reason: str, fentry: str) -> dict[str, str]:
     tracefs = loader.ensure_tracefs() if not reason else ""
     return {
         "btf": settings.btf or _yes(os.path.exists(loader.KERNEL_BTF)),
         "load": reason or "yes",
+        "fentry": fentry,
         "tracefs": tracefs or "yes",
         "decoder": _decoder(),
     }

@@ -127,8 +127,10 @@ class Loader:
         self._directory = directory
         self._btf: str | None = None
         self._core: Object | None = None
+        self._shared: dict[str, Map] = {}
         self._functions: set[str] = set()
-        self._no_functions = ""  # why programs at functions do not load
+        self.no_functions = "not tried"
+        """Why programs at functions (fentry, fexit) do not load; empty where they do."""
         self._sensors: dict[str, _Sensor] = {}
         self.cpus = last_possible_cpu() + 1
 
@@ -154,15 +156,14 @@ class Loader:
             for program in core.programs.values():
                 program.autoload(program.name == _WHOAMI)
             core.load()
-            self._core = core
             self._find_out_who(core)
+            self._functions = self._known_functions()
+            self.no_functions = self._try_function()
         except OSError as error:
             core.close()
-            self._core = None
             raise _core_error(error) from error
-        self._functions = self._known_functions()
-        self._no_functions = self._try_function()
-        return {name: found.fd for name, found in core.maps.items() if not name.startswith(".")}
+        self._core, self._shared = core, _named(core.maps)
+        return {name: found.fd for name, found in self._shared.items()}
 
     def _find_out_who(self, core: Object) -> None:
         core.programs[_WHOAMI].run()
@@ -186,7 +187,6 @@ class Loader:
         return functions_of(wanted, self._btf)
 
     def _try_function(self) -> str:
-        """Why programs at functions (fentry, fexit) cannot be loaded here; empty if they can."""
         trial = self._open(CORE)
         try:
             for one in trial.maps.values():
@@ -239,20 +239,15 @@ class Loader:
             made.close()
             raise
         self._sensors[sensor] = made
-        return Loaded(list(made.states.values()), self._own_maps(made))
+        own = {name: found.fd for name, found in self._own_maps(made).items()}
+        return Loaded(list(made.states.values()), own)
 
-    def _own_maps(self, made: _Sensor) -> dict[str, int]:
-        shared = self._shared
+    def _own_maps(self, made: _Sensor) -> dict[str, Map]:
         return {
-            name: found.fd
-            for name, found in made.maps.items()
-            if name not in shared and not name.startswith(".") and self._is_wanted(made, name)
+            name: found
+            for name, found in _named(made.maps).items()
+            if name not in self._shared and self._is_wanted(made, name)
         }
-
-    @property
-    def _shared(self) -> dict[str, Map]:
-        assert self._core is not None
-        return self._core.maps
 
     def _plan(self, made: _Sensor) -> None:
         """Which ways to each hook can be tried here, best first."""
@@ -262,8 +257,8 @@ class Loader:
         for info in made.info.programs:
             if not self._is_given(made, info.needs):
                 continue
-            section = sections[info.name]
-            reason = self._obstacle(section)
+            section = sections.get(info.name, "")
+            reason = self._obstacle(section) if section else "the object has no such program"
             if reason:
                 made.note(info, section, FAILED, reason)
             else:
@@ -286,7 +281,7 @@ class Loader:
     def _obstacle(self, section: str) -> str:
         """Why a program cannot be attached there, as far as that is known beforehand."""
         if section.startswith(_AT_FUNCTION):
-            return self._no_functions
+            return self.no_functions
         kind, _, event = section.partition("/")
         if kind == "tracepoint":
             trouble = ensure_tracefs()
@@ -316,8 +311,8 @@ class Loader:
         made.programs[attempt.info.hook] = loaded.programs[attempt.info.name]
         made.note(attempt.info, attempt.section, LOADED)
 
-    def _load_next(self, made: _Sensor, hook: str) -> bool:
-        """The next way to a hook that loads, alone; False when there is none."""
+    def _load_next(self, made: _Sensor, hook: str) -> None:
+        """The next way to a hook that loads, alone, if there is one."""
         while made.waiting[hook]:
             attempt = made.waiting[hook].pop(0)
             try:
@@ -328,8 +323,7 @@ class Loader:
                 continue
             made.objects.append(loaded)
             self._take(made, loaded, attempt)
-            return True
-        return False
+            return
 
     def _try_load(self, made: _Sensor, names: Collection[str]) -> Object:
         """Load only those programs. Raises OSError, with the verifier's log for a single one."""
@@ -379,25 +373,26 @@ class Loader:
             KernelError: the sensor is not loaded.
         """
         made = self._loaded(sensor)
-        for hook in list(made.programs):
-            self._attach_hook(made, hook)
+        for hook, program in list(made.programs.items()):
+            if made.states[program.name].status == LOADED:
+                self._attach_hook(made, hook)
         for attempts in made.waiting.values():
             for attempt in attempts:
                 made.note(attempt.info, attempt.section, SPARE)
         return list(made.states.values())
 
     def _attach_hook(self, made: _Sensor, hook: str) -> None:
-        while True:
-            program = made.programs[hook]
+        while hook in made.programs:
+            program = made.programs.pop(hook)
             info = next(one for one in made.info.programs if one.name == program.name)
             try:
                 made.links += _attach(program, made.targets)
             except OSError as error:
                 made.note(info, program.section, FAILED, _attach_reason(program, error))
+                self._load_next(made, hook)
             else:
                 made.note(info, program.section, ATTACHED)
-                return
-            if not self._load_next(made, hook):
+                made.programs[hook] = program
                 return
 
     def _loaded(self, sensor: str) -> _Sensor:
@@ -434,10 +429,12 @@ class Loader:
         return self._map(map).entries()
 
     def _map(self, name: str) -> Map:
-        objects = [self._core, *(o for one in self._sensors.values() for o in one.objects)]
-        for opened in objects:
-            if opened is not None and name in opened.maps and not name.startswith("."):
-                return opened.maps[name]
+        if name in self._shared:
+            return self._shared[name]
+        for made in self._sensors.values():
+            own = self._own_maps(made)
+            if name in own:
+                return own[name]
         raise KernelError(f"there is no map {name}")
 
     def missed(self) -> dict[str, int]:
@@ -463,7 +460,12 @@ class Loader:
         self._sensors = {}
         if self._core is not None:
             self._core.close()
-            self._core = None
+            self._core, self._shared = None, {}
+
+
+def _named(maps: Mapping[str, Map]) -> dict[str, Map]:
+    """Without the sections of global data, whose names begin with a point."""
+    return {name: one for name, one in maps.items() if not name.startswith(".")}
 
 
 class _LoadError(OSError):
@@ -517,6 +519,14 @@ def _attach_to_each(names: Iterable[str], attach: Callable[[str], Link]) -> list
 
 
 def _to_interface(program: Program, name: str) -> Link:
+    with open("/proc/self/net/dev") as file:
+        ours = {line.partition(":")[0].strip() for line in file if ":" in line}
+    if name not in ours:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    # It shows the interfaces of whoever mounted it, whose indexes are others' here.
+    shown = {one.name for one in os.scandir("/sys/class/net") if one.is_dir()}
+    if shown != ours:
+        raise OSError(errno.EXDEV, "/sys/class/net is that of another network namespace")
     with open(f"/sys/class/net/{name}/ifindex") as file:
         return program.attach_to_interface(int(file.read()))
 

@@ -298,6 +298,7 @@ class KernelState:
         )
         self.entries = filter_entries(settings.filters)
         maps = loader.load_core(self.ring_bytes, settings.btf)
+        self.no_functions = loader.no_functions
         try:
             self.ring_fds = {name: maps[name] for name in RINGS}
             self.counters = self._map(maps["counters"], size_of("cpu_counters") * self.cpus)
@@ -428,12 +429,16 @@ def _kinds_of(sensor: str, program: str) -> tuple[str, ...]:
 
 
 def load(
-    settings: Settings, kinds: Collection[str], loader: LoaderLike | None = None
+    settings: Settings,
+    kinds: Collection[str],
+    loader: LoaderLike | None = None,
+    directory: str = OBJECTS,
 ) -> KernelState:
     """Load what `kinds` needs, with its filters in place and the agent itself excluded.
 
     Nothing is attached yet: no event can have been produced when this returns. Without a
-    `loader` the programs are loaded in this process, which is then the whole agent.
+    `loader` the programs are loaded in this process, which is then the whole agent. `directory`
+    is where the loader has its objects from.
 
     Raises:
         PrivilegeError: missing capabilities.
@@ -442,8 +447,8 @@ def load(
     """
     wanted = sensors_of(kinds)
     capabilities.require()
-    check_contracts((CORE, *wanted))
-    state = KernelState(loader or Loader(), settings)
+    check_contracts((CORE, *wanted), directory)
+    state = KernelState(loader or Loader(directory=directory), settings)
     failures = []
     for sensor in wanted:
         try:
