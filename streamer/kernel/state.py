@@ -299,6 +299,7 @@ class KernelState:
         )
         self._check_contract(CORE)
         maps = loader.load_core(self.ring_bytes, settings.btf)
+        self.no_functions = loader.no_functions
         try:
             self.ring_fds = {name: maps[name] for name in RINGS}
             self.counters = self._map(maps["counters"], size_of("cpu_counters") * self.cpus)

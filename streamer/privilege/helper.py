@@ -173,7 +173,8 @@ class Helper:
         maps = self._loader.load_core(rings, path)
         self._core = True
         trim()
-        yield Answer({"maps": list(maps)}, list(maps.values()))
+        result = {"maps": list(maps), "no_functions": self._loader.no_functions}
+        yield Answer(result, list(maps.values()))
 
     def _load(self, sensor: str, options: dict[str, int]) -> Iterator[Answer]:
         if not self._core or sensor in self._sensors:
