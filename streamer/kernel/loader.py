@@ -353,7 +353,9 @@ class Loader:
             if name.startswith(_OPTION_SECTION):
                 value = made.options.get(name.removeprefix(_OPTION_SECTION), 0)
                 one.write_initial(value.to_bytes(8, "little"))
-            elif one.internal or not self._is_wanted(made, name):
+            elif one.internal:
+                continue  # the compiler's: it puts there what it likes, such as a switch's table
+            elif not self._is_wanted(made, name):
                 one.leave_out()
             elif name in shared:
                 one.reuse(shared[name].fd)

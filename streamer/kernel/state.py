@@ -294,6 +294,8 @@ class KernelState:
         self._missed_before: Counter[str] = Counter()  # of what was unloaded
         self._mapped: list[mmap.mmap] = []
         self.cpus = loader.cpus
+        self.no_functions = "not tried"
+        """Why programs at functions (fentry, fexit) do not load; empty where they do."""
         self.ring_bytes = dict(
             zip(RINGS, (settings.rings.critical_bytes, settings.rings.bulk_bytes), strict=True)
         )

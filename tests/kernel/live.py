@@ -19,22 +19,24 @@ from streamer.ringbuf_reader import RingSource
 from streamer.settings import Filters, Settings
 from streamer.stream_events import KindCounts
 from tests.kernel.agent import kind_of
+from tests.kernel.bpf_maps import HeldMap, maps_of
 from tests.kernel.scope import Scope
 
 DRAIN = 4096
 
 
 class Live:
-    """A loaded kernel state, narrowed down to a scope, from `attach` to the end of the block."""
+    """A loaded kernel state, narrowed down to a scope if there is one; attached in its block."""
 
     def __init__(
         self,
-        scope: Scope,
+        scope: Scope | None,
         kinds: Collection[str],
         settings: Settings | None = None,
         directory: str = OBJECTS,
     ) -> None:
         self.scope = scope
+        self._before = {one.id for one in maps_of()}
         self.settings = settings or Settings()
         filters = self.within(self.settings.filters)
         wanted = msgspec.structs.replace(self.settings, filters=filters)
@@ -52,7 +54,13 @@ class Live:
 
     def within(self, filters: Filters) -> Filters:
         """The filters, and that of the scope."""
+        if self.scope is None:
+            return filters
         return msgspec.structs.replace(filters, cgroups=(self.scope.id,))
+
+    def maps(self) -> list[HeldMap]:
+        """The maps that were made since, and are held by this process."""
+        return [one for one in maps_of() if one.id not in self._before]
 
     def read(self) -> list[Any]:
         """What the rings hold, which is all that has happened so far."""
@@ -74,7 +82,8 @@ class Live:
         return self._counters.kinds(read).get(kind, nothing)
 
     def check(self) -> None:
-        """Every event that was produced is in the account, and no number is missing."""
+        """Detach; every event that was produced is in the account, and no number is missing."""
+        self.state.detach()
         self.read()
         read = Counter(kind_of(event) for event in self.events)
         for kind, counts in self._counters.kinds(read).items():

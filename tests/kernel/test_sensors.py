@@ -48,14 +48,25 @@ def names_of(maps: list[HeldMap]) -> list[str]:
     return [one.name for one in maps if ".rodata" not in one.name]
 
 
+def await_end_of(maps: list[int]) -> None:
+    """The kernel frees them when nothing can use them any more: soon, and not at once."""
+    assert maps
+    deadline = time.monotonic() + 20
+    while any(map(exists, maps)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 # ---------------------------------------------------------------- maps
 
 
 @pytest.mark.parametrize("kind", OWN_MAPS)
 def test_a_sensor_makes_its_own_maps_alone(scope: Scope, kind: str) -> None:
-    with Live(scope, {kind}):
-        assert Counter(names_of(maps_of())) == Counter(CORE_MAPS + OWN_MAPS[kind])
-    assert maps_of() == []
+    with Live(scope, {kind}) as live:
+        assert Counter(names_of(live.maps())) == Counter(CORE_MAPS + OWN_MAPS[kind])
+        made = [one.id for one in live.maps()]
+    del live
+    await_end_of(made)
 
 
 def test_the_command_makes_no_map_of_what_is_not_asked_for(scope: Scope, tmp_path: Path) -> None:
@@ -70,8 +81,8 @@ def test_the_command_makes_no_map_of_what_is_not_asked_for(scope: Scope, tmp_pat
 def test_maps_have_their_sizes(scope: Scope) -> None:
     rings = Rings(critical_bytes=1 << 17, bulk_bytes=1 << 16)
     settings = Settings(rings=rings, kernel=Kernel(connections=2048))
-    with Live(scope, {"net.connect"}, settings):
-        entries = {one.name: one.entries for one in maps_of()}
+    with Live(scope, {"net.connect"}, settings) as live:
+        entries = {one.name: one.entries for one in live.maps()}
     assert entries["critical"] == 1 << 17
     assert entries["bulk"] == 1 << 16
     assert entries["counters"] == entries["path_buffers"] == CPUS
@@ -108,7 +119,7 @@ def test_cpus_are_counted_by_the_highest_number(tmp_path: Path) -> None:
 def test_the_map_of_an_option(scope: Scope, wanted: bool) -> None:
     """Is made only where the option is on, and the programs that fill it only then attached."""
     with Live(scope, {"file.open"}, Settings(kernel=Kernel(open_latency=wanted))) as live:
-        assert ("open_starts" in names_of(maps_of())) == wanted
+        assert ("open_starts" in names_of(live.maps())) == wanted
         hooks = {one.hook for one in live.state.statuses}
         assert ("openat_start" in hooks) == wanted
         scope.act(open_missing, "/no/", 3)
@@ -166,11 +177,16 @@ class Ways:
     """The sensor `ways`, loaded and attached, for this process."""
 
     def __init__(self, objects: Path, options: Mapping[str, int] | None = None) -> None:
+        self._before = {one.id for one in maps_of()}
         self.loader = Loader(sensors=catalogue(objects), directory=str(objects))
         self.loader.load_core({"critical": 4096, "bulk": 4096}, None)
         chosen = {"rows": 123, "only_pid": os.getpid()} | dict(options or {})
         self.loaded = self.loader.load("ways", chosen)
         self.states = {one.name: one for one in self.loader.attach("ways")}
+
+    def maps(self) -> dict[str, int]:
+        """Names and entries of the maps that it made."""
+        return {one.name: one.entries for one in maps_of() if one.id not in self._before}
 
     def ran(self) -> list[str]:
         """The ways by which three calls of fchdir() are seen, each of them three times."""
@@ -247,7 +263,7 @@ def test_failed_ways_have_their_reasons(objects: Path) -> None:
 def test_what_an_option_brings(objects: Path) -> None:
     """Programs and a map that are there only with it; nobody misses them without."""
     without = Ways(objects)
-    names = names_of(maps_of())
+    names = without.maps()
     without.loader.close()
     assert "optional" not in without.loaded.maps
     assert "optional" not in names
@@ -273,7 +289,7 @@ def test_a_map_that_was_not_made_cannot_be_read(objects: Path) -> None:
 
 def test_sizes_that_a_map_says(objects: Path) -> None:
     ways = Ways(objects)
-    entries = {one.name: one.entries for one in maps_of()}
+    entries = ways.maps()
     ways.loader.close()
     assert (entries["by_cpu"], entries["by_kind"]) == (CPUS, CPUS * KIND_END)
     assert entries["rows"] == 123
@@ -306,7 +322,7 @@ def test_a_sensor_that_does_not_load_leaves_the_others_alone(objects: Path) -> N
     ways.loader.unload("broken")
     ways.loader.close()
     assert ran == WITHOUT_OPTIONS
-    assert maps_of() == []
+    assert ways.maps() == {}
 
 
 def test_sensors_that_are_not_there(objects: Path) -> None:
@@ -362,15 +378,6 @@ def open_and_run(prefix: str, count: int) -> None:
         os.waitpid(os.posix_spawn("/bin/true", [b"true", str(i).encode()], {}), 0)
 
 
-def await_end_of(maps: list[int]) -> None:
-    """The kernel frees them when nothing can use them any more: soon, and not at once."""
-    assert maps
-    deadline = time.monotonic() + 20
-    while any(map(exists, maps)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def open_and_run_in_turns(turns: int, each: int) -> None:
     for turn in range(turns):
         checkpoint(turn)
@@ -390,7 +397,7 @@ def test_sensors_come_and_go_while_events_flow(scope: Scope) -> None:
             if turn % 2:
                 live.state.load("file")
                 live.state.attach_sensor("file")
-                held = [one.id for one in maps_of() if one.name == "open_scratches"]
+                held = [one.id for one in live.maps() if one.name == "open_scratches"]
             elif turn:
                 live.state.unload("file")
                 await_end_of(held)
