@@ -357,7 +357,7 @@ class Loader:
             elif name.endswith(_VARIABLES) or not self._is_wanted(made, name):
                 one.leave_out()
             elif one.internal:
-                continue
+                continue  # the compiler's: it puts there what it likes, such as a switch's table
             elif name in shared:
                 one.reuse(shared[name].fd)
             elif name in kept:
