@@ -148,7 +148,7 @@ class Filters(Section, frozen=True, kw_only=True):
         MANY,
         doc(
             "Leave out files whose path begins with one of these, in the initial mount namespace: "
-            "opened ones, and ones that are not there."
+            "opened ones that are in a directory, and ones that are not there."
         ),
     ] = ()
 

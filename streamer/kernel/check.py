@@ -32,17 +32,17 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
     Through a privileged helper, as `run` does: that it has fewer rights can make a difference.
     """
     programs: list[ProgramStatus] = []
-    reason, fentry = "", "not tried"
+    reason, no_functions = "", "not tried"
     try:
         kernel = _loaded(settings, kinds)
     except StreamerError as error:
         reason = str(error)
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
     else:
+        no_functions = kernel.no_functions
         try:
             kernel.attach()
             programs, found = kernel.statuses, kernel.coverage(kinds)
-            fentry = kernel.no_functions or "yes"
         finally:
             kernel.close()
     uname = os.uname()
@@ -50,7 +50,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
         kernel=f"{uname.sysname} {uname.release} {uname.machine}",
         ok=all(one.status == "full" for one in found.values()),
         capabilities=capabilities.held(),
-        features=_features(settings, reason, fentry),
+        features=_features(settings, reason, no_functions),
         programs=programs,
         kinds=found,
     )
@@ -58,20 +58,20 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
 
 def _loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
     capabilities.require()
-    stand_in = with_helper(settings).loader
+    loader = with_helper(settings).loader
     try:
-        return state.load(settings, kinds, stand_in)
+        return state.load(settings, kinds, loader)
     except BaseException:
-        stand_in.close()
+        loader.close()
         raise
 
 
-def _features(settings: Settings, reason: str, fentry: str) -> dict[str, str]:
+def _features(settings: Settings, reason: str, no_functions: str) -> dict[str, str]:
     tracefs = loader.ensure_tracefs() if not reason else ""
     return {
         "btf": settings.btf or _yes(os.path.exists(loader.KERNEL_BTF)),
         "load": reason or "yes",
-        "fentry": fentry,
+        "fentry": no_functions or "yes",
         "tracefs": tracefs or "yes",
         "decoder": _decoder(),
     }

@@ -147,6 +147,9 @@ class Loader:
         self._btf = find_btf(btf)
         core = self._open(CORE)
         try:
+            for one in core.maps.values():
+                if one.internal:
+                    one.leave_out()
             for map_info in self._catalogue[CORE].maps:
                 size = self._entries(map_info.sized, {})
                 if size:
@@ -177,13 +180,14 @@ class Loader:
                 identities.update(key, value[4:8] + value[4:])
 
     def _known_functions(self) -> set[str]:
-        wanted = {
-            need.removeprefix("no ").removeprefix("function:")
+        needs = [
+            need
             for sensor in self._catalogue.values()
-            for program in sensor.programs
-            for need in program.needs
-            if "function:" in need
-        }
+            for tagged in (*(p.needs for p in sensor.programs), *(m.needs for m in sensor.maps))
+            for need in tagged
+        ]
+        named = (need.removeprefix("no ") for need in needs if "function:" in need)
+        wanted = {need.removeprefix("function:") for need in named}
         return functions_of(wanted, self._btf)
 
     def _try_function(self) -> str:
@@ -318,7 +322,7 @@ class Loader:
             try:
                 loaded = self._try_load(made, [attempt.info.name])
             except OSError as error:
-                reason = f"{attempt.info.name} does not load: {_load_reason(error)}"
+                reason = _load_reason(attempt, error)
                 made.note(attempt.info, attempt.section, FAILED, reason)
                 continue
             made.objects.append(loaded)
@@ -349,8 +353,8 @@ class Loader:
             if name.startswith(_OPTION_SECTION):
                 value = made.options.get(name.removeprefix(_OPTION_SECTION), 0)
                 one.write_initial(value.to_bytes(8, "little"))
-            elif name.startswith("."):
-                continue
+            elif one.internal:
+                continue  # the compiler's: it puts there what it likes, such as a switch's table
             elif not self._is_wanted(made, name):
                 one.leave_out()
             elif name in shared:
@@ -464,8 +468,8 @@ class Loader:
 
 
 def _named(maps: Mapping[str, Map]) -> dict[str, Map]:
-    """Without the sections of global data, whose names begin with a point."""
-    return {name: one for name, one in maps.items() if not name.startswith(".")}
+    """Without the sections of global data, which no program uses but for its options."""
+    return {name: one for name, one in maps.items() if not one.internal}
 
 
 class _LoadError(OSError):
@@ -476,8 +480,14 @@ class _LoadError(OSError):
         self.log = log
 
 
-def _load_reason(error: OSError) -> str:
+def _load_reason(attempt: _Attempt, error: OSError) -> str:
     log = error.log if isinstance(error, _LoadError) else ""
+    if error.errno == errno.ESRCH and not log:  # libbpf has not found it in the BTF
+        return f"this kernel has no {attempt.section}"
+    return f"{attempt.info.name} does not load: {_words_of(error, log)}"
+
+
+def _words_of(error: OSError, log: str) -> str:
     figures = ("processed ", "verification time", "stack depth")
     lines = [line for line in log.splitlines() if line and not line.startswith(figures)]
     return f"{error.strerror}: {lines[-1]}" if lines else str(error.strerror)
