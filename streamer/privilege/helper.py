@@ -20,7 +20,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from streamer.errors import StreamerError
-from streamer.kernel.loader import Loader, ProgramState, ensure_tracefs
+from streamer.kernel.loader import Loader, ProgramState, ensure_tracefs, online_cpus
+from streamer.kernel.perf_event import open_sampling
 from streamer.privilege import capabilities, proc, seccomp
 from streamer.privilege.channel import Channel, Message, MessageError
 from streamer.privilege.files import AppendTarget, NamedFile, open_read
@@ -325,6 +326,23 @@ def _start(
     return files, loader
 
 
+def _needed(*, writes: bool) -> frozenset[int]:
+    have = capabilities.effective()
+    needed = capabilities.needed_by_helper(have, writes=writes)
+    with capabilities.only(needed):
+        # Debian's kernels have a level of kernel.perf_event_paranoid that in 5.10 only it passes.
+        perf_events = _can_open_perf_events()
+    return needed if perf_events else needed | {capabilities.CAP_SYS_ADMIN} & have
+
+
+def _can_open_perf_events() -> bool:
+    try:
+        os.close(open_sampling(online_cpus()[0], 1))
+    except OSError as error:
+        return error.errno != errno.EACCES
+    return True
+
+
 def confine(*, writes: bool) -> None:
     """Keep the capabilities that the helper needs, and the system calls.
 
@@ -335,11 +353,10 @@ def confine(*, writes: bool) -> None:
     """
     os.chdir("/")
     ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
-    have = capabilities.effective()
     # Kernels before 5.11 count maps against it, and raising it takes another capability.
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
-    capabilities.limit_to(capabilities.needed_by_helper(have, writes=writes))
+    capabilities.limit_to(_needed(writes=writes))
     capabilities.forgo_gains()
     capabilities.hide_memory()
     seccomp.install(helper_filter(os.getpid(), os.uname().machine))
