@@ -47,7 +47,7 @@ struct {
 } sockets SEC(".maps");
 
 /* By the address of the struct sock. Where `sockets` is used: only what was accepted and has not
- * changed its state since. Else: from the SYN to the close. */
+ * changed its state since, and what a socket has no room for. Else: from the SYN to the close. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
@@ -206,11 +206,10 @@ static __always_inline void own(struct owner *owner)
 
 static __always_inline struct connection *find(struct sock *sk, const bool typed)
 {
+	struct connection *kept = typed ? bpf_sk_storage_get(&sockets, sk, NULL, 0) : NULL;
 	__u64 key = (__u64)sk;
 
-	if (typed)
-		return bpf_sk_storage_get(&sockets, sk, NULL, 0);
-	return bpf_map_lookup_elem(&connections, &key);
+	return kept ?: bpf_map_lookup_elem(&connections, &key);
 }
 
 static __always_inline bool keep_in_table(struct sock *sk, struct connection *connection)
@@ -226,16 +225,19 @@ static __always_inline bool keep_in_table(struct sock *sk, struct connection *co
 static __always_inline void keep(struct sock *sk, struct connection *connection, const bool typed)
 {
 	struct connection *kept;
+	__u64 key = (__u64)sk;
 
-	if (!typed) {
-		keep_in_table(sk, connection);
-		return;
-	}
-	kept = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (kept)
-		*kept = *connection;
-	else /* the user has used up what the socket may hold (net.core.optmem_max) */
+	if (typed) {
+		kept = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+		if (kept) {
+			*kept = *connection;
+			bpf_map_delete_elem(&connections, &key);
+			return;
+		}
+		/* The user has used up what the socket may hold (net.core.optmem_max). */
 		count_fault(FAULT_SOCKET_STORAGE);
+	}
+	keep_in_table(sk, connection);
 }
 
 static __always_inline void forget(struct sock *sk, const bool typed)
@@ -452,9 +454,11 @@ static __always_inline void on_inbound(struct sock *sk, const bool typed)
 		.since_boot_ns = bpf_ktime_get_boot_ns(),
 	};
 
-	/* With Fast Open it can have been accepted before it was complete. */
-	take_from_table(sk, typed);
-	if (find(sk, typed))
+	/* With Fast Open it can have been accepted before it was complete. Else what is in the table is
+	 * of another socket that was at this address: its reset came in the middle of its accept. */
+	if (!READ(struct sock, sk, sk_socket))
+		forget(sk, typed);
+	else if (find(sk, typed))
 		return;
 	key.netns = READ(struct sock, sk, __sk_common.skc_net.net, ns.inum);
 	key.port = bpf_ntohs(READ(struct inet_sock, sk, inet_sport));
