@@ -6,10 +6,12 @@ import errno
 import os
 import socket
 import struct
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.brokers import free_port
 from tests.kernel.agent import Agent
 from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope
@@ -61,3 +63,27 @@ def test_a_socket_without_room_has_an_owner(scope: Scope, tmp_path: Path) -> Non
     assert len(recording.events) == 4
     assert {(e.comm, e.uid, e.owner_known) for e in recording.events} == {("attacker", UID, True)}
     assert recording.heartbeat.faults.keys() == {"socket_storage"}
+
+
+def connect_from(uid: int, port: int) -> None:
+    """To a service of some other port, from the port that is excluded."""
+    become(uid)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        client.bind(("127.0.0.1", port))
+        client.connect(listener.getsockname())
+        listener.accept()[0].close()
+
+
+def test_ports_of_clients_hide_nothing(scope: Scope, tmp_path: Path) -> None:
+    """A client chooses its port: only a service's excludes its connections."""
+    port = free_port()
+    with Agent(tmp_path, *scope.options, "--exclude-port", str(port), events="net.*") as agent:
+        scope.act(in_own_network, connect_from, UID, port)
+        agent.wait_for(b'{"event":"net.close"', 2)
+        recording = agent.stop()
+    assert Counter(type(event).__name__ for event in recording.events) == {
+        "NetConnect": 1,
+        "NetAccept": 1,
+        "NetClose": 2,
+    }
