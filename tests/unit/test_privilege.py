@@ -177,6 +177,22 @@ def test_proc(helper: Setting) -> None:
     assert found == ("\0".join(words).encode()[:MOST_BYTES], True)
 
 
+def test_no_addresses_of_a_process(helper: Setting, tmp_path: Path) -> None:
+    """Who has taken over the worker does not learn where the memory of root's processes is."""
+    program = tmp_path / "a) R 1 (b"
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "60"]) as process:
+        try:
+            found = look_up(helper.client, process.pid, "stat").data.decode()
+            whole = Path(f"/proc/{process.pid}/stat").read_text()
+        finally:
+            process.kill()
+    assert found.startswith(f"{process.pid} (a) R 1 (b) ")
+    fields, own = found.rpartition(")")[2].split(), whole.rpartition(")")[2].split()
+    assert len(fields) == 22
+    assert fields[19] == own[19]  # its start
+
+
 def test_a_process_that_is_gone(helper: Setting) -> None:
     pid = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(pid, 0)
