@@ -200,6 +200,31 @@ def test_a_process_that_is_gone(helper: Setting) -> None:
         look_up(helper.client, pid, "stat")
 
 
+def give_away(to: socket.socket) -> None:
+    """In the worker: start a helper, and give the socket to it to somebody else."""
+    client = start_helper(PROGRAM)
+    client.set_up(())
+    socket.send_fds(to, [b"x"], [client._channel.fileno()])
+
+
+def test_a_helper_ends_with_its_worker() -> None:
+    """Also when the worker, taken over, has given the socket to a process that lives on."""
+    own, other = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            give_away(other)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    _, (fd,), _, _ = socket.recv_fds(own, 1, 1)
+    with own, other, socket.socket(fileno=fd) as stolen:
+        stolen.settimeout(20)
+        assert stolen.recv(1) == b""  # no longer there
+        with pytest.raises(BrokenPipeError):
+            stolen.send(json.dumps(GOOD).encode())
+
+
 def test_what_it_keeps(helper: Setting) -> None:
     """Root keeps five capabilities at most; nobody regains any, or does what a filter refuses."""
     text = Path(f"/proc/{helper.client.pid}/status").read_text()
