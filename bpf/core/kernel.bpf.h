@@ -23,6 +23,7 @@
 #define IPPROTO_MPTCP 262
 #define SOCK_DONE 1 /* enum sock_flags: the peer's FIN was received */
 #define SIGNAL_GROUP_EXIT 4
+#define PF_KTHREAD 0x00200000
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define MAX_ERRNO 4095
@@ -206,6 +207,7 @@ struct signal_struct {
 };
 
 struct task_struct {
+	unsigned int flags;
 	int pid;
 	int tgid;
 	struct task_struct *real_parent;

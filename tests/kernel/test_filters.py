@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,3 +209,21 @@ def test_path_prefixes_within_each_other(
         scope.act(open_around, base)
         recording = agent.stop()
     assert [event.path for event in recording.events] == [f"{base}/{p}0" for p in expected]
+
+
+def run_subject(program: str, others: int) -> None:
+    subprocess.run([program], check=False)
+    for _ in range(others):
+        subprocess.run(["/bin/true"], check=True)
+
+
+def test_what_an_executable_does(scope: Scope, subject: Path, tmp_path: Path) -> None:
+    """From its exec to its exit, at which kernels before 6.16 have let go of the file."""
+    filters = (*scope.options, "--exe", str(subject))
+    with Agent(tmp_path, *filters, events="process.*") as agent:
+        scope.act(run_subject, str(subject), 2)
+        recording = agent.stop()
+    (started,) = recording.of("process.exec")
+    ends = [event for event in recording.of("process.exit") if event.pid == started.pid]
+    assert started.comm == subject.name
+    assert [event.exit_code for event in ends] == [1]
