@@ -42,6 +42,7 @@
 #define O_WRONLY 01
 #define O_CREAT 0100
 #define O_TRUNC 01000
+#define O_NONBLOCK 04000
 #define O_TMPFILE 020000000
 
 typedef enum {
@@ -132,6 +133,7 @@ struct fs_struct {
 };
 
 struct file {
+	unsigned int f_flags;
 	struct path f_path;
 	struct inode *f_inode;
 	void *private_data;
