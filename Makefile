@@ -51,7 +51,7 @@ lock: ## pin the Python packages anew, with hashes
 	@tools/lock.sh $(ARGS)
 
 bench: ## the benchmarks, each beside its plain alternative (root)
-	@tools/setup.sh test
+	@tools/setup.sh bench
 	@exec $(PYTHON_BIN) -m benchmarks $(ARGS)
 
 brokers: ## start a Kafka on 127.0.0.1:19092 and a Mosquitto on 127.0.0.1:18883

@@ -1,13 +1,15 @@
 """The benchmarks: `python -m benchmarks [--quick] [--write] [--only PATH,…]`, as root.
 
-Prints the streamer beside the plain alternative and the limit in C, all in one run, and what an
-event costs in the kernel, memory, idle CPU and latency. With `--write`, docs/benchmarks.md too.
+Prints the streamer beside the plain alternative and the limit in C, all in one run, what an event
+costs in the kernel, memory, idle CPU and latency, and what a host pays beside bpftrace and auditd.
+With `--write`, docs/benchmarks.md too.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import kernel, report, runs
+from benchmarks import host, kernel, report, runs
 from benchmarks.load import Load, Mix
 from benchmarks.measure import Result
 from benchmarks.report import Measured, PathRow
@@ -47,7 +49,7 @@ PLANS = (
     Plan("kafka", "Kafka", "mixed", 4e5, 1_000_000, 200_000, "librdkafka"),
     Plan("mqtt", "MQTT", "mixed", 5e5, 1_000_000, 10_000),
 )
-SECTIONS = (*dict.fromkeys(plan.path for plan in PLANS), "kernel", "process")
+SECTIONS = (*dict.fromkeys(plan.path for plan in PLANS), "kernel", "process", "host")
 
 
 def measure_path(plan: Plan, rounds: int, scale: float, machine: Machine, at: Brokers) -> PathRow:
@@ -115,6 +117,8 @@ def measure(only: frozenset[str], quick: bool, machine: Machine) -> Measured:
         measured.observed = kernel.observed(3 if quick else 9)
     if "process" in only:
         measure_process(measured, 3 if quick else 8, machine)
+    if "host" in only:  # the last: audit, once enabled, leaves its mark on the kernel
+        measured.host = host.measure(1 if quick else 11, scale, machine)
     return measured
 
 
@@ -150,8 +154,11 @@ def main() -> int:
     if os.geteuid() != 0:
         print("bench: the programs are loaded by root: sudo make bench", file=sys.stderr)
         return 3
+    # Ended by a signal, too, it takes away what it has put on the host: cgroups, mounts, rules.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     subprocess.run([sys.executable, runs.ROOT / "bpf" / "build.py", "--all"], check=True)
     runs.build_consumer()
+    host.build_load()
     machine = Machine.split()
     measured = measure(only, chosen.quick, machine)
     print("\n\n".join(report.as_text(table) for table in report.tables(measured)))

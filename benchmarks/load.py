@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 from benchmarks.measure import Shared
 from streamer.account import KernelCounters
-from streamer.events import CONTRACT
-from streamer.kernel.btf import Btf
-from streamer.kernel.contract import compare, contract_of
-from streamer.kernel.libbpf import Object, possible_cpus
-from streamer.kernel.loader import STREAMS, counters_stride, settings_bytes
-from streamer.settings import Filters, Rings
+from streamer.kernel.contract import check_object
+from streamer.kernel.libbpf import Object
+from streamer.kernel.loader import Loader
+from streamer.kernel.objects import CONTRACT, KIND_END, SENSORS
+from streamer.kernel.state import KernelState, pack, size_of
+from streamer.settings import Rings, Settings
 
 OBJECT = Path(__file__).parent.parent / "build" / "bpf" / "bench.bpf.o"
 KINDS = ("file.open", "net.close")
 BURST = 4096
 """Events of one run of the program: about 800 KiB, a twentieth of the default ring."""
 
-_BY_CPU = ("exec_scratch", "open_scratch", "counters")
-_REQUEST = struct.Struct("<3Q")  # struct bench_request
+_REQUEST = struct.Struct("<2Q")  # struct bench_request
 _PROCESS = struct.Struct("<QIIII16s")  # struct bench_process
 _PATH = struct.Struct("<I64s")  # struct bench_path
 _WAIT = 0.0003
@@ -68,40 +66,61 @@ class Ring:
         self._consumer[:8] = self._producer[:8]
 
 
+class _Core(Loader):
+    """A loader that tells the descriptors of what it made, for whoever is to inherit them."""
+
+    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
+        self.descriptors = super().load_core(rings, btf)
+        return self.descriptors
+
+
 class Load:
-    """The loaded programs, with the rings and counters that they write."""
+    """The loaded programs, with the rings and counters that they write: those of the agent."""
 
     def __init__(self, rings: Rings | None = None) -> None:
         """Load them, into rings of the default sizes unless given.
 
         Raises:
-            OSError: they cannot be loaded.
+            OSError, KernelError: they cannot be loaded.
             ContractError: the object is not up to date.
         """
-        rings = rings or Rings()
-        compare(contract_of(Btf.of_object(OBJECT)), CONTRACT)
+        check_object(OBJECT)
+        self._core = _Core()
+        self._state = KernelState(self._core, Settings(rings=rings or Rings()))
+        self._state.enable(KINDS)
+        self._be_observed()
         self._object = Object(OBJECT)
-        self._prepare(rings)
+        self._prepare()
         self._object.load()
         self._fill_tables()
-        sizes = {"critical": rings.critical_bytes, "bulk": rings.bulk_bytes}
-        self.rings = {name: Ring(self._object.maps[name].fd, sizes[name]) for name in STREAMS}
+        fds, sizes = self._core.descriptors, self._state.ring_bytes
+        self.rings = {name: Ring(fds[name], size) for name, size in sizes.items()}
         self.shared = Shared(
             {name: (ring.fd, ring.size) for name, ring in self.rings.items()},
-            self._object.maps["counters"].fd,
-            self._object.maps["reader"].fd,
-            possible_cpus(),
+            fds["counters"],
+            fds["kind_counters"],
+            fds["faults"],
+            fds["reader"],
+            self._state.cpus,
         )
-        self.counters = KernelCounters(map_counters(self.shared), self.shared.cpus)
+        self.counters = KernelCounters(
+            self._state.counters, self._state.kind_counters, self._state.cpus
+        )
 
-    def _prepare(self, rings: Rings) -> None:
-        maps = self._object.maps
-        maps["critical"].resize(rings.critical_bytes)
-        maps["bulk"].resize(rings.bulk_bytes)
-        for name in _BY_CPU:
-            maps[name].resize(possible_cpus())
-        rodata = next(m for m in maps.values() if m.name.endswith(".rodata"))
-        rodata.write_initial(settings_bytes(KINDS, rings, Filters()))
+    def _be_observed(self) -> None:
+        """The programs run in this process, which would be left out as the agent."""
+        initial = {"initial_mntns": self._state.identity.initial_mntns}
+        self._core.update("identities", bytes(4), pack("identity", initial))
+
+    def _prepare(self) -> None:
+        own = {info.name: info for info in SENSORS["file"].maps}
+        for name, one in self._object.maps.items():
+            if name in self._core.descriptors:
+                one.reuse(self._core.descriptors[name])
+            elif name in own and own[name].needs:
+                one.leave_out()  # an option, which is off
+            elif name in own and own[name].sized == "cpus":
+                one.resize(self._state.cpus)
         for program in self._object.programs.values():
             program.autoload(program.name.startswith("bench_"))
 
@@ -112,9 +131,9 @@ class Load:
         for i, path in enumerate(paths()):
             maps["bench_paths"].update(i.to_bytes(4, "little"), _PATH.pack(len(path), path))
 
-    def run(self, program: str, events: int, filename: int = 0, fd: int = 0) -> int:
+    def run(self, program: str, events: int, fd: int = 0) -> int:
         """Run a program of `bench.bpf.c` once, in the calling task; its return value."""
-        request = _REQUEST.pack(events, filename, fd)
+        request = _REQUEST.pack(events, fd)
         self._object.maps["bench_requests"].update(bytes(4), request)
         return self._object.programs[f"bench_{program}"].run()
 
@@ -153,12 +172,25 @@ class Load:
     def close(self) -> None:
         """Release everything."""
         self._object.close()
+        self._state.close()
 
 
-def map_counters(shared: Shared) -> mmap.mmap:
-    """The mapped `struct cpu_counters` of every CPU."""
-    pages = -(-shared.cpus * counters_stride() // mmap.PAGESIZE) * mmap.PAGESIZE
-    return mmap.mmap(shared.counters_fd, pages, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+class Counters:
+    """The counters of the load, mapped: what `KernelState` has of the same names."""
+
+    def __init__(self, shared: Shared) -> None:
+        """Map them."""
+        cpus = shared.cpus
+        self.counters = _mapped(shared.counters_fd, size_of("cpu_counters") * cpus)
+        self.kind_counters = _mapped(
+            shared.kind_counters_fd, size_of("kind_counters") * cpus * KIND_END
+        )
+        self.faults = _mapped(shared.faults_fd, 8 * len(CONTRACT["enum fault"]))
+
+
+def _mapped(fd: int, size: int) -> mmap.mmap:
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    return mmap.mmap(fd, pages, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
 
 
 def processes() -> Iterable[bytes]:
@@ -173,9 +205,3 @@ def paths() -> Iterable[bytes]:
     """The paths that are opened, of 17 to 54 bytes."""
     for i in range(64):
         yield PATHS[i % len(PATHS)].format(1000 + i).encode()
-
-
-def user_string(text: bytes) -> tuple[int, object]:
-    """A NUL-terminated string in this process's memory: its address, and what keeps it there."""
-    buffer = ctypes.create_string_buffer(text)
-    return ctypes.addressof(buffer), buffer

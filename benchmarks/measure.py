@@ -26,13 +26,16 @@ class Shared(msgspec.Struct, frozen=True):
 
     rings: dict[str, tuple[int, int]]
     counters_fd: int
+    kind_counters_fd: int
+    faults_fd: int
     reader_fd: int
     cpus: int
 
     @property
     def descriptors(self) -> list[int]:
         """All of them."""
-        return [self.counters_fd, self.reader_fd, *(fd for fd, _ in self.rings.values())]
+        maps = [self.counters_fd, self.kind_counters_fd, self.faults_fd, self.reader_fd]
+        return [*maps, *(fd for fd, _ in self.rings.values())]
 
 
 class Task(msgspec.Struct, frozen=True):

@@ -30,9 +30,9 @@ _POLL = 0.01
 _SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 # As in bpf/events.h; a program of this kind types it a second time.
-_HEADER = struct.Struct("<3QI2H5IHBB16s")
-_OPEN = struct.Struct("<Qi3IH6x")
-_CLOSE = struct.Struct("<3Q2I2H2B2x16s16s")
+_HEADER = struct.Struct("<2Q2I2H4B2Q7I4x16s")  # struct event_base, struct event_task
+_OPEN = struct.Struct("<2QIi4IHB5x")
+_CLOSE = struct.Struct("<3Q2I2H3Bx16s16s")
 _FILE_OPEN, _NET_CLOSE = 16, 34
 _DIRECTIONS = ("unknown", "outbound", "inbound")
 
@@ -73,26 +73,32 @@ class Records:
 
     def _decode(self, record: bytes) -> Event:
         (
-            boot_ns, seq, cgroup_id, _, kind, cpu, pid, tid, ppid, uid, gid, _, stream, flags, comm
+            boot_ns, seq, _, weight, kind, cpu, _, ring, cut, flags, start_boot_ns, cgroup_id, pid,
+            tid, ppid, uid, gid, pidns, ns_pid, comm,
         ) = _HEADER.unpack_from(record)  # fmt: skip
         event = {
             "event": "",
-            "schema": 1,
+            "schema": 2,
             "id": f"{self._host}-{cpu}-{seq}",
             "time_ns": boot_ns + self._offset,
             "boot_ns": boot_ns,
             "host": self._host,
-            "stream": "bulk" if stream else "critical",
+            "ring": "bulk" if ring else "critical",
             "seq": seq,
-            "cgroup_id": cgroup_id,
             "cpu": cpu,
+            "weight": weight,
+            "truncated": ["path"] if cut else [],
+            "incomplete": bool(flags & 1),
+            "start_boot_ns": start_boot_ns,
+            "cgroup_id": cgroup_id,
             "pid": pid,
             "tid": tid,
             "ppid": ppid,
             "uid": uid,
             "gid": gid,
+            "pidns": pidns,
+            "ns_pid": ns_pid,
             "comm": comm.rstrip(b"\0").decode("utf-8", "replace"),
-            "truncated": bool(flags & 1),
         }
         if kind == _FILE_OPEN:
             self._add_open(event, record)
@@ -101,20 +107,26 @@ class Records:
         return event
 
     def _add_open(self, event: Event, record: bytes) -> None:
-        latency, fd, errno, flags, mode, length = _OPEN.unpack_from(record, _HEADER.size)
+        (
+            latency, inode, dev, fd, errno, flags, mode, mntns, length, initial
+        ) = _OPEN.unpack_from(record, _HEADER.size)  # fmt: skip
         start = _HEADER.size + _OPEN.size
         event["event"] = "file.open"
         event["latency_ns"] = latency
+        event["inode"] = inode
+        event["dev"] = dev
         event["fd"] = fd
         event["errno"] = errno
         event["flags"] = flags
         event["mode"] = mode
+        event["mntns"] = mntns
         event["path"] = record[start : start + length].decode("utf-8", "replace")
+        event["mntns_initial"] = bool(initial)
 
     def _add_close(self, event: Event, record: bytes) -> None:
         (
             duration, sent, received, errno, netns, local_port, remote_port, version, direction,
-            local, remote,
+            owner_known, local, remote,
         ) = _CLOSE.unpack_from(record, _HEADER.size)  # fmt: skip
         family, size = (socket.AF_INET, 4) if version == 4 else (socket.AF_INET6, 16)
         event["event"] = "net.close"
@@ -127,6 +139,7 @@ class Records:
         event["remote_port"] = remote_port
         event["ip_version"] = version
         event["direction"] = _DIRECTIONS[direction]
+        event["owner_known"] = bool(owner_known)
         event["local_addr"] = socket.inet_ntop(family, local[:size])
         event["remote_addr"] = socket.inet_ntop(family, remote[:size])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.host import HostCost, Spread
 from benchmarks.kernel import Cost
 from benchmarks.measure import Result
 from benchmarks.pipe_reader import Latencies
@@ -40,6 +41,7 @@ class Measured(msgspec.Struct):
     observed: tuple[float, float] | None = None
     idle: Result | None = None
     latencies: dict[str, Latencies] = {}
+    host: HostCost | None = None
 
 
 def per_second(events: float) -> str:
@@ -101,6 +103,43 @@ def service_table(measured: Measured) -> list[Row]:
     return rows
 
 
+def host_table(cost: HostCost | None) -> list[Row]:
+    """What a host pays for an operation, and where it is spent."""
+    rows: list[Row] = [
+        ("what a host pays, CPU per", "observed by", "µs", "half of all between",
+         "the caller", "the observer", "kernel threads", "target"),
+    ]  # fmt: skip
+    for row in cost.operations if cost else ():
+        sign = "+" if row.observer else ""
+        rows.append(
+            (
+                row.operation,
+                row.observer or "nothing",
+                *spread(row.total, sign, 1000),
+                *(f"{part / 1000:{sign},.2f}" for part in row.parts),
+                f"≤ +{row.target / 1000:.1f}" if row.target else "",
+            )
+        )
+    for name, reason in cost.reasons.items() if cost else ():
+        rows.append((f"{name} is left out: {reason}", *[""] * 7))
+    return rows
+
+
+def unrelated_table(cost: HostCost | None) -> list[Row]:
+    """What a system call pays that nobody observes."""
+    rows: list[Row] = [("a system call that nobody observes", "ns", "half of all between")]
+    for row in cost.unrelated if cost else ():
+        sign = "+" if row.observer else ""
+        rows.append((f"getppid(), {row.observer or 'nothing'}", *spread(row.ns, sign, 1)))
+    return rows
+
+
+def spread(found: Spread, sign: str, unit: int) -> tuple[str, str]:
+    """The median, and the quartiles, in units of so many ns."""
+    middle, low, high = (f"{value / unit:{sign},.{2 if unit > 1 else 1}f}" for value in found)
+    return middle, f"{low} to {high}"
+
+
 def mebibytes(size: int) -> str:
     """A size, the mappings of the rings included."""
     return f"{size / 1e6:.0f} MB"
@@ -128,11 +167,17 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 def tables(measured: Measured) -> list[list[Row]]:
     """All tables that have something to say."""
-    found = [paths_table(measured.paths), kernel_table(measured), service_table(measured)]
+    found = [
+        paths_table(measured.paths),
+        kernel_table(measured),
+        service_table(measured),
+        host_table(measured.host),
+        unrelated_table(measured.host),
+    ]
     return [table for table in found if len(table) > 1]
 
 
-def machine_lines(machine: Machine) -> list[str]:
+def machine_lines(machine: Machine, measured: Measured) -> list[str]:
     """Where and with what this was measured."""
     kernel = platform.uname()
     packages = ("msgspec", "uvloop", "aiokafka", "aiomqtt", "cramjam")
@@ -144,7 +189,20 @@ def machine_lines(machine: Machine) -> list[str]:
         + ", ".join(f"{name} {version(name)}" for name in packages),
         f"- Apache Kafka {kafka_version()}; {version_line('mosquitto', '-h')}; "
         f"kcat {version_line('kcat', '-V')}; {version_line('clang', '--version')}",
+        *observer_versions(measured.host),
     ]
+
+
+def observer_versions(cost: HostCost | None) -> list[str]:
+    """Those of what the streamer was compared with."""
+    commands = {"bpftrace": ("bpftrace", "--version"), "auditd": ("auditctl", "-v")}
+    ran = {row.observer for row in cost.unrelated} if cost else set()
+    told = [
+        subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        for name, command in commands.items()
+        if name in ran
+    ]
+    return ["- " + "; ".join(told)] if told else []
 
 
 def cpu_model() -> str:
@@ -172,7 +230,8 @@ def kafka_version() -> str:
 def document(measured: Measured, machine: Machine, command: str) -> str:
     """docs/benchmarks.md."""
     body = "\n\n".join(as_markdown(table) for table in tables(measured))
-    return _DOCUMENT.format(machine="\n".join(machine_lines(machine)), command=command, tables=body)
+    lines = "\n".join(machine_lines(machine, measured))
+    return _DOCUMENT.format(machine=lines, command=command, tables=body)
 
 
 _DOCUMENT = """\
@@ -216,11 +275,36 @@ batch size and linger, or aiomqtt `publish()` at QoS 1.
 with the same guarantees, codec and batch size: it neither reads a ring nor encodes.
 
 **In the kernel** is the best of several runs of 8,192 events, the empty loop taken off. The first
-lines are the price of a record with the identity of its task; the hooks of `openat()` do all that
-they do at a real call, the walk up the path included. What an observed program pays is measured
+lines are the price of a record with the identity of its task; the hook of `openat()` does all that
+it does at a real call, the walk up the path included. What an observed program pays is measured
 on a program that opens and closes a file, with the hooks attached and without.
 
 **Event to pipe** is the age of an event, from the time in its record to the return of the `read()`
 that brings it to whoever reads the streamer's standard output. Idle means single events at random
 times. Resident memory counts the pages of the rings, once for each of the two mappings.
+
+**What a host pays** is measured on a program that runs another one, opens files, or connects to
+itself over loopback (four events: connect, accept, two closes), thousands of times in a row, on one
+CPU; who observes it has the others, and writes to a file in memory. Each turn of an observer comes
+right after one with nothing, and the table has the median of the differences, and the two values
+between which half of them lie. The parts have medians of their own, so they need not add up.
+
+The CPU time is what the scheduler has counted, to the nanosecond: for the cgroup of the program
+(*the caller*, with the BPF programs and audit rules that run in its system calls), for that of all
+processes of the observer, and for all threads of the kernel, which is where audit queues its
+records. What else runs on the machine is not in it, nor are interrupts that find a CPU idle.
+
+All record who (pid, parent, user, command) and what: arguments, path and result, or addresses. The
+streamer and bpftrace (`benchmarks/host.bt`, tracepoints) record all four events of a connection,
+auditd connect and accept alone. The streamer also says where it was, resolves the path, and
+accounts for losses. auditd has Debian's configuration, which resolves names (`ENRICHED`), and one
+rule. A turn in which records are missing gives no number; of bpftrace's one in a hundred may, since
+to it a state that changes late in a softirq is another user's. With the default events, exec is
+recorded together with the fork before and the exit after it.
+
+**A system call that nobody observes** is `getppid()`, in the fastest of twenty parts of each turn.
+Nothing and all others but auditd are measured on tasks that audit exempts: once enabled, it makes
+every new task slower until the next boot, even when it is disabled again. For that reason the
+benchmark leaves the rule `task,never` behind where audit was off; `auditctl -d task,never` removes
+it.
 """

@@ -17,7 +17,7 @@ import msgspec
 from benchmarks.load import Load, Mix
 from benchmarks.measure import WARM_EVENTS, Result, Subject, Task, python_command
 from benchmarks.pipe_reader import Latencies
-from streamer.events import CONTRACT
+from streamer.events import HEADER
 
 ROOT = Path(__file__).parent.parent
 CONSUMER = ROOT / "build" / "bench_consumer"
@@ -53,12 +53,21 @@ def build_consumer() -> None:
     Raises:
         CalledProcessError: it cannot be compiled.
     """
-    source = ROOT / "benchmarks" / "consumer.c"
-    if CONSUMER.exists() and CONSUMER.stat().st_mtime > source.stat().st_mtime:
+    compile_c("consumer.c", CONSUMER, "-lbpf")
+
+
+def compile_c(source: str, program: Path, *options: str) -> None:
+    """Compile a source of this package, unless `program` is newer.
+
+    Raises:
+        CalledProcessError: it cannot be compiled.
+    """
+    path = ROOT / "benchmarks" / source
+    if program.exists() and program.stat().st_mtime > path.stat().st_mtime:
         return
-    CONSUMER.parent.mkdir(exist_ok=True)
+    program.parent.mkdir(exist_ok=True)
     compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-O2", "-Wall", "-o", CONSUMER, source, "-lbpf"], check=True)
+    subprocess.run([compiler, "-O2", "-Wall", "-o", program, path, *options], check=True)
 
 
 def delivery(who: Who, path: str, mix: Mix, events: int, machine: Machine, at: Brokers) -> Result:
@@ -93,9 +102,8 @@ def delivery(who: Who, path: str, mix: Mix, events: int, machine: Machine, at: B
 def command(who: Who, task: Task) -> list[str]:
     """What runs as the measured process."""
     if who == "C":
-        offset = next(at for name, at, _ in CONTRACT["event_header"] if name == "kind")
         ring = task.shared.rings["bulk"][0]
-        counts = (ring, offset, task.warm, task.events)
+        counts = (ring, HEADER["kind"], task.warm, task.events)
         return ["taskset", "-c", str(task.cpu), str(CONSUMER), *map(str, counts)]
     return python_command("subject" if who == "streamer" else "plain", task)
 

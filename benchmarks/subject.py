@@ -14,12 +14,12 @@ from collections.abc import Collection
 
 import uvloop
 
-from benchmarks.load import KINDS, map_counters
+from benchmarks.load import KINDS, Counters
 from benchmarks.measure import Result, Shared, Stopwatch, Task, answer, say, task_of_argument
 from streamer.allocator import keep_freed_memory
 from streamer.batch import Batch
 from streamer.envelope import Envelope
-from streamer.kernel.loader import KernelState, KindStatus, ProgramStatus
+from streamer.kernel.state import Identity, KernelState, KindStatus, ProgramStatus
 from streamer.ringbuf_reader import RingReader, RingSource
 from streamer.service import Service
 from streamer.settings import AnySink, FileSink, KafkaSink, Limits, MqttSink, Rings, Settings
@@ -36,12 +36,22 @@ class InheritedKernel(KernelState):
 
     def __init__(self, shared: Shared) -> None:
         self.cpus = shared.cpus
-        self.statuses: list[ProgramStatus] = []
+        self.identity = Identity((0, 0), 0)
         self.ring_fds = {name: fd for name, (fd, _) in shared.rings.items()}
         self.ring_bytes = {name: size for name, (_, size) in shared.rings.items()}
-        self.counters = map_counters(shared)
+        mapped = Counters(shared)
+        self.counters, self.kind_counters = mapped.counters, mapped.kind_counters
+        self.faults = mapped.faults
         self.reader_state = mmap.mmap(shared.reader_fd, mmap.PAGESIZE)
-        self.program_fds: dict[str, int] = {}
+
+    @property
+    def statuses(self) -> list[ProgramStatus]:
+        """Programs that the service knows of: none."""
+        return []
+
+    def missed(self) -> dict[str, int]:
+        """They are never attached, so none of their runs is left out."""
+        return {}
 
     def attach(self) -> None:
         """Nothing to attach."""
@@ -131,7 +141,7 @@ def sink_of(task: Task, settings: AnySink) -> Sink:
 async def served(task: Task) -> Result:
     """A service from ring to sink, until all events were delivered."""
     chosen = chosen_sink(task)
-    settings = Settings(sinks=(chosen,), drop_capabilities=False)
+    settings = Settings(sinks=(chosen,))
     sink = sink_of(task, chosen)
     service = Service(
         settings, frozenset(KINDS), Limits(status=False), [sink], InheritedKernel(task.shared)

@@ -6,7 +6,7 @@
  * emit through the same helpers as the hooks, into the same rings, and return how many events they
  * emitted. bpf_loop() needs kernel 5.17.
  */
-#include "streamer.bpf.c"
+#include "file.bpf.c"
 
 #define BENCH_PROCESSES 16
 #define BENCH_PATHS 64
@@ -16,8 +16,7 @@
 /* What the next run is to do. */
 struct bench_request {
 	__u64 events;
-	__u64 filename; /* of bench_hooks: address of the path in this process's memory */
-	__u64 fd;       /* of bench_hooks: what open() returned */
+	__u64 fd; /* of bench_hook: what open() returned */
 };
 
 struct bench_process {
@@ -54,25 +53,25 @@ static __always_inline struct bench_request *bench_request(void)
 }
 
 /* The current task, as every hook reads it, and then under the name of one of several. */
-static __always_inline void bench_identify(struct event_header *header, __u32 random)
+static __always_inline void bench_identify(struct event_task *who, __u32 random)
 {
 	__u32 index = random % BENCH_PROCESSES;
 	struct bench_process *process = bpf_map_lookup_elem(&bench_processes, &index);
 
-	identify_current(header);
+	identify(who);
 	if (!process)
 		return;
-	header->cgroup_id = process->cgroup_id;
-	header->pid = header->tid = process->pid;
-	header->ppid = process->ppid;
-	header->uid = header->gid = process->uid;
-	__builtin_memcpy(header->comm, process->comm, COMM_LEN);
+	who->cgroup_id = process->cgroup_id;
+	who->pid = who->tid = who->ns_pid = process->pid;
+	who->ppid = process->ppid;
+	who->uid = who->gid = process->uid;
+	__builtin_memcpy(who->comm, process->comm, COMM_LEN);
 }
 
 static __always_inline void bench_file_open(__u32 random)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
-	struct open_scratches *scratches = bpf_map_lookup_elem(&open_scratch, &cpu);
+	struct open_scratches *scratches = bpf_map_lookup_elem(&open_scratches, &cpu);
 	__u32 index = random / BENCH_PROCESSES % BENCH_PATHS;
 	struct bench_path *path = bpf_map_lookup_elem(&bench_paths, &index);
 	struct file_open *record;
@@ -80,46 +79,59 @@ static __always_inline void bench_file_open(__u32 random)
 
 	if (!scratches || !path)
 		return;
-	record = &scratches->of[PROGRAM_OPENAT].record;
-	bench_identify(&record->header, random);
-	if (!admits(&record->header, KIND_FILE_OPEN))
+	record = &scratches->of[CALL_OPENAT].record;
+	start_base(&record->base);
+	bench_identify(&record->task, random);
+	if (!admits(&record->base, &record->task, KIND_FILE_OPEN))
 		return;
 	record->latency_ns = 600 + (random >> 16) % 8192;
+	record->inode = 131072 + index;
+	record->dev = 65025;
 	record->fd = 3 + (random >> 10) % 32;
 	record->errno = 0;
 	record->flags = random & 1 ? 02000000 : 02100000;
 	record->mode = 0;
+	record->mntns = 4026531841;
+	record->mntns_initial = 1;
 	__builtin_memset(record->pad, 0, sizeof(record->pad));
 	length = path->length & (BENCH_PATH_LEN - 1);
 	bpf_probe_read_kernel(record->data, length, path->bytes);
 	record->path_len = length;
-	output(&bulk, &record->header, KIND_FILE_OPEN, STREAM_BULK,
+	output(&bulk, &record->base, KIND_FILE_OPEN, RING_BULK,
 	       offsetof(struct file_open, data) + length);
 }
 
 static __always_inline void bench_net_close(__u32 random)
 {
-	struct event_header header;
+	struct event_base base;
+	struct event_task who;
 	struct net_close *record;
 
-	bench_identify(&header, random);
-	if (!admits(&header, KIND_NET_CLOSE))
+	start_base(&base);
+	bench_identify(&who, random);
+	if (!admits(&base, &who, KIND_NET_CLOSE))
 		return;
-	record = begin(&bulk, &header, KIND_NET_CLOSE, STREAM_BULK, sizeof(*record));
+	record = begin(&bulk, &base, KIND_NET_CLOSE, RING_BULK, sizeof(*record));
 	if (!record)
 		return;
+	record->task = who;
 	record->duration_ns = 1000000 + random;
 	record->bytes_sent = 200 + random % 4096;
 	record->bytes_received = 500 + (random >> 8) % 65536;
+	record->errno = 0;
 	record->netns = 4026531840;
 	record->local_port = 32768 + (random >> 4) % 28232;
 	record->remote_port = random & 16 ? 443 : 5432;
 	record->ip_version = 4;
 	record->direction = DIRECTION_OUTBOUND;
+	record->owner_known = 1;
+	record->pad = 0;
+	__builtin_memset(record->local_addr, 0, sizeof(record->local_addr));
+	__builtin_memset(record->remote_addr, 0, sizeof(record->remote_addr));
 	record->local_addr[0] = record->remote_addr[0] = 10;
 	record->local_addr[3] = 7;
 	record->remote_addr[3] = random % BENCH_REMOTES;
-	submit(&bulk, STREAM_BULK, record);
+	submit(&bulk, RING_BULK, record);
 }
 
 static long bench_emit_open(__u32 i, void *context)
@@ -146,13 +158,12 @@ static long bench_emit_mixed(__u32 i, void *context)
 	return 0;
 }
 
-/* The hooks of openat() themselves, with what they find out about an open file. */
-static long bench_emit_hooks(__u32 i, void *context)
+/* The hook of openat() itself, with what it finds out about an open file. */
+static long bench_emit_hook(__u32 i, void *context)
 {
 	struct bench_request *request = context;
 
-	enter(AT_FDCWD, (const char *)request->filename, 0, 0);
-	leave(request->fd, PROGRAM_OPENAT);
+	opened(request->fd, user_registers(), CALL_OPENAT);
 	return 0;
 }
 
@@ -181,5 +192,5 @@ static __always_inline int bench_run(long (*emit)(__u32, void *))
 BENCH_PROGRAM(bench_open, bench_emit_open)
 BENCH_PROGRAM(bench_close, bench_emit_close)
 BENCH_PROGRAM(bench_mixed, bench_emit_mixed)
-BENCH_PROGRAM(bench_hooks, bench_emit_hooks)
+BENCH_PROGRAM(bench_hook, bench_emit_hook)
 BENCH_PROGRAM(bench_nothing, bench_emit_nothing)

@@ -1,8 +1,9 @@
-"""Compiles the kernel programs: every `bpf/NAME.bpf.c` that is a program of its own.
+"""Compiles the kernel programs: every `bpf/NAME.bpf.c` becomes an object of its own.
 
-`streamer.bpf.c` includes the other sources and becomes `streamer/bpf/streamer.bpf.o`, which is
-part of the wheel. With `--all` the programs of benchmarks and tests (`bench*`, `test*`) are
-compiled too, into `build/bpf/`. An object newer than everything in this directory is left alone.
+`core.bpf.c` and the sensors become `streamer/bpf/NAME.bpf.o`, which are part of the wheel, and for
+kernels without BTF of their own `streamer/bpf/nobtf/NAME.bpf.o` (see READ in kernel.bpf.h). With
+`--all` the programs of benchmarks and tests (`bench*`, `test*`) are compiled too, into
+`build/bpf/`. An object newer than everything in this directory is left alone.
 
     python3 bpf/build.py [--all]
 
@@ -23,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "bpf"
 PACKAGED = ROOT / "streamer" / "bpf"
+WITHOUT_BTF = PACKAGED / "nobtf"
 UNPACKAGED = ROOT / "build" / "bpf"
 
 # What libbpf's headers call the architectures that they know.
@@ -52,18 +54,16 @@ def compiler_flags(machine: str, root: Path = ROOT) -> list[str]:
 
 
 def outputs(sources: Iterable[Path], everything: bool) -> dict[Path, Path]:
-    """The object of each source that is compiled on its own."""
-    packaged = {
-        source: PACKAGED / f"{source.stem}.o"
-        for source in sources
-        if source.name == "streamer.bpf.c"
-    }
-    unpackaged = {
-        source: UNPACKAGED / f"{source.stem}.o"
-        for source in sources
-        if source.name.startswith(("bench", "test"))
-    }
-    return packaged | unpackaged if everything else packaged
+    """Every object that is to be made, and its source."""
+    found = {}
+    for source in sources:
+        for_tests = source.name.startswith(("bench", "test"))
+        if everything and for_tests:
+            found[UNPACKAGED / f"{source.stem}.o"] = source
+        elif not for_tests:
+            found[PACKAGED / f"{source.stem}.o"] = source
+            found[WITHOUT_BTF / f"{source.stem}.o"] = source
+    return found
 
 
 def is_stale(built: Path, inputs: Iterable[Path]) -> bool:
@@ -82,12 +82,12 @@ def build(everything: bool = False, environ: Mapping[str, str] = os.environ) -> 
     """
     inputs = [path for path in SOURCES.rglob("*") if path.suffix in {".c", ".h", ".py"}]
     wanted = outputs(sorted(SOURCES.glob("*.bpf.c")), everything)
-    if not any(built.parent == PACKAGED for built in wanted.values()):
-        raise BuildError(f"{SOURCES}/streamer.bpf.c is missing: this is no complete source tree")
-    stale = {source: built for source, built in wanted.items() if is_stale(built, inputs)}
-    for source, built in stale.items():
+    if SOURCES / "core.bpf.c" not in wanted.values():
+        raise BuildError(f"{SOURCES}/core.bpf.c is missing: this is no complete source tree")
+    stale = {built: source for built, source in wanted.items() if is_stale(built, inputs)}
+    for built, source in stale.items():
         _compile(source, built, environ)
-    return list(stale.values())
+    return list(stale)
 
 
 def _compile(source: Path, built: Path, environ: Mapping[str, str]) -> None:
@@ -96,7 +96,10 @@ def _compile(source: Path, built: Path, environ: Mapping[str, str]) -> None:
     built.parent.mkdir(parents=True, exist_ok=True)
     # Named apart until it is complete, so that an interrupted build leaves nothing half done.
     partial = built.with_suffix(".o.partial")
-    flags = compiler_flags(platform.machine())
+    flags = [
+        *compiler_flags(platform.machine()),
+        f"-DPLAIN_LOADS={int(built.parent != WITHOUT_BTF)}",
+    ]
     _run([clang, *flags, "-c", str(source.relative_to(ROOT)), "-o", str(partial)])
     _run([strip, "-g", str(partial)])  # drops DWARF, keeps BTF
     partial.replace(built)

@@ -2,39 +2,40 @@
 /*
  * The contract: every record that a BPF program writes and the reader reads.
  *
- * `make gen` reads these structs from the compiled object's BTF and derives from them the
+ * `make gen` reads these structs from the compiled objects' BTF and derives from them the
  * Python Structs, the decoder's layout table, schemas/ and docs/events.md.
  *
  *   enum event_kind    KIND_PROCESS_EXEC is published as `process.exec`. Never reuse a number.
- *   struct             one per kind, named after it: `struct process_exec`. Its STREAM says which
- *                      ring it travels in.
- *   EMITS("...")       on a program: the kinds it reports, comma-separated. DOC("...") beside it
- *                      says what is not observed when the program cannot be attached.
+ *   struct             one per kind, named after it: `struct process_exec`. It begins with `base`,
+ *                      and then `task` if its events have a task. Its RING says what it travels in.
+ *   UNSEEN("A|B")      on a struct: what is never observed of its kind, whatever the kernel.
  *   DOC("...")         what the field (or kind) means, with units.
  *   AS("...")          how the field is published, where a plain integer is not it:
  *     hidden           not published
  *     bool             true or false
  *     cstr             char[N], ends at the first NUL
- *     ns               a duration in nanoseconds
- *     boottime         ns since boot, published as ns since the epoch under the name of the
- *                      field with `_boot_ns` replaced by `_time_ns`
+ *     ns               a duration, or a time since boot, in nanoseconds
+ *     boottime         ns since boot, published as ns since the epoch
  *     ip:FIELD         16 bytes of address, of the IP version that FIELD says (4: the first 4)
  *     names:A,B,...    an index, published as the string at that place
  *     str:NAME         bytes of string NAME in `data`
  *     argv:NAME,LINE   bytes of NUL-terminated strings in `data`, published as the array NAME
  *                      and, joined by spaces, as the string LINE
  *
- * Strings in `data` follow one another in the order of the fields that give their lengths.
- * A record with `data` ends where the last string ends, so its size varies.
+ * Strings in `data` follow one another in the order of the fields that give their lengths; there
+ * are at most eight, and bit n of `cut` in the base says that the n-th is not whole. A record with
+ * `data` ends where the last string ends, so its size varies.
  * Padding is explicit (`pad…`, hidden) and no struct is packed: every byte has a name.
+ *
+ * How programs and maps say what they need: see `bpf/core/tags.h`.
  */
 #ifndef STREAMER_EVENTS_H
 #define STREAMER_EVENTS_H
 
 #define DOC(text) __attribute__((btf_decl_tag("doc:" text)))
 #define AS(text) __attribute__((btf_decl_tag("as:" text)))
-#define STREAM(name) __attribute__((btf_decl_tag("stream:" name)))
-#define EMITS(kinds) __attribute__((btf_decl_tag("emits:" kinds)))
+#define RING(name) __attribute__((btf_decl_tag("ring:" name)))
+#define UNSEEN(what) __attribute__((btf_decl_tag("unseen:" what)))
 #define HIDDEN AS("hidden")
 
 #define COMM_LEN 16
@@ -43,7 +44,7 @@
 
 /* Raised when a field changes its meaning. New fields and kinds do not raise it. */
 enum event_schema {
-	SCHEMA_VERSION = 1,
+	SCHEMA_VERSION = 2,
 };
 
 enum event_kind {
@@ -54,19 +55,19 @@ enum event_kind {
 	KIND_NET_CONNECT = 32,
 	KIND_NET_ACCEPT = 33,
 	KIND_NET_CLOSE = 34,
-	KIND_END = 64, /* one more than the largest kind possible */
+	KIND_END, /* one more than the largest */
 };
 
 /* A ring, its sequence and its drop counters. */
-enum event_stream {
-	STREAM_CRITICAL = 0,
-	STREAM_BULK = 1,
-	STREAM_END = 2,
+enum event_ring {
+	RING_CRITICAL = 0,
+	RING_BULK = 1,
+	RING_END = 2,
 };
 
-/* FLAG_TRUNCATED is published with every event as `truncated`. */
+/* FLAG_INCOMPLETE is published with every event as `incomplete`. */
 enum event_flags {
-	FLAG_TRUNCATED = 1, /* a string was cut, or could not be read to its end */
+	FLAG_INCOMPLETE = 1, /* a read in the kernel failed: a field is 0 or empty that need not be */
 };
 
 enum net_direction {
@@ -75,27 +76,45 @@ enum net_direction {
 	DIRECTION_INBOUND = 2,
 };
 
-struct event_header {
-	__u64 boot_ns DOC("nanoseconds since boot, suspend included, when the event happened");
-	__u64 seq DOC("sequence number in this stream on this CPU; a missing number is a lost event");
-	__u64 cgroup_id DOC("id of the task's cgroup in the unified (v2) hierarchy");
+/* What every record begins with. */
+struct event_base {
+	__u64 boot_ns AS("ns") DOC("nanoseconds since boot, suspend included, when the event happened");
+	__u64 seq AS("ns") DOC("sequence number in this ring on this CPU; a missing number is a lost event");
 	__u32 size HIDDEN DOC("bytes of this record");
+	__u32 weight DOC("how many events this one stands for: more than 1 when its kind is sampled");
 	__u16 kind HIDDEN DOC("enum event_kind");
 	__u16 cpu DOC("CPU that wrote the record");
+	__u8 skipped HIDDEN DOC("sequence numbers given up just before `seq`: not losses");
+	__u8 ring HIDDEN DOC("enum event_ring");
+	__u8 cut HIDDEN DOC("bit per string in `data`: it was cut, or could not be read to its end");
+	__u8 flags HIDDEN DOC("enum event_flags, ORed");
+};
+
+/* Who, in records that have a task. Process ids are reused: start and pid together are not. */
+struct event_task {
+	__u64 start_boot_ns DOC("when the process started, nanoseconds since boot: with `pid`, identifies it");
+	__u64 cgroup_id DOC("id of the task's cgroup in the unified (v2) hierarchy");
 	__u32 pid DOC("process id (thread group id) in the initial pid namespace");
 	__u32 tid DOC("thread id in the initial pid namespace");
 	__u32 ppid DOC("process id of the parent");
 	__u32 uid DOC("real user id");
 	__u32 gid DOC("real group id");
-	__u16 skipped HIDDEN DOC("sequence numbers given up just before `seq`: not losses");
-	__u8 stream HIDDEN DOC("enum event_stream");
-	__u8 flags HIDDEN DOC("enum event_flags, ORed");
+	__u32 pidns DOC("inode number of the process's pid namespace");
+	__u32 ns_pid DOC("process id in that namespace");
+	__u32 pad HIDDEN;
 	char comm[COMM_LEN] AS("cstr") DOC("name of the task, at most 15 bytes");
 };
 
 struct process_exec {
-	struct event_header header;
-	__u64 start_boot_ns AS("boottime") DOC("when the process started, ns since the epoch");
+	struct event_base base;
+	struct event_task task;
+	__u64 start_time_ns AS("boottime") DOC("when the process started, ns since the epoch");
+	__u64 exe_inode DOC("inode number of the file that runs");
+	__u32 exe_dev DOC("device of its file system, as stat() gives it");
+	__u32 exe_nlink DOC("hard links to it; 0 when it is deleted");
+	__u32 exe_mntns DOC("inode number of the mount namespace that `exe` is a path in; 0 when its mount is in none");
+	__u32 cwd_mntns DOC("the same of `cwd`");
+	__u32 parent_exe_mntns DOC("the same of `parent_exe`");
 	__u32 euid DOC("effective user id after the exec");
 	__u32 auid DOC("audit (login) user id; 4294967295 when none was set");
 	__u32 argc DOC("number of arguments, also when `argv` was cut");
@@ -103,69 +122,94 @@ struct process_exec {
 	__u16 argv_len AS("argv:argv,cmdline") DOC("the arguments|the arguments joined by single spaces");
 	__u16 cwd_len AS("str:cwd") DOC("working directory");
 	__u16 parent_exe_len AS("str:parent_exe") DOC("absolute path of the parent's executable; empty for a kernel thread");
-	__u32 pad HIDDEN;
+	__u16 filename_len AS("str:filename") DOC("path that was asked to be executed, as given: the script, for a script");
+	__u16 interp_len AS("str:interp") DOC("path of the interpreter that the script names, as given; empty for what is no script");
+	__u8 exe_mntns_initial AS("bool") DOC("whether `exe_mntns` is the initial mount namespace");
+	__u8 cwd_mntns_initial AS("bool") DOC("whether `cwd_mntns` is");
+	__u8 parent_exe_mntns_initial AS("bool") DOC("whether `parent_exe_mntns` is");
+	__u8 exe_deleted AS("bool") DOC("whether the file that runs has been deleted: `exe` is where it was");
+	__u8 exe_memfd AS("bool") DOC("whether it is a memory file, in no directory at all");
+	__u8 pad[7] HIDDEN;
 	char parent_comm[COMM_LEN] AS("cstr") DOC("name of the parent");
-	__u8 data[3 * PATH_LEN + ARGV_LEN] HIDDEN;
-} STREAM("critical") DOC("A process executed a new program.");
+	__u8 data[5 * PATH_LEN + ARGV_LEN] HIDDEN;
+} RING("critical") DOC("A process executed a new program.");
 
 struct process_fork {
-	struct event_header header;
-	__u64 child_start_boot_ns AS("boottime") DOC("when the child started, ns since the epoch");
+	struct event_base base;
+	struct event_task task;
+	__u64 child_start_boot_ns DOC("when the child started, nanoseconds since boot");
+	__u64 child_start_time_ns AS("boottime") DOC("the same, ns since the epoch");
 	__u32 child_pid DOC("process id of the child");
-	__u32 pad HIDDEN;
-} STREAM("critical") DOC("A process created a child process (new threads are not reported). `pid` is the parent.");
+	__u32 child_ppid DOC("process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT");
+	__u32 child_pidns DOC("inode number of the child's pid namespace");
+	__u32 child_ns_pid DOC("process id of the child in that namespace");
+} RING("critical") DOC("A process created a child process (new threads are not reported). `pid` is who did it.");
 
 struct process_exit {
-	struct event_header header;
-	__u64 start_boot_ns AS("boottime") DOC("when the process started, ns since the epoch");
+	struct event_base base;
+	struct event_task task;
+	__u64 start_time_ns AS("boottime") DOC("when the process started, ns since the epoch");
 	__u64 duration_ns AS("ns") DOC("how long the process lived");
 	__u32 exit_code DOC("argument of exit(), 0 to 255; 0 when a signal ended the process");
 	__u32 signal DOC("signal that ended the process; 0 when it exited");
 	__u8 core_dumped AS("bool") DOC("whether a core was dumped");
 	__u8 pad[7] HIDDEN;
-} STREAM("critical") DOC("The last thread of a process ended.");
+} RING("critical") DOC("The last thread of a process ended.");
 
 struct file_open {
-	struct event_header header;
-	__u64 latency_ns AS("ns") DOC("time the system call took");
+	struct event_base base;
+	struct event_task task;
+	__u64 latency_ns AS("ns") DOC("time the system call took; 0 unless `open_latency` is configured");
+	__u64 inode DOC("inode number of the file; 0 when the open failed");
+	__u32 dev DOC("device of its file system, as stat() gives it; 0 when the open failed");
 	__s32 fd DOC("file descriptor; -1 when the open failed");
 	__u32 errno DOC("error number; 0 when the open succeeded");
 	__u32 flags DOC("open flags as passed (O_*)");
 	__u32 mode DOC("permissions asked for a new file; 0 when none could be created");
-	__u16 path_len AS("str:path") DOC("absolute path: as opened, symbolic links resolved; of a failed open, as asked, resolved against cwd or dirfd");
-	__u8 pad[6] HIDDEN;
+	__u32 mntns DOC("inode number of the mount namespace that `path` is a path in; 0 when its mount is in none");
+	__u16 path_len AS("str:path") DOC("absolute path: as opened, symbolic links resolved; of a failed open, or of a file that is in no directory, as asked, behind cwd or dirfd");
+	__u8 mntns_initial AS("bool") DOC("whether `mntns` is the initial mount namespace");
+	__u8 pad[5] HIDDEN;
 	__u8 data[2 * PATH_LEN] HIDDEN;
-} STREAM("bulk") DOC("A call of open, creat, openat or openat2 returned.");
+} RING("bulk") DOC("A call of open, creat, openat or openat2 returned.")
+UNSEEN("opens through io_uring|system calls of 32-bit programs on a 64-bit kernel|open_by_handle_at");
 
 struct net_connect {
-	struct event_header header;
-	__u64 latency_ns AS("ns") DOC("time from the call (or SYN) to the result");
+	struct event_base base;
+	struct event_task task;
+	__u64 latency_ns AS("ns") DOC("time from the SYN to the result; 0 when no SYN was sent");
 	__u32 errno DOC("error number, such as 111 (ECONNREFUSED); 0 when connected");
 	__u32 netns DOC("inode number of the network namespace");
 	__u16 local_port DOC("local port; 0 when none was bound");
 	__u16 remote_port DOC("remote port");
 	__u8 ip_version DOC("4 or 6; an IPv4-mapped address is published as IPv4");
 	__u8 direction AS("names:unknown,outbound,inbound") DOC("always outbound");
-	__u8 pad[2] HIDDEN;
+	__u8 owner_known AS("bool") DOC("whether the task is the owner of the socket; where it is not known, pid is 0");
+	__u8 pad HIDDEN;
 	__u8 local_addr[16] AS("ip:ip_version") DOC("local address");
 	__u8 remote_addr[16] AS("ip:ip_version") DOC("remote address");
-} STREAM("bulk") DOC("An outbound TCP connection was established or failed.");
+} RING("bulk") DOC("An outbound TCP connection was established or failed.")
+UNSEEN("connects through io_uring or by 32-bit programs that fail before a SYN is sent");
 
 struct net_accept {
-	struct event_header header;
+	struct event_base base;
+	struct event_task task;
 	__u32 fd DOC("file descriptor of the accepted connection");
 	__u32 netns DOC("inode number of the network namespace");
 	__u16 local_port DOC("local port");
 	__u16 remote_port DOC("remote port");
 	__u8 ip_version DOC("4 or 6; an IPv4-mapped address is published as IPv4");
 	__u8 direction AS("names:unknown,outbound,inbound") DOC("always inbound");
-	__u8 pad[2] HIDDEN;
+	__u8 owner_known AS("bool") DOC("always true: the task is the one that accepted");
+	__u8 pad HIDDEN;
 	__u8 local_addr[16] AS("ip:ip_version") DOC("local address");
 	__u8 remote_addr[16] AS("ip:ip_version") DOC("remote address");
-} STREAM("bulk") DOC("A process accepted an inbound TCP connection.");
+} RING("bulk") DOC("A process accepted an inbound TCP connection.")
+UNSEEN("accepts through io_uring or by 32-bit programs");
 
 struct net_close {
-	struct event_header header;
+	struct event_base base;
+	struct event_task task;
 	__u64 duration_ns AS("ns") DOC("time from established to closed; 0 when it was established before the agent started");
 	__u64 bytes_sent DOC("payload bytes sent, retransmissions not counted twice");
 	__u64 bytes_received DOC("payload bytes received in order");
@@ -175,14 +219,16 @@ struct net_close {
 	__u16 remote_port DOC("remote port");
 	__u8 ip_version DOC("4 or 6; an IPv4-mapped address is published as IPv4");
 	__u8 direction AS("names:unknown,outbound,inbound") DOC("who opened it; unknown when established before the agent started");
-	__u8 pad[2] HIDDEN;
+	__u8 owner_known AS("bool") DOC("whether the task is the owner of the socket; where it is not known, pid is 0");
+	__u8 pad HIDDEN;
 	__u8 local_addr[16] AS("ip:ip_version") DOC("local address");
 	__u8 remote_addr[16] AS("ip:ip_version") DOC("remote address");
-} STREAM("bulk") DOC("An established TCP connection ended.");
+} RING("bulk") DOC("An established TCP connection ended.");
 
-/* Every record: what is not named here is not in the object's BTF. */
+/* Every record: what is not named here is not in the objects' BTF. */
 union event_record {
-	struct event_header header;
+	struct event_base base;
+	struct event_task task;
 	struct process_exec process_exec;
 	struct process_fork process_fork;
 	struct process_exit process_exit;

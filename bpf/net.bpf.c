@@ -3,10 +3,15 @@
  * net.connect, net.accept, net.close, for TCP.
  *
  * One tracepoint sees every change of state of every socket, but often in a softirq, where the
- * current task is whoever was interrupted. So the owner is kept per socket from the moments at which
- * the current task is it: connect(), listen(), accept(), close().
+ * current task is whoever was interrupted. So the owner is kept from the moments at which the
+ * current task is it (connect, listen, accept, the beginning of a close) with the socket itself,
+ * where the kernel lets a program of this kind keep something there, so that nobody's connections
+ * can push out another's; else, and for what is known of a socket only by its address, in a table.
  */
-#include "path.bpf.h"
+#define PATH_SLOTS 1
+#include "core/path.bpf.h"
+
+char LICENSE[] SEC("license") = "GPL";
 
 struct endpoints {
 	__u8 local_addr[16];
@@ -15,23 +20,40 @@ struct endpoints {
 	__u16 remote_port;
 	__u8 ip_version;
 	__u8 pad[3];
-	__u32 netns; /* of loopback addresses, which every namespace has; else 0 */
+	__u32 netns;
+};
+
+/* Whose a connection is, and what the task filters said of the owner when he took it. */
+struct owner {
+	struct event_task task;
+	__u8 known;
+	__u8 admitted;
+	__u8 is_agent;
+	__u8 pad[5];
 };
 
 struct connection {
-	struct event_header owner;
+	struct owner owner;
 	__u64 since_boot_ns; /* of the SYN, then of being established; 0: before the agent started */
 	__u32 direction;     /* enum net_direction */
 	__u32 pad;
 };
 
-/* Sockets from their SYN to their close. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct connection);
+} sockets SEC(".maps");
+
+/* By the address of the struct sock. Where `sockets` is used: only what was accepted and has not
+ * changed its state since. Else: from the SYN to the close. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
-	__type(key, __u64); /* address of the struct sock */
+	__type(key, __u64);
 	__type(value, struct connection);
-} connections SEC(".maps");
+} connections SEC(".maps") SIZED("table:connections");
 
 struct listener_key {
 	__u32 netns;
@@ -43,34 +65,29 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
 	__type(key, struct listener_key);
-	__type(value, struct event_header);
+	__type(value, struct owner);
 } listeners SEC(".maps");
 
-/* A connect() under way. */
-struct connect_call {
-	__u64 boot_ns;
-	__u64 sock;     /* set once the socket has sent its SYN */
-	__u32 fd;
-	__u8 addr[28];  /* struct sockaddr_in or sockaddr_in6 */
-	__u8 failed;    /* closed again within the call, which will return why */
-	__u8 pad[7];
-};
-
+/* Connects of which a change of state has told that they failed, until connect() returns: by the
+ * address of the struct sock, with the error. */
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 16384);
-	__type(key, __u64); /* pid_tgid */
-	__type(value, struct connect_call);
-} connect_calls SEC(".maps");
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, __u64);
+	__type(value, __u32);
+} failed_connects SEC(".maps");
 
 /* The agent's own connections, as their other end sees them: a broker on this machine must not
- * make events by serving the agent. */
+ * make events by serving the agent. Of its network namespace, so that nobody can hide behind the
+ * same addresses in another. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1024);
 	__type(key, struct endpoints);
 	__type(value, __u8);
 } agent_peers SEC(".maps");
+
+/* ---------------------------------------------------------------- addresses */
 
 static __always_inline bool is_mapped(const __u8 *addr)
 {
@@ -89,36 +106,26 @@ static __always_inline void unmap_addr(__u8 *addr)
 	word[3] = 0;
 }
 
-static __always_inline __u32 netns_of(const struct sock *sk)
+#define READ_IN6(to, sk, member)                                                              \
+	do {                                                                                  \
+		__u32 *__word = (__u32 *)(to);                                                \
+		__word[0] = READ(struct sock, sk, __sk_common.member.in6_u.u6_addr32[0]);     \
+		__word[1] = READ(struct sock, sk, __sk_common.member.in6_u.u6_addr32[1]);     \
+		__word[2] = READ(struct sock, sk, __sk_common.member.in6_u.u6_addr32[2]);     \
+		__word[3] = READ(struct sock, sk, __sk_common.member.in6_u.u6_addr32[3]);     \
+	} while (0)
+
+static __always_inline void read_addresses(struct endpoints *ends, struct sock *sk)
 {
-	return BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
-}
-
-static __always_inline bool is_loopback(const struct endpoints *ends)
-{
-	const __u32 *word = (const __u32 *)ends->remote_addr;
-
-	if (ends->ip_version == 4)
-		return ends->remote_addr[0] == 127;
-	return !word[0] && !word[1] && !word[2] && word[3] == bpf_htonl(1);
-}
-
-static __always_inline void read_addresses(struct endpoints *ends, const struct sock *sk)
-{
-	const struct inet_sock *inet = (const void *)sk;
-
-	/* Not skc_num: a closing socket has given its port back already. */
-	ends->local_port = bpf_ntohs(BPF_CORE_READ(inet, inet_sport));
-	ends->remote_port = bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport));
-	if (BPF_CORE_READ(sk, __sk_common.skc_family) == AF_INET) {
+	if (READ(struct sock, sk, __sk_common.skc_family) == AF_INET) {
 		ends->ip_version = 4;
-		bpf_core_read(ends->local_addr, 4, &sk->__sk_common.skc_rcv_saddr);
-		bpf_core_read(ends->remote_addr, 4, &sk->__sk_common.skc_daddr);
+		*(__u32 *)ends->local_addr = READ(struct sock, sk, __sk_common.skc_rcv_saddr);
+		*(__u32 *)ends->remote_addr = READ(struct sock, sk, __sk_common.skc_daddr);
 		return;
 	}
 	ends->ip_version = 6;
-	bpf_core_read(ends->local_addr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
-	bpf_core_read(ends->remote_addr, 16, &sk->__sk_common.skc_v6_daddr);
+	READ_IN6(ends->local_addr, sk, skc_v6_rcv_saddr);
+	READ_IN6(ends->remote_addr, sk, skc_v6_daddr);
 	if (is_mapped(ends->remote_addr)) {
 		ends->ip_version = 4;
 		unmap_addr(ends->local_addr);
@@ -126,12 +133,14 @@ static __always_inline void read_addresses(struct endpoints *ends, const struct 
 	}
 }
 
-static __always_inline void read_endpoints(struct endpoints *ends, const struct sock *sk)
+static __always_inline void read_endpoints(struct endpoints *ends, struct sock *sk)
 {
 	__builtin_memset(ends, 0, sizeof(*ends));
 	read_addresses(ends, sk);
-	if (is_loopback(ends))
-		ends->netns = netns_of(sk);
+	/* Not skc_num: a closing socket has given its port back already. */
+	ends->local_port = bpf_ntohs(READ(struct inet_sock, sk, inet_sport));
+	ends->remote_port = bpf_ntohs(READ(struct sock, sk, __sk_common.skc_dport));
+	ends->netns = READ(struct sock, sk, __sk_common.skc_net.net, ns.inum);
 }
 
 static __always_inline void turn_round(struct endpoints *to, const struct endpoints *from)
@@ -145,12 +154,14 @@ static __always_inline void turn_round(struct endpoints *to, const struct endpoi
 	to->netns = from->netns;
 }
 
-static __always_inline bool is_tcp(const struct sock *sk)
+/* ---------------------------------------------------------------- sockets */
+
+static __always_inline bool is_tcp(struct sock *sk)
 {
-	__u16 family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	__u16 family = READ(struct sock, sk, __sk_common.skc_family);
 
 	return (family == AF_INET || family == AF_INET6) &&
-	       BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP;
+	       READ(struct sock, sk, sk_protocol) == IPPROTO_TCP;
 }
 
 /* The connection that a socket stands for: of a Multipath TCP one, its first. */
@@ -159,107 +170,193 @@ static __always_inline struct sock *first_connection(struct sock *sk)
 	struct mptcp_sock *multipath = (void *)sk;
 
 	if (bpf_core_type_exists(struct mptcp_sock) &&
-	    BPF_CORE_READ(sk, sk_protocol) == IPPROTO_MPTCP)
-		return BPF_CORE_READ(multipath, first);
+	    READ(struct sock, sk, sk_protocol) == IPPROTO_MPTCP)
+		return BPF_CORE_READ(multipath, first); /* its type may be a module's */
 	return sk;
 }
 
+/* The socket behind a descriptor; NULL if it is none. */
 static __always_inline struct socket *socket_of_fd(int fd)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	struct file *file = file_of_fd(task, fd);
+	struct socket *socket;
 
-	return BPF_CORE_READ(file, private_data);
+	if (!file || (READ(struct file, file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
+		return NULL;
+	socket = READ(struct file, file, private_data);
+	/* The name of a socket in a directory, opened with O_PATH, has no socket behind it. */
+	return socket && READ(struct socket, socket, file) == file ? socket : NULL;
 }
 
-/* Whether an event of `owner` between `ends` is to be reported. */
-static __always_inline bool admits_net(const struct event_header *owner, enum event_kind kind,
-				       struct endpoints *ends)
-{
-	__u8 *local, *remote;
-	bool keep;
+/* ---------------------------------------------------------------- owners */
 
-	if (!enabled(kind) || bpf_map_lookup_elem(&agent_peers, ends))
-		return false;
-	if (!admits(owner, kind))
-		return false;
-	if (settings.filter_port == FILTER_OFF)
+static __always_inline void own(struct owner *owner)
+{
+	__builtin_memset(owner, 0, sizeof(*owner));
+	identify(&owner->task);
+	owner->known = 1;
+	owner->is_agent = is_agent(owner->task.pid);
+	owner->admitted = passes_task_filters(&owner->task);
+}
+
+/* Programs of one kind get the socket as a kernel type, and may keep a connection with it. */
+#define TYPED true
+#define UNTYPED false
+
+static __always_inline struct connection *find(struct sock *sk, const bool typed)
+{
+	__u64 key = (__u64)sk;
+
+	if (typed)
+		return bpf_sk_storage_get(&sockets, sk, NULL, 0);
+	return bpf_map_lookup_elem(&connections, &key);
+}
+
+static __always_inline bool keep_in_table(struct sock *sk, struct connection *connection)
+{
+	__u64 key = (__u64)sk;
+
+	if (!bpf_map_update_elem(&connections, &key, connection, BPF_ANY))
 		return true;
-	local = bpf_map_lookup_elem(&filter_ports, &ends->local_port);
-	remote = bpf_map_lookup_elem(&filter_ports, &ends->remote_port);
-	if ((local && *local == VERDICT_DROP) || (remote && *remote == VERDICT_DROP))
-		keep = false;
+	count_fault(FAULT_CONNECTIONS_FULL);
+	return false;
+}
+
+static __always_inline void keep(struct sock *sk, struct connection *connection, const bool typed)
+{
+	struct connection *kept;
+
+	if (!typed) {
+		keep_in_table(sk, connection);
+		return;
+	}
+	kept = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (kept)
+		*kept = *connection;
+	else /* the user has used up what the socket may hold (net.core.optmem_max) */
+		count_fault(FAULT_SOCKET_STORAGE);
+}
+
+static __always_inline void forget(struct sock *sk, const bool typed)
+{
+	__u64 key = (__u64)sk;
+
+	if (typed)
+		bpf_sk_storage_delete(&sockets, sk);
+	bpf_map_delete_elem(&connections, &key);
+}
+
+/* With storage: who accepted it is in the table until now. */
+static __always_inline void take_from_table(struct sock *sk, const bool typed)
+{
+	__u64 key = (__u64)sk;
+	struct connection *accepted, *kept;
+
+	if (!typed)
+		return;
+	accepted = bpf_map_lookup_elem(&connections, &key);
+	if (!accepted)
+		return;
+	kept = find(sk, typed);
+	if (kept)
+		kept->owner = accepted->owner;
 	else
-		keep = settings.filter_port == FILTER_EXCLUDE || local || remote;
-	if (!keep)
+		keep(sk, accepted, typed);
+	bpf_map_delete_elem(&connections, &key);
+}
+
+/* ---------------------------------------------------------------- events */
+
+/* Whether an event of `owner` between `ends` is to be reported. An owner who is not known is not
+ * left out: nobody can say that he is meant. */
+static __always_inline bool admits_net(struct event_base *base, const struct owner *owner,
+				       enum event_kind kind, struct endpoints *ends)
+{
+	struct settings *wanted = ONLY_ENTRY(settings);
+	__u8 *local, *remote;
+	bool keep = owner->admitted || !owner->known;
+
+	if (!enabled(kind) || !wanted || owner->is_agent ||
+	    bpf_map_lookup_elem(&agent_peers, ends))
+		return false;
+	if (keep && wanted->filter_port != FILTER_OFF) {
+		local = bpf_map_lookup_elem(&filter_ports, &ends->local_port);
+		remote = bpf_map_lookup_elem(&filter_ports, &ends->remote_port);
+		if ((local && *local == VERDICT_DROP) || (remote && *remote == VERDICT_DROP))
+			keep = false;
+		else
+			keep = wanted->filter_port == FILTER_EXCLUDE || local || remote;
+	}
+	if (!keep) {
 		count_filtered(kind);
-	return keep;
+		return false;
+	}
+	base->weight = sample(kind);
+	return base->weight;
 }
 
 #define COPY_ENDPOINTS(record, ends)                                               \
 	do {                                                                       \
+		(record)->netns = (ends)->netns;                                   \
 		(record)->ip_version = (ends)->ip_version;                         \
 		(record)->local_port = (ends)->local_port;                         \
 		(record)->remote_port = (ends)->remote_port;                       \
 		__builtin_memcpy((record)->local_addr, (ends)->local_addr, 16);    \
 		__builtin_memcpy((record)->remote_addr, (ends)->remote_addr, 16);  \
+		(record)->pad = 0;                                                 \
 	} while (0)
 
-static __always_inline void emit_connect(const struct event_header *owner, const struct sock *sk,
-					 struct endpoints *ends, __u64 since_boot_ns, __u32 errno)
+static __always_inline void emit_connect(const struct owner *owner, struct endpoints *ends,
+					 __u64 since_boot_ns, __u32 errno)
 {
-	struct event_header header = *owner;
 	struct net_connect *record;
+	struct event_base base;
 
-	header.boot_ns = bpf_ktime_get_boot_ns();
-	if (!admits_net(&header, KIND_NET_CONNECT, ends))
+	start_base(&base);
+	if (!admits_net(&base, owner, KIND_NET_CONNECT, ends))
 		return;
-	record = begin(&bulk, &header, KIND_NET_CONNECT, STREAM_BULK, sizeof(*record));
+	record = begin(&bulk, &base, KIND_NET_CONNECT, RING_BULK, sizeof(*record));
 	if (!record)
 		return;
-	record->latency_ns = since_boot_ns ? header.boot_ns - since_boot_ns : 0;
+	record->task = owner->task;
+	record->owner_known = owner->known;
+	record->latency_ns = since_boot_ns ? base.boot_ns - since_boot_ns : 0;
 	record->errno = errno;
-	record->netns = netns_of(sk);
 	record->direction = DIRECTION_OUTBOUND;
 	COPY_ENDPOINTS(record, ends);
-	submit(&bulk, STREAM_BULK, record);
+	submit(&bulk, RING_BULK, record);
 }
 
-static __always_inline void emit_close(const struct connection *connection, const struct sock *sk,
+static __always_inline void emit_close(const struct connection *connection, struct sock *sk,
 				       struct endpoints *ends)
 {
-	const struct tcp_sock *tcp = (const void *)sk;
-	struct event_header header = connection->owner;
 	struct net_close *record;
-	__u64 sent, received;
+	struct event_base base;
+	__u64 received;
 
-	header.boot_ns = bpf_ktime_get_boot_ns();
-	if (!admits_net(&header, KIND_NET_CLOSE, ends))
+	start_base(&base);
+	if (!admits_net(&base, &connection->owner, KIND_NET_CLOSE, ends))
 		return;
-	record = begin(&bulk, &header, KIND_NET_CLOSE, STREAM_BULK, sizeof(*record));
+	record = begin(&bulk, &base, KIND_NET_CLOSE, RING_BULK, sizeof(*record));
 	if (!record)
 		return;
-	if (connection->since_boot_ns)
-		record->duration_ns = header.boot_ns - connection->since_boot_ns;
+	record->task = connection->owner.task;
+	record->owner_known = connection->owner.known;
+	record->duration_ns =
+		connection->since_boot_ns ? base.boot_ns - connection->since_boot_ns : 0;
 	/* bytes_sent counts payload, each retransmission again; bytes_received counts the peer's
 	 * FIN as a byte (tcp_rcv_nxt_update over end_seq). */
-	sent = BPF_CORE_READ(tcp, bytes_sent) - BPF_CORE_READ(tcp, bytes_retrans);
-	received = BPF_CORE_READ(tcp, bytes_received);
-	if (received && BPF_CORE_READ(sk, __sk_common.skc_flags) & (1UL << SOCK_DONE))
+	record->bytes_sent = READ(struct tcp_sock, sk, bytes_sent) -
+			     READ(struct tcp_sock, sk, bytes_retrans);
+	received = READ(struct tcp_sock, sk, bytes_received);
+	if (received && READ(struct sock, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE))
 		received--;
-	record->bytes_sent = sent;
 	record->bytes_received = received;
-	record->errno = BPF_CORE_READ(sk, sk_err);
-	record->netns = netns_of(sk);
+	record->errno = READ(struct sock, sk, sk_err);
 	record->direction = connection->direction;
 	COPY_ENDPOINTS(record, ends);
-	submit(&bulk, STREAM_BULK, record);
-}
-
-static __always_inline void remember(__u64 key, struct connection *connection)
-{
-	/* A full table costs the owner of this connection: its close is reported with none. */
-	bpf_map_update_elem(&connections, &key, connection, BPF_ANY);
+	submit(&bulk, RING_BULK, record);
 }
 
 static __always_inline void remember_agent_peer(const struct endpoints *ends)
@@ -268,147 +365,206 @@ static __always_inline void remember_agent_peer(const struct endpoints *ends)
 	__u8 one = 1;
 
 	turn_round(&peer, ends);
-	bpf_map_update_elem(&agent_peers, &peer, &one, BPF_ANY);
+	if (bpf_map_update_elem(&agent_peers, &peer, &one, BPF_ANY))
+		count_fault(FAULT_AGENT_PEERS_FULL);
 }
+
+/* ---------------------------------------------------------------- changes of state */
 
 /* A SYN is about to be sent: the current task is connecting. */
-static __always_inline void on_syn(const struct sock *sk)
+static __always_inline void on_syn(struct sock *sk, const bool typed)
 {
-	__u64 id = bpf_get_current_pid_tgid();
-	struct connect_call *call = bpf_map_lookup_elem(&connect_calls, &id);
-	struct connection connection = { .direction = DIRECTION_OUTBOUND };
+	struct connection connection;
 
-	identify_current(&connection.owner);
-	connection.since_boot_ns = connection.owner.boot_ns;
-	if (call) {
-		call->sock = (__u64)sk;
-		connection.since_boot_ns = call->boot_ns;
-	}
-	remember((__u64)sk, &connection);
+	own(&connection.owner);
+	connection.since_boot_ns = bpf_ktime_get_boot_ns();
+	connection.direction = DIRECTION_OUTBOUND;
+	connection.pad = 0;
+	keep(sk, &connection, typed);
 }
 
-static __always_inline void on_connected(const struct sock *sk, struct endpoints *ends)
+static __always_inline void on_connected(struct sock *sk, const bool typed)
 {
-	__u64 key = (__u64)sk;
-	struct connection *known = bpf_map_lookup_elem(&connections, &key);
+	struct connection *known = find(sk, typed);
 	struct connection unknown = { .direction = DIRECTION_OUTBOUND };
+	struct endpoints ends;
 
+	read_endpoints(&ends, sk);
 	if (!known) {
-		emit_connect(&unknown.owner, sk, ends, 0, 0);
+		emit_connect(&unknown.owner, &ends, 0, 0);
 		unknown.since_boot_ns = bpf_ktime_get_boot_ns();
-		remember(key, &unknown);
+		keep(sk, &unknown, typed);
 		return;
 	}
-	if (known->owner.pid == agent_pid)
-		remember_agent_peer(ends);
-	emit_connect(&known->owner, sk, ends, known->since_boot_ns, 0);
+	if (known->owner.is_agent)
+		remember_agent_peer(&ends);
+	emit_connect(&known->owner, &ends, known->since_boot_ns, 0);
 	known->since_boot_ns = bpf_ktime_get_boot_ns();
 }
 
-static __always_inline void on_connect_failed(const struct sock *sk, struct endpoints *ends)
+/* Whether connect() itself is still under way, and failed before the SYN could be sent: no port or
+ * no route was found after all. Only once it is sent is the socket said to be connecting. */
+static __always_inline bool fails_within_connect(struct sock *sk)
 {
-	__u64 id = bpf_get_current_pid_tgid(), key = (__u64)sk;
-	struct connection *known = bpf_map_lookup_elem(&connections, &key);
-	struct connect_call *call = bpf_map_lookup_elem(&connect_calls, &id);
-	struct connection unknown = {};
-	int error = BPF_CORE_READ(sk, sk_err);
+	struct socket *socket = READ(struct sock, sk, sk_socket);
 
-	if (!error && call && call->sock == key) {
-		call->failed = 1; /* no port or no route was found after all: connect() will say */
-		goto out;
-	}
+	return socket && READ(struct socket, socket, state) == SS_UNCONNECTED;
+}
+
+static __always_inline void on_connect_failed(struct sock *sk, const bool typed)
+{
+	struct connection *known = find(sk, typed);
+	struct connection unknown = {};
+	struct endpoints ends;
+	__u64 key = (__u64)sk;
+	__u32 error = READ(struct sock, sk, sk_err);
+
+	if (!error && fails_within_connect(sk))
+		goto out; /* connect() will say */
 	if (!error)
 		error = ECONNABORTED; /* closed by its owner while connecting */
+	read_endpoints(&ends, sk);
+	if (bpf_map_update_elem(&failed_connects, &key, &error, BPF_ANY))
+		count_fault(FAULT_FAILED_FULL);
 	if (known)
-		emit_connect(&known->owner, sk, ends, known->since_boot_ns, error);
+		emit_connect(&known->owner, &ends, known->since_boot_ns, error);
 	else
-		emit_connect(&unknown.owner, sk, ends, 0, error);
+		emit_connect(&unknown.owner, &ends, 0, error);
 out:
-	bpf_map_delete_elem(&connections, &key);
+	forget(sk, typed);
 }
 
 /* Both ends sent a SYN before they had the other's: the socket connects all the same. */
-static __always_inline bool opens_simultaneously(const struct sock *sk)
+static __always_inline bool opens_simultaneously(struct sock *sk, const bool typed)
 {
-	__u64 key = (__u64)sk;
-	struct connection *known = bpf_map_lookup_elem(&connections, &key);
+	struct connection *known = find(sk, typed);
 
 	return known && known->direction == DIRECTION_OUTBOUND;
 }
 
 /* An inbound connection is complete, and waits to be accepted. */
-static __always_inline void on_inbound(const struct sock *sk, const struct endpoints *ends)
+static __always_inline void on_inbound(struct sock *sk, const bool typed)
 {
-	struct listener_key key = { .netns = netns_of(sk), .port = ends->local_port };
-	struct event_header *listener = bpf_map_lookup_elem(&listeners, &key);
+	struct listener_key key = {};
+	struct owner *listener;
 	struct connection connection = {
 		.direction = DIRECTION_INBOUND,
 		.since_boot_ns = bpf_ktime_get_boot_ns(),
 	};
 
-	__u64 socket = (__u64)sk;
-
 	/* With Fast Open it can have been accepted before it was complete. */
-	if (bpf_map_lookup_elem(&connections, &socket))
+	take_from_table(sk, typed);
+	if (find(sk, typed))
 		return;
+	key.netns = READ(struct sock, sk, __sk_common.skc_net.net, ns.inum);
+	key.port = bpf_ntohs(READ(struct inet_sock, sk, inet_sport));
+	listener = bpf_map_lookup_elem(&listeners, &key);
 	if (listener)
 		connection.owner = *listener;
-	remember(socket, &connection);
+	keep(sk, &connection, typed);
 }
 
-static __always_inline void on_listen(const struct sock *sk, const struct endpoints *ends)
+static __always_inline void on_listen(struct sock *sk)
 {
-	struct listener_key key = { .netns = netns_of(sk), .port = ends->local_port };
-	struct event_header owner;
+	struct listener_key key = {};
+	struct owner owner;
 
-	identify_current(&owner);
-	bpf_map_update_elem(&listeners, &key, &owner, BPF_ANY);
+	own(&owner);
+	key.netns = READ(struct sock, sk, __sk_common.skc_net.net, ns.inum);
+	key.port = bpf_ntohs(READ(struct inet_sock, sk, inet_sport));
+	if (bpf_map_update_elem(&listeners, &key, &owner, BPF_ANY))
+		count_fault(FAULT_LISTENERS_FULL);
 }
 
-/* The owner begins to close a connection that is older than the agent. */
-static __always_inline void on_closing(const struct sock *sk)
+/* The owner begins to close: he is the current task, whom we may not know yet. */
+static __always_inline void on_closing(struct sock *sk, const bool typed)
 {
-	__u64 key = (__u64)sk;
 	struct connection connection = {};
+	struct connection *known;
 
-	if (bpf_map_lookup_elem(&connections, &key))
+	take_from_table(sk, typed);
+	known = find(sk, typed);
+	if (known && known->owner.known)
 		return;
-	identify_current(&connection.owner);
-	remember(key, &connection);
+	if (known)
+		connection = *known;
+	own(&connection.owner);
+	keep(sk, &connection, typed);
 }
 
-static __always_inline void on_closed(const struct sock *sk, struct endpoints *ends)
+static __always_inline void on_closed(struct sock *sk, const bool typed)
 {
-	__u64 key = (__u64)sk;
-	struct connection *known = bpf_map_lookup_elem(&connections, &key);
-	struct connection unknown = {};
+	struct connection *known, unknown = {};
+	struct endpoints ends;
 
-	emit_close(known ?: &unknown, sk, ends);
-	if (known)
-		bpf_map_delete_elem(&connections, &key);
-	bpf_map_delete_elem(&agent_peers, ends);
+	take_from_table(sk, typed);
+	known = find(sk, typed);
+	read_endpoints(&ends, sk);
+	emit_close(known ?: &unknown, sk, &ends);
+	forget(sk, typed);
+	bpf_map_delete_elem(&agent_peers, &ends);
 }
 
 /* Never complete: of interest only if Fast Open let it be accepted all the same. */
-static __always_inline void on_aborted(const struct sock *sk, struct endpoints *ends)
+static __always_inline void on_aborted(struct sock *sk, const bool typed)
 {
-	__u64 key = (__u64)sk;
+	take_from_table(sk, typed);
+	if (find(sk, typed))
+		on_closed(sk, typed);
+}
 
-	if (bpf_map_lookup_elem(&connections, &key))
-		on_closed(sk, ends);
+static __always_inline void change_state(struct sock *sk, int from, int to, const bool typed)
+{
+	if (from == TCP_SYN_RECV && opens_simultaneously(sk, typed))
+		from = TCP_SYN_SENT;
+	if (to == TCP_SYN_SENT)
+		on_syn(sk, typed);
+	else if (from == TCP_SYN_SENT && to == TCP_ESTABLISHED)
+		on_connected(sk, typed);
+	else if (from == TCP_SYN_SENT && to == TCP_CLOSE)
+		on_connect_failed(sk, typed);
+	else if (from == TCP_SYN_RECV && to == TCP_ESTABLISHED)
+		on_inbound(sk, typed);
+	else if (to == TCP_LISTEN)
+		on_listen(sk);
+	else if (to == TCP_FIN_WAIT1 || to == TCP_LAST_ACK)
+		on_closing(sk, typed);
+	else if (to == TCP_CLOSE && from == TCP_SYN_RECV)
+		on_aborted(sk, typed);
+	else if (to == TCP_CLOSE)
+		on_closed(sk, typed);
+}
+
+/* Whether a change of state means anything here: most do not, and are not looked at further. */
+static __always_inline bool matters(int from, int to)
+{
+	switch (to) {
+	case TCP_SYN_SENT:
+	case TCP_LISTEN:
+	case TCP_FIN_WAIT1:
+	case TCP_LAST_ACK:
+		return true;
+	case TCP_ESTABLISHED:
+		return from == TCP_SYN_SENT || from == TCP_SYN_RECV;
+	case TCP_CLOSE:
+		return from != TCP_LISTEN && from != TCP_CLOSE;
+	}
+	return false;
 }
 
 /*
- * The kernel does not run a program inside itself on one CPU. But a system call's change of state
- * can be interrupted by packets and their changes, on a busy machine about one in a hundred times.
- * So there are two programs: the first to see a change handles it and leaves a note, by which the
- * other knows. What interrupts one of them is handled by the other alone.
+ * From 6.1 on the kernel does not run a program inside itself on one CPU. But a system call's change
+ * of state can be interrupted by packets and their changes, on a busy machine about one in a hundred
+ * times. So there are two programs: the first to see a change handles it and leaves a note, by which
+ * the other knows. What interrupts one of them is handled by the other alone. Where the kernel has no
+ * such guard, one program sees all, and the twin is not attached.
  */
 #define TWINS 2
 #define NOTES 8 /* room for some that are never picked up */
 
 struct notes {
 	__u64 changes[TWINS][NOTES];
+	__u64 address[TWINS]; /* of the socket: read from here it is a number to the verifier */
 	__u32 next[TWINS];
 	__u32 busy[TWINS];
 };
@@ -421,12 +577,14 @@ struct {
 } notes SEC(".maps");
 
 /* Which change of which connection. Ports, because the memory of a socket is soon used again. */
-static __always_inline __u64 change_of(const struct sock *sk, const struct endpoints *ends,
-				       int from, int to)
+static __always_inline __u64 change_of(volatile struct notes *here, struct sock *sk, int from,
+				       int to, const __u32 me)
 {
-	__u64 ports = (__u64)ends->local_port << 16 | ends->remote_port;
+	__u64 ports = (__u64)READ(struct inet_sock, sk, inet_sport) << 16 |
+		      READ(struct sock, sk, __sk_common.skc_dport);
 
-	return ((__u64)sk << 8 | (from & 15) << 4 | (to & 15)) ^ ports << 32;
+	here->address[me] = (__u64)sk;
+	return (here->address[me] << 8 | (from & 15) << 4 | (to & 15)) ^ ports << 32;
 }
 
 static __always_inline bool first_to_see(volatile struct notes *here, __u64 change,
@@ -452,98 +610,65 @@ static __always_inline bool first_to_see(volatile struct notes *here, __u64 chan
 	return true;
 }
 
-static __always_inline void change_state(const struct sock *sk, struct endpoints *ends, int from,
-					 int to)
-{
-	if (from == TCP_SYN_RECV && opens_simultaneously(sk))
-		from = TCP_SYN_SENT;
-	if (to == TCP_SYN_SENT)
-		on_syn(sk);
-	else if (from == TCP_SYN_SENT && to == TCP_ESTABLISHED)
-		on_connected(sk, ends);
-	else if (from == TCP_SYN_SENT && to == TCP_CLOSE)
-		on_connect_failed(sk, ends);
-	else if (from == TCP_SYN_RECV && to == TCP_ESTABLISHED)
-		on_inbound(sk, ends);
-	else if (to == TCP_LISTEN)
-		on_listen(sk, ends);
-	else if (to == TCP_FIN_WAIT1 || to == TCP_LAST_ACK)
-		on_closing(sk);
-	else if (to == TCP_CLOSE && from == TCP_SYN_RECV)
-		on_aborted(sk, ends);
-	else if (to == TCP_CLOSE && from != TCP_LISTEN && from != TCP_CLOSE)
-		on_closed(sk, ends);
-}
-
-static __always_inline int sock_state(const struct sock *sk, int from, int to, const __u32 me)
+static __always_inline int sock_state(struct sock *sk, int from, int to, const __u32 me,
+				      const bool typed)
 {
 	volatile struct notes *here;
-	struct endpoints ends;
-	__u32 zero = 0;
 
-	here = bpf_map_lookup_elem(&notes, &zero);
+	if (!matters(from, to) || !is_tcp(sk))
+		return 0;
+	here = ONLY_ENTRY(notes);
 	if (!here)
 		return 0;
 	here->busy[me] = 1;
-	if (is_tcp(sk)) {
-		read_endpoints(&ends, sk);
-		if (first_to_see(here, change_of(sk, &ends, from, to), me))
-			change_state(sk, &ends, from, to);
-	}
+	if (first_to_see(here, change_of(here, sk, from, to, me), me))
+		change_state(sk, from, to, typed);
 	here->busy[me] = 0;
 	return 0;
 }
 
-SEC("raw_tp/inet_sock_set_state") EMITS("net.connect,net.close")
-int BPF_PROG(on_sock_state, const struct sock *sk, int from, int to)
+/* For the kernels whose raw tracepoints have no guard. */
+static __always_inline int sock_state_alone(struct sock *sk, int from, int to, const bool typed)
 {
-	return sock_state(sk, from, to, 0);
-}
-
-SEC("raw_tp/inet_sock_set_state") EMITS("net.connect,net.close")
-DOC("changes of state that interrupt another one")
-int BPF_PROG(on_sock_state_twin, const struct sock *sk, int from, int to)
-{
-	return sock_state(sk, from, to, 1);
-}
-
-SEC("tracepoint/syscalls/sys_enter_connect") EMITS("net.connect")
-DOC("connects that fail before a SYN is sent (no route, no free port)")
-int on_connect_enter(struct trace_event_raw_sys_enter *ctx)
-{
-	__u64 id = bpf_get_current_pid_tgid();
-	struct connect_call call = { .boot_ns = bpf_ktime_get_boot_ns(), .fd = ctx->args[0] };
-	__u64 length = ctx->args[2];
-	struct event_header owner;
-	struct socket *socket;
-	struct sock *sk;
-	__u16 family;
-
-	if (length > sizeof(call.addr))
-		length = sizeof(call.addr);
-	bpf_probe_read_user(&call.addr, length, (void *)ctx->args[1]);
-	family = *(__u16 *)call.addr;
-	if (family != AF_INET && family != AF_INET6)
-		return 0;
-	socket = socket_of_fd(call.fd);
-	/* Of a socket that is connecting already, connect() asks for news: no new attempt. */
-	if (BPF_CORE_READ(socket, state) != SS_UNCONNECTED)
-		return 0;
-	sk = first_connection(BPF_CORE_READ(socket, sk));
-	if (!is_tcp(sk))
-		return 0;
-	if (bpf_map_update_elem(&connect_calls, &id, &call, BPF_ANY)) {
-		identify_current(&owner);
-		if (admits(&owner, KIND_NET_CONNECT))
-			lose(&owner, KIND_NET_CONNECT, STREAM_BULK);
-	}
+	if (matters(from, to) && is_tcp(sk))
+		change_state(sk, from, to, typed);
 	return 0;
 }
 
-static __always_inline void read_wanted(struct endpoints *ends, const struct connect_call *call)
+#define GUARD "function:bpf_prog_inc_misses_counter"
+
+#define ON_SOCK_STATE(name, section, hook, needs, body)     \
+	SEC(section) HOOK(hook) EMITS("net.connect,net.close") needs \
+	int BPF_PROG(name, struct sock *sk, int from, int to) \
+	{                                                   \
+		return body;                                \
+	}
+
+ON_SOCK_STATE(on_sock_state, "tp_btf/inet_sock_set_state", "sock_state", NEEDS(GUARD),
+	      sock_state(sk, from, to, 0, TYPED))
+ON_SOCK_STATE(on_sock_state_untyped, "raw_tp/inet_sock_set_state", "sock_state", NEEDS(GUARD),
+	      sock_state(sk, from, to, 0, UNTYPED))
+ON_SOCK_STATE(on_sock_state_alone, "tp_btf/inet_sock_set_state", "sock_state",
+	      NEEDS("no " GUARD), sock_state_alone(sk, from, to, TYPED))
+ON_SOCK_STATE(on_sock_state_alone_untyped, "raw_tp/inet_sock_set_state", "sock_state",
+	      NEEDS("no " GUARD), sock_state_alone(sk, from, to, UNTYPED))
+ON_SOCK_STATE(on_sock_state_twin, "tp_btf/inet_sock_set_state", "sock_state_twin",
+	      NEEDS(GUARD) DOC("changes of state that interrupt another one"),
+	      sock_state(sk, from, to, 1, TYPED))
+ON_SOCK_STATE(on_sock_state_twin_untyped, "raw_tp/inet_sock_set_state", "sock_state_twin",
+	      NEEDS(GUARD) DOC("changes of state that interrupt another one"),
+	      sock_state(sk, from, to, 1, UNTYPED))
+
+/* ---------------------------------------------------------------- connect() */
+
+struct wanted_address {
+	__u8 bytes[28]; /* struct sockaddr_in or sockaddr_in6 */
+};
+
+static __always_inline void read_wanted(struct endpoints *ends, const struct wanted_address *wanted)
 {
-	const struct sockaddr_in *in = (const void *)call->addr;
-	const struct sockaddr_in6 *in6 = (const void *)call->addr;
+	const struct sockaddr_in *in = (const void *)wanted->bytes;
+	const struct sockaddr_in6 *in6 = (const void *)wanted->bytes;
 
 	ends->remote_port = bpf_ntohs(in->port);
 	__builtin_memset(ends->remote_addr, 0, 16);
@@ -560,88 +685,142 @@ static __always_inline void read_wanted(struct endpoints *ends, const struct con
 	}
 }
 
-SEC("tracepoint/syscalls/sys_exit_connect") EMITS("net.connect")
-DOC("connects that fail before a SYN is sent (no route, no free port)")
-int on_connect_exit(struct trace_event_raw_sys_exit *ctx)
+/* Errors by which connect() tells of an attempt that goes on, or of none. */
+static __always_inline bool is_an_end(__u32 errno)
 {
-	__u64 id = bpf_get_current_pid_tgid();
-	struct connect_call *call = bpf_map_lookup_elem(&connect_calls, &id);
-	struct event_header owner;
+	return errno && errno != EINPROGRESS && errno != EALREADY && errno != EISCONN &&
+	       errno != EINTR;
+}
+
+/* Whether a change of state has reported this failure already. */
+static __always_inline bool is_told(struct sock *sk, __u32 errno)
+{
+	__u64 key = (__u64)sk;
+	__u32 *told = bpf_map_lookup_elem(&failed_connects, &key);
+	bool same = told && *told == errno;
+
+	if (told)
+		bpf_map_delete_elem(&failed_connects, &key);
+	return same;
+}
+
+/* Reports a connect that failed before a SYN was sent: nothing else tells of it. */
+static __always_inline int connected(long result, struct pt_regs___user *registers)
+{
+	struct wanted_address address = {};
+	struct call_arguments passed;
 	struct endpoints ends;
 	struct socket *socket;
+	struct owner owner;
 	struct sock *sk;
-	long result = ctx->ret;
+	__u64 length;
+	__u16 family;
 
-	if (!call)
+	if (!is_an_end(errno_of(result)))
 		return 0;
-	if (result < 0 && result != -EINPROGRESS && (!call->sock || call->failed)) {
-		socket = socket_of_fd(call->fd);
-		sk = first_connection(BPF_CORE_READ(socket, sk));
-		read_endpoints(&ends, sk);
-		read_wanted(&ends, call);
-		identify_current(&owner);
-		emit_connect(&owner, sk, &ends, call->boot_ns, -result);
-	}
-	bpf_map_delete_elem(&connect_calls, &id);
+	passed = call_arguments(registers);
+	socket = socket_of_fd(passed.at[0]);
+	if (!socket)
+		return 0;
+	sk = first_connection(READ(struct socket, socket, sk));
+	if (!is_tcp(sk) || is_told(sk, errno_of(result)))
+		return 0;
+	length = passed.at[2];
+	if (length > sizeof(address.bytes))
+		length = sizeof(address.bytes);
+	if (bpf_probe_read_user(address.bytes, length, (void *)passed.at[1]))
+		return 0; /* EFAULT: no address was asked for */
+	family = *(__u16 *)address.bytes;
+	if (family != AF_INET && family != AF_INET6)
+		return 0;
+	read_endpoints(&ends, sk);
+	read_wanted(&ends, &address);
+	own(&owner);
+	emit_connect(&owner, &ends, 0, errno_of(result));
 	return 0;
 }
 
-/* From now on the connection belongs to the current task. */
-static __always_inline void take_over(const struct sock *sk, const struct event_header *owner)
+SEC("fexit/" SYSTEM_CALL(connect)) HOOK("connect") EMITS("net.connect")
+DOC("connects that fail before a SYN is sent (no route, no free port)")
+int BPF_PROG(on_connect, struct pt_regs___user *unused, long result)
 {
-	__u64 key = (__u64)sk;
-	struct connection *known = bpf_map_lookup_elem(&connections, &key);
+	/* Not from the argument: in the BTF of 5.10 its type is only declared here. */
+	return connected(result, user_registers());
+}
+
+SEC("tracepoint/syscalls/sys_exit_connect") HOOK("connect") EMITS("net.connect")
+DOC("connects that fail before a SYN is sent (no route, no free port)")
+int on_connect_exit(struct trace_event_raw_sys_exit *ctx)
+{
+	return connected(ctx->ret, user_registers());
+}
+
+/* ---------------------------------------------------------------- accept() */
+
+/* From now on the connection belongs to the current task. */
+static __always_inline void take_over(struct sock *sk, const struct owner *owner)
+{
+	struct connection *known = find(sk, UNTYPED);
 	struct connection connection = { .direction = DIRECTION_INBOUND };
 
+	if (READ(struct sock, sk, __sk_common.skc_state) == TCP_CLOSE)
+		return; /* reset before it was accepted: its end has been told */
 	if (known)
 		connection = *known;
-	else if (BPF_CORE_READ(sk, __sk_common.skc_state) == TCP_CLOSE)
-		return; /* reset before it was accepted */
 	connection.owner = *owner;
-	/* Not in place: the entry may be another socket's by now. */
-	bpf_map_update_elem(&connections, &key, &connection, known ? BPF_EXIST : BPF_ANY);
+	keep_in_table(sk, &connection);
 }
 
 static __always_inline int accepted(long fd)
 {
 	struct net_accept *record;
-	struct event_header header;
+	struct event_base base;
 	struct endpoints ends;
 	struct socket *socket;
+	struct owner owner;
 	struct sock *sk;
 
 	if (fd < 0)
 		return 0;
 	socket = socket_of_fd(fd);
-	sk = first_connection(BPF_CORE_READ(socket, sk));
+	if (!socket)
+		return 0;
+	sk = first_connection(READ(struct socket, socket, sk));
 	if (!is_tcp(sk))
 		return 0;
 	read_endpoints(&ends, sk);
-	identify_current(&header);
-	take_over(sk, &header);
-	if (!admits_net(&header, KIND_NET_ACCEPT, &ends))
+	own(&owner);
+	take_over(sk, &owner);
+	start_base(&base);
+	if (!admits_net(&base, &owner, KIND_NET_ACCEPT, &ends))
 		return 0;
-	record = begin(&bulk, &header, KIND_NET_ACCEPT, STREAM_BULK, sizeof(*record));
+	record = begin(&bulk, &base, KIND_NET_ACCEPT, RING_BULK, sizeof(*record));
 	if (!record)
 		return 0;
+	record->task = owner.task;
+	record->owner_known = 1;
 	record->fd = fd;
-	record->netns = netns_of(sk);
 	record->direction = DIRECTION_INBOUND;
 	COPY_ENDPOINTS(record, &ends);
-	submit(&bulk, STREAM_BULK, record);
+	submit(&bulk, RING_BULK, record);
 	return 0;
 }
 
-SEC("tracepoint/syscalls/sys_exit_accept") EMITS("net.accept,net.close")
-DOC("connections taken by accept(), and their owner at the close,")
-int on_accept_exit(struct trace_event_raw_sys_exit *ctx)
-{
-	return accepted(ctx->ret);
-}
+/* At the return of the function behind the call, so as not to tax every other system call; see
+ * ON_OPEN in file.bpf.c. */
+#define ON_ACCEPT(name)                                                                  \
+	SEC("fexit/" SYSTEM_CALL(name)) HOOK(#name) EMITS("net.accept,net.close")        \
+	DOC("connections taken by " #name "(), and their owner at the close,")           \
+	int BPF_PROG(on_##name, struct pt_regs___user *registers, long result)           \
+	{                                                                                \
+		return accepted(result);                                                 \
+	}                                                                                \
+	SEC("tracepoint/syscalls/sys_exit_" #name) HOOK(#name) EMITS("net.accept,net.close") \
+	DOC("connections taken by " #name "(), and their owner at the close,")           \
+	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                       \
+	{                                                                                \
+		return accepted(ctx->ret);                                               \
+	}
 
-SEC("tracepoint/syscalls/sys_exit_accept4") EMITS("net.accept,net.close")
-DOC("connections taken by accept4(), and their owner at the close,")
-int on_accept4_exit(struct trace_event_raw_sys_exit *ctx)
-{
-	return accepted(ctx->ret);
-}
+ON_ACCEPT(accept)
+ON_ACCEPT(accept4)

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 /* process.exec, process.fork, process.exit */
-#include "path.bpf.h"
+#define PATH_SLOTS 1
+#include "core/path.bpf.h"
 
-struct exec_scratch {
-	struct process_exec record;
-	struct path_buffer path;
-};
+char LICENSE[] SEC("license") = "GPL";
 
 /* Too large for the stack. The hook runs in the task that executes, never in an interrupt, and the
  * kernel does not run a tracing program inside itself on one CPU: nothing else writes here. */
@@ -13,110 +11,215 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct exec_scratch);
-} exec_scratch SEC(".maps");
+	__type(value, struct process_exec);
+} exec_records SEC(".maps") SIZED("cpus");
 
-static __always_inline __u32 append_exe(struct exec_scratch *scratch, struct mm_struct *mm,
-					__u32 position, const __u32 limit)
+/* The strings of process_exec, in the order of its data. */
+enum exec_string {
+	EXEC_EXE,
+	EXEC_ARGV,
+	EXEC_CWD,
+	EXEC_PARENT_EXE,
+	EXEC_FILENAME,
+	EXEC_INTERP,
+};
+
+static __always_inline void cut(struct event_base *base, int string)
 {
-	struct file *exe = BPF_CORE_READ(mm, exe_file);
+	base->cut |= 1 << string;
+}
 
-	if (!exe)
+/* A string could not be read at all. */
+static __always_inline void unreadable(struct event_base *base, int string)
+{
+	cut(base, string);
+	base->flags |= FLAG_INCOMPLETE;
+	count_fault(FAULT_UNREADABLE);
+}
+
+static __always_inline __u32 append_path(struct process_exec *record, struct path_buffer *path,
+					 __u32 position, const __u32 limit, enum exec_string string)
+{
+	if (!path)
 		return 0;
-	path_build(&scratch->path, &exe->f_path);
-	return path_append(&scratch->path, scratch->record.data, position, limit,
-			   &scratch->record.header);
+	if (path->truncated)
+		cut(&record->base, string);
+	return path_append(path, record->data, position, limit);
 }
 
 static __always_inline __u32 append_argv(struct process_exec *record, struct mm_struct *mm,
 					 __u32 position, const __u32 limit)
 {
-	unsigned long from = BPF_CORE_READ(mm, arg_start);
-	unsigned long length = BPF_CORE_READ(mm, arg_end) - from;
+	unsigned long from = READ(struct mm_struct, mm, arg_start);
+	unsigned long length = READ(struct mm_struct, mm, arg_end) - from;
+	__u8 *to = place(record->data, position, limit);
+	char ends[2] = {};
 
-	if (length > ARGV_LEN) {
-		length = ARGV_LEN;
-		record->header.flags |= FLAG_TRUNCATED;
-	}
-	if (position > limit)
+	if (!to)
 		return 0;
-	if (bpf_probe_read_user(&record->data[position], length, (void *)from)) {
-		record->header.flags |= FLAG_TRUNCATED;
+	if (length == ARGV_LEN + 1) {
+		/* Its last byte is a NUL, which is not missed unless it is an argument: an empty one. */
+		if (bpf_probe_read_user(ends, sizeof(ends), (void *)(from + ARGV_LEN - 1)) ||
+		    !ends[0] || ends[1])
+			cut(&record->base, EXEC_ARGV);
+		length = ARGV_LEN;
+	} else if (length > ARGV_LEN) {
+		cut(&record->base, EXEC_ARGV);
+		length = ARGV_LEN;
+	}
+	if (bpf_probe_read_user(to, length, (void *)from)) {
+		unreadable(&record->base, EXEC_ARGV);
 		return 0;
 	}
 	return length;
 }
 
-static __always_inline void fill_exec(struct exec_scratch *scratch, struct task_struct *task,
+/* A string of the kernel's, without its NUL. */
+static __always_inline __u32 append_string(struct process_exec *record, const char *from,
+					   __u32 position, const __u32 limit,
+					   enum exec_string string)
+{
+	__u8 *to = place(record->data, position, limit);
+	long length;
+
+	if (!to)
+		return 0;
+	length = bpf_probe_read_kernel_str(to, PATH_LEN, from);
+	if (length < 0) {
+		unreadable(&record->base, string);
+		return 0;
+	}
+	/* Of an empty one kernels before "maccess: fix strncpy_from_user_nofault() empty string
+	 * handling" do not count the NUL. A name of PATH_LEN, its NUL included, is the longest. */
+	return length > 0 ? (length - 1) & (PATH_LEN - 1) : 0;
+}
+
+static __always_inline void fill_exe(struct process_exec *record, struct file *exe)
+{
+	struct path_buffer *path = path_of_file(0, exe);
+	struct dentry *dentry = READ(struct file, exe, f_path.dentry);
+	struct inode *inode = READ(struct file, exe, f_inode);
+
+	record->exe_inode = READ(struct inode, inode, i_ino);
+	record->exe_dev = dev_of(READ(struct inode, inode, i_sb, s_dev));
+	record->exe_nlink = READ(struct inode, inode, i_nlink);
+	record->exe_len = append_path(record, path, 0, 0, EXEC_EXE);
+	record->exe_mntns = path ? path->mntns : 0;
+	record->exe_mntns_initial = is_initial_mntns(record->exe_mntns);
+	record->exe_memfd = path && path->memfd;
+	/* As d_unlinked(): taken out of its directory, which need not have been its last name. */
+	record->exe_deleted = path && !path->memfd &&
+			      (!record->exe_nlink || !READ(struct dentry, dentry, d_hash.pprev));
+}
+
+static __always_inline void fill_exec(struct process_exec *record, struct task_struct *task,
 				      struct linux_binprm *bprm)
 {
-	struct process_exec *record = &scratch->record;
-	struct task_struct *parent = BPF_CORE_READ(task, real_parent);
-	struct mm_struct *mm = BPF_CORE_READ(task, mm);
-	struct fs_struct *fs = BPF_CORE_READ(task, fs);
-	__u32 position = 0;
+	struct task_struct *parent = READ(struct task_struct, task, real_parent);
+	struct mm_struct *mm = READ(struct task_struct, task, mm);
+	struct fs_struct *fs = READ(struct task_struct, task, fs);
+	const char *filename = READ(struct linux_binprm, bprm, filename);
+	const char *interp = READ(struct linux_binprm, bprm, interp);
+	struct path_buffer *path;
+	struct file *parent_exe;
+	__u32 position;
 
-	record->start_boot_ns = BPF_CORE_READ(task, start_boottime);
-	record->euid = BPF_CORE_READ(task, cred, euid.val);
+	record->start_time_ns = record->task.start_boot_ns;
+	record->euid = READ(struct task_struct, task, cred, euid.val);
 	record->auid = -1;
 	if (bpf_core_field_exists(task->loginuid))
-		record->auid = BPF_CORE_READ(task, loginuid.val);
-	record->argc = BPF_CORE_READ(bprm, argc);
-	record->pad = 0;
-	BPF_CORE_READ_STR_INTO(&record->parent_comm, parent, comm);
+		record->auid = READ(struct task_struct, task, loginuid.val);
+	record->argc = READ(struct linux_binprm, bprm, argc);
+	__builtin_memset(record->pad, 0, sizeof(record->pad));
+	if (bpf_probe_read_kernel_str(record->parent_comm, sizeof(record->parent_comm),
+				      (void *)parent + bpf_core_field_offset(struct task_struct, comm)) < 0)
+		record->base.flags |= FLAG_INCOMPLETE;
 
-	record->exe_len = append_exe(scratch, mm, position, 0);
-	position += record->exe_len;
+	fill_exe(record, READ(struct mm_struct, mm, exe_file));
+	position = record->exe_len;
 	record->argv_len = append_argv(record, mm, position, PATH_LEN);
 	position += record->argv_len;
-	path_build(&scratch->path, &fs->pwd);
-	record->cwd_len = path_append(&scratch->path, record->data, position, PATH_LEN + ARGV_LEN,
-				      &record->header);
+
+	path = path_build(0, READ(struct fs_struct, fs, pwd.dentry),
+			  READ(struct fs_struct, fs, pwd.mnt));
+	record->cwd_len = append_path(record, path, position, PATH_LEN + ARGV_LEN, EXEC_CWD);
+	record->cwd_mntns = path ? path->mntns : 0;
+	record->cwd_mntns_initial = is_initial_mntns(record->cwd_mntns);
 	position += record->cwd_len;
-	record->parent_exe_len = append_exe(scratch, BPF_CORE_READ(parent, mm), position,
-					    2 * PATH_LEN + ARGV_LEN);
+
+	parent_exe = exe_file_of(parent);
+	path = parent_exe ? path_of_file(0, parent_exe) : NULL;
+	record->parent_exe_len = append_path(record, path, position, 2 * PATH_LEN + ARGV_LEN,
+					     EXEC_PARENT_EXE);
+	record->parent_exe_mntns = path ? path->mntns : 0;
+	record->parent_exe_mntns_initial = is_initial_mntns(record->parent_exe_mntns);
+	position += record->parent_exe_len;
+
+	record->filename_len = append_string(record, filename, position, 3 * PATH_LEN + ARGV_LEN,
+					     EXEC_FILENAME);
+	position += record->filename_len;
+	record->interp_len = 0;
+	if (interp != filename)
+		record->interp_len = append_string(record, interp, position,
+						   4 * PATH_LEN + ARGV_LEN, EXEC_INTERP);
 }
 
 SEC("raw_tp/sched_process_exec") EMITS("process.exec")
 int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
-	struct exec_scratch *scratch = bpf_map_lookup_elem(&exec_scratch, &cpu);
-	struct process_exec *record;
+	struct process_exec *record = bpf_map_lookup_elem(&exec_records, &cpu);
 	__u32 size;
 
-	if (!scratch)
+	if (!enabled(KIND_PROCESS_EXEC))
 		return 0;
-	record = &scratch->record;
-	identify_current(&record->header);
-	if (!admits(&record->header, KIND_PROCESS_EXEC))
+	if (!record) {
+		count_fault(FAULT_NO_SLOT);
 		return 0;
-	fill_exec(scratch, task, bprm);
-	size = record->exe_len + record->argv_len + record->cwd_len + record->parent_exe_len;
-	size += offsetof(struct process_exec, data);
+	}
+	start_base(&record->base);
+	identify(&record->task);
+	if (!admits(&record->base, &record->task, KIND_PROCESS_EXEC))
+		return 0;
+	fill_exec(record, task, bprm);
+	size = offsetof(struct process_exec, data) + record->exe_len + record->argv_len +
+	       record->cwd_len + record->parent_exe_len + record->filename_len +
+	       record->interp_len;
 	if (size <= sizeof(*record))
-		output(&critical, &record->header, KIND_PROCESS_EXEC, STREAM_CRITICAL, size);
+		output(&critical, &record->base, KIND_PROCESS_EXEC, RING_CRITICAL, size);
 	return 0;
 }
 
 SEC("raw_tp/sched_process_fork") EMITS("process.fork")
 int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 {
-	struct event_header header;
+	struct event_base base;
+	struct event_task who;
 	struct process_fork *record;
-	int child_pid = BPF_CORE_READ(child, tgid);
+	struct namespaced_pid inner;
+	int child_pid;
 
-	if (BPF_CORE_READ(child, pid) != child_pid) /* a thread */
+	if (!enabled(KIND_PROCESS_FORK))
 		return 0;
-	identify_current(&header);
-	if (!admits(&header, KIND_PROCESS_FORK))
+	child_pid = READ(struct task_struct, child, tgid);
+	if (READ(struct task_struct, child, pid) != child_pid) /* a thread */
 		return 0;
-	record = begin(&critical, &header, KIND_PROCESS_FORK, STREAM_CRITICAL, sizeof(*record));
+	start_base(&base);
+	identify(&who);
+	if (!admits(&base, &who, KIND_PROCESS_FORK))
+		return 0;
+	record = begin(&critical, &base, KIND_PROCESS_FORK, RING_CRITICAL, sizeof(*record));
 	if (!record)
 		return 0;
-	record->child_start_boot_ns = BPF_CORE_READ(child, start_boottime);
+	inner = namespaced_pid_of(child);
+	record->task = who;
+	record->child_start_boot_ns = READ(struct task_struct, child, start_boottime);
+	record->child_start_time_ns = record->child_start_boot_ns;
 	record->child_pid = child_pid;
-	submit(&critical, STREAM_CRITICAL, record);
+	record->child_ppid = READ(struct task_struct, child, real_parent, tgid);
+	record->child_pidns = inner.pidns;
+	record->child_ns_pid = inner.pid;
+	submit(&critical, RING_CRITICAL, record);
 	return 0;
 }
 
@@ -138,46 +241,52 @@ struct {
  * begun to exit and is decremented before the hook, so with two threads exiting at once both can
  * find it at 0: the first to enter the key wins.
  */
-static __always_inline bool ends_process(struct task_struct *task, struct exit_key *key)
+static __always_inline bool ends_process(const struct event_task *who)
 {
+	struct exit_key key = { .start_boot_ns = who->start_boot_ns, .pid = who->pid };
 	__u8 one = 1;
+	long result;
 
-	if (BPF_CORE_READ(task, signal, live.counter) != 0)
+	result = bpf_map_update_elem(&exited, &key, &one, BPF_NOEXIST);
+	if (result == -EEXIST)
 		return false;
 	/* Where there is no room to remember it, better twice than not at all. */
-	return bpf_map_update_elem(&exited, key, &one, BPF_NOEXIST) != -EEXIST;
+	if (result)
+		count_fault(FAULT_EXITED_FULL);
+	return true;
 }
 
 SEC("raw_tp/sched_process_exit") EMITS("process.exit")
 int BPF_PROG(on_exit, struct task_struct *task)
 {
-	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
-	struct exit_key key = {
-		.start_boot_ns = BPF_CORE_READ(leader, start_boottime),
-		.pid = bpf_get_current_pid_tgid() >> 32,
-	};
-	struct event_header header;
+	struct task_struct *leader;
+	struct event_base base;
+	struct event_task who;
 	struct process_exit *record;
 	__u32 code;
 
-	if (!ends_process(task, &key))
+	if (!enabled(KIND_PROCESS_EXIT) || READ(struct task_struct, task, signal, live.counter))
 		return 0;
-	identify_current(&header);
-	if (!admits(&header, KIND_PROCESS_EXIT))
+	start_base(&base);
+	identify(&who);
+	if (!ends_process(&who) || !admits(&base, &who, KIND_PROCESS_EXIT))
 		return 0;
-	record = begin(&critical, &header, KIND_PROCESS_EXIT, STREAM_CRITICAL, sizeof(*record));
+	record = begin(&critical, &base, KIND_PROCESS_EXIT, RING_CRITICAL, sizeof(*record));
 	if (!record)
 		return 0;
 	/* What wait() tells the parent. */
-	if (BPF_CORE_READ(task, signal, flags) & SIGNAL_GROUP_EXIT)
-		code = BPF_CORE_READ(task, signal, group_exit_code);
+	leader = READ(struct task_struct, task, group_leader);
+	if (READ(struct task_struct, task, signal, flags) & SIGNAL_GROUP_EXIT)
+		code = READ(struct task_struct, task, signal, group_exit_code);
 	else
-		code = BPF_CORE_READ(leader, exit_code);
-	record->start_boot_ns = key.start_boot_ns;
-	record->duration_ns = header.boot_ns - key.start_boot_ns;
+		code = READ(struct task_struct, leader, exit_code);
+	record->task = who;
+	record->start_time_ns = who.start_boot_ns;
+	record->duration_ns = base.boot_ns - who.start_boot_ns;
 	record->exit_code = (code >> 8) & 0xff;
 	record->signal = code & 0x7f;
 	record->core_dumped = !!(code & 0x80);
-	submit(&critical, STREAM_CRITICAL, record);
+	__builtin_memset(record->pad, 0, sizeof(record->pad));
+	submit(&critical, RING_CRITICAL, record);
 	return 0;
 }

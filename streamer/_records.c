@@ -41,6 +41,7 @@ enum {
 	STR_BITS = 12,
 	IP_BITS = 10,
 	MAX_CACHED_STR = 256,
+	MAX_STRINGS = 8, /* of a record: the bits of `cut` */
 };
 #define BUSY_BIT (1u << 31)
 #define DISCARD_BIT (1u << 30)
@@ -164,21 +165,39 @@ static PyObject *ascii_from(const uint8_t *at, size_t size)
 	return text;
 }
 
-static PyObject *utf8_from(const uint8_t *at, size_t size, bool *invalid)
+/* Where a string was cut. What is left there of a character is left off: it is no mistake. */
+enum cut { WHOLE = 0, CUT_START = 1, CUT_END = 2, CUT_ANYWHERE = CUT_START | CUT_END };
+
+/* Bytes at the start that continue a character; a character has at most three. */
+static size_t continuation_size(const uint8_t *at, size_t size)
 {
-	PyObject *text = PyUnicode_DecodeUTF8((const char *)at, (Py_ssize_t)size, NULL);
+	size_t count = 0;
+	while (count < size && count < 3 && (at[count] & 0xC0) == 0x80)
+		count++;
+	return count;
+}
+
+static PyObject *utf8_from(const uint8_t *at, size_t size, enum cut cut, bool *invalid)
+{
+	size_t skipped = cut & CUT_START ? continuation_size(at, size) : 0;
+	const char *start = (const char *)at + skipped;
+	Py_ssize_t left = (Py_ssize_t)(size - skipped), used;
+	/* Python leaves off a character that is not complete when it can say how much it used. */
+	Py_ssize_t *may_end_early = cut & CUT_END ? &used : NULL;
+	PyObject *text = PyUnicode_DecodeUTF8Stateful(start, left, NULL, may_end_early);
 	if (text != NULL || !PyErr_ExceptionMatches(PyExc_UnicodeDecodeError))
 		return text;
 	PyErr_Clear();
 	*invalid = true;
-	return PyUnicode_DecodeUTF8((const char *)at, (Py_ssize_t)size, "replace");
+	return PyUnicode_DecodeUTF8Stateful(start, left, "replace", may_end_early);
 }
 
 /* A str of UTF-8; `invalid` is set, and U+FFFD stands for the offending bytes, where it is not. */
-static PyObject *str_of(struct caches *caches, const uint8_t *at, size_t size, bool *invalid)
+static PyObject *str_of(struct caches *caches, const uint8_t *at, size_t size, enum cut cut,
+			bool *invalid)
 {
 	if (size > MAX_CACHED_STR)
-		return is_ascii(at, size) ? ascii_from(at, size) : utf8_from(at, size, invalid);
+		return is_ascii(at, size) ? ascii_from(at, size) : utf8_from(at, size, cut, invalid);
 
 	uint64_t hash = hash_bytes(at, size);
 	struct str_slot *slot = &caches->strs[hash & ((1 << STR_BITS) - 1)];
@@ -188,7 +207,7 @@ static PyObject *str_of(struct caches *caches, const uint8_t *at, size_t size, b
 		return Py_NewRef(slot->value);
 
 	if (!is_ascii(at, size))
-		return utf8_from(at, size, invalid);
+		return utf8_from(at, size, cut, invalid);
 	PyObject *text = ascii_from(at, size);
 	if (text == NULL)
 		return NULL;
@@ -230,10 +249,11 @@ static PyObject *ip_of(struct caches *caches, const uint8_t *address, uint8_t ve
 
 enum op_code {
 	OP_U8, OP_U16, OP_U32, OP_U64, OP_S32, OP_S64, OP_NS, OP_BOOL, OP_CSTR, OP_IP, OP_NAMES,
-	OP_STR, OP_ARGV, OP_LINE, OP_CONST, OP_ID, OP_TIME, OP_BOOTTIME, OP_FLAG, OP_INVALID_UTF8,
+	OP_STR, OP_ARGV, OP_LINE, OP_CONST, OP_ID, OP_TIME, OP_BOOTTIME, OP_CUT, OP_FLAG,
+	OP_INVALID_UTF8,
 };
 
-/* A line needs the argv, and the marks need all strings. */
+/* A line needs the argv, and the mark of what was replaced needs all strings. */
 enum stage { STAGE_VALUE, STAGE_LINE, STAGE_MARK, STAGE_END };
 
 struct op_spec {
@@ -262,7 +282,8 @@ static const struct op_spec OP_SPECS[] = {
 	{"id", OP_ID, STAGE_VALUE, 0},
 	{"time", OP_TIME, STAGE_VALUE, 0},
 	{"boottime", OP_BOOTTIME, STAGE_VALUE, 8},
-	{"flag", OP_FLAG, STAGE_MARK, 1},
+	{"cut", OP_CUT, STAGE_VALUE, 1},
+	{"flag", OP_FLAG, STAGE_VALUE, 1},
 	{"invalid_utf8", OP_INVALID_UTF8, STAGE_MARK, 0},
 };
 
@@ -270,9 +291,11 @@ struct op {
 	enum op_code code;
 	enum stage stage;
 	uint32_t offset;   /* in the record */
-	uint32_t argument; /* cstr: length; ip: offset of the version; flag: mask */
+	uint32_t argument; /* cstr: length; ip: offset of the version; cut, flag: mask;
+			      str, argv: its bit in the base's `cut` */
 	Py_ssize_t slot;   /* where the Struct keeps the field */
-	PyObject *object;  /* names: tuple; const: the constant; else NULL */
+	PyObject *object;  /* names: tuple; cut: a tuple for each mask; const: the constant;
+			      else NULL */
 };
 
 struct plan {
@@ -299,9 +322,9 @@ static void free_plan(struct plan *plan)
 	PyMem_Free(plan);
 }
 
-/* Offsets of what the reader needs of a record's header; widths are those of layout.py. */
+/* Offsets of what the reader needs of a record's base; widths are those of layout.py. */
 struct header {
-	uint32_t boot_ns, seq, size, kind, cpu, skipped, flags;
+	uint32_t boot_ns, seq, size, kind, cpu, skipped, cut;
 	uint32_t total;
 };
 
@@ -317,15 +340,15 @@ static const struct header_part HEADER_PARTS[] = {
 	{"size", offsetof(struct header, size), 4},
 	{"kind", offsetof(struct header, kind), 2},
 	{"cpu", offsetof(struct header, cpu), 2},
-	{"skipped", offsetof(struct header, skipped), 2},
-	{"flags", offsetof(struct header, flags), 1},
+	{"skipped", offsetof(struct header, skipped), 1},
+	{"cut", offsetof(struct header, cut), 1},
 };
 
 typedef struct {
 	PyObject_HEAD
 	struct header header;
 	int64_t clock_offset_ns;
-	uint64_t unknown_kind, short_record, invalid_utf8, truncated;
+	uint64_t unknown_kind, short_record, invalid_utf8, truncated, incomplete;
 	struct plan **plans; /* by kind number; NULL where there is none */
 	uint32_t plan_count;
 	struct caches *caches;
@@ -393,14 +416,48 @@ static const struct op_spec *spec_of(PyObject *name, PyObject *where)
 	return NULL;
 }
 
-static int names_check(PyObject *names, PyObject *where)
+static int names_check(PyObject *names, Py_ssize_t least, PyObject *where)
 {
-	bool fits = PyTuple_Check(names) && PyTuple_GET_SIZE(names) > 0;
+	bool fits = PyTuple_Check(names) && PyTuple_GET_SIZE(names) >= least;
 	for (Py_ssize_t i = 0; fits && i < PyTuple_GET_SIZE(names); i++)
 		fits = PyUnicode_Check(PyTuple_GET_ITEM(names, i));
 	if (!fits)
 		PyErr_Format(PyExc_ValueError, "%U: names are %R, not a tuple of str", where, names);
 	return fits ? 0 : -1;
+}
+
+/* Those of the names whose bit is set in `mask`. */
+static PyObject *chosen_names(PyObject *names, uint32_t mask)
+{
+	PyObject *chosen = PyTuple_New(__builtin_popcount(mask));
+	Py_ssize_t next = 0;
+	for (Py_ssize_t i = 0; chosen != NULL && i < PyTuple_GET_SIZE(names); i++) {
+		if (mask >> i & 1)
+			PyTuple_SET_ITEM(chosen, next++, Py_NewRef(PyTuple_GET_ITEM(names, i)));
+	}
+	return chosen;
+}
+
+/* All tuples that `cut` can give, by mask, so that an event costs no allocation. */
+static int choices_from(struct op *op, PyObject *names, PyObject *where)
+{
+	if (names_check(names, 0, where) < 0)
+		return -1;
+	if (PyTuple_GET_SIZE(names) > MAX_STRINGS) {
+		PyErr_Format(PyExc_ValueError, "%U: names are %R, more than %d", where, names,
+			     MAX_STRINGS);
+		return -1;
+	}
+	op->argument = (1u << PyTuple_GET_SIZE(names)) - 1;
+	op->object = PyTuple_New((Py_ssize_t)op->argument + 1);
+	for (uint32_t mask = 0; op->object != NULL && mask <= op->argument; mask++) {
+		PyObject *chosen = chosen_names(names, mask);
+		if (chosen == NULL)
+			Py_CLEAR(op->object);
+		else
+			PyTuple_SET_ITEM(op->object, mask, chosen);
+	}
+	return op->object == NULL ? -1 : 0;
 }
 
 /* Where the Struct keeps a field, or -1 with an exception. */
@@ -458,7 +515,9 @@ static int argument_from(struct op *op, PyObject *argument, uint32_t size, PyObj
 		break;
 	case OP_NAMES:
 		op->object = Py_NewRef(argument);
-		return names_check(argument, where);
+		return names_check(argument, 1, where);
+	case OP_CUT:
+		return choices_from(op, argument, where);
 	case OP_CONST:
 		op->object = PyObject_GetItem(constants, argument);
 		return op->object == NULL ? -1 : 0;
@@ -515,21 +574,47 @@ static int ops_from(struct plan *plan, PyObject *fields, PyObject *constants)
 	return 0;
 }
 
+static void add_string(struct plan *plan, struct op *op)
+{
+	op->argument = 1u << (plan->string_count & 31);
+	plan->strings[plan->string_count++] = op->offset;
+}
+
+/* The names of a `cut` are those of the strings, one each. */
+static int cuts_check(const struct plan *plan)
+{
+	for (Py_ssize_t i = 0; i < plan->count; i++) {
+		const struct op *op = &plan->ops[i];
+		if (op->code == OP_CUT && op->argument != (1u << plan->string_count) - 1) {
+			PyErr_Format(PyExc_ValueError, "%U: a cut of %d names and %zd strings",
+				     plan->kind, __builtin_popcount(op->argument),
+				     plan->string_count);
+			return -1;
+		}
+	}
+	return 0;
+}
+
 static int strings_from(struct plan *plan)
 {
 	Py_ssize_t argvs = 0, lines = 0;
 	for (Py_ssize_t i = 0; i < plan->count; i++) {
-		enum op_code code = plan->ops[i].code;
-		if (code == OP_STR || code == OP_ARGV)
-			plan->strings[plan->string_count++] = plan->ops[i].offset;
-		argvs += code == OP_ARGV;
-		lines += code == OP_LINE;
+		struct op *op = &plan->ops[i];
+		if (op->code == OP_STR || op->code == OP_ARGV)
+			add_string(plan, op);
+		argvs += op->code == OP_ARGV;
+		lines += op->code == OP_LINE;
 	}
 	if (lines > 0 && argvs != 1) {
 		PyErr_Format(PyExc_ValueError, "%U: a line of %zd argv", plan->kind, argvs);
 		return -1;
 	}
-	return 0;
+	if (plan->string_count > MAX_STRINGS) {
+		PyErr_Format(PyExc_ValueError, "%U: %zd strings, more than %d", plan->kind,
+			     plan->string_count, MAX_STRINGS);
+		return -1;
+	}
+	return cuts_check(plan);
 }
 
 /* Orders the ops by stage, and within a stage as they are. */
@@ -609,13 +694,13 @@ static int struct_check(PyObject *type, PyObject *fields, PyObject *base, PyObje
 static int fill_plan(struct plan *plan, PyObject *layout, const struct header *header,
 		     PyObject *constants, PyObject *base)
 {
-	if (!is_tuple_of(layout, 4) || !PyUnicode_Check(PyTuple_GET_ITEM(layout, 0)) ||
-	    !PyTuple_Check(PyTuple_GET_ITEM(layout, 3))) {
+	if (!is_tuple_of(layout, 5) || !PyUnicode_Check(PyTuple_GET_ITEM(layout, 0)) ||
+	    !PyTuple_Check(PyTuple_GET_ITEM(layout, 4))) {
 		PyErr_Format(PyExc_TypeError, "%R is not a RecordLayout", layout);
 		return -1;
 	}
 	PyObject *type = PyTuple_GET_ITEM(layout, 1);
-	PyObject *fields = PyTuple_GET_ITEM(layout, 3);
+	PyObject *fields = PyTuple_GET_ITEM(layout, 4);
 	plan->kind = Py_NewRef(PyTuple_GET_ITEM(layout, 0));
 	if (struct_check(type, fields, base, plan->kind) < 0)
 		return -1;
@@ -724,7 +809,7 @@ done:
 /* What decoding a record found out. Committed by the caller, once the event is safe. */
 struct outcome {
 	struct plan *plan; /* set when the record became an event */
-	bool unknown_kind, short_record, invalid_utf8, truncated;
+	bool unknown_kind, short_record, invalid_utf8, truncated, incomplete;
 };
 
 /* What is carried from one op to the next. */
@@ -734,6 +819,7 @@ struct cursor {
 	const uint8_t *argv;
 	size_t argv_size;
 	PyObject *argv_list;  /* borrowed from the event */
+	uint8_t cut;          /* a bit per string */
 };
 
 static uint8_t *put_digits(uint8_t *end, uint64_t number)
@@ -762,14 +848,17 @@ static PyObject *id_of(const Decoder *self, const uint8_t *record)
 	return text;
 }
 
-static PyObject *argv_of(struct caches *caches, const uint8_t *at, size_t size, bool *invalid)
+/* The last argument, and only that, may have been cut, unless its NUL is there. */
+static PyObject *argv_of(struct caches *caches, const uint8_t *at, size_t size, bool is_cut,
+			 bool *invalid)
 {
 	PyObject *list = PyList_New(0);
 	while (list != NULL && size > 0) {
 		const uint8_t *nul = memchr(at, 0, size);
 		size_t length = nul == NULL ? size : (size_t)(nul - at);
 		size_t step = nul == NULL ? size : length + 1;
-		PyObject *text = str_of(caches, at, length, invalid);
+		enum cut cut = nul == NULL && is_cut ? CUT_END : WHOLE;
+		PyObject *text = str_of(caches, at, length, cut, invalid);
 		if (text == NULL || PyList_Append(list, text) < 0)
 			Py_CLEAR(list);
 		Py_XDECREF(text);
@@ -801,7 +890,7 @@ static inline PyObject *cstr_of(struct caches *caches, const uint8_t *at, size_t
 				bool *invalid)
 {
 	const uint8_t *nul = memchr(at, 0, size);
-	return str_of(caches, at, nul == NULL ? size : (size_t)(nul - at), invalid);
+	return str_of(caches, at, nul == NULL ? size : (size_t)(nul - at), WHOLE, invalid);
 }
 
 static inline PyObject *name_of(PyObject *names, uint8_t index)
@@ -809,23 +898,32 @@ static inline PyObject *name_of(PyObject *names, uint8_t index)
 	return Py_NewRef(PyTuple_GET_ITEM(names, index < PyTuple_GET_SIZE(names) ? index : 0));
 }
 
-static PyObject *next_argv(Decoder *self, const uint8_t *length, struct cursor *cursor,
+static PyObject *next_argv(Decoder *self, const struct op *op, struct cursor *cursor,
 			   bool *invalid)
 {
 	cursor->argv = cursor->data;
-	cursor->argv_size = load16(length);
+	cursor->argv_size = load16(cursor->record + op->offset);
 	cursor->data += cursor->argv_size;
-	cursor->argv_list = argv_of(self->caches, cursor->argv, cursor->argv_size, invalid);
+	cursor->argv_list = argv_of(self->caches, cursor->argv, cursor->argv_size,
+				    cursor->cut & op->argument, invalid);
 	return cursor->argv_list;
 }
 
-static inline PyObject *next_str(Decoder *self, const uint8_t *length, struct cursor *cursor,
+static inline PyObject *next_str(Decoder *self, const struct op *op, struct cursor *cursor,
 				 bool *invalid)
 {
 	const uint8_t *at = cursor->data;
-	size_t size = load16(length);
+	size_t size = load16(cursor->record + op->offset);
+	enum cut cut = cursor->cut & op->argument ? CUT_ANYWHERE : WHOLE;
 	cursor->data += size;
-	return str_of(self->caches, at, size, invalid);
+	return str_of(self->caches, at, size, cut, invalid);
+}
+
+static inline PyObject *cut_names(const struct op *op, uint8_t bits, struct outcome *outcome)
+{
+	uint32_t mask = bits & op->argument;
+	outcome->truncated |= mask != 0;
+	return Py_NewRef(PyTuple_GET_ITEM(op->object, mask));
 }
 
 static inline PyObject *op_value(Decoder *self, const struct op *op, struct cursor *cursor,
@@ -861,9 +959,9 @@ static inline PyObject *op_value(Decoder *self, const struct op *op, struct curs
 	case OP_NAMES:
 		return name_of(op->object, *at);
 	case OP_STR:
-		return next_str(self, at, cursor, invalid);
+		return next_str(self, op, cursor, invalid);
 	case OP_ARGV:
-		return next_argv(self, at, cursor, invalid);
+		return next_argv(self, op, cursor, invalid);
 	case OP_LINE:
 		return line_of(self, cursor);
 	case OP_CONST:
@@ -875,9 +973,11 @@ static inline PyObject *op_value(Decoder *self, const struct op *op, struct curs
 			load64(cursor->record + self->header.boot_ns) + clock);
 	case OP_BOOTTIME:
 		return PyLong_FromUnsignedLongLong(load64(at) + clock);
+	case OP_CUT:
+		return cut_names(op, *at, outcome);
 	case OP_FLAG:
 		flag = (*at & op->argument) != 0;
-		outcome->truncated |= flag;
+		outcome->incomplete |= flag;
 		return Py_NewRef(flag ? Py_True : Py_False);
 	case OP_INVALID_UTF8:
 		return Py_NewRef(*invalid ? Py_True : Py_False);
@@ -888,7 +988,11 @@ static inline PyObject *op_value(Decoder *self, const struct op *op, struct curs
 static PyObject *build(Decoder *self, const struct plan *plan, const uint8_t *record,
 		       struct outcome *outcome)
 {
-	struct cursor cursor = {.record = record, .data = record + plan->size};
+	struct cursor cursor = {
+		.record = record,
+		.data = record + plan->size,
+		.cut = record[self->header.cut],
+	};
 	PyObject *event = plan->type->tp_alloc(plan->type, 0);
 	if (event == NULL)
 		return NULL;
@@ -925,7 +1029,7 @@ static PyObject *decode_record(Decoder *self, const uint8_t *record, size_t leng
 		outcome->unknown_kind = true;
 		return NULL;
 	}
-	/* The header can claim less than the ring holds (a whole buffer was reserved), and what it
+	/* The base can claim less than the ring holds (a whole buffer was reserved), and what it
 	 * claims beyond that does not exist. */
 	size_t size = Py_MIN(length, load32(record + self->header.size));
 	if (size < plan->size || !strings_fit(plan, record, size)) {
@@ -942,6 +1046,7 @@ static void commit_outcome(Decoder *self, const struct outcome *outcome)
 	self->short_record += outcome->short_record;
 	self->invalid_utf8 += outcome->invalid_utf8;
 	self->truncated += outcome->truncated;
+	self->incomplete += outcome->incomplete;
 }
 
 /* ---------------------------------------------------------------- Decoder */
@@ -1079,6 +1184,8 @@ static PyMemberDef decoder_members[] = {
 	{"invalid_utf8", T_ULONGLONG, offsetof(Decoder, invalid_utf8), READONLY,
 	 PyDoc_STR("events with a string in which U+FFFD replaced bytes")},
 	{"truncated", T_ULONGLONG, offsetof(Decoder, truncated), READONLY,
+	 PyDoc_STR("events with a string that was cut")},
+	{"incomplete", T_ULONGLONG, offsetof(Decoder, incomplete), READONLY,
 	 PyDoc_STR("events with a flag set")},
 	{NULL, 0, 0, 0, NULL},
 };
@@ -1174,7 +1281,7 @@ static int add_gap(PyObject *gaps, PyObject *what, uint16_t cpu, uint64_t first,
 }
 
 static int add_gaps(const struct state *state, PyObject *gaps, uint16_t cpu, uint64_t seq,
-		    uint64_t expected, uint16_t skipped)
+		    uint64_t expected, uint8_t skipped)
 {
 	if (seq > expected && add_gap(gaps, state->missing, cpu, expected, seq - 1) < 0)
 		return -1;
@@ -1190,7 +1297,7 @@ static int follow(Ring *self, const struct state *state, const struct header *he
 		  const uint8_t *record, uint64_t **commit)
 {
 	uint16_t cpu = load16(record + header->cpu);
-	uint16_t skipped = load16(record + header->skipped);
+	uint8_t skipped = record[header->skipped];
 	uint64_t seq = load64(record + header->seq);
 	uint64_t *last = last_seq_of(self, cpu);
 	if (UNLIKELY(last == NULL))

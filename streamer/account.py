@@ -6,37 +6,46 @@ import mmap
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 
-from streamer.events import CONTRACT, RECORDS
+from streamer.events import RECORDS
 from streamer.gaps import Loss
-from streamer.kernel.loader import STREAMS, counters_stride
+from streamer.kernel.loader import RINGS
+from streamer.kernel.objects import CONTRACT, KIND_END
+from streamer.kernel.state import size_of
 from streamer.stream_events import CpuMark, KindCounts
 
 _AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}
-_PER_KIND = struct.Struct("<3Q")  # struct kind_counters: produced, filtered, lost
+_CPU_BYTES = size_of("cpu_counters")
+_PER_KIND = struct.Struct("<4Q")  # struct kind_counters
 _FIELDS = tuple(name for name, _, _ in CONTRACT["kind_counters"])
-assert _FIELDS == ("produced", "filtered", "lost")
+assert _FIELDS == ("produced", "filtered", "shed", "lost")
+_LOST = _FIELDS.index("lost")
+_FAULTS = tuple(
+    name.removeprefix("FAULT_").lower()
+    for name, _, _ in CONTRACT["enum fault"]
+    if name != "FAULT_END"
+)
 
 
 class KernelCounters:
-    """Reads `struct cpu_counters` of every CPU from the mapped array."""
+    """Reads the counters of every CPU and kind from the mapped arrays."""
 
-    def __init__(self, counters: mmap.mmap, cpus: int) -> None:
-        """`counters` holds one struct per CPU."""
+    def __init__(self, counters: mmap.mmap, kind_counters: mmap.mmap, cpus: int) -> None:
+        """`counters` holds a `struct cpu_counters` per CPU, `kind_counters` a
+        `struct kind_counters` per kind and CPU.
+        """
         self._counters = counters
+        self._kind_counters = kind_counters
         self.cpus = cpus
-        self._stride = counters_stride()
 
-    def of_kind(self, number: int) -> tuple[int, int, int]:
-        """Produced, filtered and lost of a kind, on all CPUs."""
+    def of_kind(self, number: int) -> tuple[int, ...]:
+        """Produced, filtered, shed and lost of a kind, on all CPUs."""
         rows = [self._row(cpu, number) for cpu in range(self.cpus)]
-        return sum(r[0] for r in rows), sum(r[1] for r in rows), sum(r[2] for r in rows)
+        return tuple(map(sum, zip(*rows, strict=True)))
 
     def lost(self, cpu: int) -> dict[str, int]:
         """Lost on one CPU, per kind that lost any."""
-        rows = ((layout.kind, self._row(cpu, n)[2]) for n, layout in RECORDS.items())
+        rows = ((layout.kind, self._row(cpu, n)[_LOST]) for n, layout in RECORDS.items())
         return {kind: lost for kind, lost in rows if lost}
 
     def kinds(self, read: Mapping[str, int]) -> dict[str, KindCounts]:
@@ -45,28 +54,40 @@ class KernelCounters:
         for number, layout in RECORDS.items():
             counts = self.of_kind(number)
             if any(counts):
-                found[layout.kind] = KindCounts(*counts, read.get(layout.kind, 0))
+                found[layout.kind] = KindCounts(
+                    **dict(zip(_FIELDS, counts, strict=True)), read=read.get(layout.kind, 0)
+                )
         return found
 
     def marks(self, passed: Mapping[tuple[str, int], int]) -> list[CpuMark]:
         """Sequence per ring and CPU that has any; `passed` is the reader's."""
         marks = []
         for cpu in range(self.cpus):
-            seqs, skipped = self._streams(cpu, "seq"), self._streams(cpu, "skipped")
-            for i, ring in enumerate(STREAMS):
+            seqs, skipped = self._rings(cpu, "seq"), self._rings(cpu, "skipped")
+            for i, ring in enumerate(RINGS):
                 if seqs[i]:
                     read = passed.get((ring, cpu), 0)
                     marks.append(CpuMark(ring, cpu, seqs[i], read, skipped[i]))
         return marks
 
-    def _row(self, cpu: int, number: int) -> tuple[int, int, int]:
-        at = cpu * self._stride + _AT["kinds"] + number * _PER_KIND.size
-        produced, filtered, lost = _PER_KIND.unpack_from(self._counters, at)
-        return produced, filtered, lost
+    def seqs(self) -> dict[str, list[int]]:
+        """Per ring, the last sequence number taken on each CPU."""
+        rows = [self._rings(cpu, "seq") for cpu in range(self.cpus)]
+        return {ring: [row[i] for row in rows] for i, ring in enumerate(RINGS)}
 
-    def _streams(self, cpu: int, name: str) -> tuple[int, ...]:
-        at = cpu * self._stride + _AT[name]
-        return struct.unpack_from(f"<{len(STREAMS)}Q", self._counters, at)
+    def _row(self, cpu: int, number: int) -> tuple[int, ...]:
+        at = (cpu * KIND_END + number) * _PER_KIND.size
+        return _PER_KIND.unpack_from(self._kind_counters, at)
+
+    def _rings(self, cpu: int, name: str) -> tuple[int, ...]:
+        at = cpu * _CPU_BYTES + _AT[name]
+        return struct.unpack_from(f"<{len(RINGS)}Q", self._counters, at)
+
+
+def faults(counters: mmap.mmap) -> dict[str, int]:
+    """What went wrong in the kernel without costing an event, by name, if it ever did."""
+    counts = struct.unpack_from(f"<{len(_FAULTS)}Q", counters)
+    return {name: count for name, count in zip(_FAULTS, counts, strict=True) if count}
 
 
 class LossLedger:
@@ -94,18 +115,3 @@ class LossLedger:
                     told[kind] += part
                     room -= part
         return found
-
-
-def missed_runs(program_fds: Mapping[str, int]) -> dict[str, int]:
-    """Runs that the kernel left out because a program was running on that CPU already.
-
-    From `recursion_misses` in the program's fdinfo (kernel 5.12 and newer).
-    """
-    missed = {}
-    for name, fd in program_fds.items():
-        with suppress(OSError):
-            for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
-                key, _, value = line.partition(":")
-                if key == "recursion_misses" and int(value):
-                    missed[name] = int(value)
-    return missed

@@ -29,6 +29,7 @@ _LISTS = {
     "pid": "pids",
     "uid": "uids",
     "comm": "comms",
+    "exe": "exes",
     "path": "path_prefixes",
     "port": "ports",
     "cgroup": "cgroups",
@@ -276,9 +277,10 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
         ("pid", _integer, "N", "events of this process id"),
         ("uid", _uid, "N|NAME", "events of this real user"),
         ("comm", str, "NAME", "events of tasks of this name"),
+        ("exe", os.path.abspath, "FILE", "events of processes that run this file"),
         ("path", str, "PREFIX", "files whose path begins so"),
         ("port", _integer, "N", "connections of this local or remote port"),
-        ("cgroup", _cgroup, "ID|PATH", "events of this cgroup (v2)"),
+        ("cgroup", _cgroup, "ID|PATH", "events of this cgroup (v2) and all below it"),
     )
     for name, convert, metavar, text in filters:
         for option, verb in ((f"--{name}", "keep only"), (f"--exclude-{name}", "leave out")):

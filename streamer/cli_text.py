@@ -10,6 +10,7 @@ from msgspec import inspect
 
 from streamer.errors import ConfigError
 from streamer.events import KINDS
+from streamer.kernel.objects import SENSORS
 from streamer.layout import FieldInfo, KindInfo
 from streamer.render import printable
 from streamer.selection import select
@@ -63,17 +64,18 @@ def named(known: Mapping[str, KindInfo], kind: str) -> KindInfo:
 
 
 def kinds_text(kinds: Sequence[KindInfo]) -> str:
-    """The table of kinds: stream, whether it is on by default, meaning."""
-    rows = [[info.kind, info.stream, _default(info.kind), info.doc] for info in kinds]
-    return table(["kind", "stream", "default", "meaning"], rows)
+    """The table of kinds: ring, whether it is on by default, meaning."""
+    rows = [[info.kind, info.ring, _default(info.kind), info.doc] for info in kinds]
+    return table(["kind", "ring", "default", "meaning"], rows)
 
 
 def kind_text(info: KindInfo) -> str:
     """A kind with the table of its fields."""
     rows = [[field.name, field.type, field.doc] for field in info.fields]
     when = {"always": "always on", "on": "on by default", "off": "off by default"}
-    head = f"{info.kind} ({info.stream}, {when[_default(info.kind)]}): {info.doc}"
-    return f"{head}\n\n{table(['field', 'type', 'meaning'], rows)}"
+    head = f"{info.kind} ({info.ring}, {when[_default(info.kind)]}): {info.doc}"
+    unseen = [f"Never observed: {'; '.join(info.unseen)}."] if info.unseen else []
+    return "\n\n".join([head, *unseen, table(["field", "type", "meaning"], rows)])
 
 
 def kinds_data(kinds: Sequence[KindInfo]) -> list[dict[str, Any]]:
@@ -81,14 +83,20 @@ def kinds_data(kinds: Sequence[KindInfo]) -> list[dict[str, Any]]:
     return [
         {
             "kind": info.kind,
-            "stream": info.stream,
+            "ring": info.ring,
             "default": _default(info.kind) != "off",
             "doc": info.doc,
-            "programs": info.programs,
+            "unseen": info.unseen,
+            "programs": _programs_of(info.kind),
             "fields": [field._asdict() for field in info.fields],
         }
         for info in kinds
     ]
+
+
+def _programs_of(kind: str) -> list[str]:
+    programs = (program for sensor in SENSORS.values() for program in sensor.programs)
+    return [program.name for program in programs if kind in program.kinds]
 
 
 def event_schema(structs: Sequence[type]) -> dict[str, Any]:
@@ -111,15 +119,16 @@ def check_text(report: CheckReport) -> str:
     """The report of `check` for people: what is offered, what attaches, what is lost and why."""
     held = [[name, "yes" if there else "no"] for name, there in report.capabilities.items()]
     programs = [
-        [program.name, program.hook, ",".join(program.kinds), program.status, program.reason]
-        for program in report.programs
+        [p.hook, p.way, ",".join(p.kinds), p.status, p.reason]
+        for p in report.programs
+        if p.status != "spare"
     ]
     kinds = [[kind, found.status, found.reason] for kind, found in report.kinds.items()]
     sections = [
         f"kernel {report.kernel}: {'ok' if report.ok else 'not everything can be observed'}",
         table(["capability", "held"], held),
         table(["feature", "found"], [list(pair) for pair in report.features.items()]),
-        table(["program", "hook", "kinds", "status", "reason"], programs),
+        table(["hook", "attached to", "kinds", "status", "reason"], programs),
         table(["event", "status", "reason"], kinds),
     ]
     return "\n\n".join(sections)

@@ -139,6 +139,8 @@ def meaning(field: inspect.Field) -> str:
 def _default(field: inspect.Field) -> str:
     if field.required:
         return "required"
+    if field.default_factory is dict:
+        return "`{}`"
     if field.default is msgspec.NODEFAULT or field.default is None:
         return "none" if field.default is None else "see below"
     default = json.dumps(field.default)

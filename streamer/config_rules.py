@@ -14,11 +14,13 @@ from typing import Any
 import msgspec
 
 from streamer.config_words import join, mistake, quoted
+from streamer.events import KINDS
 from streamer.settings import (
     AnySink,
     FileSink,
     Filters,
     KafkaSink,
+    Kernel,
     MqttSink,
     Rings,
     Sasl,
@@ -46,6 +48,7 @@ def problems(settings: Settings) -> Iterator[str]:
     """Everything impossible in `settings`, in the order of the settings."""
     yield from _control_characters("", msgspec.to_builtins(settings))
     yield from _rings(settings.rings)
+    yield from _kernel(settings.kernel)
     yield from _filters(settings.filters)
     for index, sink in enumerate(settings.sinks):
         yield from sink_problems(sink, join("sinks", index) + ".")
@@ -88,6 +91,9 @@ def is_host(text: str) -> bool:
     return True
 
 
+_NAMES_OF_TASKS_AND_FILES = ("comms", "exes", "path_prefixes")
+
+
 def _control_characters(key: str, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for name, part in value.items():
@@ -101,7 +107,7 @@ def _control_characters(key: str, value: Any) -> Iterator[str]:
 
 def _forbidden(key: str) -> re.Pattern[str]:
     """Names of tasks and files may hold anything but NUL, and so may their filters."""
-    return _UNMATCHABLE if "comms" in key or "path_prefixes" in key else _CONTROL
+    return _UNMATCHABLE if any(name in key for name in _NAMES_OF_TASKS_AND_FILES) else _CONTROL
 
 
 def _ends(key: str) -> bool:
@@ -117,6 +123,12 @@ def _rings(rings: Rings) -> Iterator[str]:
             yield mistake(f"rings.{name}", size, wanted)
 
 
+def _kernel(kernel: Kernel) -> Iterator[str]:
+    for kind in kernel.sample:
+        if kind not in KINDS:
+            yield mistake("kernel.sample", kind, ", ".join(sorted(KINDS)))
+
+
 def _filters(filters: Filters) -> Iterator[str]:
     for name, values in msgspec.structs.asdict(filters).items():
         twin = f"exclude_{name}"
@@ -130,6 +142,8 @@ def _filters(filters: Filters) -> Iterator[str]:
 
 
 def _bytes_of(name: str) -> int:
+    if name.endswith("exes"):
+        return 4095
     return 15 if name.endswith("comms") else 255
 
 

@@ -20,7 +20,8 @@ from msgspec import inspect
 MAX_SHOWN = 60
 """Most characters of a found value that a message repeats."""
 
-_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]|\[(\.\.\.)\]")
+_SOME_ENTRY = "..."
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _HUGE = 1 << 128
 
@@ -38,6 +39,8 @@ def explain(error: msgspec.ValidationError, data: Any, root: Any) -> str:
     """
     node, value, key = type_of(root), data, ""
     for step in _steps(str(error)):
+        if step == _SOME_ENTRY:
+            step = _wrong_entry(node, value)
         node = _child(node, value, step)
         value = value[step]
         key = join(key, step)
@@ -98,6 +101,8 @@ def allowed(node: inspect.Type) -> str:
         case inspect.VarTupleType():
             few = "a non-empty array" if node.min_length else "an array"
             return f"{few} (each: {allowed(node.item_type)})"
+        case inspect.DictType():
+            return f"a table (each: {allowed(node.value_type)})"
         case inspect.StructType():
             return "a table" if node.tag is None else f"a table with type = {_listing([node.tag])}"
     return _either(node)
@@ -122,13 +127,32 @@ def item(node: inspect.Type) -> inspect.Type | None:
     return node.item_type if isinstance(node, inspect.VarTupleType) else None
 
 
+def _entries(node: inspect.Type) -> inspect.Type | None:
+    """The type of the values of a table with keys of any name; None where `node` is none."""
+    if isinstance(node, inspect.Metadata):
+        return _entries(node.type)
+    return node.value_type if isinstance(node, inspect.DictType) else None
+
+
 def _steps(text: str) -> Iterator[str | int]:
     path = text.rpartition(" - at `$")[2] if " - at `$" in text else ""
-    for name, index in _STEP.findall(path):
-        yield name or int(index)
+    for name, index, some in _STEP.findall(path):
+        yield name or some or int(index)
+
+
+def _wrong_entry(node: inspect.Type, value: Mapping[str, Any]) -> str:
+    """The first key in a table of numbers whose value is wrong: msgspec does not say which."""
+    numbers = _entries(node)
+    assert isinstance(numbers, inspect.IntType)
+    low, high = numbers.ge or 0, numbers.le or _HUGE
+    return next(
+        key for key, found in value.items() if type(found) is not int or not low <= found <= high
+    )
 
 
 def _child(node: inspect.Type, value: Any, step: str | int) -> inspect.Type:
+    if entries := _entries(node):
+        return entries
     if isinstance(step, int):
         inner = item(node)
         assert inner is not None, "msgspec gives indices into arrays only"

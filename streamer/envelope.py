@@ -41,18 +41,18 @@ class Envelope:
         self.run_id = run_id(self.boot_id, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         self._numbers = count(1)
 
-    def constants(self, stream: str) -> dict[str, Any]:
+    def constants(self, ring: str) -> dict[str, Any]:
         """What every event of a ring has in common, for its decoder."""
         return {
             "schema": SCHEMA_VERSION,
             "host": self.host,
             "boot_id": self.boot_id,
-            "stream": stream,
+            "ring": ring,
         }
 
-    def id_prefix(self, stream: str) -> str:
+    def id_prefix(self, ring: str) -> str:
         """How the id of every event of a ring begins; CPU and sequence number follow."""
-        return f"{self.run_id}-{stream}"
+        return f"{self.run_id}-{ring}"
 
     def record(self, cls: type[_Record], **fields: Any) -> _Record:
         """A record of the stream itself, of now."""

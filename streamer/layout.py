@@ -1,6 +1,6 @@
 """The vocabulary of the layout table in `events.py`, which tells a decoder how to read a record.
 
-A record begins with the header; `HEADER_FIELDS` are the parts of it that the reader itself
+A record begins with its base; `HEADER_FIELDS` are the parts of it that the reader itself
 needs. What is published is a tuple of fields in the order of the Struct, each with an `op`:
 
 =================  =====================  ===================================================
@@ -18,13 +18,17 @@ argv               None                   list of str from `data`; NUL-terminate
 line               None                   str: the record's argv joined by single spaces
 const              name                   the decoder's constant of that name
 id                 None                   str: "{id_prefix}-{cpu}-{seq}"
-time               None                   int: the header's boot_ns plus the clock offset
+time               None                   int: the base's boot_ns plus the clock offset
 boottime           None                   int: u64 at `offset` plus the clock offset
+cut                names of the strings   tuple of str: those whose bit the u8 at `offset` has
 flag               mask                   bool: whether the u8 at `offset` has that bit
 invalid_utf8       None                   bool: whether any string of the record was replaced
 =================  =====================  ===================================================
 
-Strings of `data` follow one another from `RecordLayout.size` on, in the order of the ops.
+Strings of `data` (`str` and `argv`) follow one another from `RecordLayout.size` on, in the order
+of the ops; there are at most `MAX_STRINGS`. Bit n of the base's `cut` says that the n-th is not
+whole: what is left of a character at its end (of an argv: at the end of an argument without NUL),
+or at the beginning of a `str`, is left off, and is not what `invalid_utf8` tells.
 """
 
 from __future__ import annotations
@@ -37,10 +41,13 @@ HEADER_FIELDS: dict[str, int] = {
     "size": 4,
     "kind": 2,
     "cpu": 2,
-    "skipped": 2,
-    "flags": 1,
+    "skipped": 1,
+    "cut": 1,
 }
-"""Header fields that the reader needs, with the width in bytes that it relies on."""
+"""Parts of the base that the reader needs, with the width in bytes that it relies on."""
+
+MAX_STRINGS = 8
+"""Strings of a record: the base's `cut` has a bit for each."""
 
 
 class FieldLayout(NamedTuple):
@@ -53,11 +60,15 @@ class FieldLayout(NamedTuple):
 
 
 class RecordLayout(NamedTuple):
-    """How the records of one kind are read. `size` is the fixed part, in bytes."""
+    """How the records of one kind are read.
+
+    `size` is the fixed part, and `max_size` what a record with the longest strings has, in bytes.
+    """
 
     kind: str
     struct: type
     size: int
+    max_size: int
     fields: tuple[FieldLayout, ...]
 
 
@@ -70,22 +81,14 @@ class FieldInfo(NamedTuple):
 
 
 class KindInfo(NamedTuple):
-    """A kind of event as documented. `programs` are the BPF programs that can produce it."""
+    """A kind of event as documented.
+
+    `ring` is what carries it; `unseen` is what is never observed of it, whatever the kernel.
+    """
 
     kind: str
     struct: type
-    stream: str
+    ring: str
     doc: str
     fields: tuple[FieldInfo, ...]
-    programs: tuple[str, ...] = ()
-
-
-class ProgramInfo(NamedTuple):
-    """A BPF program, the kinds that it reports, and what is not observed without it.
-
-    `covers` is empty where the kinds are not observed at all without the program.
-    """
-
-    name: str
-    kinds: tuple[str, ...]
-    covers: str
+    unseen: tuple[str, ...] = ()

@@ -9,7 +9,9 @@ mapped twice in a row, so no record is ever split. Hosts are little-endian and o
 
 from __future__ import annotations
 
+import codecs
 import ctypes
+import math
 import socket
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from streamer.layout import HEADER_FIELDS, FieldLayout, RecordLayout
+from streamer.layout import HEADER_FIELDS, MAX_STRINGS, FieldLayout, RecordLayout
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -35,7 +37,7 @@ U64 = (1 << 64) - 1
 Gap: TypeAlias = tuple[Literal["missing", "late", "skipped"], int, int, int]
 """An anomaly of the sequence: `("missing", cpu, first, last)`, numbers that were passed over;
 `("late", cpu, seq, seq)`, a number that had been passed over or was seen before; and
-`("skipped", cpu, n, n)`, after the former two: the record's header says that the `n` numbers
+`("skipped", cpu, n, n)`, after the former two: the record's base says that the `n` numbers
 before it were given up, so that they are no losses."""
 
 _WIDTHS = {1: "B", 2: "H", 4: "I", 8: "Q"}
@@ -116,38 +118,62 @@ class _WordReader:
 class _Cursor:
     """What is carried from one field of a record to the next."""
 
-    __slots__ = ("argv", "clock", "invalid", "position", "record", "truncated")
+    __slots__ = (
+        "argv", "clock", "cut", "incomplete", "invalid", "position", "record", "truncated"
+    )  # fmt: skip
 
-    def __init__(self, record: bytes, position: int, clock: int) -> None:
+    def __init__(self, record: bytes, position: int, clock: int, cut: int) -> None:
         self.record = record
         self.position = position
         self.clock = clock
+        self.cut = cut
         self.argv: list[str] = []
         self.invalid = False
         self.truncated = False
+        self.incomplete = False
 
-    def text(self, raw: bytes) -> str:
+    def text(self, raw: bytes, whole_end: bool = True) -> str:
+        """The text of `raw`, without what is left of a character that was cut at its end."""
         try:
-            return raw.decode()
+            return codecs.utf_8_decode(raw, "strict", whole_end)[0]
         except UnicodeDecodeError:
             self.invalid = True
-            return raw.decode(errors="replace")
+            return codecs.utf_8_decode(raw, "replace", whole_end)[0]
 
     def take(self, size: int) -> bytes:
         start = self.position
         self.position += size
         return self.record[start : self.position]
 
-    def take_argv(self, size: int) -> list[str]:
-        raw = self.take(size)
-        self.argv = (
-            [self.text(part) for part in raw.removesuffix(b"\0").split(b"\0")] if raw else []
-        )
+    def take_str(self, size: int, bit: int) -> str:
+        raw, cut = self.take(size), self.cut & bit != 0
+        return self.text(_without_cut_start(raw) if cut else raw, not cut)
+
+    def take_argv(self, size: int, bit: int) -> list[str]:
+        raw, cut = self.take(size), self.cut & bit != 0
+        # The last argument, and only that, may have been cut, unless its NUL is there.
+        *whole, last = raw.split(b"\0")
+        self.argv = [self.text(part) for part in whole]
+        if last:
+            self.argv.append(self.text(last, not cut))
         return self.argv
 
-    def mark(self, flag: bool) -> bool:
-        self.truncated = self.truncated or flag
+    def mark_cut(self, choices: tuple[tuple[str, ...], ...], bits: int) -> tuple[str, ...]:
+        names = choices[bits & (len(choices) - 1)]
+        self.truncated = self.truncated or bool(names)
+        return names
+
+    def mark_flag(self, flag: bool) -> bool:
+        self.incomplete = self.incomplete or flag
         return flag
+
+
+def _without_cut_start(raw: bytes) -> bytes:
+    """Without bytes at the start that continue a character; a character has at most three."""
+    start = 0
+    while start < min(len(raw), 3) and raw[start] & 0xC0 == 0x80:
+        start += 1
+    return raw[start:]
 
 
 _Read = Callable[[_Words, _Cursor], Any]
@@ -157,7 +183,7 @@ class _Op(NamedTuple):
     """How a field is read: `make`, given where its words are, makes the function that does it.
 
     Without `make` the value is the word itself. Ops run by `stage`: a line needs the argv, and
-    the marks need all strings.
+    the mark of what was replaced needs all strings.
     """
 
     words: tuple[_Word, ...]
@@ -188,12 +214,12 @@ def _read_name(names: tuple[str, ...]) -> Callable[[int], _Read]:
     return lambda at: lambda words, cursor: names[words[at] if words[at] < known else 0]
 
 
-def _read_str(at: int) -> _Read:
-    return lambda words, cursor: cursor.text(cursor.take(words[at]))
+def _read_str(bit: int) -> Callable[[int], _Read]:
+    return lambda at: lambda words, cursor: cursor.take_str(words[at], bit)
 
 
-def _read_argv(at: int) -> _Read:
-    return lambda words, cursor: cursor.take_argv(words[at])
+def _read_argv(bit: int) -> Callable[[int], _Read]:
+    return lambda at: lambda words, cursor: cursor.take_argv(words[at], bit)
 
 
 def _read_line() -> _Read:
@@ -212,8 +238,16 @@ def _read_time(at: int) -> _Read:
     return lambda words, cursor: (words[at] + cursor.clock) & U64
 
 
+def _read_cut(names: tuple[str, ...]) -> Callable[[int], _Read]:
+    choices = tuple(
+        tuple(name for i, name in enumerate(names) if mask >> i & 1)
+        for mask in range(1 << len(names))
+    )
+    return lambda at: lambda words, cursor: cursor.mark_cut(choices, words[at])
+
+
 def _read_flag(mask: int) -> Callable[[int], _Read]:
-    return lambda at: lambda words, cursor: cursor.mark(words[at] & mask != 0)
+    return lambda at: lambda words, cursor: cursor.mark_flag(words[at] & mask != 0)
 
 
 def _read_invalid_utf8() -> _Read:
@@ -230,7 +264,7 @@ def _between(low: int, number: int, high: int, what: str) -> int:
 
 
 class _Header:
-    """Words of the header, checked."""
+    """Words of a record's base, checked."""
 
     def __init__(self, offsets: Mapping[str, int]) -> None:
         self.size = _between(0, offsets["header_size"], MAX_RECORD, "header: header_size")
@@ -243,7 +277,7 @@ class _Header:
         return _Word(offset, _WIDTHS[width])
 
     def getter(self, *names: str) -> Callable[[bytes], tuple[int, ...]]:
-        """A function that reads these words of a record that is at least a header long."""
+        """A function that reads these words of a record that is at least a base long."""
         words = [self.words[name] for name in names]
         reader = _WordReader(words)
         pick = itemgetter(*(reader.index[word] for word in words))
@@ -256,6 +290,7 @@ class _Context(NamedTuple):
     header: _Header
     constants: Mapping[str, object]
     id_prefix: str
+    strings: tuple[str, ...] = ()
 
 
 class _Field(NamedTuple):
@@ -270,11 +305,14 @@ class _Field(NamedTuple):
         _between(0, word.offset, self.size - (word.end - word.offset), f"{self.where}: offset")
         return word
 
-    def names(self) -> tuple[str, ...]:
-        names = self.layout.argument
-        if not (isinstance(names, tuple) and names and all(isinstance(n, str) for n in names)):
+    def names(self, least: int, most: float = math.inf) -> tuple[str, ...]:
+        names: Any = self.layout.argument
+        fits = isinstance(names, tuple) and len(names) >= least
+        if not (fits and all(isinstance(name, str) for name in names)):
             raise ValueError(f"{self.where}: names are {names!r}, not a tuple of str")
-        return names
+        if len(names) > most:
+            raise ValueError(f"{self.where}: names are {names!r}, more than {most}")
+        return tuple(names)
 
 
 def _op_of(field: _Field, context: _Context) -> _Op:
@@ -290,20 +328,24 @@ def _op_of(field: _Field, context: _Context) -> _Op:
         case "ip":
             return _Op((field.word("16s"), field.word("B", argument)), _read_ip)
         case "names":
-            return _Op((field.word("B"),), _read_name(field.names()))
+            return _Op((field.word("B"),), _read_name(field.names(1)))
         case "boottime":
             return _Op((field.word("Q"),), _read_time)
         case "flag":
             mask = _between(1, argument, 255, f"{field.where}: mask")
-            return _Op((field.word("B"),), _read_flag(mask), stage=2)
-    return _op_without_word(field, context) if op not in _STRINGS else _string_op(field)
+            return _Op((field.word("B"),), _read_flag(mask))
+        case "cut":
+            return _Op((field.word("B"),), _read_cut(field.names(0, MAX_STRINGS)))
+    if op not in _STRINGS:
+        return _op_without_word(field, context)
+    bit = 1 << context.strings.index(field.layout.name)
+    return _Op((field.word("H"),), _STRINGS[op](bit))
 
 
-_STRINGS: dict[str, Callable[[int], _Read]] = {"str": _read_str, "argv": _read_argv}
-
-
-def _string_op(field: _Field) -> _Op:
-    return _Op((field.word("H"),), _STRINGS[field.layout.op])
+_STRINGS: dict[str, Callable[[int], Callable[[int], _Read]]] = {
+    "str": _read_str,
+    "argv": _read_argv,
+}
 
 
 def _op_without_word(field: _Field, context: _Context) -> _Op:
@@ -339,10 +381,20 @@ def _check_struct(layout: RecordLayout) -> None:
     raise TypeError(f"{layout.kind}: {cls!r} is {trouble}")
 
 
-def _check_line(layout: RecordLayout) -> None:
-    ops = [field.op for field in layout.fields]
+def _strings_of(layout: RecordLayout) -> tuple[str, ...]:
+    return tuple(field.name for field in layout.fields if field.op in _STRINGS)
+
+
+def _check_strings(layout: RecordLayout) -> None:
+    ops, count = [field.op for field in layout.fields], len(_strings_of(layout))
     if "line" in ops and ops.count("argv") != 1:
         raise ValueError(f"{layout.kind}: a line of {ops.count('argv')} argv")
+    if count > MAX_STRINGS:
+        raise ValueError(f"{layout.kind}: {count} strings, more than {MAX_STRINGS}")
+    for field in layout.fields:
+        if field.op == "cut" and len(field.argument) != count:
+            names = len(field.argument)
+            raise ValueError(f"{layout.kind}: a cut of {names} names and {count} strings")
 
 
 def _maker(cls: type[msgspec.Struct]) -> Callable[[list[Any]], Any]:
@@ -363,16 +415,18 @@ class _Plan:
         _check_struct(layout)
         self.kind = layout.kind
         self.size = _between(context.header.size, layout.size, MAX_RECORD, f"{layout.kind}: size")
+        context = context._replace(strings=_strings_of(layout))
         ops = [
             _op_of(_Field(field, f"{layout.kind}.{field.name}", self.size), context)
             for field in layout.fields
         ]
-        _check_line(layout)
+        _check_strings(layout)
         self._make = _maker(layout.struct)
+        self._cut = context.header.words["cut"]
         self._set_readers(ops, layout)
 
     def _set_readers(self, ops: list[_Op], layout: RecordLayout) -> None:
-        words = [word for op in ops for word in op.words]
+        words = [self._cut, *(word for op in ops for word in op.words)]
         self._words = _WordReader(words)
         index = self._words.index
         self._lengths = [
@@ -394,7 +448,7 @@ class _Plan:
         words = self._words.read(record)
         if self.size + sum(words[at] for at in self._lengths) > len(record):
             return None
-        cursor = _Cursor(record, self.size, clock)
+        cursor = _Cursor(record, self.size, clock, words[self._words.index[self._cut]])
         values = [None if at is None else words[at] for at in self._plain]
         for slot, read in self._readers:
             values[slot] = read(words, cursor)
@@ -405,10 +459,11 @@ class Decoder:
     """Makes Structs of records, as the layouts say.
 
     A record is refused, and counted, when its kind is unknown, or when it ends before its
-    fixed part or its strings do; it ends where its header says, or where the ring does if
+    fixed part or its strings do; it ends where its base says, or where the ring does if
     that is sooner. A string that is not UTF-8 is decoded with U+FFFD for what is not, the
-    event says so in its `invalid_utf8` field, and is counted once. Times are taken modulo
-    2^64, so that they can be encoded whatever a record holds.
+    event says so in its `invalid_utf8` field, and is counted once. What a cut left of a
+    character is left off. Times are taken modulo 2^64, so that they can be encoded whatever a
+    record holds.
     """
 
     def __init__(
@@ -436,7 +491,8 @@ class Decoder:
             raise ValueError(f"id_prefix {id_prefix!r} is not ASCII")
         self.header = _Header(header)
         self._clock_offset_ns = 0
-        self._unknown_kind = self._short_record = self._invalid_utf8 = self._truncated = 0
+        self._unknown_kind = self._short_record = self._invalid_utf8 = 0
+        self._truncated = self._incomplete = 0
         self._kind_and_size = self.header.getter("kind", "size")
         self.sequence_of = self.header.getter("cpu", "seq", "skipped")
         context = _Context(self.header, constants, id_prefix)
@@ -473,8 +529,13 @@ class Decoder:
 
     @property
     def truncated(self) -> int:
-        """Events with a `flag` that is set."""
+        """Events with a string that was cut, as `cut` says."""
         return self._truncated
+
+    @property
+    def incomplete(self) -> int:
+        """Events with a `flag` that is set."""
+        return self._incomplete
 
     def decode(self, record: ReadableBuffer, /) -> Any:
         """The event of one record; None when it was refused, which is counted."""
@@ -499,6 +560,7 @@ class Decoder:
         event, cursor = decoded
         self._invalid_utf8 += cursor.invalid
         self._truncated += cursor.truncated
+        self._incomplete += cursor.incomplete
         return plan.kind, event
 
 

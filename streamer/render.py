@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from streamer.batch import Batch, Event, kind_of
-from streamer.events import Event as KernelEvent
+from streamer.events import TaskEvent
 from streamer.stream_events import StreamHeartbeat, StreamLoss, StreamManifest, StreamRecord
 
-ENVELOPE = frozenset(KernelEvent.__struct_fields__ + StreamRecord.__struct_fields__)
+ENVELOPE = frozenset(TaskEvent.__struct_fields__ + StreamRecord.__struct_fields__)
 """Fields that every event has: not part of what a kind says of its own."""
 
 CLEAR_LINE = b"\r\x1b[K"
@@ -138,10 +138,22 @@ def columns(event: Event) -> Iterator[Segment]:
         yield Segment(f"{getattr(event, 'uid', ''):>5} ", "dim")
         yield Segment(_padded(getattr(event, "comm", ""), 16), "bold")
     yield from _ESSENCES.get(kind, generic)(event)
-    if getattr(event, "truncated", False):
-        yield Segment(" [truncated]", "yellow")
+    marks = ", ".join(_marks(event))
+    if marks:
+        yield Segment(f" [{marks}]", "yellow")
+
+
+def _marks(event: Event) -> Iterator[str]:
+    """What there is to know about the event as a whole before it is believed."""
+    cut: tuple[str, ...] = getattr(event, "truncated", ())
+    if cut:
+        yield f"{' and '.join(cut)} truncated"
+    if getattr(event, "incomplete", False):
+        yield "incomplete"
     if getattr(event, "invalid_utf8", False):
-        yield Segment(" [invalid UTF-8]", "yellow")
+        yield "invalid UTF-8"
+    if not getattr(event, "owner_known", True):
+        yield "owner unknown"
 
 
 def generic(event: Event) -> Iterator[Segment]:
@@ -168,7 +180,13 @@ def _short(text: str) -> str:
 
 def _exec(event: Any) -> Iterator[Segment]:
     yield Segment(event.cmdline or event.exe)
-    yield Segment(f"  (in {event.cwd})", "dim")
+    # The command line of a script is that of its interpreter.
+    script = f"script {event.filename}, " if event.interp else ""
+    yield Segment(f"  ({script}in {event.cwd})", "dim")
+    if event.exe_memfd:
+        yield Segment(" from memory", "red")
+    elif event.exe_deleted:
+        yield Segment(" deleted", "red")
 
 
 def _fork(event: Any) -> Iterator[Segment]:
@@ -189,13 +207,13 @@ def _open(event: Any) -> Iterator[Segment]:
     mode = f" {stat.S_IMODE(event.mode):04o}" if event.mode else ""
     yield Segment(f"  {open_flags(event.flags)}{mode}", "dim")
     yield from _outcome(event.errno, f" = {event.fd}")
-    yield Segment(f" {duration(event.latency_ns)}", "dim")
+    yield from _latency(event.latency_ns)
 
 
 def _connect(event: Any) -> Iterator[Segment]:
     yield from _endpoints(event)
     yield from _outcome(event.errno, "")
-    yield Segment(f" {duration(event.latency_ns)}", "dim")
+    yield from _latency(event.latency_ns)
 
 
 def _accept(event: Any) -> Iterator[Segment]:
@@ -219,6 +237,12 @@ def _endpoints(event: Any) -> Iterator[Segment]:
 
 def _outcome(number: int, success: str) -> Iterator[Segment]:
     yield Segment(f" {errno_name(number)}", "red") if number else Segment(success, "dim")
+
+
+def _latency(nanoseconds: int) -> Iterator[Segment]:
+    """Nothing where it was not measured."""
+    if nanoseconds:
+        yield Segment(f" {duration(nanoseconds)}", "dim")
 
 
 def _manifest(event: StreamManifest) -> Iterator[Segment]:

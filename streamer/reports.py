@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import msgspec
 
 from streamer import __version__
-from streamer.account import KernelCounters, LossLedger, missed_runs
+from streamer.account import KernelCounters, LossLedger, faults
 from streamer.envelope import Envelope
 from streamer.events import KINDS
-from streamer.kernel.loader import KernelState
-from streamer.ringbuf_reader import RingReader, kernel_seqs
+from streamer.kernel.state import KernelState
+from streamer.ringbuf_reader import RingReader
 from streamer.settings import Filters
 from streamer.sinks.base import Sink
 from streamer.stream_events import (
@@ -42,8 +42,8 @@ class Reporter:
         self._kernel = kernel
         self._reader = reader
         self._filters = filters
-        self._counters = KernelCounters(kernel.counters, kernel.cpus)
-        self._ledger = LossLedger(self._counters, {k: info.stream for k, info in KINDS.items()})
+        self._counters = KernelCounters(kernel.counters, kernel.kind_counters, kernel.cpus)
+        self._ledger = LossLedger(self._counters, {k: info.ring for k, info in KINDS.items()})
         self._undecodable_told = 0
         self._missed_told: Counter[str] = Counter()
         self._started = time.monotonic()
@@ -69,16 +69,17 @@ class Reporter:
             StreamManifest,
             agent=__version__,
             agent_pid=os.getpid(),
+            initial_mntns=self._kernel.identity.initial_mntns,
             kernel=system.release,
             machine=system.machine,
             cpus=self._kernel.cpus,
             rings=dict(self._kernel.ring_bytes),
             kinds={
-                kind: KindReport(state.status, state.reason)
+                kind: KindReport(state.status, state.reason, KINDS[kind].unseen)
                 for kind, state in self._kernel.coverage(frozenset(kinds)).items()
             },
             programs=[
-                ProgramReport(p.name, p.hook, p.kinds, p.status, p.reason)
+                ProgramReport(p.name, p.sensor, p.hook, p.way, p.kinds, p.status, p.reason)
                 for p in self._kernel.statuses
             ],
             filters=filters_in_force(self._filters),
@@ -99,7 +100,8 @@ class Reporter:
             cpus=self._counters.marks(passed),
             sinks={sink.name: sink_counts(sink) for sink in sinks},
             reader=self._reader_counts(),
-            missed=missed_runs(self._kernel.program_fds),
+            faults=faults(self._kernel.faults),
+            missed=self._kernel.missed(),
         )
 
     def losses(self, *, final: bool = False) -> list[StreamLoss]:
@@ -107,7 +109,7 @@ class Reporter:
 
         With `final`, also what is still in the rings: nobody will read it.
         """
-        seqs = kernel_seqs(self._kernel.counters, self._kernel.cpus)
+        seqs = self._counters.seqs()
         more = self._reader.drain_once()
         if final or not (more or self._reader.paused or self._reader.done):
             self._reader.look_for_tails(seqs, final=final)
@@ -116,7 +118,7 @@ class Reporter:
 
     def missed(self) -> list[StreamLoss]:
         """Runs of programs that the kernel left out, and that were not told yet."""
-        now = Counter(missed_runs(self._kernel.program_fds))
+        now = Counter(self._kernel.missed())
         new, self._missed_told = now - self._missed_told, now
         return [
             self._envelope.record(
@@ -177,6 +179,7 @@ class Reporter:
             short_record=sum(d.short_record for d in decoders),
             invalid_utf8=sum(d.invalid_utf8 for d in decoders),
             truncated=sum(d.truncated for d in decoders),
+            incomplete=sum(d.incomplete for d in decoders),
             pauses=self._reader.pauses,
         )
 
@@ -210,9 +213,9 @@ def account_line(
 
     `missed` are runs of programs that the kernel left out.
     """
-    produced, filtered, lost, read = (
+    produced, filtered, shed, lost, read = (
         sum(getattr(counts, name) for counts in kinds.values())
-        for name in ("produced", "filtered", "lost", "read")
+        for name in ("produced", "filtered", "shed", "lost", "read")
     )
     parts = [f"{produced:,} events in {seconds:.1f} s"]
     for sink in sinks:
@@ -222,7 +225,9 @@ def account_line(
         )
         parts.append(f"{sink.name} {delivered:,} delivered, {dropped:,} dropped")
     parts.append(f"{filtered:,} filtered, {lost:,} lost")
-    unread = produced - filtered - lost - read
+    if shed:
+        parts.append(f"{shed:,} shed")
+    unread = produced - filtered - shed - lost - read
     if unread:
         parts.append(f"{unread:,} not read")
     if missed:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from streamer.batch import Batch
 from streamer.envelope import Envelope, clock_offset_ns
-from streamer.events import CONTRACT, HEADER, RECORDS
+from streamer.events import HEADER, RECORDS
 from streamer.gaps import GapTracker, Loss
-from streamer.kernel.loader import STREAMS, counters_stride
+from streamer.kernel.loader import RINGS
+from streamer.kernel.objects import CONTRACT
 from streamer.records import Decoder, Ring
 
 LOOKS_IN_VAIN = 5
@@ -27,7 +28,6 @@ _WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}
 _WAKE_WORD = struct.Struct("<I")  # struct reader_state is one for each ring
 _FOREVER = 1 << 64
 _POSITION = struct.Struct("<Q")
-_SEQ_AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}["seq"]
 
 
 class RingSource:
@@ -231,7 +231,7 @@ class RingReader:
             self._loop.remove_reader(source.fd)
 
     def _ask(self, source: RingSource, wake: int) -> None:
-        _WAKE_WORD.pack_into(self._state, _WAKE_WORD.size * STREAMS.index(source.name), wake)
+        _WAKE_WORD.pack_into(self._state, _WAKE_WORD.size * RINGS.index(source.name), wake)
 
     def refresh_clock(self) -> None:
         """Use the offset between the clocks as it is now."""
@@ -265,13 +265,3 @@ class RingReader:
             )
             for loss in losses:
                 yield source.name, loss
-
-
-def kernel_seqs(counters: mmap.mmap, cpus: int) -> dict[str, list[int]]:
-    """Per ring, the last sequence number taken on each CPU."""
-    stride = counters_stride()
-    rows = [
-        struct.unpack_from(f"<{len(STREAMS)}Q", counters, cpu * stride + _SEQ_AT)
-        for cpu in range(cpus)
-    ]
-    return {name: [row[i] for row in rows] for i, name in enumerate(STREAMS)}

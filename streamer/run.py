@@ -15,8 +15,10 @@ import uvloop
 
 from streamer.allocator import keep_freed_memory
 from streamer.batch import Batch
-from streamer.errors import ConfigError, KernelError
-from streamer.kernel import loader
+from streamer.errors import ConfigError, HelperGone, KernelError
+from streamer.kernel import state
+from streamer.privilege import capabilities
+from streamer.privilege.split import Split
 from streamer.render import Renderer, StatusLine, printable, same_terminal, wants_color
 from streamer.service import Service
 from streamer.settings import Limits, Settings, StdoutSink
@@ -36,11 +38,12 @@ def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> in
     if not settings.sinks:
         settings = msgspec.structs.replace(settings, sinks=(StdoutSink(),))
     keep_freed_memory()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to open anew
     line = StatusLine() if limits.status and os.isatty(2) else None
     _log.setLevel(settings.log_level.upper())
     _log.addHandler(handler := _LogHandler(line))
     try:
-        account = uvloop.run(_run(settings, kinds, limits, line))
+        account = _split_and_run(settings, kinds, limits, line)
     finally:
         _log.removeHandler(handler)
     if account:
@@ -50,22 +53,43 @@ def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> in
     return 0
 
 
-async def _run(
+def _split_and_run(
     settings: Settings, kinds: frozenset[str], limits: Limits, line: StatusLine | None
+) -> str:
+    capabilities.require()
+    split = Split(settings)
+    try:
+        kernel = state.load(settings, kinds, split.loader)
+        try:
+            split.drop()
+            return uvloop.run(_run(settings, kinds, limits, line, split, kernel))
+        finally:
+            kernel.close()
+    finally:
+        split.close()
+
+
+async def _run(
+    settings: Settings,
+    kinds: frozenset[str],
+    limits: Limits,
+    line: StatusLine | None,
+    split: Split,
+    kernel: state.KernelState,
 ) -> str:
     host = settings.host or os.uname().nodename
     render = _render(settings, line)
-    sinks = [make_sink(one, host, render) for one in settings.sinks]
+    sinks = [make_sink(one, host, render, split.opener) for one in settings.sinks]
     names = [sink.name for sink in sinks]
     if len(set(names)) < len(names):
         raise ConfigError(f"sinks: found the same one twice among {', '.join(names)}")
-    kernel = loader.load(settings, kinds)
     try:
-        service = _service(settings, kinds, limits, sinks, kernel, line)
-        _handle_signals(service)
+        service = _service(settings, kinds, limits, sinks, kernel, line, split)
+        _handle_signals(service, split)
+        _watch_helper(service, split)
         return await service.run()
     finally:
-        kernel.close()
+        split.client.unwatch(asyncio.get_running_loop())
 
 
 def _service(
@@ -73,8 +97,9 @@ def _service(
     kinds: frozenset[str],
     limits: Limits,
     sinks: list[Sink],
-    kernel: loader.KernelState,
+    kernel: state.KernelState,
     line: StatusLine | None,
+    split: Split,
 ) -> Service:
     try:
         return Service(settings, kinds, limits, sinks, kernel, status_line=line)
@@ -137,17 +162,28 @@ def _columns() -> int:
     return os.get_terminal_size(1).columns
 
 
-def _handle_signals(service: Service) -> None:
+def _watch_helper(service: Service, split: Split) -> None:
+    """Without the helper everything is detached: deliver what there is, and say so."""
+
+    def gone() -> None:
+        service.fail(HelperGone(f"{split.client.obituary()}: nothing is observed any more"))
+
+    split.client.watch(asyncio.get_running_loop(), gone)
+
+
+def _handle_signals(service: Service, split: Split) -> None:
     loop = asyncio.get_running_loop()
     asked = False
 
     def on_signal() -> None:
         nonlocal asked
-        if asked:
-            os._exit(INTERRUPTED)  # asked twice: at once, without draining
+        if asked:  # twice: at once, without draining
+            split.client.farewell()
+            os._exit(INTERRUPTED)
         asked = True
         service.stop()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGUSR1, service.reopen)

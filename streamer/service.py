@@ -11,10 +11,9 @@ from contextlib import suppress
 
 from streamer.batch import Batch
 from streamer.envelope import Envelope
-from streamer.errors import ConfigError, KernelError, SinkError
+from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.fanout import Fanout, policy_of
-from streamer.kernel import capabilities
-from streamer.kernel.loader import KernelState
+from streamer.kernel.state import KernelState
 from streamer.render import Rates, StatusLine, status_text
 from streamer.reports import Reporter, account_line
 from streamer.ringbuf_reader import RingReader, RingSource
@@ -49,7 +48,7 @@ class Service:
         self._status_line = status_line
         self._stop = asyncio.Event()
         self._read: Counter[str] = Counter()
-        self._error: Exception | None = None
+        self._error: StreamerError | None = None
         envelope = Envelope(settings.host)
         self.reader = RingReader(
             [
@@ -85,12 +84,24 @@ class Service:
         """Ask the service to end; it drains, flushes and reports first."""
         self._stop.set()
 
+    def fail(self, error: StreamerError) -> None:
+        """End the service, in order as far as that is possible; `run` then raises `error`."""
+        if self._error is None:
+            self._error = error
+        self.stop()
+
+    def reopen(self) -> None:
+        """Let every sink open anew what it opened by name."""
+        for sink in self.fanout.sinks:
+            sink.reopen()
+
     async def run(self) -> str:
         """Stream until stopped. Returns the account in one line.
 
         Raises:
             KernelError: nothing could be attached, or the rings cannot be read.
             SinkError: a sink that no retry can mend, or no sink is left.
+            StreamerError: what `fail` was told.
         """
         try:
             await self._start()
@@ -107,13 +118,15 @@ class Service:
             self._kernel.detach()
             await self._finish()
         if self._error is not None:
-            raise KernelError(f"the events cannot be read: {self._error}") from self._error
+            _log.info(self._account())
+            raise self._error
         if self.fanout.failures and not any(map(self.fanout.is_open, self.fanout.sinks)):
             raise SinkError("no sink is left: " + "; ".join(self.fanout.failures))
-        counts = self._reporter.counts(self._read)
-        if quiet:
-            return ""
+        return "" if quiet else self._account()
+
+    def _account(self) -> str:
         reporter = self._reporter
+        counts = reporter.counts(self._read)
         return account_line(counts, self.fanout.sinks, reporter.uptime, reporter.missed_runs)
 
     async def _start(self) -> None:
@@ -137,8 +150,6 @@ class Service:
                 _log.warning("%s is %s: %s", kind, how, state.reason)
         if all(state.status == "missing" for state in coverage.values()):
             raise KernelError("none of the events asked for can be observed on this kernel")
-        if self._settings.drop_capabilities:
-            capabilities.drop_all()
 
     async def _stream(self) -> None:
         """Until asked to stop, the time is over, or a defect ends one of the tasks."""
@@ -190,8 +201,7 @@ class Service:
             self.stop()
 
     def _on_error(self, error: Exception) -> None:
-        self._error = error
-        self.stop()
+        self.fail(KernelError(f"the events cannot be read: {error}"))
 
     def _tell_losses(self, *, final: bool = False) -> None:
         self.fanout.tell(self._reporter.losses(final=final))

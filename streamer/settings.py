@@ -1,6 +1,6 @@
 """The shape of the configuration: every setting, its type, its limits and its default.
 
-`config.py` fills these from TOML and the command line; `gen.py` derives
+`config.py` fills these from TOML and the command line; `streamer.gen` derives
 `schemas/config.schema.json` and `docs/configuration.md` from them. All sizes are bytes.
 """
 
@@ -40,6 +40,9 @@ PathPrefix = Annotated[
     Meta(min_length=1, max_length=255),
     form("^/", "an absolute path of at most 255 bytes"),
 ]
+ExePath = Annotated[
+    str, Meta(min_length=1, max_length=4095), form("^/", "an absolute path of a file")
+]
 Text = Annotated[str, Meta(min_length=1)]
 HostName = Annotated[
     str, form("^[A-Za-z0-9._-]{1,253}$", "a name of letters, digits, '.', '_' and '-'")
@@ -69,10 +72,35 @@ class Rings(Section, frozen=True, kw_only=True):
     ] = 512
 
 
+class Kernel(Section, frozen=True, kw_only=True):
+    """How the kernel is observed."""
+
+    connections: Annotated[
+        int,
+        Meta(ge=1024, le=1 << 22),
+        doc(
+            "Room for the owners of connections that cannot be kept with their sockets: of "
+            "accepted ones, and on kernels before 5.11 of all."
+        ),
+    ] = 65536
+    open_latency: Annotated[
+        bool,
+        doc("Whether `file.open` says how long the call took: that needs a hook at its start too."),
+    ] = False
+    sample: Annotated[
+        dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
+        doc("Kinds of which only one in so many events is reported, its `weight` that number."),
+    ] = field(default_factory=dict)
+
+
 class Filters(Section, frozen=True, kw_only=True):
     """Which events the kernel keeps. An empty list keeps all; `exclude_*` wins over its twin.
 
-    Ports are local or remote ones, and apply to `net.*`; path prefixes apply to `file.*`.
+    Ports are local or remote ones, and apply to `net.*`; path prefixes apply to `file.*`. A
+    process chooses its own name and may move within what it owns: `exclude_comms` is easily
+    evaded, and what is to stay hidden from nobody is better excluded by `exclude_exes` or
+    `exclude_cgroups`. What cannot be judged is kept: a connection whose owner is not known, a path
+    that was cut or that asks for something through `..`.
     """
 
     pids: Annotated[tuple[Pid, ...], MANY, doc("Keep these process ids only.")] = ()
@@ -82,13 +110,32 @@ class Filters(Section, frozen=True, kw_only=True):
     comms: Annotated[
         tuple[Comm, ...], MANY, doc("Keep tasks of these names only (at most 15 bytes each).")
     ] = ()
-    exclude_comms: Annotated[tuple[Comm, ...], MANY, doc("Leave out tasks of these names.")] = ()
+    exclude_comms: Annotated[
+        tuple[Comm, ...],
+        MANY,
+        doc("Leave out tasks of these names. Any process can take any name: no protection."),
+    ] = ()
+    exes: Annotated[
+        tuple[ExePath, ...],
+        MANY,
+        doc("Keep processes that run one of these files only, whatever path they ran it by."),
+    ] = ()
+    exclude_exes: Annotated[
+        tuple[ExePath, ...],
+        MANY,
+        doc("Leave out processes that run one of these files (by device and inode, at the start)."),
+    ] = ()
     cgroups: Annotated[
         tuple[CgroupId, ...],
         MANY,
-        doc("Keep these cgroups only, by id: the inode number of a cgroup v2 directory."),
+        doc(
+            "Keep these cgroups and all below them only, by id: the inode number of a cgroup v2 "
+            "directory."
+        ),
     ] = ()
-    exclude_cgroups: Annotated[tuple[CgroupId, ...], MANY, doc("Leave out these cgroups.")] = ()
+    exclude_cgroups: Annotated[
+        tuple[CgroupId, ...], MANY, doc("Leave out these cgroups and all below them.")
+    ] = ()
     ports: Annotated[tuple[Port, ...], MANY, doc("Keep connections of these ports only.")] = ()
     exclude_ports: Annotated[
         tuple[Port, ...], MANY, doc("Leave out connections of these ports.")
@@ -97,7 +144,12 @@ class Filters(Section, frozen=True, kw_only=True):
         tuple[PathPrefix, ...], MANY, doc("Keep files whose path begins with one of these only.")
     ] = ()
     exclude_path_prefixes: Annotated[
-        tuple[PathPrefix, ...], MANY, doc("Leave out files whose path begins with one of these.")
+        tuple[PathPrefix, ...],
+        MANY,
+        doc(
+            "Leave out files whose path begins with one of these, in the initial mount namespace: "
+            "opened ones, and ones that are not there."
+        ),
     ] = ()
 
 
@@ -267,13 +319,15 @@ class Settings(Section, frozen=True, kw_only=True):
     grace_seconds: Annotated[
         PositiveSeconds, doc("Longest wait, when stopping, for the sinks to deliver the rest.")
     ] = 10.0
-    drop_capabilities: Annotated[
-        bool, doc("Whether all privileges are dropped once the programs are attached.")
-    ] = True
+    user: Annotated[
+        Text,
+        doc("Who the process that reads events and talks to brokers becomes; it is never root."),
+    ] = "nobody"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], doc("Least severity that is logged.")
     ] = "info"
     rings: Annotated[Rings, doc("Ring buffers.")] = field(default_factory=Rings)
+    kernel: Annotated[Kernel, doc("How the kernel is observed.")] = field(default_factory=Kernel)
     filters: Annotated[Filters, doc("Filters, applied in the kernel.")] = field(
         default_factory=Filters
     )

@@ -29,15 +29,25 @@ class KindReport(Struct, gc=False):
         Literal["full", "partial", "missing"], Meta(description="how far it is observed")
     ]
     reason: Annotated[str, Meta(description="why not fully; empty if it is")]
+    unseen: Annotated[
+        tuple[str, ...], Meta(description="what is never observed of it, on any kernel")
+    ]
 
 
 class ProgramReport(Struct, gc=False):
     """What became of a BPF program."""
 
     name: Annotated[str, Meta(description="name of the program")]
-    hook: Annotated[str, Meta(description="where it attaches")]
+    sensor: Annotated[str, Meta(description="object that it is in")]
+    hook: Annotated[
+        str, Meta(description="what it observes; programs of one hook are ways to the same")
+    ]
+    way: Annotated[str, Meta(description="where it attaches")]
     kinds: Annotated[tuple[str, ...], Meta(description="kinds that it reports")]
-    status: Annotated[Literal["attached", "failed"], Meta(description="what became of it")]
+    status: Annotated[
+        Literal["attached", "failed", "spare", "loaded"],
+        Meta(description="what became of it; spare: a better way to its hook is attached"),
+    ]
     reason: Annotated[str, Meta(description="why it failed; empty if it did not")]
 
 
@@ -46,6 +56,9 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
 
     agent: Annotated[str, Meta(description="version of the agent")]
     agent_pid: Annotated[int, Meta(description="process id of the agent")]
+    initial_mntns: Annotated[
+        int, Meta(description="inode number of the mount namespace of the host's init; 0: unknown")
+    ]
     kernel: Annotated[str, Meta(description="release of the running kernel")]
     machine: Annotated[str, Meta(description="architecture")]
     cpus: Annotated[int, Meta(description="CPUs that the kernel may bring up")]
@@ -59,14 +72,15 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
 class KindCounts(Struct, gc=False):
     """Events of one kind since the agent started."""
 
-    produced: Annotated[int, Meta(description="happened: filtered + lost + the rest")]
+    produced: Annotated[int, Meta(description="happened: filtered + shed + lost + the rest")]
     filtered: Annotated[int, Meta(description="kept back by a filter in the kernel")]
+    shed: Annotated[int, Meta(description="kept back by sampling")]
     lost: Annotated[int, Meta(description="found no room in the kernel")]
     read: Annotated[int, Meta(description="read from the ring and decoded")]
 
 
 class CpuMark(Struct, gc=False):
-    """How far the stream of one CPU has come."""
+    """How far the sequence of one ring on one CPU has come."""
 
     ring: Annotated[str, Meta(description="critical or bulk")]
     cpu: Annotated[int, Meta(description="CPU")]
@@ -93,17 +107,25 @@ class ReaderCounts(Struct, gc=False):
     short_record: Annotated[int, Meta(description="records that end before they should")]
     invalid_utf8: Annotated[int, Meta(description="events with bytes that are not UTF-8")]
     truncated: Annotated[int, Meta(description="events with a string that was cut")]
+    incomplete: Annotated[int, Meta(description="events of which the kernel could not read all")]
     pauses: Annotated[int, Meta(description="times that a full sink stopped the reading")]
 
 
 class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
-    """The account so far. Per kind: produced = read + filtered + lost + in flight."""
+    """The account so far. Per kind: produced = read + filtered + shed + lost + in flight."""
 
     uptime_seconds: Annotated[float, Meta(description="since the agent attached")]
     kinds: Annotated[dict[str, KindCounts], Meta(description="events per kind")]
     cpus: Annotated[list[CpuMark], Meta(description="sequence per ring and CPU")]
     sinks: Annotated[dict[str, SinkCounts], Meta(description="events per sink")]
     reader: Annotated[ReaderCounts, Meta(description="the reader's own counters")]
+    faults: Annotated[
+        dict[str, int],
+        Meta(
+            description="what went wrong in the kernel without costing an event, if it did: "
+            "tables that were full, memory that could not be read"
+        ),
+    ]
     missed: Annotated[
         dict[str, int],
         Meta(description="runs of a program that the kernel left out, per program, if any"),

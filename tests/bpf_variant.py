@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,18 +16,46 @@ Change = tuple[str, str]
 class Variant:
     """A source tree of its own, in which the project's own build has been run."""
 
-    def __init__(self, directory: Path, changes: Mapping[str, Change]) -> None:
-        """`changes`: file in bpf/ and what to change there. Compiles."""
+    def __init__(
+        self,
+        directory: Path,
+        changes: Mapping[str, Change | list[Change]],
+        only: Collection[str] = (),
+        more: Mapping[str, str] | None = None,
+    ) -> None:
+        """`changes`: file in bpf/ and what to change there. Compiles, if given, `only` those, and
+        the sources in `more`, by their names.
+        """
         self.root = directory
         shutil.copytree(ROOT / "bpf", directory / "bpf")
         (directory / "streamer").mkdir()
-        for name, (old, new) in changes.items():
+        for name, change in changes.items():
             source = directory / "bpf" / name
             text = source.read_text()
-            assert old in text
-            source.write_text(text.replace(old, new, 1))
+            for old, new in change if isinstance(change, list) else [change]:
+                assert old in text
+                text = text.replace(old, new, 1)
+            source.write_text(text)
+        for source in (directory / "bpf").glob("*.bpf.c"):
+            if only and source.name.removesuffix(".bpf.c") not in only:
+                source.unlink()
+        for name, text in (more or {}).items():
+            (directory / "bpf" / name).write_text(text)
+        if all(name.endswith(".bpf.c") for name in changes):
+            self._take_ours({name.removesuffix(".c") + ".o" for name in (*changes, *(more or {}))})
         subprocess.run([sys.executable, "bpf/build.py"], cwd=directory, check=True)
 
+    def _take_ours(self, changed: Collection[str]) -> None:
+        """Spare the compiler what the changes do not touch."""
+        sources = {path.name for path in (self.root / "bpf").glob("*.bpf.c")}
+        for built in (ROOT / "streamer" / "bpf").rglob("*.bpf.o"):
+            if built.name in changed or built.name.removesuffix(".o") + ".c" not in sources:
+                continue
+            place = self.root / built.relative_to(ROOT)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(built, place)
+
     @property
-    def object(self) -> Path:
-        return self.root / "streamer" / "bpf" / "streamer.bpf.o"
+    def objects(self) -> Path:
+        """The directory of the compiled objects."""
+        return self.root / "streamer" / "bpf"

@@ -52,7 +52,7 @@ def kernel_obstacle() -> str | None:
     may = {number for number in range(64) if effective >> number & 1}
     if CAP_SYS_ADMIN not in may and not {CAP_BPF, CAP_PERFMON} <= may:
         return "loading BPF programs needs root (CAP_BPF and CAP_PERFMON)"
-    if not (ROOT / "streamer" / "bpf" / "streamer.bpf.o").exists():
+    if not (ROOT / "streamer" / "bpf" / "core.bpf.o").exists():
         return f"the kernel programs are not compiled: {SET_UP}"
     return None
 

@@ -4,6 +4,7 @@
 #   tools/setup.sh run     Debian packages, virtual environment, kernel programs, C modules
 #   tools/setup.sh dev     the same, and the tools that check the code
 #   tools/setup.sh test    the same, and what the tests run: Kafka, Mosquitto, their clients
+#   tools/setup.sh bench   the same, and what the benchmarks compare with: bpftrace, auditd
 #
 # PYTHON names another interpreter than Debian's own. Prints a line for each thing that it does;
 # the output of the commands is in build/setup.log, and its end is shown when one fails.
@@ -13,9 +14,9 @@ export PATH="$PATH:/usr/sbin:/sbin" # where Debian keeps mosquitto, ip and ldcon
 
 mode=${1:-run}
 case $mode in
-run | dev | test) ;;
+run | dev | test | bench) ;;
 *)
-    echo "usage: tools/setup.sh run|dev|test" >&2
+    echo "usage: tools/setup.sh run|dev|test|bench" >&2
     exit 2
     ;;
 esac
@@ -23,6 +24,8 @@ python=${PYTHON:-/usr/bin/python3}
 venv=.venv
 log=build/setup.log
 
+# Whether the mode is `test` or goes beyond it.
+tests() { [ "$mode" = test ] || [ "$mode" = bench ]; }
 say() { echo "setup: $*"; }
 fail() {
     echo "setup: $*" >&2
@@ -84,34 +87,44 @@ needed_to_test() {
     need docker-compose has_compose # checks compose.yaml; no engine is needed for that
 }
 
+needed_to_bench() {
+    need bpftrace command -v bpftrace
+    need auditd command -v auditd
+}
+
 policy=/usr/sbin/policy-rc.d
 kept=$policy.before-streamer-setup
 
-# The tests start brokers of their own: Debian's mosquitto service is not to come up with its
-# package, nor at the next boot. Other services go on asking the policy that was there.
-hold_mosquitto() {
-    release_mosquitto
+# The tests start brokers of their own, and the benchmarks an auditd: Debian's services of these are
+# not to come up with their packages, nor at the next boot. Other services go on asking the policy
+# that was there.
+services=(mosquitto auditd)
+
+hold_services() {
+    release_services
     if [ -e $policy ]; then mv $policy $kept; fi
     cat >$policy <<END
 #!/bin/sh
 # Written by streamer's tools/setup.sh, which removes it again.
-case " \$* " in *" mosquitto "* | *" mosquitto.service "*) exit 101 ;; esac
+for service in ${services[*]}; do
+    case " \$* " in *" \$service "* | *" \$service.service "*) exit 101 ;; esac
+done
 if [ -x $kept ]; then exec $kept "\$@"; fi
 exit 0
 END
     chmod 755 $policy
 }
 
-release_mosquitto() {
+release_services() {
     if grep -qs "streamer's tools/setup.sh" $policy; then rm $policy; fi
     if [ -e $kept ]; then mv $kept $policy; fi
 }
 
-disable_mosquitto() {
+disable_service() {
     if command -v systemctl; then
-        systemctl disable mosquitto
+        systemctl disable "$1"
     else
-        update-rc.d mosquitto disable
+        update-rc.d "$1" disable
     fi
 }
 
@@ -130,15 +143,19 @@ install_packages() {
         fail "packages are missing; as root: apt-get install -y --no-install-recommends ${missing[*]}"
     fi
     step "reading Debian's package lists" update
-    if [[ " ${missing[*]} " != *" mosquitto "* ]]; then
-        step "installing Debian packages: ${missing[*]}" apt_get install --no-install-recommends "${missing[@]}"
-        return
+    local service held=()
+    for service in "${services[@]}"; do
+        if [[ " ${missing[*]} " == *" $service "* ]]; then held+=("$service"); fi
+    done
+    if [ ${#held[@]} -gt 0 ]; then
+        trap release_services EXIT
+        hold_services
     fi
-    trap release_mosquitto EXIT
-    hold_mosquitto
     step "installing Debian packages: ${missing[*]}" apt_get install --no-install-recommends "${missing[@]}"
-    release_mosquitto
-    step "leaving the mosquitto service disabled" disable_mosquitto
+    if [ ${#held[@]} -gt 0 ]; then release_services; fi
+    for service in "${held[@]}"; do
+        step "leaving the $service service disabled" disable_service "$service"
+    done
 }
 
 # ---------------------------------------------------------------- Python
@@ -184,7 +201,7 @@ requirements() {
 
 build_bpf() {
     local arguments=()
-    if [ "$mode" = test ]; then arguments=(--all); fi
+    if tests; then arguments=(--all); fi
     $venv/bin/python bpf/build.py "${arguments[@]}" | sed 's/^/setup: /'
 }
 
@@ -209,11 +226,12 @@ fi
 : >$log
 
 needed_to_run
-if [ "$mode" = test ]; then needed_to_test; fi
+if tests; then needed_to_test; fi
+if [ "$mode" = bench ]; then needed_to_bench; fi
 if [ ${#missing[@]} -gt 0 ]; then install_packages; fi
 make_venv
 requirements runtime requirements.txt requirements-build.txt
 if [ "$mode" != run ]; then requirements dev requirements-dev.txt; fi
 build_bpf
 install_streamer
-if [ "$mode" = test ]; then tools/brokers.sh setup 9>&-; fi
+if tests; then tools/brokers.sh setup 9>&-; fi

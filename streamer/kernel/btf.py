@@ -122,9 +122,24 @@ class Btf:
             raise ContractError(f"the BPF object has no enum {name}")
         return dict(found[1].values)
 
+    def constant(self, enum: str, name: str) -> int:
+        """The value of one name of an enum.
+
+        Raises:
+            ContractError: no such enum, or no such name in it.
+        """
+        values = self.enum(enum)
+        if name not in values:
+            raise ContractError(f"enum {enum} of the BPF object has no {name}")
+        return values[name]
+
     def functions(self) -> list[tuple[int, str]]:
-        """Ids and names of the functions."""
+        """Ids and names of the functions, in the order in which the source defines them."""
         return [(i, found.name) for i, found in enumerate(self.types) if found.kind == _FUNC]
+
+    def variables(self) -> list[tuple[int, str]]:
+        """Ids and names of the global variables, maps among them."""
+        return [(i, found.name) for i, found in enumerate(self.types) if found.kind == _VAR]
 
     def tag(self, type_id: int, prefix: str, index: int = -1) -> str | None:
         """The declaration tag `prefix:…` of a type, or of its member `index`; None without."""

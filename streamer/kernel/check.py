@@ -8,8 +8,9 @@ from typing import Literal
 import msgspec
 
 from streamer.errors import StreamerError
-from streamer.kernel import capabilities, loader
-from streamer.kernel.loader import KindStatus, ProgramStatus
+from streamer.kernel import loader, state
+from streamer.kernel.state import KindStatus, ProgramStatus
+from streamer.privilege import capabilities
 from streamer.settings import Settings
 
 
@@ -28,8 +29,9 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
     """Load and attach for `kinds`, detach again, and say what became of each. Never raises."""
     programs: list[ProgramStatus] = []
     reason = ""
+    made = loader.Loader()
     try:
-        kernel = loader.load(settings, kinds)
+        kernel = state.load(settings, kinds, made)
     except StreamerError as error:
         reason = str(error)
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
@@ -42,19 +44,20 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
     uname = os.uname()
     return CheckReport(
         kernel=f"{uname.sysname} {uname.release} {uname.machine}",
-        ok=all(state.status == "full" for state in found.values()),
+        ok=all(one.status == "full" for one in found.values()),
         capabilities=capabilities.held(),
-        features=_features(settings, reason),
+        features=_features(settings, reason, made),
         programs=programs,
         kinds=found,
     )
 
 
-def _features(settings: Settings, reason: str) -> dict[str, str]:
+def _features(settings: Settings, reason: str, made: loader.Loader) -> dict[str, str]:
     tracefs = loader.ensure_tracefs() if not reason else ""
     return {
-        "btf": settings.btf or _yes(loader.KERNEL_BTF.exists()),
+        "btf": settings.btf or _yes(os.path.exists(loader.KERNEL_BTF)),
         "load": reason or "yes",
+        "fentry": made.no_functions or "yes",
         "tracefs": tracefs or "yes",
         "decoder": _decoder(),
     }

@@ -7,8 +7,9 @@ Every function that fails raises `OSError` with the kernel's errno. Handles are 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_long, c_size_t, c_void_p
 from ctypes import c_uint32 as u32
 from ctypes import c_uint64 as u64
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from streamer.errors import KernelError
 
+_BTF_KIND_FUNC = 12
+_MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 LOG_BYTES = 1 << 20
 """Room for one program's verifier log; a longer one loses its beginning or fails to be kept."""
 
@@ -59,7 +62,6 @@ class _TestRunOptions(Structure):
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "libbpf_set_print": (c_void_p, [c_void_p]),
-    "libbpf_num_possible_cpus": (c_int, []),
     "bpf_object__open_file": (c_void_p, [c_char_p, POINTER(_OpenOptions)]),
     "bpf_object__load": (c_int, [c_void_p]),
     "bpf_object__close": (None, [c_void_p]),
@@ -75,8 +77,24 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_map__name": (c_char_p, [c_void_p]),
     "bpf_map__fd": (c_int, [c_void_p]),
     "bpf_map__set_max_entries": (c_int, [c_void_p, u32]),
+    "bpf_map__set_autocreate": (c_int, [c_void_p, c_bool]),
+    "bpf_map__reuse_fd": (c_int, [c_void_p, c_int]),
+    "bpf_map__key_size": (u32, [c_void_p]),
+    "bpf_map__value_size": (u32, [c_void_p]),
+    "bpf_map__type": (c_int, [c_void_p]),
+    "libbpf_num_possible_cpus": (c_int, []),
     "bpf_map__initial_value": (c_void_p, [c_void_p, POINTER(c_size_t)]),
     "bpf_map_update_elem": (c_int, [c_int, c_void_p, c_void_p, u64]),
+    "bpf_map_delete_elem": (c_int, [c_int, c_void_p]),
+    "bpf_map_lookup_elem": (c_int, [c_int, c_void_p, c_void_p]),
+    "bpf_map_get_next_key": (c_int, [c_int, c_void_p, c_void_p]),
+    "bpf_program__attach_xdp": (c_void_p, [c_void_p, c_int]),
+    "bpf_program__attach_cgroup": (c_void_p, [c_void_p, c_int]),
+    "bpf_program__attach_perf_event": (c_void_p, [c_void_p, c_int]),
+    "btf__load_vmlinux_btf": (c_void_p, []),
+    "btf__parse": (c_void_p, [c_char_p, c_void_p]),
+    "btf__find_by_name_kind": (c_int, [c_void_p, c_char_p, u32]),
+    "btf__free": (None, [c_void_p]),
     "bpf_prog_test_run_opts": (c_int, [c_int, POINTER(_TestRunOptions)]),
 }
 
@@ -109,9 +127,27 @@ def _check_pointer(result: int | None) -> int:
     return result
 
 
-def possible_cpus() -> int:
-    """How many CPUs the kernel may ever bring up: the size of what is kept by CPU."""
-    return _check(_library().libbpf_num_possible_cpus())
+def functions_of(names: Iterable[str], btf: str | None = None) -> set[str]:
+    """Those of `names` that are functions in the kernel's BTF, or in the BTF file given."""
+    library = _library()
+    types = _check_pointer(
+        library.btf__parse(btf.encode(), None) if btf else library.btf__load_vmlinux_btf()
+    )
+    try:
+        return {
+            name
+            for name in names
+            if library.btf__find_by_name_kind(types, name.encode(), _BTF_KIND_FUNC) > 0
+        }
+    finally:
+        library.btf__free(types)
+
+
+def _sized(name: str, what: str, data: bytes, size: int) -> bytes:
+    """The kernel reads as many bytes as the map says, whatever it is given."""
+    if len(data) != size:
+        raise OSError(errno.EINVAL, f"{name} has a {what} of {size} bytes, not {len(data)}")
+    return data
 
 
 class Program:
@@ -147,6 +183,18 @@ class Program:
     def attach(self) -> Link:
         """Attach to the hook that the section names."""
         return Link(_check_pointer(_library().bpf_program__attach(self._handle)))
+
+    def attach_to_interface(self, index: int) -> Link:
+        """Attach an XDP program to a network interface, by its index."""
+        return Link(_check_pointer(_library().bpf_program__attach_xdp(self._handle, index)))
+
+    def attach_to_cgroup(self, fd: int) -> Link:
+        """Attach to a cgroup, by a descriptor of its directory."""
+        return Link(_check_pointer(_library().bpf_program__attach_cgroup(self._handle, fd)))
+
+    def attach_to_perf_event(self, fd: int) -> Link:
+        """Attach to a perf event, whose descriptor the link owns from then on."""
+        return Link(_check_pointer(_library().bpf_program__attach_perf_event(self._handle, fd)))
 
     def run(self, repeat: int = 0) -> int:
         """Run the program in this task (`BPF_PROG_TEST_RUN`); the program's return value."""
@@ -186,6 +234,14 @@ class Map:
         """Set the number of entries (of a ring: bytes), before the object is loaded."""
         _check(_library().bpf_map__set_max_entries(self._handle, entries))
 
+    def leave_out(self) -> None:
+        """Do not create it with the object. No program that is loaded may reach it."""
+        _check(_library().bpf_map__set_autocreate(self._handle, False))
+
+    def reuse(self, fd: int) -> None:
+        """Use the map behind `fd` instead of creating one. The descriptor is duplicated."""
+        _check(_library().bpf_map__reuse_fd(self._handle, fd))
+
     def write_initial(self, data: bytes) -> None:
         """Set the beginning of a global data section, before the object is loaded."""
         size = c_size_t()
@@ -196,13 +252,42 @@ class Map:
 
     def update(self, key: bytes, value: bytes) -> None:
         """Set one element of a loaded map."""
-        _check(_library().bpf_map_update_elem(self.fd, key, value, 0))
+        _check(_library().bpf_map_update_elem(self.fd, self._key(key), self._value(value), 0))
+
+    def delete(self, key: bytes) -> None:
+        """Remove one element; OSError ENOENT if it is not there."""
+        _check(_library().bpf_map_delete_elem(self.fd, self._key(key)))
+
+    def entries(self) -> Iterator[tuple[bytes, bytes]]:
+        """Key and value of every element. One that goes meanwhile may end the walk early."""
+        library, fd = _library(), self.fd
+        key = ctypes.create_string_buffer(library.bpf_map__key_size(self._handle))
+        value = ctypes.create_string_buffer(self._value_size())
+        before: object = None
+        while library.bpf_map_get_next_key(fd, before, key) == 0:
+            if library.bpf_map_lookup_elem(fd, key, value) == 0:
+                yield key.raw, value.raw
+            before = ctypes.create_string_buffer(key.raw, len(key))
+
+    def _key(self, key: bytes) -> bytes:
+        return _sized(self.name, "key", key, _library().bpf_map__key_size(self._handle))
+
+    def _value(self, value: bytes) -> bytes:
+        return _sized(self.name, "value", value, self._value_size())
+
+    def _value_size(self) -> int:
+        """Bytes of a value as the kernel copies it: of a map by CPU, those of all CPUs."""
+        library = _library()
+        size: int = library.bpf_map__value_size(self._handle)
+        if library.bpf_map__type(self._handle) not in _MAPS_BY_CPU:
+            return size
+        return -(-size // 8) * 8 * _check(library.libbpf_num_possible_cpus())
 
 
 class Object:
     """A BPF object: opened, then adjusted, then loaded, then closed."""
 
-    def __init__(self, path: Path, btf: str | None = None) -> None:
+    def __init__(self, path: str | Path, btf: str | None = None) -> None:
         """Open the object at `path`; `btf` is a BTF file to use in place of the kernel's."""
         options = _OpenOptions(size=ctypes.sizeof(_OpenOptions))
         options.btf_custom_path = btf.encode() if btf else None

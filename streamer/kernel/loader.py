@@ -1,96 +1,583 @@
-"""Loads the BPF object and attaches its programs, as far as this kernel allows.
+"""Loads the core object and the sensors and attaches their programs, as far as this kernel allows.
 
-A program that does not load or attach takes only what it observes with it: the rest runs, and
-`KernelState.coverage` says which kind is observed fully, partly or not at all, and why.
+It runs in the privileged process: it imports little, and knows nothing of events. A program that
+does not load or attach makes way for the next one of its hook; a sensor that does not load leaves
+the others alone.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
-import struct
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+import platform
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
-import msgspec
+from streamer.errors import KernelError
+from streamer.kernel.libbpf import Link, Map, Object, Program, functions_of
+from streamer.kernel.objects import KIND_END, SENSORS
+from streamer.kernel.perf_event import open_sampling
+from streamer.kernel.tags import ProgramInfo, SensorInfo
 
-from streamer.errors import KernelError, StreamerError
-from streamer.events import CONTRACT, PROGRAMS, RECORDS
-from streamer.kernel import capabilities
-from streamer.kernel.btf import Btf
-from streamer.kernel.contract import compare, contract_of
-from streamer.kernel.libbpf import Link, Object, Program, possible_cpus
-from streamer.settings import Filters, Rings, Settings
-
-OBJECT = Path(__file__).parent.parent / "bpf" / "streamer.bpf.o"
-KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
-STREAMS = ("critical", "bulk")
-_WHOAMI = "whoami"
-_X86_SYSTEM_CALLS = ("on_open_enter", "on_open_exit", "on_creat_enter", "on_creat_exit")
-"""Hooks of system calls that newer architectures, such as arm64, never had."""
-_BY_CPU = ("exec_scratch", "open_scratch", "counters")
+OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
+KERNEL_BTF = "/sys/kernel/btf/vmlinux"
+CORE = "core"
+RINGS = ("critical", "bulk")
+_WHOAMI, _TRY_FUNCTION = "whoami", "try_function"
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
-_KEEP, _DROP = b"\x01", b"\x02"
-_OFF, _EXCLUDE, _INCLUDE = 0, 1, 2
-_NUMBERS = {layout.kind: number for number, layout in RECORDS.items()}
+_AT_FUNCTION = ("fentry/", "fexit/")
+_OPTION_SECTION = ".rodata."
 
-Coverage = Literal["full", "partial", "missing"]
+ATTACHED, FAILED, SPARE, LOADED = "attached", "failed", "spare", "loaded"
 
 
-class ProgramStatus(msgspec.Struct):
-    """What became of a program. `reason` is empty when it is attached."""
+class ProgramState(NamedTuple):
+    """What became of a program: `attached`, `failed` for a `reason`, `loaded` and not attached
+    yet, or `spare`, because a better way to its hook is attached. `way` is where it attaches.
+    """
 
     name: str
     hook: str
-    kinds: tuple[str, ...]
-    status: Literal["attached", "failed"]
+    way: str
+    status: str
     reason: str = ""
 
 
-class KindStatus(msgspec.Struct):
-    """How far a kind is observed, and why not fully."""
+class Loaded(NamedTuple):
+    """What became of a sensor's programs, and the descriptors of its own maps, by name."""
 
-    status: Coverage
-    reason: str = ""
-
-
-def coverage(programs: Iterable[ProgramStatus], kinds: Collection[str]) -> dict[str, KindStatus]:
-    """How far each of `kinds` is observed, given what became of the programs."""
-    statuses = list(programs)
-    return {kind: _coverage_of(kind, statuses) for kind in sorted(kinds)}
+    programs: list[ProgramState]
+    maps: dict[str, int]
 
 
-def _coverage_of(kind: str, programs: list[ProgramStatus]) -> KindStatus:
-    mine = [program for program in programs if kind in program.kinds]
-    failed = [program for program in mine if program.status == "failed"]
-    if not failed:
-        return KindStatus("full")
-    reasons = {_why(program): None for program in failed}
-    essential = any(not PROGRAMS[program.name].covers for program in failed)
-    status: Coverage = "missing" if essential or len(failed) == len(mine) else "partial"
-    return KindStatus(status, "; ".join(reasons))
+class Targets(NamedTuple):
+    """What the programs of a sensor attach to, apart from hooks of the kernel as a whole."""
+
+    interfaces: tuple[str, ...] = ()
+    cgroup: str = ""
+    rate: int = 0
+
+    def given(self) -> Iterator[str]:
+        """The needs that these meet."""
+        if self.interfaces:
+            yield "interface"
+        if self.cgroup:
+            yield "cgroup"
+        if self.rate:
+            yield "rate"
 
 
-def _why(program: ProgramStatus) -> str:
-    lost = PROGRAMS[program.name].covers
-    return f"{program.reason}, so {lost} are not observed" if lost else program.reason
+NOWHERE = Targets()
 
 
-def find_btf(settings: Settings) -> str | None:
+class _Attempt(NamedTuple):
+    """One of the ways to a hook, still to be tried."""
+
+    info: ProgramInfo
+    section: str
+
+
+class _Sensor:
+    """A loaded sensor. Several objects, if not all of its programs load together."""
+
+    def __init__(self, info: SensorInfo, options: Mapping[str, int], targets: Targets) -> None:
+        self.info = info
+        self.options = options
+        self.targets = targets
+        self.objects: list[Object] = []
+        self.programs: dict[str, Program] = {}  # hook: what is loaded for it
+        self.waiting: dict[str, list[_Attempt]] = {}  # hook: what is left to try
+        self.states: dict[str, ProgramState] = {}  # program: what became of it
+        self.links: list[Link] = []
+
+    @property
+    def maps(self) -> dict[str, Map]:
+        """The maps, its own and shared ones, that were created."""
+        return self.objects[0].maps if self.objects else {}
+
+    def note(self, info: ProgramInfo, section: str, status: str, reason: str = "") -> None:
+        self.states[info.name] = ProgramState(info.name, info.hook, section, status, reason)
+
+    def close(self) -> None:
+        for link in self.links:
+            link.destroy()
+        self.links = []
+        for loaded in self.objects:
+            loaded.close()
+        self.objects = []
+
+
+class Loader:
+    """The BPF side of the agent: maps and programs, from `load_core` to `close`."""
+
+    def __init__(
+        self,
+        *,
+        parent_is_agent: bool = False,
+        sensors: Mapping[str, SensorInfo] = SENSORS,
+        directory: str = OBJECTS,
+    ) -> None:
+        """`parent_is_agent`: the process that started this one is the agent too, and no more
+        observed than this one. `sensors` and their objects in `directory` are ours unless given.
+        """
+        self._parent_is_agent = parent_is_agent
+        self._catalogue = sensors
+        self._directory = directory
+        self._btf: str | None = None
+        self._core: Object | None = None
+        self._shared: dict[str, Map] = {}
+        self._functions: set[str] = set()
+        self.no_functions = "not tried"
+        """Why programs at functions (fentry, fexit) do not load; empty where they do."""
+        self._sensors: dict[str, _Sensor] = {}
+        self.cpus = last_possible_cpu() + 1
+
+    # ------------------------------------------------------------ core
+
+    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
+        """Create what all sensors share, with rings of the sizes given in bytes.
+
+        `btf` is a BTF file to use in place of the kernel's. Returns the descriptors of the maps.
+
+        Raises:
+            KernelError: no BPF, no BTF, or the core object does not load.
+        """
+        self._btf = find_btf(btf)
+        core = self._open(CORE)
+        try:
+            for map_info in self._catalogue[CORE].maps:
+                size = self._entries(map_info.sized, {})
+                if size:
+                    core.maps[map_info.name].resize(size)
+            for ring in RINGS:
+                core.maps[ring].resize(rings[ring])
+            for program in core.programs.values():
+                program.autoload(program.name == _WHOAMI)
+            core.load()
+            self._find_out_who(core)
+            self._functions = self._known_functions()
+            self.no_functions = self._try_function()
+        except OSError as error:
+            core.close()
+            raise _core_error(error) from error
+        self._core, self._shared = core, _named(core.maps)
+        return {name: found.fd for name, found in self._shared.items()}
+
+    def _find_out_who(self, core: Object) -> None:
+        core.programs[_WHOAMI].run()
+        if self._parent_is_agent:
+            return
+        # There is no other process of the agent: its parent is observed like anybody.
+        identities = core.maps["identities"]
+        zero = bytes(4)
+        for key, value in identities.entries():
+            if key == zero:
+                identities.update(key, value[4:8] + value[4:])
+
+    def _known_functions(self) -> set[str]:
+        wanted = {
+            need.removeprefix("no ").removeprefix("function:")
+            for sensor in self._catalogue.values()
+            for program in sensor.programs
+            for need in program.needs
+            if "function:" in need
+        }
+        return functions_of(wanted, self._btf)
+
+    def _try_function(self) -> str:
+        trial = self._open(CORE)
+        try:
+            for one in trial.maps.values():
+                one.leave_out()
+            for program in trial.programs.values():
+                program.autoload(program.name == _TRY_FUNCTION)
+            trial.load()
+        except OSError as error:
+            return f"programs at functions (fentry, fexit) do not load: {error.strerror}"
+        finally:
+            trial.close()
+        return ""
+
+    def _open(self, name: str) -> Object:
+        directory = os.path.join(self._directory, "nobtf") if self._btf else self._directory
+        path = os.path.join(directory, f"{name}.bpf.o")
+        try:
+            return Object(path, self._btf)
+        except OSError as error:
+            raise KernelError(f"cannot open the BPF object {path}: {error.strerror}") from error
+
+    def _entries(self, sized: str, options: Mapping[str, int]) -> int:
+        """How many entries a map is to have; 0 where its own number is right."""
+        if sized == "cpus":
+            return self.cpus
+        if sized == "cpus,kinds":
+            return self.cpus * KIND_END
+        kind, _, name = sized.partition(":")
+        return options.get(name, 0) if kind == "table" else 0
+
+    # ------------------------------------------------------------ sensors
+
+    def load(self, sensor: str, options: Mapping[str, int], targets: Targets = NOWHERE) -> Loaded:
+        """Load a sensor's programs, the best way to each hook that loads; attach none.
+
+        `options` are sizes of tables and settings that are on (1), by name.
+
+        Raises:
+            KernelError: there is no such sensor, it is loaded already, or the core is not.
+        """
+        if sensor not in self._catalogue or sensor == CORE:
+            raise KernelError(f"there is no sensor {sensor}")
+        if sensor in self._sensors or self._core is None:
+            raise KernelError(f"{sensor} cannot be loaded now")
+        made = _Sensor(self._catalogue[sensor], options, targets)
+        self._plan(made)
+        try:
+            self._load_together(made)
+        except BaseException:
+            made.close()
+            raise
+        self._sensors[sensor] = made
+        own = {name: found.fd for name, found in self._own_maps(made).items()}
+        return Loaded(list(made.states.values()), own)
+
+    def _own_maps(self, made: _Sensor) -> dict[str, Map]:
+        return {
+            name: found
+            for name, found in _named(made.maps).items()
+            if name not in self._shared and self._is_wanted(made, name)
+        }
+
+    def _plan(self, made: _Sensor) -> None:
+        """Which ways to each hook can be tried here, best first."""
+        opened = self._open(made.info.name)
+        sections = {program.name: program.section for program in opened.programs.values()}
+        opened.close()
+        for info in made.info.programs:
+            if not self._is_given(made, info.needs):
+                continue
+            section = sections.get(info.name, "")
+            reason = self._obstacle(section) if section else "the object has no such program"
+            if reason:
+                made.note(info, section, FAILED, reason)
+            else:
+                made.waiting.setdefault(info.hook, []).append(_Attempt(info, section))
+
+    def _is_given(self, made: _Sensor, needs: Iterable[str]) -> bool:
+        given = {platform.machine(), *made.targets.given()}
+        for need in needs:
+            what, _, name = need.partition(":")
+            if what == "option":
+                met = bool(made.options.get(name))
+            elif what.endswith("function"):
+                met = (name in self._functions) != what.startswith("no ")
+            else:
+                met = need in given
+            if not met:
+                return False
+        return True
+
+    def _obstacle(self, section: str) -> str:
+        """Why a program cannot be attached there, as far as that is known beforehand."""
+        if section.startswith(_AT_FUNCTION):
+            return self.no_functions
+        kind, _, event = section.partition("/")
+        if kind == "tracepoint":
+            trouble = ensure_tracefs()
+            if trouble:
+                return trouble
+            if not any(os.path.isdir(os.path.join(place, "events", event)) for place in TRACEFS):
+                return f"this kernel has no {section}"
+        return ""
+
+    def _load_together(self, made: _Sensor) -> None:
+        """All at once, with the best way to each hook; if that fails, one by one."""
+        best = {hook: attempts[0] for hook, attempts in made.waiting.items()}
+        if not best:
+            return
+        try:
+            loaded = self._try_load(made, [attempt.info.name for attempt in best.values()])
+        except OSError:
+            for hook in list(made.waiting):
+                self._load_next(made, hook)
+            return
+        made.objects.append(loaded)
+        for hook, attempt in best.items():
+            made.waiting[hook].pop(0)
+            self._take(made, loaded, attempt)
+
+    def _take(self, made: _Sensor, loaded: Object, attempt: _Attempt) -> None:
+        made.programs[attempt.info.hook] = loaded.programs[attempt.info.name]
+        made.note(attempt.info, attempt.section, LOADED)
+
+    def _load_next(self, made: _Sensor, hook: str) -> None:
+        """The next way to a hook that loads, alone, if there is one."""
+        while made.waiting[hook]:
+            attempt = made.waiting[hook].pop(0)
+            try:
+                loaded = self._try_load(made, [attempt.info.name])
+            except OSError as error:
+                reason = f"{attempt.info.name} does not load: {_load_reason(error)}"
+                made.note(attempt.info, attempt.section, FAILED, reason)
+                continue
+            made.objects.append(loaded)
+            self._take(made, loaded, attempt)
+            return
+
+    def _try_load(self, made: _Sensor, names: Collection[str]) -> Object:
+        """Load only those programs. Raises OSError, with the verifier's log for a single one."""
+        opened = self._open(made.info.name)
+        log = next(iter(names)) if len(names) == 1 else None
+        try:
+            self._prepare_maps(made, opened)
+            for program in opened.programs.values():
+                program.autoload(program.name in names)
+            if log:
+                opened.programs[log].keep_log()
+            opened.load()
+        except OSError as error:
+            text = opened.programs[log].log if log else ""
+            opened.close()
+            raise _LoadError(error, text) from error
+        return opened
+
+    def _prepare_maps(self, made: _Sensor, opened: Object) -> None:
+        kept, shared = made.maps, self._shared
+        sized = {info.name: info.sized for info in made.info.maps}
+        for name, one in opened.maps.items():
+            if name.startswith(_OPTION_SECTION):
+                value = made.options.get(name.removeprefix(_OPTION_SECTION), 0)
+                one.write_initial(value.to_bytes(8, "little"))
+            elif name.startswith("."):
+                continue
+            elif not self._is_wanted(made, name):
+                one.leave_out()
+            elif name in shared:
+                one.reuse(shared[name].fd)
+            elif name in kept:
+                one.reuse(kept[name].fd)
+            else:
+                entries = self._entries(sized.get(name, ""), made.options)
+                if entries:
+                    one.resize(entries)
+
+    def _is_wanted(self, made: _Sensor, name: str) -> bool:
+        needs = next((info.needs for info in made.info.maps if info.name == name), ())
+        return self._is_given(made, needs)
+
+    def attach(self, sensor: str) -> list[ProgramState]:
+        """Attach what was loaded of a sensor, the next way to a hook where one cannot be.
+
+        Raises:
+            KernelError: the sensor is not loaded.
+        """
+        made = self._loaded(sensor)
+        for hook, program in list(made.programs.items()):
+            if made.states[program.name].status == LOADED:
+                self._attach_hook(made, hook)
+        for attempts in made.waiting.values():
+            for attempt in attempts:
+                made.note(attempt.info, attempt.section, SPARE)
+        return list(made.states.values())
+
+    def _attach_hook(self, made: _Sensor, hook: str) -> None:
+        while hook in made.programs:
+            program = made.programs.pop(hook)
+            info = next(one for one in made.info.programs if one.name == program.name)
+            try:
+                made.links += _attach(program, made.targets)
+            except OSError as error:
+                made.note(info, program.section, FAILED, _attach_reason(program, error))
+                self._load_next(made, hook)
+            else:
+                made.note(info, program.section, ATTACHED)
+                made.programs[hook] = program
+                return
+
+    def _loaded(self, sensor: str) -> _Sensor:
+        if sensor not in self._sensors:
+            raise KernelError(f"{sensor} is not loaded")
+        return self._sensors[sensor]
+
+    def unload(self, sensor: str) -> None:
+        """Detach a sensor and let go of it.
+
+        Raises:
+            KernelError: the sensor is not loaded.
+        """
+        self._loaded(sensor).close()
+        del self._sensors[sensor]
+
+    # ------------------------------------------------------------ maps
+
+    def update(self, map: str, key: bytes, value: bytes) -> None:
+        """Set an element of a map.
+
+        Raises:
+            KernelError: there is no such map.
+            OSError: the kernel refused.
+        """
+        self._map(map).update(key, value)
+
+    def delete(self, map: str, key: bytes) -> None:
+        """Remove an element of a map; raises as `update` does."""
+        self._map(map).delete(key)
+
+    def read(self, map: str) -> Iterator[tuple[bytes, bytes]]:
+        """Key and value of every element of a map; raises as `update` does."""
+        return self._map(map).entries()
+
+    def _map(self, name: str) -> Map:
+        if name in self._shared:
+            return self._shared[name]
+        for made in self._sensors.values():
+            own = self._own_maps(made)
+            if name in own:
+                return own[name]
+        raise KernelError(f"there is no map {name}")
+
+    def missed(self) -> dict[str, int]:
+        """Runs of attached programs that the kernel left out, per program that had any.
+
+        It leaves one out that would run inside itself on its CPU, and from 5.12 on it counts that
+        for raw tracepoints and for programs at functions (`recursion_misses` in fdinfo). Of two
+        programs at the same place each does what the other has to leave out: no miss.
+        """
+        found = {}
+        for made in self._sensors.values():
+            places = [p.section for p in made.programs.values()]
+            for program in made.programs.values():
+                count = _recursion_misses(program) if places.count(program.section) == 1 else 0
+                if count:
+                    found[program.name] = count
+        return found
+
+    def close(self) -> None:
+        """Detach and release everything. Harmless when done already."""
+        for made in self._sensors.values():
+            made.close()
+        self._sensors = {}
+        if self._core is not None:
+            self._core.close()
+            self._core, self._shared = None, {}
+
+
+def _named(maps: Mapping[str, Map]) -> dict[str, Map]:
+    """Without the sections of global data, whose names begin with a point."""
+    return {name: one for name, one in maps.items() if not name.startswith(".")}
+
+
+class _LoadError(OSError):
+    """An object that did not load; `log` is what the verifier said."""
+
+    def __init__(self, error: OSError, log: str) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.log = log
+
+
+def _load_reason(error: OSError) -> str:
+    log = error.log if isinstance(error, _LoadError) else ""
+    figures = ("processed ", "verification time", "stack depth")
+    lines = [line for line in log.splitlines() if line and not line.startswith(figures)]
+    return f"{error.strerror}: {lines[-1]}" if lines else str(error.strerror)
+
+
+def _core_error(error: OSError) -> KernelError:
+    if error.errno == errno.ENOSYS:
+        return KernelError("no BPF in this kernel (CONFIG_BPF_SYSCALL): no event can be observed")
+    if error.errno == errno.EPERM:
+        return KernelError(
+            "not permitted to load BPF programs: lockdown, or a small RLIMIT_MEMLOCK"
+        )
+    return KernelError(f"the BPF object does not load: {error.strerror}")
+
+
+def _attach(program: Program, targets: Targets) -> list[Link]:
+    kind = program.section.partition("/")[0]
+    if kind == "xdp":
+        return _attach_to_each(targets.interfaces, lambda name: _to_interface(program, name))
+    if kind.startswith("cgroup"):
+        return [_to_cgroup(program, targets.cgroup)]
+    if kind == "perf_event":
+        cpus = [str(cpu) for cpu in online_cpus()]
+        return _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), targets.rate))
+    return [program.attach()]
+
+
+def _attach_to_each(names: Iterable[str], attach: Callable[[str], Link]) -> list[Link]:
+    """To all of them, or to none."""
+    links: list[Link] = []
+    for name in names:
+        try:
+            links.append(attach(name))
+        except OSError as error:
+            for link in links:
+                link.destroy()
+            raise OSError(error.errno, f"{name}: {error.strerror}") from error
+    return links
+
+
+def _to_interface(program: Program, name: str) -> Link:
+    with open("/proc/self/net/dev") as file:
+        ours = {line.partition(":")[0].strip() for line in file if ":" in line}
+    if name not in ours:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    # It shows the interfaces of whoever mounted it, whose indexes are others' here.
+    shown = {one.name for one in os.scandir("/sys/class/net") if one.is_dir()}
+    if shown != ours:
+        raise OSError(errno.EXDEV, "/sys/class/net is that of another network namespace")
+    with open(f"/sys/class/net/{name}/ifindex") as file:
+        return program.attach_to_interface(int(file.read()))
+
+
+def _to_cgroup(program: Program, path: str) -> Link:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return program.attach_to_cgroup(fd)
+    finally:
+        os.close(fd)
+
+
+def _to_samples(program: Program, cpu: int, rate: int) -> Link:
+    fd = open_sampling(cpu, rate)
+    try:
+        return program.attach_to_perf_event(fd)
+    except OSError:
+        os.close(fd)
+        raise
+
+
+def _attach_reason(program: Program, error: OSError) -> str:
+    if error.errno == errno.ENOENT and error.strerror == os.strerror(errno.ENOENT):
+        return f"this kernel has no {program.section}"
+    return f"{program.section} cannot be attached: {error.strerror}"
+
+
+def _recursion_misses(program: Program) -> int:
+    with suppress(OSError), open(f"/proc/self/fdinfo/{program.fd}") as file:
+        for line in file:
+            key, _, value = line.partition(":")
+            if key == "recursion_misses":
+                return int(value)
+    return 0
+
+
+# ---------------------------------------------------------------- what the kernel offers
+
+TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
+
+
+def find_btf(btf: str | None) -> str | None:
     """The BTF file to relocate against: None for the kernel's own.
 
     Raises:
         KernelError: the kernel has none, and none that is readable is configured.
     """
-    if settings.btf is not None:
-        _check_btf(Path(settings.btf))
-        return settings.btf
-    if not KERNEL_BTF.exists():
+    if btf is not None:
+        _check_btf(btf)
+        return btf
+    if not os.path.exists(KERNEL_BTF):
         raise KernelError(
             f"no BTF: {KERNEL_BTF} is missing (CONFIG_DEBUG_INFO_BTF), so no event can be "
             "observed; name a BTF file of this very kernel in the configuration (btf = PATH)"
@@ -98,12 +585,12 @@ def find_btf(settings: Settings) -> str | None:
     return None
 
 
-def _check_btf(path: Path) -> None:
+def _check_btf(path: str) -> None:
     """Refuse what libbpf would refuse with a number that nobody knows."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise KernelError(f"btf: no such file: {path}")
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             start = file.read(4)
     except OSError as error:
         raise KernelError(f"btf: cannot read {path}: {error.strerror}") from None
@@ -117,299 +604,28 @@ def ensure_tracefs() -> str:
     Debian mounts it at boot; a minimal system or container may not. The system-call hooks need
     it to be found, nothing else does.
     """
-    for place in ("/sys/kernel/tracing", "/sys/kernel/debug/tracing"):
-        if Path(place, "events").is_dir():
-            return ""
+    if any(os.path.isdir(os.path.join(place, "events")) for place in TRACEFS):
+        return ""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tracefs", b"/sys/kernel/tracing", b"tracefs", 0, None) == 0:
+    if libc.mount(b"tracefs", TRACEFS[0].encode(), b"tracefs", 0, None) == 0:
         return ""
     return f"tracefs is not mounted and cannot be: {os.strerror(ctypes.get_errno())}"
 
 
-def pack(struct_name: str, values: Mapping[str, int | tuple[int, ...]]) -> bytes:
-    """The bytes of a struct of the contract, with the members that are not given at zero."""
-    layout = CONTRACT[struct_name]
-    data = bytearray(max(offset + size for _, offset, size in layout))
-    for name, offset, size in layout:
-        value = values.get(name, 0)
-        if isinstance(value, tuple):
-            struct.pack_into(f"<{len(value)}Q", data, offset, *value)
-        else:
-            data[offset : offset + size] = value.to_bytes(size, "little")
-    return bytes(data)
+def last_possible_cpu() -> int:
+    """The highest number of a CPU that the kernel may ever bring up; there can be gaps below."""
+    with open("/sys/devices/system/cpu/possible") as file:
+        return max(_numbers_in(file.read()))
 
 
-def filter_mode(keep: Collection[object], drop: Collection[object]) -> int:
-    """How the programs use a filter's map."""
-    if keep:
-        return _INCLUDE
-    return _EXCLUDE if drop else _OFF
+def online_cpus() -> list[int]:
+    """The CPUs that are up."""
+    with open("/sys/devices/system/cpu/online") as file:
+        return list(_numbers_in(file.read()))
 
 
-def settings_bytes(kinds: Collection[str], rings: Rings, filters: Filters) -> bytes:
-    """`struct settings` for the programs: what is enabled, and which filters are in use."""
-    sizes = (rings.critical_bytes, rings.bulk_bytes)
-    return pack(
-        "settings",
-        {
-            "enabled_kinds": sum(1 << _NUMBERS[kind] for kind in kinds),
-            # A quarter of a ring may fill before its reader is woken ahead of its timer.
-            "wakeup_bytes": tuple(size // 4 for size in sizes),
-            "filter_pid": filter_mode(filters.pids, filters.exclude_pids),
-            "filter_uid": filter_mode(filters.uids, filters.exclude_uids),
-            "filter_comm": filter_mode(filters.comms, filters.exclude_comms),
-            "filter_cgroup": filter_mode(filters.cgroups, filters.exclude_cgroups),
-            "filter_port": filter_mode(filters.ports, filters.exclude_ports),
-            "filter_path": filter_mode(filters.path_prefixes, filters.exclude_path_prefixes),
-        },
-    )
-
-
-def filter_entries(filters: Filters) -> Iterable[tuple[str, bytes, bytes]]:
-    """Map, key and value for every entry of the filters. What excludes comes last, and wins."""
-    tables: list[tuple[str, Iterable[bytes], Iterable[bytes]]] = [
-        ("filter_pids", map(_u32, filters.pids), map(_u32, filters.exclude_pids)),
-        ("filter_uids", map(_u32, filters.uids), map(_u32, filters.exclude_uids)),
-        ("filter_comms", map(_comm, filters.comms), map(_comm, filters.exclude_comms)),
-        ("filter_cgroups", map(_u64, filters.cgroups), map(_u64, filters.exclude_cgroups)),
-        ("filter_ports", map(_u16, filters.ports), map(_u16, filters.exclude_ports)),
-        (
-            "filter_paths",
-            map(_prefix, _kept_prefixes(filters)),
-            map(_prefix, filters.exclude_path_prefixes),
-        ),
-    ]
-    for name, keep, drop in tables:
-        yield from ((name, key, _KEEP) for key in keep)
-        yield from ((name, key, _DROP) for key in drop)
-
-
-def _kept_prefixes(filters: Filters) -> Iterable[str]:
-    """Without those within an excluded one: in the map the longest match would win."""
-    excluded = filters.exclude_path_prefixes
-    return (prefix for prefix in filters.path_prefixes if not prefix.startswith(excluded))
-
-
-def _u16(value: int) -> bytes:
-    return value.to_bytes(2, "little")
-
-
-def _u32(value: int) -> bytes:
-    return value.to_bytes(4, "little")
-
-
-def _u64(value: int) -> bytes:
-    return value.to_bytes(8, "little")
-
-
-def _comm(value: str) -> bytes:
-    return value.encode().ljust(16, b"\0")
-
-
-def _prefix(value: str) -> bytes:
-    path = value.encode()
-    size = dict((name, size) for name, _, size in CONTRACT["path_prefix"])["path"]
-    return _u32(8 * len(path)) + path.ljust(size, b"\0")
-
-
-class KernelState:
-    """A loaded object: rings and counters to read, programs to attach and detach."""
-
-    def __init__(self, loaded: Object, cpus: int, programs: list[Program], rings: Rings) -> None:
-        """Use `load` to make one."""
-        self._object = loaded
-        self._programs = programs
-        self._links: list[Link] = []
-        self.cpus = cpus
-        self.statuses: list[ProgramStatus] = []
-        self.ring_fds = {name: loaded.maps[name].fd for name in STREAMS}
-        self.ring_bytes = {"critical": rings.critical_bytes, "bulk": rings.bulk_bytes}
-        self.counters = _map_counters(loaded.maps["counters"].fd, cpus)
-        self.reader_state = mmap.mmap(loaded.maps["reader"].fd, mmap.PAGESIZE)
-        # Of two programs on one hook, each does what the other has to leave out.
-        hooks = Counter(program.section for program in programs)
-        self.program_fds = {p.name: p.fd for p in programs if hooks[p.section] == 1}
-
-    def attach(self) -> None:
-        """Attach every loaded program; what fails is noted in `statuses`."""
-        tracefs = ensure_tracefs()
-        for program in self._programs:
-            try:
-                self._links.append(program.attach())
-                self.statuses.append(_status(program))
-            except OSError as error:
-                reason = _attach_reason(program, error, tracefs)
-                self.statuses.append(_status(program, reason))
-
-    def coverage(self, kinds: Collection[str]) -> dict[str, KindStatus]:
-        """How far each of `kinds` is observed."""
-        return coverage(self.statuses, kinds)
-
-    def detach(self) -> None:
-        """Detach every program: no event is produced after this."""
-        links, self._links = self._links, []
-        for link in links:
-            link.destroy()
-
-    def close(self) -> None:
-        """Detach and release everything. Harmless when done already."""
-        self.detach()
-        for mapping in (self.counters, self.reader_state):
-            with suppress(BufferError):  # somebody still looks at it
-                mapping.close()
-        self._object.close()
-
-
-def _map_counters(fd: int, cpus: int) -> mmap.mmap:
-    size = cpus * counters_stride()
-    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    return mmap.mmap(fd, pages, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-
-
-def counters_stride() -> int:
-    """Bytes of one CPU's `struct cpu_counters`."""
-    return max(offset + size for _, offset, size in CONTRACT["cpu_counters"])
-
-
-def _status(program: Program, reason: str = "") -> ProgramStatus:
-    kinds = PROGRAMS[program.name].kinds
-    outcome: Literal["attached", "failed"] = "failed" if reason else "attached"
-    return ProgramStatus(program.name, program.section, kinds, outcome, reason)
-
-
-def _attach_reason(program: Program, error: OSError, tracefs: str) -> str:
-    if error.errno == errno.ENOENT and program.section.startswith("tracepoint/"):
-        return tracefs or f"this kernel has no {program.section}"
-    if error.errno == errno.ENOENT:
-        return f"this kernel has no {program.section}"
-    return f"{program.section} cannot be attached: {error.strerror}"
-
-
-def needed_programs(kinds: Collection[str], machine: str) -> list[str]:
-    """The programs that can produce one of `kinds`, on an architecture as uname calls it."""
-    return [
-        name
-        for name, info in PROGRAMS.items()
-        if not set(info.kinds).isdisjoint(kinds)
-        and (machine == "x86_64" or name not in _X86_SYSTEM_CALLS)
-    ]
-
-
-def load(settings: Settings, kinds: Collection[str], path: Path = OBJECT) -> KernelState:
-    """Load what `kinds` needs, with its filters in place and the agent itself excluded.
-
-    Nothing is attached yet: no event can have been produced when this returns.
-
-    Raises:
-        PrivilegeError: missing capabilities.
-        ContractError: the object was built from another `events.h`.
-        KernelError: no BPF, no BTF, or nothing of the object loads.
-    """
-    capabilities.require()
-    compare(contract_of(Btf.of_object(path)), CONTRACT)
-    btf = find_btf(settings)
-    names = needed_programs(kinds, os.uname().machine)
-    failures: dict[str, str] = {}
-    loaded = _try_load(settings, kinds, path, btf, names)
-    if isinstance(loaded, OSError):
-        failures = _probe(settings, kinds, path, btf, names)
-        loaded = _try_load(settings, kinds, path, btf, [n for n in names if n not in failures])
-    if isinstance(loaded, OSError):
-        raise _load_error(loaded, failures)
-    return _ready(loaded, settings, names, failures)
-
-
-def _try_load(
-    settings: Settings,
-    kinds: Collection[str],
-    path: Path,
-    btf: str | None,
-    names: Collection[str],
-    log: Collection[str] = (),
-) -> Object | OSError:
-    """Load with only those programs (and `whoami`), keeping the verifier log of some."""
-    opened: Object | None = None
-    try:
-        opened = Object(path, btf)
-        _prepare(opened, settings, kinds, names, log)
-        opened.load()
-    except OSError as error:
-        if opened is not None:
-            error.add_note("\n".join(opened.programs[name].log for name in log))
-            opened.close()
-        return error
-    return opened
-
-
-def _prepare(
-    opened: Object,
-    settings: Settings,
-    kinds: Collection[str],
-    names: Collection[str],
-    log: Collection[str],
-) -> None:
-    opened.maps["critical"].resize(settings.rings.critical_bytes)
-    opened.maps["bulk"].resize(settings.rings.bulk_bytes)
-    for name in _BY_CPU:
-        opened.maps[name].resize(possible_cpus())
-    rodata = next(m for m in opened.maps.values() if m.name.endswith(".rodata"))
-    rodata.write_initial(settings_bytes(kinds, settings.rings, settings.filters))
-    for program in opened.programs.values():
-        program.autoload(program.name == _WHOAMI or program.name in names)
-    for name in log:
-        opened.programs[name].keep_log()
-
-
-def _probe(
-    settings: Settings,
-    kinds: Collection[str],
-    path: Path,
-    btf: str | None,
-    names: Collection[str],
-) -> dict[str, str]:
-    """Load each program alone: those that fail, with the reason the user is to read."""
-    failures = {}
-    for name in (_WHOAMI, *names):
-        result = _try_load(settings, kinds, path, btf, [name], [name])
-        if isinstance(result, OSError):
-            failures[name] = f"{name} does not load: {_load_reason(result)}"
-        else:
-            result.close()
-    return failures
-
-
-def _load_reason(error: OSError) -> str:
-    log = "\n".join(getattr(error, "__notes__", []))
-    lines = [line for line in log.splitlines() if line and not line.startswith("processed ")]
-    return f"{error.strerror}: {lines[-1]}" if lines else str(error.strerror)
-
-
-def _load_error(error: OSError, failures: Mapping[str, str]) -> StreamerError:
-    if error.errno == errno.ENOSYS:
-        return KernelError("no BPF in this kernel (CONFIG_BPF_SYSCALL): no event can be observed")
-    if error.errno == errno.EPERM:
-        return KernelError(
-            "not permitted to load BPF programs: lockdown, or a small RLIMIT_MEMLOCK"
-        )
-    reason = failures.get(_WHOAMI) or "; ".join(failures.values()) or error.strerror
-    return KernelError(f"the BPF object does not load: {reason}")
-
-
-def _ready(
-    loaded: Object, settings: Settings, names: Collection[str], failures: Mapping[str, str]
-) -> KernelState:
-    try:
-        for name, key, value in filter_entries(settings.filters):
-            loaded.maps[name].update(key, value)
-        loaded.programs[_WHOAMI].run()
-        programs = [loaded.programs[name] for name in names if name not in failures]
-        state = KernelState(loaded, possible_cpus(), programs, settings.rings)
-    except OSError as error:
-        loaded.close()
-        raise KernelError(f"cannot prepare the BPF programs: {error.strerror}") from error
-    state.statuses += [
-        _status(loaded.programs[name], reason)
-        for name, reason in failures.items()
-        if name != _WHOAMI
-    ]
-    return state
+def _numbers_in(ranges: str) -> Iterator[int]:
+    """`0-1,4` is 0, 1 and 4."""
+    for part in ranges.strip().split(","):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)

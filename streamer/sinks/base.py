@@ -119,6 +119,9 @@ class Sink(ABC):
         Never hangs and never raises; calling it twice is harmless.
         """
 
+    def reopen(self) -> None:  # noqa: B027 - most sinks have nothing to open
+        """Open anew what was opened by name: whoever rotates files asks for it."""
+
     def _take(self, kinds: Mapping[str, int], size: int) -> None:
         self.account.received.update(kinds)
         if self.watermarks.add(size):

@@ -6,13 +6,18 @@ from collections.abc import Callable
 
 from streamer import settings
 from streamer.batch import Batch
+from streamer.privilege.files import DIRECT, Opener
 from streamer.sinks.base import Sink
 
 Render = Callable[[Batch], bytes]
 
 
-def make_sink(chosen: settings.AnySink, host: str, render: Render | None) -> Sink:
+def make_sink(
+    chosen: settings.AnySink, host: str, render: Render | None, opener: Opener = DIRECT
+) -> Sink:
     """The sink for `chosen`. `render` makes readable lines where stdout is a terminal.
+
+    Files that the settings name are opened by `opener`.
 
     The libraries of a sink are imported only when it is used.
 
@@ -27,15 +32,15 @@ def make_sink(chosen: settings.AnySink, host: str, render: Render | None) -> Sin
         case settings.FileSink():
             from streamer.sinks.file import FileSink
 
-            return FileSink(chosen)
+            return FileSink(chosen, opener)
         case settings.KafkaSink():
             from streamer.sinks.kafka import KafkaSink
 
-            return KafkaSink(chosen, host=host)
+            return KafkaSink(chosen, host=host, opener=opener)
         case settings.MqttSink():
             from streamer.sinks.mqtt import MqttSink
 
-            return MqttSink(chosen, host=host)
+            return MqttSink(chosen, host=host, opener=opener)
         case settings.MemorySink():
             from streamer.sinks.memory import MemorySink
 

@@ -23,6 +23,7 @@ from collections.abc import Coroutine, Iterable
 from functools import partial
 
 from streamer.batch import Batch
+from streamer.privilege.files import DIRECT, Opener
 from streamer.settings import KafkaSink as Settings
 from streamer.sinks.base import Sink
 from streamer.sinks.kafka_client import (
@@ -99,12 +100,13 @@ class _Session:
 class KafkaSink(Sink):
     """Delivers to Kafka, in record batches of about `batch_bytes`. See the module."""
 
-    def __init__(self, settings: Settings, *, host: str) -> None:
-        """`host` is the key of every record."""
+    def __init__(self, settings: Settings, *, host: str, opener: Opener = DIRECT) -> None:
+        """`host` is the key of every record; `opener` opens certificates and secrets."""
         scheme = "kafkas" if settings.tls else "kafka"
         name = f"{scheme}://{','.join(settings.bootstrap)}/{settings.topic}"
         super().__init__(name, settings.budget_bytes)
         self._settings = settings
+        self._opener = opener
         self._key = host.encode()
         self._record_most = max(RECORD_MOST, settings.batch_bytes)
         self._lanes: dict[str, Lane] = {}
@@ -121,7 +123,7 @@ class KafkaSink(Sink):
         Raises:
             ConfigError: an address, topic, certificate or password that cannot be used.
         """
-        client = Client(self._settings)
+        client = Client(self._settings, self._opener)
         silence_aiokafka()
         self._supervisor = asyncio.create_task(self._run(client))
         self._supervisor.add_done_callback(self._supervised)

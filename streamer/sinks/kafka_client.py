@@ -19,6 +19,7 @@ from aiokafka.protocol.metadata import MetadataRequest  # type: ignore[import-un
 
 from streamer.credentials import read_secret, ssl_context
 from streamer.errors import ConfigError
+from streamer.privilege.files import DIRECT, Opener
 from streamer.settings import KafkaSink as Settings
 from streamer.sinks.kafka_lane import Piece
 from streamer.sinks.record_batch import Laid, lay_out, record_batch
@@ -73,7 +74,7 @@ def silence_aiokafka() -> None:
 class Client:
     """How to reach the brokers. Certificates and the password are read once, when it is made."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, opener: Opener = DIRECT) -> None:
         """Raise ConfigError for a file, variable, address or topic that cannot be used."""
         check_topic(settings.topic)
         self._settings = settings
@@ -83,11 +84,11 @@ class Client:
         self._connection: dict[str, Any] = {
             "client_id": settings.client_id,
             "request_timeout_ms": int(settings.request_timeout_seconds * 1000),
-            "ssl_context": ssl_context(settings.tls) if settings.tls else None,
+            "ssl_context": ssl_context(settings.tls, opener) if settings.tls else None,
             "security_protocol": f"SASL_{protocol}" if sasl else protocol,
         }
         if sasl:
-            password = read_secret("sasl.password", sasl.password_env, sasl.password_file)
+            password = read_secret("sasl.password", sasl.password_env, sasl.password_file, opener)
             if password is None:
                 raise ConfigError("sasl: set password_env or password_file")
             self._connection["sasl_mechanism"] = sasl.mechanism

@@ -19,6 +19,7 @@ from streamer import settings as config
 from streamer.batch import Batch
 from streamer.credentials import read_secret, ssl_context
 from streamer.errors import ConfigError
+from streamer.privilege.files import DIRECT, Opener
 from streamer.sinks.base import Sink, Status
 from streamer.sinks.chunks import Chunk, ChunkQueue, cut
 from streamer.sinks.mqtt_connection import (
@@ -89,8 +90,10 @@ def retry_delay(failures: int, first: float, most: float) -> float:
 class MqttSink(Sink):
     """Publishes chunks of events, a limited number in flight, and accounts by PUBACK."""
 
-    def __init__(self, settings: config.MqttSink, *, host: str) -> None:
+    def __init__(self, settings: config.MqttSink, *, host: str, opener: Opener = DIRECT) -> None:
         """`host` is this host's name, for topics and user properties.
+
+        `opener` opens certificates and secrets, now and before each attempt to connect.
 
         Raises:
             ConfigError: the topic cannot be published to, or a secret or certificate cannot
@@ -101,7 +104,8 @@ class MqttSink(Sink):
         super().__init__(name, settings.budget_bytes)
         expand_topic(settings.topic, host, "category")
         self._settings = settings
-        # Read now, while the process may still read what only root may.
+        self._opener = opener
+        # Read now as well: one that is wrong from the start is the configuration's mistake.
         self._password, self._tls = self._credentials()
         self._host = host
         self._topics: dict[str, str] = {}
@@ -223,8 +227,10 @@ class MqttSink(Sink):
     def _credentials(self) -> tuple[str | None, ssl.SSLContext | None]:
         """Password and TLS as they are now. Raises ConfigError."""
         settings = self._settings
-        password = read_secret("mqtt.password", settings.password_env, settings.password_file)
-        return password, ssl_context(settings.tls) if settings.tls else None
+        password = read_secret(
+            "mqtt.password", settings.password_env, settings.password_file, self._opener
+        )
+        return password, ssl_context(settings.tls, self._opener) if settings.tls else None
 
     async def _serve(self, connection: Connection) -> str:
         """Publish until the connection ends; why it did."""

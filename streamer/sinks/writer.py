@@ -95,10 +95,11 @@ class WriterThread:
         self._failing = failing
         self._ended = ended
         self._close = close
-        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._queue: SimpleQueue[bytes | int | None] = SimpleQueue()
         self._abandoned = Event()
         self._fails = False
         self._last = False
+        self._new: int | None = None
         self._thread = Thread(target=self._run, name="streamer-writer", daemon=True)
 
     def finish(self) -> None:
@@ -110,10 +111,13 @@ class WriterThread:
         self._abandoned.set()
         self.hand_over(None)
 
-    def hand_over(self, data: bytes | None) -> None:
-        """Hand over one byte string; None is the end. Never waits."""
-        # Started only when there is something to write: a thread keeps the capabilities that the
-        # process had when it began, and the service gives them up before its first batch.
+    def hand_over(self, data: bytes | int | None) -> None:
+        """Hand over one byte string; None is the end. Never waits.
+
+        A number is a descriptor: it takes the old one's place for all that comes after it.
+        """
+        # Only when there is something to write: the process gives up its privileges before, and
+        # cannot while it has several threads.
         if self._thread.ident is None:
             self._thread.start()
         self._queue.put(data)
@@ -123,20 +127,37 @@ class WriterThread:
         try:
             while not self._last and not self._abandoned.is_set():
                 self._write(self._gather())
+                self._switch()
         except Exception as caught:  # what ends this thread must end the sink
             error = caught
         finally:
-            if self._close:
-                with contextlib.suppress(OSError):
-                    os.close(self._fd)
+            self._close_old()
             self._tell(self._ended, error)
 
+    def _close_old(self) -> None:
+        if self._close:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+
+    def _switch(self) -> None:
+        """Write to the new descriptor from now on, if there is one: the old one has it all."""
+        new, self._new = self._new, None
+        if new is not None:
+            self._close_old()
+            self._fd, self._terminal = new, os.isatty(new)
+
     def _gather(self) -> list[Buffer]:
-        """Everything that waits, up to the size of one write. Blocks until there is something."""
+        """Everything that waits, up to the size of one write. Blocks until there is something.
+
+        What is for another descriptor is left for the next time.
+        """
         buffers: list[Buffer] = []
         size = 0
         data = self._queue.get()
         while data is not None:
+            if isinstance(data, int):
+                self._new = data
+                return buffers
             buffers.append(data)
             size += len(data)
             if size >= WRITE_BYTES or len(buffers) == WRITE_BUFFERS:
@@ -246,14 +267,22 @@ class WriterSink(Sink):
             ended=self._on_ended,
             close=self._owns_descriptor,
         )
-        if _is_writing_end(fd):
-            self._watch(loop, fd)
+        self._watch(fd)
         self._set_status("up")
 
-    def _watch(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    def _switch(self, fd: int) -> None:
+        """Write what is submitted from now on to another descriptor, which is then the sink's."""
+        assert self._thread is not None, "started"
+        self._unwatch()
+        self._watch(fd)
+        self._thread.hand_over(fd)
+
+    def _watch(self, fd: int) -> None:
         """Notice when the last reader of a pipe goes, also while nothing is written to it."""
-        loop.add_reader(fd, self._on_hangup)
-        self._unwatch = lambda: loop.remove_reader(fd)
+        if _is_writing_end(fd):
+            loop = asyncio.get_running_loop()
+            loop.add_reader(fd, self._on_hangup)
+            self._unwatch = lambda: loop.remove_reader(fd)
 
     def submit(self, batch: Batch) -> None:
         """Take a batch; its size is that of what will be written."""

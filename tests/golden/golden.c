@@ -15,19 +15,45 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define DEPTH 70
+#define DEPTH 100 /* directories: more than a path is followed */
+#define LONG 9000 /* characters of two bytes: more than fit into an argv or a path */
 
 static char *leaf_environment[] = { "GOLDEN=leaf", NULL };
 
-static void execute(char **arguments)
+static void execute(const char *path, char **arguments)
 {
 	pid_t child = fork();
 
 	if (!child) {
-		execve("./golden", arguments, leaf_environment);
+		execve(path, arguments, leaf_environment);
 		_exit(99);
 	}
 	waitpid(child, NULL, 0);
+}
+
+/* Its characters have two bytes, so that a limit in bytes can fall within one. */
+static char *long_text(const char *start)
+{
+	static char text[2 * LONG + 8];
+	char *end = stpcpy(text, start);
+	int i;
+
+	for (i = 0; i < LONG; i++)
+		end = stpcpy(end, "\u00e9");
+	return text;
+}
+
+/* Of the program's own name, which becomes the name of the task. */
+static void write_script(const char *directory, const char *name)
+{
+	const char *text = "#!./golden -x\n";
+	int fd;
+
+	if (mkdir(directory, 0755))
+		exit(94);
+	fd = open(name, O_CREAT | O_WRONLY, 0755);
+	if (write(fd, text, strlen(text)) != (ssize_t)strlen(text) || close(fd))
+		exit(95);
 }
 
 static void end_by_signal(void)
@@ -95,12 +121,18 @@ int main(int argc, char **argv)
 	(void)argv;
 	if (getenv("GOLDEN"))
 		return argc;
-	execute((char *[]){ "golden", "plain", NULL });
-	execute((char *[]){ "golden", "", "two words", "pr\u00fcfung \u2603", "bad \xff byte", NULL });
+	execute("./golden", (char *[]){ "golden", "plain", NULL });
+	execute("./golden", (char *[]){ "golden", "", "two words", "pr\u00fcfung \u2603",
+					"bad \xff byte", NULL });
+	write_script("\u2603", "\u2603/golden");
+	execute("./\u2603/golden", (char *[]){ "replaced", "argument", NULL });
+	execute("./golden", (char *[]){ "golden", long_text("xy"), NULL });
 	end_by_signal();
 	open_and_close("made", O_CREAT | O_WRONLY | O_TRUNC, 0640);
 	open_and_close("missing", O_RDONLY, 0);
 	open_and_close("bad \xff byte", O_RDWR | O_CLOEXEC, 0);
+	open_and_close(long_text("/"), O_RDONLY, 0);
+	open_and_close(long_text("/x"), O_RDONLY, 0);
 	use_tcp(AF_INET, (void *)&v4, sizeof(v4));
 	use_tcp(AF_INET6, (void *)&v6, sizeof(v6));
 	go_down();

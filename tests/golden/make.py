@@ -14,14 +14,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import msgspec
-
 from streamer.events import HEADER, KINDS, RECORDS
-from streamer.kernel import loader
-from streamer.kernel.loader import KernelState
+from streamer.kernel import state as kernel
+from streamer.kernel.state import KernelState
 from streamer.records_py import Decoder, Ring
 from streamer.settings import Filters, Settings
-from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, PLACE, Case, constants, save
+from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, PLACE, Case, constants, published, save
 from tests.kernel.scope import Scope, cgroup_mount
 
 SOURCE = Path(__file__).parent / "golden.c"
@@ -31,8 +29,8 @@ COMM = "golden"
 class RecordKeeper(Decoder):
     """A decoder that keeps the raw records."""
 
-    def __init__(self, stream: str) -> None:
-        super().__init__(HEADER, RECORDS, constants(stream), f"{ID_PREFIX}-{stream}")
+    def __init__(self, ring: str) -> None:
+        super().__init__(HEADER, RECORDS, constants(ring), f"{ID_PREFIX}-{ring}")
         self.clock_offset_ns = CLOCK_OFFSET_NS
         self.records: list[bytes] = []
 
@@ -46,10 +44,10 @@ def run_program(program: str) -> None:
     os.waitpid(os.posix_spawn(program, [COMM.encode()], {}), 0)
 
 
-def drained(state: KernelState, stream: str) -> list[Case]:
+def drained(state: KernelState, name: str) -> list[Case]:
     """Everything that is in a ring."""
-    page, size, fd = mmap.PAGESIZE, state.ring_bytes[stream], state.ring_fds[stream]
-    keeper = RecordKeeper(stream)
+    page, size, fd = mmap.PAGESIZE, state.ring_bytes[name], state.ring_fds[name]
+    keeper = RecordKeeper(name)
     with (
         mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) as consumer,
         mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page) as producer,
@@ -58,7 +56,7 @@ def drained(state: KernelState, stream: str) -> list[Case]:
         events = ring.drain(keeper, 1 << 20).events
         ring.close()
     return [
-        Case(stream, record, msgspec.to_builtins(event))
+        Case(name, record, published(event))
         for record, event in zip(keeper.records, events, strict=True)
     ]
 
@@ -73,12 +71,12 @@ def is_own(case: Case) -> bool:
 def record(program: Path, scope: Scope) -> list[Case]:
     """Run the program and take what it did out of the rings."""
     settings = Settings(filters=Filters(cgroups=(scope.id,)))
-    state = loader.load(settings, frozenset(KINDS))
+    state = kernel.load(settings, frozenset(KINDS))
     try:
         state.attach()
         scope.act(run_program, str(program))
         state.detach()
-        cases = [case for stream in state.ring_fds for case in drained(state, stream)]
+        cases = [case for ring in state.ring_fds for case in drained(state, ring)]
     finally:
         state.close()
     return [case for case in cases if is_own(case)]

@@ -105,8 +105,8 @@ class Recording:
         """Delivered and lost numbers are disjoint, and together all that were taken."""
         taken: dict[tuple[str, int], list[int]] = {}
         for event in self.events:
-            assert event.id.endswith(f"-{event.stream}-{event.cpu}-{event.seq}")
-            taken.setdefault((event.stream, event.cpu), []).append(event.seq)
+            assert event.id.endswith(f"-{event.ring}-{event.cpu}-{event.seq}")
+            taken.setdefault((event.ring, event.cpu), []).append(event.seq)
         for ring, cpu, lost in self._lost_numbers():
             taken.setdefault((ring, cpu), []).extend(lost)
         marks = {(mark.ring, mark.cpu): mark for mark in self.heartbeat.cpus}
@@ -136,7 +136,7 @@ class Recording:
         for kind in delivered | lost:
             assert kind in counts
         for kind, found in counts.items():
-            assert found.produced == found.read + found.filtered + found.lost, kind
+            assert found.produced == found.read + found.filtered + found.shed + found.lost, kind
             assert found.read == delivered[kind], kind
             assert found.lost == lost[kind], kind
         for sink in self.heartbeat.sinks.values():
@@ -162,17 +162,25 @@ class Agent:
         *arguments: str,
         events: str = ALL,
         config: str = "",
-        sinks: tuple[str, ...] = (),
+        sinks: tuple[str, ...] | None = (),
         prefix: tuple[str, ...] = (),
+        program: tuple[str, ...] = ("-m", "streamer"),
+        output: Path | None = None,
+        pass_fds: tuple[int, ...] = (),
     ) -> None:
-        """`config` is TOML, `sinks` are further ones, `prefix` is put before the command."""
+        """`config` is TOML, `sinks` are further ones, `prefix` is put before the command.
+
+        Without any (None) the `config` has them all, that of `output` included. `program` is
+        what Python runs, `output` where the events go in place of `directory`.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        self.output = directory / "events.ndjson"
+        self.output = output or directory / "events.ndjson"
+        self._pass_fds = pass_fds
         self._stderr = directory / "stderr"
         (directory / "streamer.toml").write_text(config)
-        command = [*prefix, sys.executable, "-m", "streamer", "run", "--no-status"]
+        command = [*prefix, sys.executable, *program, "run", "--no-status"]
         command += ["--config", str(directory / "streamer.toml"), "--events", events]
-        for sink in (f"file:{self.output}", *sinks):
+        for sink in () if sinks is None else (f"file:{self.output}", *sinks):
             command += ["--sink", sink]
         self._command = [*command, *arguments]
         self._process: subprocess.Popen[bytes] | None = None
@@ -194,7 +202,11 @@ class Agent:
         """Start it, and wait until it has attached and says so."""
         with self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
-                self._command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=stderr
+                self._command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=self._pass_fds,
             )
         try:
             self.wait_for(b'{"event":"stream.manifest"')
@@ -211,6 +223,12 @@ class Agent:
                 raise AssertionError(f"the agent ended: {self.stderr}")
             assert time.monotonic() < deadline, f"no {marker!r} in time: {self.stderr}"
             time.sleep(0.02)
+
+    @property
+    def helper_pid(self) -> int:
+        """The privileged helper: the only child of the agent."""
+        (pid,) = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return int(pid)
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from tests.bpf_variant import Change, Variant
 from tests.conftest import Require
+from tests.kernel.agent import ROOT
 from tests.kernel.scope import Scope, cgroup_mount
 
 SOURCE = Path(__file__).parent / "subject.c"
@@ -48,3 +51,43 @@ def subject(open_directory: Path) -> Path:
 def variant(tmp_path: Path) -> Callable[[Mapping[str, Change]], Variant]:
     """Makes kernel programs that differ from ours: file in bpf/, and what to change there."""
     return lambda changes: Variant(tmp_path / "variant", changes)
+
+
+COPY = """
+import os
+import sys
+sys.path[:0] = {paths!r}
+from streamer.cli import main
+def late(event, arguments):
+    if event == "import" and os.getuid():
+        print("late import of", arguments[0], file=sys.stderr)
+sys.addaudithook(late)
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="session")
+def private_copy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """What Python is to run for an agent whose code nobody but root can read.
+
+    What it imports after it has become another user, it complains about.
+    """
+    private = tmp_path_factory.mktemp("private")
+    private.chmod(0o700)
+    return copied(private)
+
+
+@pytest.fixture(scope="session")
+def public_copy(open_directory: Path) -> tuple[str, ...]:
+    """The same, of code that everybody can read, wherever the checkout is."""
+    public = open_directory / "code"
+    public.mkdir()
+    return copied(public)
+
+
+def copied(directory: Path) -> tuple[str, ...]:
+    shutil.copytree(ROOT / "streamer", directory / "streamer")
+    (packages,) = (path for path in sys.path if path.endswith("site-packages"))
+    tools = shutil.ignore_patterns("mypy*", "*pytest*", "hypothesis*", "pip*", "setuptools*")
+    shutil.copytree(packages, directory / "packages", ignore=tools)
+    return "-I", "-S", "-c", COPY.format(paths=[str(directory), str(directory / "packages")])

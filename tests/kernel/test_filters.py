@@ -133,9 +133,11 @@ def connect_as(port: int, uid: int) -> None:
     connect_on(port, EACH)
 
 
-def test_what_is_kept_passes_every_filter(scope: Scope, other_scope: Scope, tmp_path: Path) -> None:
+def test_what_is_kept_passes_every_filter(
+    scope: Scope, other_scope: Scope, open_directory: Path, tmp_path: Path
+) -> None:
     """Filters of several sorts must all let an event pass; of one sort, one entry is enough."""
-    base, kept, others = str(tmp_path), free_port(), free_port()
+    base, kept, others = str(open_directory), free_port(), free_port()
     filters = (
         *scope.options,
         *("--uid", str(UID), "--uid", str(UID + 2)),

@@ -122,36 +122,6 @@ def test_without_capabilities(tmp_path: Path) -> None:
     )
 
 
-def status_of(task: Path) -> dict[str, str]:
-    lines = (task / "status").read_text().splitlines()
-    return dict(line.split(":\t", 1) for line in lines)
-
-
-def test_capabilities_are_given_up_once_attached(scope: Scope, tmp_path: Path) -> None:
-    """By every thread, whatever the sinks; and all goes on, until the programs are detached."""
-    sinks = f"kafka://127.0.0.1:{free_port()}/events", f"mqtt://127.0.0.1:{free_port()}/events"
-    config = "grace_seconds = 0.5\n"
-    with Agent(tmp_path, *scope.options, config=config, sinks=sinks, events="file.open") as agent:
-        scope.act(open_some)
-        agent.wait_for(b'{"event":"file.open"', OPENS)
-        for task in Path(f"/proc/{agent.pid}/task").iterdir():
-            status = status_of(task)
-            held = [status[name] for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")]
-            assert [int(value, 16) for value in held] == [0] * 4, status["Name"]
-            assert status["NoNewPrivs"] == "1", status["Name"]
-        scope.act(open_some)
-        recording = agent.stop(check=False)
-    assert len(recording.events) == 2 * OPENS
-
-
-def test_capabilities_are_kept_when_told_so(scope: Scope, tmp_path: Path) -> None:
-    config = "drop_capabilities = false\n"
-    with Agent(tmp_path, *scope.options, events="file.open", config=config) as agent:
-        status = status_of(Path(f"/proc/{agent.pid}"))
-        agent.stop()
-    assert status["CapEff"] == status_of(Path("/proc/self"))["CapEff"]
-
-
 # ---------------------------------------------------------------- a configuration that is wrong
 
 

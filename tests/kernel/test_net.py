@@ -97,11 +97,13 @@ def assert_seen(recording: Recording, *seen: Seen) -> None:
     assert {e.direction for e in accepts} <= {INBOUND}
     for event in (*connects, *accepts, *closes):
         assert event.ip_version == (6 if ":" in event.remote_addr else 4)
-        assert (event.cgroup_id, event.truncated, event.invalid_utf8) == (
+        assert (event.cgroup_id, event.truncated, event.invalid_utf8, event.incomplete) == (
             int(recording.manifest.filters["cgroups"][0]),
+            (),
             False,
             False,
         )
+        assert event.owner_known
     assert recording.losses == []
 
 
@@ -122,7 +124,8 @@ def streamed(scope: Scope, directory: Path, function: Any, *given: Any) -> Recor
         took = time.monotonic_ns() - before
         recording = agent.stop()
     assert_seen(recording, *seen)
-    assert all(0 < event.latency_ns < took for event in recording.of("net.connect"))
+    for event in recording.of("net.connect"):
+        assert (0 if event.errno else 1) <= event.latency_ns < took  # without a SYN: 0
     assert all(0 < event.duration_ns < took for event in recording.of("net.close"))
     return recording
 

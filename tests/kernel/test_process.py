@@ -21,6 +21,7 @@ pytestmark = pytest.mark.kernel
 
 EXECS = 1000
 ARGV_LEN = 16384  # of events.h
+DEPTH, STEPS = 90, 80  # a directory that is deeper than a path is followed: MOST_STEPS
 NOBODY = 65534
 
 
@@ -83,7 +84,8 @@ def assert_exec(event: Any, run: Run) -> None:
     assert event.cmdline == " ".join(argv)
     assert event.argc == len(argv)
     assert event.invalid_utf8 == (argv != [os.fsdecode(argument) for argument in run.argv])
-    assert (event.cwd, event.exe, event.truncated) == (run.cwd, run.exe, False)
+    assert (event.cwd, event.exe, event.truncated) == (run.cwd, run.exe, ())
+    assert (event.filename, event.interp, event.incomplete) == (run.exe, "", False)
     assert event.comm == os.path.basename(run.exe)[:15]
     assert event.tid == event.pid == run.pid
     assert (event.uid, event.euid, event.gid) == (run.uid, run.euid, run.gid)
@@ -254,10 +256,10 @@ def run_unusual(program: str, directory: str, jail: str) -> dict[str, int]:
 
 
 def make_deep(directory: str) -> str:
-    """A directory of 70 levels. The path, which is too long to be given in one piece, is not."""
+    """A directory of many levels. The path, which is too long to be given in one piece, is not."""
     here = os.getcwd()
     os.chdir(directory)
-    for level in range(70):
+    for level in range(DEPTH):
         os.mkdir(f"level-{level:02}")
         os.chdir(f"level-{level:02}")
     deep = os.getcwd()
@@ -312,6 +314,7 @@ def test_unusual_executions(
     script = events["script"]
     assert script.argv == [str(subject), "option", f"{directory}/script", "given"]
     assert (script.exe, script.argc, script.comm) == (str(subject), 4, "script")
+    assert (script.filename, script.interp) == (f"{directory}/script", str(subject))
     link = events["link"]
     assert (link.exe, link.argv, link.comm) == (str(subject), ["linked"], "a-link-with-a-l")
     assert (events["none"].argv, events["none"].argc, events["none"].cmdline) == ([""], 1, "")
@@ -319,14 +322,14 @@ def test_unusual_executions(
     assert (jailed.exe, jailed.cwd) == (f"{jail}/inside", str(jail))
 
     much = events["much"]
-    assert (much.truncated, much.argc) == (True, 31)
+    assert (much.truncated, much.argc) == (("argv",), 31)
     whole = b"much\0" + b"\0".join([b"y" * 999] * 30)
     assert much.argv == whole[:ARGV_LEN].decode().split("\0")
     deep = events["deep"]
-    assert deep.truncated
+    assert deep.truncated == ("cwd",)
     assert deep.exe == str(subject)
-    assert deep.cwd == "".join(f"/level-{level:02}" for level in range(6, 70))
+    assert deep.cwd == "".join(f"/level-{level:02}" for level in range(DEPTH - STEPS, DEPTH))
     for name, event in events.items():
-        assert event.truncated == (name in ("much", "deep")), name
+        assert bool(event.truncated) == (name in ("much", "deep")), name
     exits = {event.pid: event.exit_code for event in recording.of("process.exit")}
     assert exits == {pid: found[pid].argc for pid in pids.values()}

@@ -3,91 +3,97 @@
 from __future__ import annotations
 
 import mmap
-import os
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 
-from streamer.account import KernelCounters, LossLedger, missed_runs
-from streamer.events import CONTRACT, KINDS, RECORDS
+from streamer.account import KernelCounters, LossLedger, faults
+from streamer.events import KINDS
 from streamer.gaps import Loss
-from streamer.kernel.loader import STREAMS, counters_stride
+from streamer.kernel.loader import RINGS
+from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS
+from streamer.kernel.state import size_of
 from streamer.reports import account_line
 from streamer.sinks.memory import MemorySink
 from streamer.stream_events import CpuMark, KindCounts
 
-NUMBERS = {layout.kind: number for number, layout in RECORDS.items()}
-RINGS = {kind: info.stream for kind, info in KINDS.items()}
+RING_OF = {kind: info.ring for kind, info in KINDS.items()}
 AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}
 CPUS = 3
-Row = tuple[int, int, int]
-"""produced, filtered, lost"""
+Row = tuple[int, int, int, int]
+"""produced, filtered, shed, lost"""
 
 
 class Memory:
-    """What the programs would write: `struct cpu_counters` per CPU."""
+    """What the programs would write: the counters by CPU, and those by CPU and kind."""
 
     def __init__(self) -> None:
-        self.map = mmap.mmap(-1, CPUS * counters_stride())
+        self.cpus = mmap.mmap(-1, CPUS * size_of("cpu_counters"))
+        self.kinds = mmap.mmap(-1, CPUS * KIND_END * size_of("kind_counters"))
+
+    def counters(self) -> KernelCounters:
+        return KernelCounters(self.cpus, self.kinds, CPUS)
 
     def kind(self, cpu: int, kind: str, row: Row) -> None:
-        at = cpu * counters_stride() + AT["kinds"] + 24 * NUMBERS[kind]
-        struct.pack_into("<3Q", self.map, at, *row)
+        at = size_of("kind_counters") * (cpu * KIND_END + KIND_NUMBERS[kind])
+        struct.pack_into("<4Q", self.kinds, at, *row)
 
-    def streams(self, cpu: int, name: str, values: Mapping[str, int]) -> None:
-        at = cpu * counters_stride() + AT[name]
-        struct.pack_into("<2Q", self.map, at, *(values[ring] for ring in STREAMS))
+    def rings(self, cpu: int, name: str, values: Mapping[str, int]) -> None:
+        at = cpu * size_of("cpu_counters") + AT[name]
+        struct.pack_into("<2Q", self.cpus, at, *(values[ring] for ring in RINGS))
 
 
 def test_the_order_of_the_counters_is_that_of_the_contract() -> None:
-    assert [name for name, _, _ in CONTRACT["kind_counters"]] == ["produced", "filtered", "lost"]
-    assert [(offset, size) for _, offset, size in CONTRACT["kind_counters"]] == [
-        (0, 8),
-        (8, 8),
-        (16, 8),
-    ]
+    names = ("produced", "filtered", "shed", "lost")
+    assert CONTRACT["kind_counters"] == tuple((name, 8 * i, 8) for i, name in enumerate(names))
 
 
 def test_counts_of_a_kind_are_of_all_cpus() -> None:
     memory = Memory()
-    memory.kind(0, "file.open", (100, 10, 1))
-    memory.kind(2, "file.open", (200, 20, 2))
-    memory.kind(1, "net.close", (7, 0, 0))
-    counters = KernelCounters(memory.map, CPUS)
-    assert counters.of_kind(NUMBERS["file.open"]) == (300, 30, 3)
-    assert counters.kinds({"file.open": 250}) == {
-        "file.open": KindCounts(produced=300, filtered=30, lost=3, read=250),
-        "net.close": KindCounts(produced=7, filtered=0, lost=0, read=0),
+    memory.kind(0, "file.open", (100, 10, 30, 1))
+    memory.kind(2, "file.open", (200, 20, 0, 2))
+    memory.kind(1, "net.close", (7, 0, 0, 0))
+    counters = memory.counters()
+    assert counters.of_kind(KIND_NUMBERS["file.open"]) == (300, 30, 30, 3)
+    assert counters.kinds({"file.open": 230}) == {
+        "file.open": KindCounts(produced=300, filtered=30, shed=30, lost=3, read=230),
+        "net.close": KindCounts(produced=7, filtered=0, shed=0, lost=0, read=0),
     }
 
 
 def test_counts_of_the_largest_numbers() -> None:
     memory = Memory()
-    memory.kind(CPUS - 1, "net.close", (2**64 - 1, 2**63, 1))
-    counters = KernelCounters(memory.map, CPUS)
-    assert counters.of_kind(NUMBERS["net.close"]) == (2**64 - 1, 2**63, 1)
+    memory.kind(CPUS - 1, "net.close", (2**64 - 1, 2**63, 0, 1))
+    counters = memory.counters()
+    assert counters.of_kind(KIND_NUMBERS["net.close"]) == (2**64 - 1, 2**63, 0, 1)
 
 
 def test_kinds_that_never_happened_are_left_out() -> None:
-    assert KernelCounters(Memory().map, CPUS).kinds({}) == {}
+    assert Memory().counters().kinds({}) == {}
 
 
 def test_lost_of_one_cpu() -> None:
     memory = Memory()
-    memory.kind(1, "file.open", (9, 0, 4))
-    memory.kind(1, "net.connect", (9, 9, 0))
-    memory.kind(2, "file.open", (9, 0, 5))
-    counters = KernelCounters(memory.map, CPUS)
+    memory.kind(1, "file.open", (9, 0, 0, 4))
+    memory.kind(1, "net.connect", (9, 9, 0, 0))
+    memory.kind(2, "file.open", (9, 0, 0, 5))
+    counters = memory.counters()
     assert counters.lost(0) == {}
     assert counters.lost(1) == {"file.open": 4}
 
 
+def test_the_numbers_taken_per_ring_and_cpu() -> None:
+    memory = Memory()
+    memory.rings(0, "seq", {"critical": 5, "bulk": 0})
+    memory.rings(2, "seq", {"critical": 0, "bulk": 9})
+    assert memory.counters().seqs() == {"critical": [5, 0, 0], "bulk": [0, 0, 9]}
+
+
 def test_marks_are_of_the_rings_and_cpus_that_were_used() -> None:
     memory = Memory()
-    memory.streams(0, "seq", {"critical": 5, "bulk": 0})
-    memory.streams(2, "seq", {"critical": 0, "bulk": 9})
-    memory.streams(2, "skipped", {"critical": 0, "bulk": 2})
-    counters = KernelCounters(memory.map, CPUS)
+    memory.rings(0, "seq", {"critical": 5, "bulk": 0})
+    memory.rings(2, "seq", {"critical": 0, "bulk": 9})
+    memory.rings(2, "skipped", {"critical": 0, "bulk": 2})
+    counters = memory.counters()
     assert counters.marks({("critical", 0): 4}) == [
         CpuMark("critical", 0, seq=5, read=4, skipped=0),
         CpuMark("bulk", 2, seq=9, read=0, skipped=2),
@@ -98,31 +104,31 @@ def test_marks_are_of_the_rings_and_cpus_that_were_used() -> None:
 
 
 def ledger(memory: Memory) -> LossLedger:
-    return LossLedger(KernelCounters(memory.map, CPUS), RINGS)
+    return LossLedger(memory.counters(), RING_OF)
 
 
 def test_a_loss_is_of_the_kinds_that_found_no_room() -> None:
     memory = Memory()
-    memory.kind(0, "file.open", (50, 0, 30))
-    memory.kind(0, "net.close", (50, 0, 12))
+    memory.kind(0, "file.open", (50, 0, 0, 30))
+    memory.kind(0, "net.close", (50, 0, 0, 12))
     assert ledger(memory).kinds("bulk", Loss(0, 1, 42, 42)) == {"file.open": 30, "net.close": 12}
 
 
 def test_a_loss_is_told_once() -> None:
     """Each failed reserve belongs to one loss, also when more fail later."""
     memory = Memory()
-    memory.kind(0, "file.open", (50, 0, 30))
+    memory.kind(0, "file.open", (50, 0, 0, 30))
     told = ledger(memory)
     assert told.kinds("bulk", Loss(0, 1, 20, 20)) == {"file.open": 20}
-    memory.kind(0, "file.open", (70, 0, 45))
+    memory.kind(0, "file.open", (70, 0, 0, 45))
     assert told.kinds("bulk", Loss(0, 31, 55, 25)) == {"file.open": 25}
     assert told.kinds("bulk", Loss(0, 60, 60, 1)) == {}
 
 
 def test_a_loss_is_of_its_own_ring_and_cpu() -> None:
     memory = Memory()
-    memory.kind(0, "process.exec", (5, 0, 5))
-    memory.kind(1, "file.open", (5, 0, 5))
+    memory.kind(0, "process.exec", (5, 0, 0, 5))
+    memory.kind(1, "file.open", (5, 0, 0, 5))
     told = ledger(memory)
     assert told.kinds("bulk", Loss(0, 1, 5, 5)) == {}
     assert told.kinds("critical", Loss(0, 1, 5, 5)) == {"process.exec": 5}
@@ -131,28 +137,28 @@ def test_a_loss_is_of_its_own_ring_and_cpu() -> None:
 
 def test_kinds_never_add_up_to_more_than_the_loss() -> None:
     memory = Memory()
-    memory.kind(0, "file.open", (50, 0, 30))
-    memory.kind(0, "net.close", (50, 0, 30))
+    memory.kind(0, "file.open", (50, 0, 0, 30))
+    memory.kind(0, "net.close", (50, 0, 0, 30))
     found = ledger(memory).kinds("bulk", Loss(0, 1, 40, 40))
     assert sum(found.values()) == 40
 
 
 def test_the_rest_of_a_loss_is_of_unknown_kind() -> None:
     memory = Memory()
-    memory.kind(0, "file.open", (5, 0, 2))
+    memory.kind(0, "file.open", (5, 0, 0, 2))
     assert ledger(memory).kinds("bulk", Loss(0, 1, 3, 3)) == {"file.open": 2}
 
 
-# ------------------------------------------------------------------ runs left out
+# ------------------------------------------------------------------ faults
 
 
-def test_runs_left_out_of_what_is_no_program(tmp_path: Path) -> None:
-    """A descriptor without that information, or a closed one, is none."""
-    with (tmp_path / "file").open("w") as file:
-        number = file.fileno()
-        assert missed_runs({"on_exec": number}) == {}
-    assert missed_runs({"on_exec": number}) == {}
-    assert not os.path.exists(f"/proc/self/fd/{number}")
+def test_faults_are_told_by_name_if_there_are_any() -> None:
+    names = [name for name, _, _ in CONTRACT["enum fault"]]
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    assert faults(memory) == {}
+    struct.pack_into("<Q", memory, 8 * names.index("FAULT_LISTENERS_FULL"), 3)
+    struct.pack_into("<Q", memory, 8 * names.index("FAULT_NO_SLOT"), 2**64 - 1)
+    assert faults(memory) == {"listeners_full": 3, "no_slot": 2**64 - 1}
 
 
 # ------------------------------------------------------------------ the account in one line
@@ -168,8 +174,8 @@ def sink_with(delivered: dict[str, int], dropped: dict[str, int]) -> MemorySink:
 def test_the_account_in_one_line() -> None:
     """Events of the kernel alone: records of the stream are not counted."""
     kinds = {
-        "process.exec": KindCounts(produced=1000, filtered=100, lost=5, read=895),
-        "file.open": KindCounts(produced=2_000_000, filtered=0, lost=1, read=1_999_999),
+        "process.exec": KindCounts(produced=1000, filtered=100, shed=0, lost=5, read=895),
+        "file.open": KindCounts(produced=2_000_000, filtered=0, shed=0, lost=1, read=1_999_999),
     }
     sink = sink_with(
         {"process.exec": 895, "file.open": 1_999_990, "stream.heartbeat": 4}, {"file.open": 9}
@@ -180,11 +186,11 @@ def test_the_account_in_one_line() -> None:
 
 
 def test_the_account_of_several_sinks_and_of_what_was_not_read() -> None:
-    kinds = {"file.open": KindCounts(produced=10, filtered=0, lost=0, read=7)}
+    kinds = {"file.open": KindCounts(produced=13, filtered=0, shed=3, lost=0, read=7)}
     sinks = [sink_with({"file.open": 7}, {}), sink_with({}, {"file.open": 7})]
     assert account_line(kinds, sinks, 1) == (
-        "10 events in 1.0 s; memory: 7 delivered, 0 dropped; memory: 0 delivered, 7 dropped; "
-        "0 filtered, 0 lost; 3 not read"
+        "13 events in 1.0 s; memory: 7 delivered, 0 dropped; memory: 0 delivered, 7 dropped; "
+        "0 filtered, 0 lost; 3 shed; 3 not read"
     )
 
 

@@ -233,10 +233,10 @@ def test_a_glob_names_where_it_is_from(tmp_path: Path) -> None:
 def test_events_lists_every_kind_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["kind", "stream", "default", "meaning"]
+    assert head.split() == ["kind", "ring", "default", "meaning"]
     listed = {row.split()[0]: tuple(row.split()[1:3]) for row in rows}
     assert listed == {
-        **{k: (info.stream, "on" if k in DEFAULT else "off") for k, info in KINDS.items()},
+        **{k: (info.ring, "on" if k in DEFAULT else "off") for k, info in KINDS.items()},
         **{kind: ("agent", "always") for kind in STREAM_KINDS},
     }
     column = head.index("meaning")
@@ -247,10 +247,11 @@ def test_events_lists_every_kind_with_its_default(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("kind", [*KINDS, *STREAM_KINDS])
 def test_events_of_a_kind_shows_every_field(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", kind]) == 0
-    head, empty, columns, *rows = capsys.readouterr().out.splitlines()
+    head, *unseen, table = capsys.readouterr().out.split("\n\n")
+    columns, *rows = table.splitlines()
     info = cli_text.all_kinds()[kind]
-    assert head.startswith(f"{kind} ({info.stream}, ")
-    assert empty == ""
+    assert head.startswith(f"{kind} ({info.ring}, ")
+    assert unseen == ([f"Never observed: {'; '.join(info.unseen)}."] if info.unseen else [])
     assert columns.split() == ["field", "type", "meaning"]
     struct: Any = info.struct
     assert [row.split()[0] for row in rows] == list(struct.__struct_fields__)
@@ -273,8 +274,9 @@ def test_events_of_a_kind_says_when_it_is_on(kind: str, when: str) -> None:
 def test_events_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "--json", "process.exec", "file.open"]) == 0
     exec_, open_ = json.loads(capsys.readouterr().out)
-    assert (exec_["kind"], exec_["stream"], exec_["default"]) == ("process.exec", "critical", True)
+    assert (exec_["kind"], exec_["ring"], exec_["default"]) == ("process.exec", "critical", True)
     assert (open_["kind"], open_["default"]) == ("file.open", False)
+    assert "open_by_handle_at" in open_["unseen"]
     path = {"name": "path", "type": "string"}
     assert path.items() <= next(f for f in open_["fields"] if f["name"] == "path").items()
 
@@ -323,8 +325,12 @@ def report(**statuses: str) -> CheckReport:
         "capabilities": {"CAP_BPF": True, "CAP_PERFMON": False},
         "features": {"btf": "yes"},
         "programs": [
-            {"name": "on_exec", "hook": "tp_btf/sched_process_exec", "kinds": ["process.exec"],
-             "status": "failed", "reason": "line one\nline two"},
+            {"name": name, "sensor": "process", "hook": "exec", "way": way, "status": status,
+             "kinds": ["process.exec"], "reason": reason}
+            for name, way, status, reason in (
+                ("on_exec", "tp_btf/sched_process_exec", "failed", "line one\nline two"),
+                ("on_exec_untyped", "raw_tp/sched_process_exec", "spare", ""),
+            )
         ],
         "kinds": {
             kind.replace("_", "."): {"status": status, "reason": "" if status == "full" else "why"}
@@ -363,8 +369,8 @@ def test_the_report_of_check_for_people() -> None:
         "feature  found\n"
         "btf      yes\n"
         "\n"
-        "program  hook                       kinds         status  reason\n"
-        "on_exec  tp_btf/sched_process_exec  process.exec  failed  line one\\nline two\n"
+        "hook  attached to                kinds         status  reason\n"
+        "exec  tp_btf/sched_process_exec  process.exec  failed  line one\\nline two\n"
         "\n"
         "event         status   reason\n"
         "process.exec  full\n"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from msgspec import inspect
 
-from streamer import config, config_docs, config_words
+from streamer import config, config_docs, config_words, events
 from streamer.config import Overrides, load, merge, parse_sink
 from streamer.errors import ConfigError
 from streamer.selection import DEFAULT_EVENTS, select
@@ -30,8 +30,8 @@ from streamer.settings import (
 
 KINDS = ("process.exec", "process.fork", "process.exit", "file.open", "net.connect", "net.close")
 ROOT_KEYS = (
-    "btf, drop_capabilities, events, filters, format, grace_seconds, heartbeat_seconds, host, "
-    "log_level, rings, sinks"
+    "btf, events, filters, format, grace_seconds, heartbeat_seconds, host, kernel, "
+    "log_level, rings, sinks, user"
 )
 SINKS = '"stdout", "file", "kafka", "mqtt", "memory"'
 PAGE = mmap.PAGESIZE
@@ -53,7 +53,10 @@ MISTAKES = [
         "rings.drain_records: found true (boolean), allowed: an integer from 1 to 65536",
     ),
     ("rings = 3", "rings: found 3 (integer), allowed: a table"),
-    ("drop_capabilities = 1", "drop_capabilities: found 1 (integer), allowed: true or false"),
+    (
+        MQTT + "tls.verify_hostname = 1",
+        "sinks[0].tls.verify_hostname: found 1 (integer), allowed: true or false",
+    ),
     ('events = "x"', 'events: found "x" (string), allowed: an array (each: a non-empty string)'),
     ("btf = []", "btf: found an empty array, allowed: a non-empty string"),
     (
@@ -150,7 +153,27 @@ MISTAKES = [
         f'host: found "{"x" * 57}..." (string), '
         "allowed: a name of letters, digits, '.', '_' and '-'",
     ),
+    (
+        "kernel.connections = 1000",
+        "kernel.connections: found 1000 (integer), allowed: an integer from 1024 to 4194304",
+    ),
+    (
+        "kernel.sample = 10",
+        "kernel.sample: found 10 (integer), allowed: a table (each: an integer from 1 to 1048576)",
+    ),
+    (
+        'kernel.sample = {"net.close" = 5, "net.accept" = true}',
+        'kernel.sample."net.accept": found true (boolean), allowed: an integer from 1 to 1048576',
+    ),
+    (
+        'kernel.sample = {"file.open" = 0}',
+        'kernel.sample."file.open": found 0 (integer), allowed: an integer from 1 to 1048576',
+    ),
     # impossible
+    (
+        'kernel.sample = {"file.opne" = 10}',
+        f'kernel.sample: found "file.opne" (string), allowed: {", ".join(sorted(events.KINDS))}',
+    ),
     (
         f"rings.bulk_bytes = {PAGE * 3}",
         f"rings.bulk_bytes: found {PAGE * 3} (integer), "

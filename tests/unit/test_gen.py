@@ -1,9 +1,11 @@
-"""One definition of an event: what is derived from `bpf/events.h`, and what is refused there."""
+"""One definition of an event: what is derived from `bpf/`, and what is refused there."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,47 +14,55 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
 import pytest
 
-from streamer import _records, events, gen, records_py
+from streamer import _records, events, records_py
 from streamer.errors import ContractError
+from streamer.gen.files import outputs
+from streamer.gen.sensors import read_sensor
+from streamer.kernel import objects
 from streamer.kernel.btf import Btf
 from streamer.kernel.contract import compare, contract_of
-from streamer.kernel.loader import OBJECT
 from tests.bpf_variant import ROOT, Change, Variant
-from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, Case, constants, load
+from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, Case, constants, load, published
 
 LAST_OF_EXIT = (
     '	__u8 core_dumped AS("bool") DOC("whether a core was dumped");\n	__u8 pad[7] HIDDEN;\n'
 )
 ANSWER = '	__u64 answer DOC("the answer, in units of \\"one\\"");\n'
-# Without the programs, which have no part in what a record looks like, compiling is quick.
-NO_PROGRAMS = (
-    '#include "process.bpf.c"\n#include "file.bpf.c"\n#include "net.bpf.c"\n',
-    '#include "maps.bpf.h"\n',
-)
+OBJECTS = ROOT / "streamer" / "bpf"
+CORE = ("core",)
+"""Without the sensors, which have no part in what a record looks like, compiling is quick."""
 
-Make = Callable[[Mapping[str, Change]], Variant]
+Make = Callable[[Mapping[str, Change | list[Change]]], Variant]
 
 
 @pytest.fixture
 def variant(tmp_path: Path) -> Make:
-    return lambda changes: Variant(tmp_path / "variant", changes)
+    return lambda changes: Variant(tmp_path / "variant", changes, CORE)
 
 
 def generate(made: Variant, *options: str) -> subprocess.CompletedProcess[str]:
     """The command that derives everything, for another source tree."""
-    command = [sys.executable, "-m", "streamer.gen", "--object", str(made.object)]
+    command = [sys.executable, "-m", "streamer.gen", "--objects", str(made.objects)]
     command += ["--root", str(made.root), *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def generated(made: Variant) -> ModuleType:
-    """The `events.py` of another source tree, as a module."""
-    name = "streamer_events_of_a_test"
-    place = made.root / "streamer" / "events.py"
-    spec = importlib.util.spec_from_file_location(name, place)
+def refusal(made: Variant) -> str:
+    """What the command says when it refuses the tree: one line, and nothing is written."""
+    ended = generate(made)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1
+    assert line.startswith("gen: ")
+    assert not (made.root / "schemas").exists()
+    return line
+
+
+def generated(made: Variant, place: str = "streamer/events.py") -> ModuleType:
+    """A module that was generated for another source tree."""
+    name = "streamer_of_a_test_" + Path(place).stem
+    spec = importlib.util.spec_from_file_location(name, made.root / place)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -80,10 +90,11 @@ def test_a_field_more_is_one_line_and_one_command(with_answer: Variant) -> None:
     assert module.ProcessExit.__annotations__["answer"].startswith("Annotated[int,")
     number, old = next((n, r) for n, r in events.RECORDS.items() if r.kind == "process.exit")
     layout = module.RECORDS[number]
-    assert layout.size == old.size + 8
+    assert (layout.size, layout.max_size) == (old.size + 8, old.max_size + 8)
     assert layout.fields[-1] == ("answer", "u64", old.size, None)
     assert module.KINDS["process.exit"].fields[-1] == ("answer", "integer", doc)
-    assert module.CONTRACT["process_exit"][-1] == ("answer", old.size, 8)
+    contract = generated(with_answer, "streamer/kernel/objects.py").CONTRACT
+    assert contract["process_exit"][-1] == ("answer", old.size, 8)
     schema = json.loads((with_answer.root / "schemas" / "process.exit.json").read_text())
     assert schema["properties"]["answer"] == {"type": "integer", "description": doc}
     assert "answer" in schema["required"]
@@ -103,8 +114,8 @@ def with_more(record: bytes, more: bytes) -> bytes:
 
 
 def decode(reader: ModuleType, module: ModuleType, case: Case, record: bytes) -> Any:
-    prefix = f"{ID_PREFIX}-{case.stream}"
-    decoder = reader.Decoder(module.HEADER, module.RECORDS, constants(case.stream), prefix)
+    prefix = f"{ID_PREFIX}-{case.ring}"
+    decoder = reader.Decoder(module.HEADER, module.RECORDS, constants(case.ring), prefix)
     decoder.clock_offset_ns = CLOCK_OFFSET_NS
     return decoder.decode(record)
 
@@ -115,28 +126,55 @@ def test_a_record_with_the_field_is_decoded(with_answer: Variant, reader: Module
     case = exit_case()
     record = with_more(case.record, (42).to_bytes(8, "little"))
     new = decode(reader, generated(with_answer), case, record)
-    assert msgspec.to_builtins(new) == {**case.event, "answer": 42}
-    assert msgspec.to_builtins(decode(reader, events, case, record)) == case.event
+    assert published(new) == {**case.event, "answer": 42}
+    assert published(decode(reader, events, case, record)) == case.event
 
 
 def test_the_loader_names_what_disagrees(with_answer: Variant) -> None:
-    found = contract_of(Btf.of_object(with_answer.object))
-    with pytest.raises(ContractError, match=r"process_exit: .*8 members, .*7; run `make gen`"):
-        compare(found, events.CONTRACT)
-    compare(found, generated(with_answer).CONTRACT)
+    found = contract_of(Btf.of_object(with_answer.objects / "core.bpf.o"))
+    with pytest.raises(ContractError, match=r"process_exit: .*9 members, .*8; run `make gen`"):
+        compare(found, objects.CONTRACT)
+    compare(found, generated(with_answer, "streamer/kernel/objects.py").CONTRACT)
+
+
+def examples() -> list[str]:
+    """The pieces of C in CONTRIBUTING.md, without their indentation."""
+    lines = (ROOT / "CONTRIBUTING.md").read_text().splitlines()
+    text = "\n".join(line[7:] if line.startswith(" " * 7) or not line else "@" for line in lines)
+    return [block.strip() for block in re.split("@+", text) if block.strip()]
+
+
+def test_the_example_of_a_kind_is_true(tmp_path: Path) -> None:
+    """One struct, one hook, one command, as CONTRIBUTING.md says."""
+    definition, hook, _ = examples()
+    number, struct_, line = re.split(r"\n\n(?=struct)", definition)
+    changes: dict[str, Change | list[Change]] = {
+        "events.h": [
+            ("	KIND_END,", f"	{number}\n	KIND_END,"),
+            (EVERY_RECORD, f"{struct_}\n\n{EVERY_RECORD}"),
+            ("	struct net_close net_close;", f"	struct net_close net_close;\n	{line}"),
+        ],
+        "process.bpf.c": ("struct exit_key {", hook + "\n\nstruct exit_key {"),
+    }
+    made = Variant(tmp_path / "variant", changes, ("core", "process"))
+    assert generate(made).returncode == 0
+    info = generated(made).KINDS["process.chdir"]
+    assert (info.ring, info.doc) == ("bulk", "A call of fchdir returned.")
+    process = generated(made, "streamer/kernel/objects.py").SENSORS["process"]
+    assert [p.name for p in process.programs if "process.chdir" in p.kinds] == ["on_fchdir_exit"]
 
 
 # ---------------------------------------------------------------- stale or not
 
 
 def test_what_is_committed_is_up_to_date() -> None:
-    """With the compiled object that is there, nothing would be written."""
-    assert [path for path, text in gen.outputs(OBJECT, ROOT) if path.read_text() != text] == []
+    """With the compiled objects that are there, nothing would be written."""
+    assert [path for path, text in outputs(OBJECTS, ROOT) if path.read_text() != text] == []
 
 
-def test_the_compiled_object_is_of_these_sources(variant: Make) -> None:
+def test_the_compiled_objects_are_of_these_sources(variant: Make) -> None:
     made = variant({})
-    assert contract_of(Btf.of_object(made.object)) == events.CONTRACT
+    assert contract_of(Btf.of_object(made.objects / "core.bpf.o")) == objects.CONTRACT
 
 
 def test_a_second_run_writes_nothing(with_answer: Variant) -> None:
@@ -147,17 +185,18 @@ def test_a_second_run_writes_nothing(with_answer: Variant) -> None:
 
 def test_check_names_every_stale_file_and_writes_none(with_answer: Variant) -> None:
     root = with_answer.root
-    stale = [root / "streamer/events.py", root / "docs/events.md", root / "schemas/net.close.json"]
-    for path in stale[:2]:
+    stale = [root / "streamer/events.py", root / "streamer/kernel/objects.py"]
+    stale += [root / "docs/events.md", root / "schemas/net.close.json"]
+    for path in stale[:3]:
         path.write_text(path.read_text() + "\n# changed by hand\n")
-    stale[2].unlink()
+    stale[3].unlink()
     checked = generate(with_answer, "--check")
     assert checked.returncode == 1
     assert sorted(checked.stdout.splitlines()) == sorted(
         f"gen: {path} is stale: run `make gen`" for path in stale
     )
     assert "# changed by hand" in stale[0].read_text()
-    assert not stale[2].exists()
+    assert not stale[3].exists()
     assert generate(with_answer).returncode == 0
     assert generate(with_answer, "--check").returncode == 0
 
@@ -171,6 +210,249 @@ def test_generated_schemas_are_of_every_kind() -> None:
         assert schema["required"] == list(properties)
         assert properties["event"] == {"enum": [kind]}
         assert all(p["description"] for name, p in properties.items() if name != "event")
+
+
+# ---------------------------------------------------------------- kinds with and without a task
+
+PACKET = """struct xdp_drop {
+	struct event_base base;
+	__u32 interface DOC("index of the interface");
+	__u16 name_len AS("str:name") DOC("its name");
+	__u8 pad[2] HIDDEN;
+	__u8 data[256] HIDDEN;
+} RING("bulk") DOC("A packet was dropped.") UNSEEN("packets of others|what a driver drops");
+
+"""
+EVERY_RECORD = "/* Every record:"
+
+
+@pytest.fixture
+def with_packet(variant: Make) -> ModuleType:
+    """The events with a kind more, that has no task."""
+    changes = [
+        ("	KIND_END,", "	KIND_XDP_DROP = 40,\n	KIND_END,"),
+        (EVERY_RECORD, PACKET + EVERY_RECORD),
+        (
+            "	struct net_close net_close;",
+            "	struct net_close net_close;\n	struct xdp_drop xdp_drop;",
+        ),
+    ]
+    made = variant({"events.h": changes})
+    assert generate(made).returncode == 0
+    page = (made.root / "docs" / "events.md").read_text()
+    assert "A packet was dropped. Ring: bulk. It has no task.\n" in page
+    assert "\nNever observed: packets of others; what a driver drops.\n" in page
+    return generated(made)
+
+
+def test_a_kind_without_a_task_has_no_fields_of_one(with_packet: ModuleType) -> None:
+    module, layout = with_packet, with_packet.RECORDS[40]
+    assert module.XdpDrop.__mro__[1] is module.Event
+    assert module.XdpDrop.__struct_fields__ == (
+        *module.Event.__struct_fields__,
+        "interface",
+        "name",
+    )
+    assert (layout.size, layout.max_size) == (40, 40 + 256)
+    info = module.KINDS["xdp.drop"]
+    assert (info.ring, info.unseen) == ("bulk", ("packets of others", "what a driver drops"))
+    assert [field.name for field in info.fields] == list(module.XdpDrop.__struct_fields__)
+
+
+@pytest.mark.parametrize("reader", [_records, records_py], ids=["compiled", "twin"])
+def test_a_record_without_a_task_is_decoded(with_packet: ModuleType, reader: ModuleType) -> None:
+    decoder = reader.Decoder(with_packet.HEADER, with_packet.RECORDS, constants("bulk"), "p")
+    base = struct.pack("<QQIIHHBBBB", 7, 3, 44, 10, 40, 1, 0, 1, 1, 1)
+    event = decoder.decode(base + struct.pack("<IHH", 5, 4, 0) + b"eth\xc3")
+    assert (event.boot_ns, event.seq, event.weight, event.cpu, event.ring) == (7, 3, 10, 1, "bulk")
+    assert (event.interface, event.name) == (5, "eth")
+    assert (event.truncated, event.incomplete, event.invalid_utf8) == (("name",), True, False)
+
+
+def test_what_every_event_begins_with() -> None:
+    """The order is published, and consumers may rely on it."""
+    assert events.Event.__struct_fields__ == (
+        "schema", "id", "time_ns", "boot_ns", "host", "boot_id", "ring", "seq", "cpu", "weight",
+        "truncated", "incomplete", "invalid_utf8",
+    )  # fmt: skip
+    task = [name for name, _, _ in objects.CONTRACT["event_task"] if name != "pad"]
+    own = events.TaskEvent.__struct_fields__[len(events.Event.__struct_fields__) :]
+    assert list(own) == task
+    for layout in events.RECORDS.values():
+        assert issubclass(layout.struct, events.TaskEvent)
+        members = objects.CONTRACT[layout.kind.replace(".", "_")]
+        _, offset, size = members[-1]
+        assert layout.max_size == offset + size
+        assert layout.size == (offset if members[-1][0] == "data" else layout.max_size)
+
+
+def test_the_strings_that_can_be_cut_are_those_of_the_record() -> None:
+    for layout in events.RECORDS.values():
+        (cut,) = [field for field in layout.fields if field.op == "cut"]
+        strings = tuple(f.name for f in layout.fields if f.op in ("str", "argv"))
+        assert (cut.name, cut.argument) == ("truncated", strings)
+
+
+# ---------------------------------------------------------------- objects.py
+
+
+def compiled(directory: Path = OBJECTS) -> dict[str, Btf]:
+    paths = directory.glob("*.bpf.o")
+    return {path.name.removesuffix(".bpf.o"): Btf.of_object(path) for path in paths}
+
+
+def test_the_sensors_are_the_compiled_objects() -> None:
+    assert next(iter(objects.SENSORS)) == "core"
+    assert objects.SENSORS.keys() == compiled().keys()
+    emitted = [k for s in objects.SENSORS.values() for p in s.programs for k in p.kinds]
+    assert set(emitted) == events.KINDS.keys()
+
+
+def test_the_numbers_of_the_kinds() -> None:
+    numbers = {layout.kind: number for number, layout in events.RECORDS.items()}
+    assert numbers == objects.KIND_NUMBERS
+    assert max(numbers.values()) + 1 == objects.KIND_END
+
+
+@pytest.mark.parametrize("name", list(objects.SENSORS))
+def test_programs_are_in_the_order_of_the_source(name: str) -> None:
+    """Which is the order of preference, where several are of one hook."""
+    sensor = objects.SENSORS[name]
+    source = (ROOT / "bpf" / f"{name}.bpf.c").read_text()
+    # Some are made by macros, from a part of their name.
+    words = [program.name for program in sensor.programs]
+    found = [match.start() for word in words if (match := re.search(rf"\b{word}\b", source))]
+    assert found == sorted(found)
+    hooks = [program.hook for program in sensor.programs]
+    assert sorted(hooks, key=hooks.index) == hooks  # the ways to one thing are beside each other
+    order = Btf.of_object(OBJECTS / f"{name}.bpf.o").functions()
+    assert [word for _, word in order if word in words] == words
+
+
+@pytest.mark.parametrize("name", list(objects.SENSORS))
+def test_the_objects_for_kernels_without_btf_say_the_same(name: str) -> None:
+    btf = compiled(OBJECTS / "nobtf")[name]
+    assert contract_of(btf) == objects.CONTRACT
+    assert read_sensor(name, btf, objects.SENSORS["core"]) == objects.SENSORS[name]
+
+
+def test_the_privileged_process_imports_little() -> None:
+    code = "import sys, streamer.kernel.objects; print(*sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(ended.stdout.split())
+    assert "streamer.kernel.tags" in loaded
+    assert not loaded & {"msgspec", "streamer.events", "streamer.layout", "asyncio"}
+
+
+SOURCE = """// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+#include "core/filter.bpf.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} table SEC(".maps") TABLE;
+
+SEC("raw_tp/one") ONE
+int zebra(void *ctx)
+{
+	return bpf_get_smp_processor_id();
+}
+
+SEC("raw_tp/two") TWO
+int ant(void *ctx)
+{
+	return bpf_get_smp_processor_id() + 1;
+}
+
+SEC("raw_tp/three")
+int silent(void *ctx)
+{
+	return bpf_get_smp_processor_id() + 2;
+}
+"""
+
+
+def sensor_of(directory: Path, **tags: str) -> Variant:
+    """A tree with the core and one sensor, whose programs and map have those tags."""
+    text = SOURCE
+    for place in ("TABLE", "ONE", "TWO"):
+        text = text.replace(f" {place}", f" {tags.get(place, '')}", 1)
+    return Variant(directory, {}, CORE, {"zoo.bpf.c": text})
+
+
+def test_what_programs_and_maps_say_of_themselves(tmp_path: Path) -> None:
+    made = sensor_of(
+        tmp_path / "zoo",
+        ONE='EMITS("net.close,file.open") HOOK("door") NEEDS("no function:f,option:o,x86_64")',
+        TWO='EMITS("net.close") DOC("what \\"ants\\" do") NEEDS("interface")',
+        TABLE='SIZED("table:guests") NEEDS("option:o")',
+    )
+    assert generate(made).returncode == 0
+    zoo = generated(made, "streamer/kernel/objects.py").SENSORS["zoo"]
+    assert zoo.programs == (
+        ("zebra", "door", ("net.close", "file.open"), "", ("no function:f", "option:o", "x86_64")),
+        ("ant", "ant", ("net.close",), 'what "ants" do', ("interface",)),
+    )
+    assert [one for one in zoo.maps if not one.shared] == [
+        ("table", "table:guests", False, ("option:o",))
+    ]
+    shared = {one for one in zoo.maps if one.shared}
+    assert shared == set(objects.SENSORS["core"].maps)
+
+
+TAG_MISTAKES = {
+    "no such kind": (
+        {"ONE": 'EMITS("net.close,net.nap")'},
+        'zoo.bpf.c: zebra: EMITS("net.nap"), which is no kind',
+    ),
+    "hook without kinds": ({"TWO": 'HOOK("door")'}, "ant: HOOK or NEEDS without EMITS"),
+    "needs without kinds": ({"TWO": 'NEEDS("rate")'}, "ant: HOOK or NEEDS without EMITS"),
+    "no such need": (
+        {"ONE": 'EMITS("net.close") NEEDS("x86_64,funktion:f")'},
+        'zebra: NEEDS("funktion:f"), which tags.h does not know',
+    ),
+    "need of nothing": (
+        {"ONE": 'EMITS("net.close") NEEDS("no option:")'},
+        'zebra: NEEDS("no option:"), which tags.h does not know',
+    ),
+    "need of a map": ({"TABLE": 'NEEDS("luck")'}, 'table: NEEDS("luck"), which tags.h'),
+    "no such size": ({"TABLE": 'SIZED("cpu")'}, 'table: SIZED("cpu"), which tags.h'),
+    "shared by no one": ({"TABLE": "SHARED"}, "table: SHARED, and the object core has no such"),
+}
+
+
+@pytest.mark.parametrize(("tags", "message"), TAG_MISTAKES.values(), ids=TAG_MISTAKES.keys())
+def test_a_mistake_in_a_tag_is_named(tmp_path: Path, tags: dict[str, str], message: str) -> None:
+    made = sensor_of(tmp_path / "zoo", **tags)
+    assert message in generate(made).stderr
+
+
+def test_an_object_without_the_contract_is_named(tmp_path: Path) -> None:
+    made = Variant(tmp_path / "odd", {}, CORE, {"odd.bpf.c": '#include "core/core.bpf.h"\n'})
+    assert (
+        refusal(made) == f"gen: {made.objects}/odd.bpf.o: the BPF object has no struct path_prefix"
+    )
+
+
+def test_an_object_of_other_sources_is_named(with_answer: Variant) -> None:
+    """Such as one that was left by an older version."""
+    left = with_answer.objects / "older.bpf.o"
+    shutil.copy(OBJECTS / "core.bpf.o", left)
+    ended = generate(with_answer)
+    assert ended.returncode == 1
+    expected = f"gen: {left} is of other sources than core.bpf.o: process_exit: the object has 8"
+    assert ended.stderr.startswith(expected)
+
+
+def test_without_the_core(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"cannot read the BPF object .*/core\.bpf\.o: No such"):
+        list(outputs(tmp_path, tmp_path))
 
 
 # ---------------------------------------------------------------- mistakes in events.h
@@ -228,15 +510,37 @@ MISTAKES = {
         '	__u64 from DOC("a");\n',
         "process_exit: 'from' cannot be the name of a field",
     ),
-    "no STREAM": (
-        '} STREAM("critical") DOC("The last thread of a process ended.");',
+    "no RING": (
+        '} RING("critical") DOC("The last thread of a process ended.");',
         '} DOC("The last thread of a process ended.");',
-        "struct process_exit needs STREAM and DOC",
+        "struct process_exit needs RING and DOC",
     ),
-    "no header": (
-        "struct process_fork {\n	struct event_header header;\n",
+    "no such ring": (
+        '} RING("critical") DOC("The last thread of a process ended.");',
+        '} RING("golden") DOC("The last thread of a process ended.");',
+        'struct process_exit: RING("golden"), which is none of enum event_ring',
+    ),
+    "no base": (
+        "struct process_fork {\n	struct event_base base;\n",
         "struct process_fork {\n",
-        "process_fork must begin with `struct event_header header`",
+        "process_fork must begin with `struct event_base base`",
+    ),
+    "task elsewhere": (
+        "struct process_fork {\n	struct event_base base;\n	struct event_task task;\n",
+        "struct process_fork {\n	struct event_base base;\n	__u64 first HIDDEN;\n"
+        '	struct event_task task DOC("who");\n',
+        'struct process_fork: task: cannot publish as ":"',
+    ),
+    "strings without data": (
+        ANSWER,
+        '	__u16 answer AS("str:word") DOC("a");\n	__u8 pad2[6] HIDDEN;\n',
+        "struct process_exit: strings, and no `data` at its end",
+    ),
+    "nine strings": (
+        ANSWER,
+        "".join(f'	__u16 s{i} AS("str:text{i}") DOC("a");\n' for i in range(9))
+        + "	__u8 pad2[6] HIDDEN;\n	__u8 data[64] HIDDEN;\n",
+        "struct process_exit: 9 strings, more than 8",
     ),
     "kind without a struct": (
         "	KIND_FILE_OPEN = 16,",
@@ -244,14 +548,24 @@ MISTAKES = {
         "the BPF object has no struct file_shut",
     ),
     "header of another width": (
-        '	__u32 size HIDDEN DOC("bytes of this record");\n	__u16 kind',
-        '	__u64 size HIDDEN DOC("bytes of this record");\n	__u16 kind',
-        "event_header.size must be there and have 4 bytes",
+        "	__u32 size HIDDEN",
+        "	__u64 size HIDDEN",
+        "event_base.size must be there and have 4 bytes",
     ),
-    "padding in the header": (
+    "base without what is published": (
+        '	__u32 weight DOC("',
+        '	__u32 weight HIDDEN DOC("',
+        "event_base.weight must be there and be published",
+    ),
+    "base without flags": (
+        "	__u8 flags HIDDEN",
+        "	__u8 marks HIDDEN",
+        "event_base.flags must be there",
+    ),
+    "padding in the task block": (
         "	char comm[COMM_LEN]",
         '	__u8 more DOC("a");\n	char comm[COMM_LEN]',
-        "event_header: padding at the end",
+        "event_task: padding at the end",
     ),
 }
 
@@ -261,13 +575,7 @@ def test_a_mistake_is_named(variant: Make, old: str, new: str, message: str) -> 
     """In one line, with the struct and the field; nothing is written."""
     if old == ANSWER:
         old, new = LAST_OF_EXIT, LAST_OF_EXIT + new
-    made = variant({"events.h": (old, new), "streamer.bpf.c": NO_PROGRAMS})
-    ended = generate(made)
-    (line,) = ended.stderr.splitlines()
-    assert ended.returncode == 1
-    assert line.startswith("gen: ")
-    assert message in line
-    assert not (made.root / "schemas").exists()
+    assert message in refusal(variant({"events.h": (old, new)}))
 
 
 def test_no_object(tmp_path: Path) -> None:

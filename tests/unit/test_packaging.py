@@ -30,6 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # What a checkout holds besides its sources.
 MADE = ("__pycache__", "*.so", "*.o", "*.egg-info", "build", "dist", ".?*")
+OBJECTS = {
+    f"streamer/bpf/{place}{source.stem}.o"
+    for source in (ROOT / "bpf").glob("*.bpf.c")
+    if not source.name.startswith(("bench", "test"))
+    for place in ("", "nobtf/")
+}
 
 Require = Callable[[object, str], None]
 
@@ -147,17 +153,22 @@ def test_an_object_is_stale_when_absent_or_older_than_an_input(tmp_path: Path) -
     assert is_stale(tmp_path / "absent.o", [old])
 
 
-def test_only_programs_of_their_own_are_compiled() -> None:
+def test_every_program_is_compiled_and_those_for_tests_only_when_asked() -> None:
     module = bpf_build()
-    names = ("file.bpf.c", "streamer.bpf.c", "bench.bpf.c", "test_load.bpf.c")
-    sources = [module.SOURCES / name for name in names]
-    packaged = module.PACKAGED / "streamer.bpf.o"
-    assert list(module.outputs(sources, False).values()) == [packaged]
-    assert list(module.outputs(sources, True).values()) == [
-        packaged,
-        module.UNPACKAGED / "bench.bpf.o",
-        module.UNPACKAGED / "test_load.bpf.o",
+    core, file, bench, test = [
+        module.SOURCES / f"{name}.bpf.c" for name in ("core", "file", "bench", "test_load")
     ]
+    packaged = {
+        module.PACKAGED / "core.bpf.o": core,
+        module.PACKAGED / "nobtf" / "core.bpf.o": core,
+        module.PACKAGED / "file.bpf.o": file,
+        module.PACKAGED / "nobtf" / "file.bpf.o": file,
+    }
+    assert module.outputs([core, file, bench, test], False) == packaged
+    assert module.outputs([core, file, bench, test], True) == packaged | {
+        module.UNPACKAGED / "bench.bpf.o": bench,
+        module.UNPACKAGED / "test_load.bpf.o": test,
+    }
 
 
 def test_clang_is_asked_for_only_when_something_is_to_be_compiled(
@@ -174,7 +185,8 @@ def test_clang_is_asked_for_only_when_something_is_to_be_compiled(
     assert "no-clang-here is not installed" in refused.stderr
     assert "apt-get install clang" in refused.stderr
 
-    assert run(*build, cwd=copy).stdout == "compiled streamer/bpf/streamer.bpf.o\n"
+    built = {f"compiled {path}" for path in OBJECTS}
+    assert set(run(*build, cwd=copy).stdout.splitlines()) == built
     assert run(*build, cwd=copy, environ=no_clang).returncode == 0
 
 
@@ -196,7 +208,8 @@ def test_the_wheel_carries_programs_and_module_and_no_sources(wheel: Path) -> No
     package = {name for name in names if name.startswith("streamer/")}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     modules = {f"streamer/_record{end}" for end in (f"s{suffix}", f"_batch{suffix}")}
-    assert {"streamer/bpf/streamer.bpf.o", "streamer/py.typed"} | modules <= package
+    assert {*OBJECTS, "streamer/py.typed"} | modules <= package
+    assert {name for name in package if name.startswith("streamer/bpf/")} == OBJECTS
     assert {"streamer/_records.pyi", "streamer/_record_batch.pyi"} <= package
     assert not {name for name in names if name.endswith((".c", ".h", ".pyc"))}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"streamer"}
@@ -219,8 +232,9 @@ def test_the_wheel_names_its_licences(wheel: Path) -> None:
 
 
 def test_the_programs_do_not_say_where_they_were_built(wheel: Path, checkout: Path) -> None:
-    built = zipfile.ZipFile(wheel).read("streamer/bpf/streamer.bpf.o")
-    assert os.fsencode(checkout) not in built
+    with zipfile.ZipFile(wheel) as archive:
+        for name in OBJECTS:
+            assert os.fsencode(checkout) not in archive.read(name)
 
 
 def test_kernel_sources_are_dual_licensed() -> None:

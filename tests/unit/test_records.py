@@ -38,10 +38,10 @@ HEADER = {
     "kind": 20,
     "cpu": 22,
     "skipped": 24,
-    "flags": 26,
+    "cut": 25,
     "header_size": 32,
 }
-HEADER_FORMAT = struct.Struct("<QQIHHHB5x")
+HEADER_FORMAT = struct.Struct("<QQIHHBBB5x")
 CONSTANTS = {"host": "host-1", "schema": 1}
 PREFIX = "boot-bulk"
 SAMPLE, FORK = 7, 2
@@ -55,7 +55,8 @@ class Sample(msgspec.Struct, tag_field="event", tag="test.sample", gc=False):
     boot_ns: int
     cpu: int
     seq: int
-    truncated: bool
+    truncated: tuple[str, ...]
+    incomplete: bool
     invalid_utf8: bool
     line: str
     a_u8: int
@@ -82,6 +83,7 @@ class Fork(msgspec.Struct, tag_field="event", tag="test.fork", gc=False, frozen=
 
 
 NAMES = ("none", "one", "two")
+STRINGS = ("first", "argv", "last")
 SAMPLE_FIELDS = (
     FieldLayout("id", "id", 0, None),
     FieldLayout("host", "const", 0, "host"),
@@ -90,7 +92,8 @@ SAMPLE_FIELDS = (
     FieldLayout("boot_ns", "ns", 0, None),
     FieldLayout("cpu", "u16", 22, None),
     FieldLayout("seq", "ns", 8, None),
-    FieldLayout("truncated", "flag", 26, 4),
+    FieldLayout("truncated", "cut", 25, STRINGS),
+    FieldLayout("incomplete", "flag", 26, 4),
     FieldLayout("invalid_utf8", "invalid_utf8", 0, None),
     FieldLayout("line", "line", 0, None),
     FieldLayout("a_u8", "u8", 32, None),
@@ -113,10 +116,11 @@ SAMPLE_FIELDS = (
 SAMPLE_SIZE = 120
 SAMPLE_FORMAT = struct.Struct("<BBHIQi4xqQ16sBBHHH16sQ")
 LAYOUTS = {
-    SAMPLE: RecordLayout("test.sample", Sample, SAMPLE_SIZE, SAMPLE_FIELDS),
+    SAMPLE: RecordLayout("test.sample", Sample, SAMPLE_SIZE, 1 << 18, SAMPLE_FIELDS),
     FORK: RecordLayout(
         "test.fork",
         Fork,
+        36,
         36,
         (FieldLayout("seq", "ns", 8, None), FieldLayout("child", "u32", 32, None)),
     ),
@@ -124,11 +128,10 @@ LAYOUTS = {
 
 
 def header(kind: int, size: int, *, seq: int = 1, cpu: int = 0, **other: int) -> bytes:
-    """A record's header. `other`: boot_ns, skipped, flags."""
-    known = {"boot_ns": 0, "skipped": 0, "flags": 0} | other
-    return HEADER_FORMAT.pack(
-        known["boot_ns"], seq, size, kind, cpu, known["skipped"], known["flags"]
-    )
+    """A record's base. `other`: boot_ns, skipped, cut, flags."""
+    known = {"boot_ns": 0, "skipped": 0, "cut": 0, "flags": 0} | other
+    marks = (known["skipped"], known["cut"], known["flags"])
+    return HEADER_FORMAT.pack(known["boot_ns"], seq, size, kind, cpu, *marks)
 
 
 def fork(seq: int = 1, cpu: int = 0, child: int = 77, **other: int) -> bytes:
@@ -175,9 +178,11 @@ def decoder(reader: Reader) -> Any:
     return reader.Decoder(HEADER, LAYOUTS, CONSTANTS, PREFIX)
 
 
+COUNTERS = ("unknown_kind", "short_record", "invalid_utf8", "truncated", "incomplete")
+
+
 def counters(decoder: Any) -> dict[str, int]:
-    names = ("unknown_kind", "short_record", "invalid_utf8", "truncated")
-    return {name: getattr(decoder, name) for name in names if getattr(decoder, name)}
+    return {name: getattr(decoder, name) for name in COUNTERS if getattr(decoder, name)}
 
 
 def test_the_compiled_reader_is_the_one_in_use() -> None:
@@ -219,7 +224,8 @@ def test_every_op_gives_its_exact_value(decoder: Any) -> None:
         boot_ns=5,
         cpu=3,
         seq=9,
-        truncated=False,
+        truncated=(),
+        incomplete=False,
         invalid_utf8=False,
         line="ls -l  /tmp",
         a_u8=200,
@@ -394,11 +400,129 @@ def test_an_event_with_several_invalid_strings_counts_once(decoder: Any) -> None
     assert counters(decoder) == {"invalid_utf8": 1}
 
 
-@pytest.mark.parametrize(("flags", "truncated"), [(0, False), (4, True), (255, True), (251, False)])
-def test_a_flag_is_its_bit(decoder: Any, flags: int, truncated: bool) -> None:
+@pytest.mark.parametrize(
+    ("flags", "incomplete"), [(0, False), (4, True), (255, True), (251, False)]
+)
+def test_a_flag_is_its_bit(decoder: Any, flags: int, incomplete: bool) -> None:
     event = decoder.decode(sample(flags=flags))
-    assert event.truncated is truncated
-    assert counters(decoder) == ({"truncated": 1} if truncated else {})
+    assert event.incomplete is incomplete
+    assert event.truncated == ()
+    assert counters(decoder) == ({"incomplete": 1} if incomplete else {})
+
+
+@pytest.mark.parametrize(
+    ("cut", "names"),
+    [
+        (0, ()),
+        (1, ("first",)),
+        (2, ("argv",)),
+        (4, ("last",)),
+        (5, ("first", "last")),
+        (7, ("first", "argv", "last")),
+        (255, ("first", "argv", "last")),
+        (248, ()),  # of strings that the record has not
+    ],
+)
+def test_the_strings_that_were_cut_are_named(
+    decoder: Any, cut: int, names: tuple[str, ...]
+) -> None:
+    event = decoder.decode(sample(cut=cut))
+    assert (event.truncated, event.incomplete, event.invalid_utf8) == (names, False, False)
+    assert counters(decoder) == ({"truncated": 1} if names else {})
+    assert decoder.decode(sample(cut=cut)).truncated is event.truncated
+    assert msgspec.to_builtins(event)["truncated"] == names
+
+
+CHARACTER = "😀".encode()  # of four bytes
+OF_THREE = "☃".encode()
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"/tmp/" + CHARACTER[:1], "/tmp/"),
+        (b"/tmp/" + CHARACTER[:2], "/tmp/"),
+        (b"/tmp/" + CHARACTER[:3], "/tmp/"),
+        (b"/tmp/" + CHARACTER, "/tmp/😀"),
+        (b"/tmp/" + OF_THREE[:2], "/tmp/"),
+        (b"/tmp/\xc3", "/tmp/"),
+        (CHARACTER[1:] + b"/end", "/end"),
+        (CHARACTER[2:] + b"/end", "/end"),
+        (CHARACTER[3:] + b"/end", "/end"),
+        (OF_THREE[1:] + "ä/".encode() + CHARACTER[:3], "ä/"),
+        (CHARACTER[1:], ""),
+        (CHARACTER[:3], ""),
+        (b"\xa4", ""),
+        (b"\xc3", ""),
+        (b"", ""),
+        (b"plain", "plain"),
+        (OF_THREE[1:] + b"x" * 5000 + CHARACTER[:3], "x" * 5000),
+    ],
+)
+@pytest.mark.parametrize("field", ["first", "last"])
+def test_what_a_cut_leaves_of_a_character_is_left_off(
+    decoder: Any, field: str, raw: bytes, text: str
+) -> None:
+    cut = 1 << STRINGS.index(field)
+    for _ in range(2):
+        event = decoder.decode(sample(**{field: raw}, cut=cut))
+        assert (getattr(event, field), event.invalid_utf8) == (text, False)
+    assert counters(decoder) == {"truncated": 2}
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"\xff/end", "\ufffd/end"),  # no byte of UTF-8
+        (b"/a\xff", "/a\ufffd"),
+        (b"/a\xa4", "/a\ufffd"),  # continues nothing
+        (b"\xc3/a", "\ufffd/a"),  # is not continued, though there is room
+        (b"/\xc3/a\xe2\x98", "/\ufffd/a"),
+        (b"\xa4\xa4\xa4\xa4/end", "\ufffd/end"),  # three continue a character, and no more
+        (b"/a\xe0\x80", "/a\ufffd\ufffd"),  # longer than what it would stand for
+        (b"/a\xc0", "/a\ufffd"),
+    ],
+)
+def test_what_no_cut_can_leave_is_replaced(decoder: Any, raw: bytes, text: str) -> None:
+    event = decoder.decode(sample(first=raw, cut=1))
+    assert (event.first, event.invalid_utf8) == (text, True)
+    assert counters(decoder) == {"truncated": 1, "invalid_utf8": 1}
+
+
+@pytest.mark.parametrize("field", ["first", "last"])
+def test_the_cut_of_one_string_excuses_no_other(decoder: Any, field: str) -> None:
+    cut = 7 & ~(1 << STRINGS.index(field))
+    for raw in (b"/a\xc3", b"\xa4/a"):
+        event = decoder.decode(sample(**{field: raw}, cut=cut))
+        assert "\ufffd" in getattr(event, field)
+        assert event.invalid_utf8
+    assert counters(decoder) == {"truncated": 2, "invalid_utf8": 2}
+
+
+@pytest.mark.parametrize(
+    ("raw", "argv", "invalid"),
+    [
+        (b"a\0b" + CHARACTER[:3], ["a", "b"], False),
+        (b"a\0" + CHARACTER[:1], ["a", ""], False),
+        (CHARACTER[:2], [""], False),
+        ("ä\0".encode() + CHARACTER[:3], ["ä", ""], False),
+        (b"a\0b\0", ["a", "b"], False),
+        (b"", [], False),
+        # Only the end of the last argument can have been cut, and not when its NUL is there.
+        (CHARACTER[:3] + b"\0b", ["\ufffd", "b"], True),
+        (b"a\0" + CHARACTER[:3] + b"\0", ["a", "\ufffd"], True),
+        (CHARACTER[3:] + b"\0b", ["\ufffd", "b"], True),
+        (b"a\0" + CHARACTER[3:], ["a", "\ufffd"], True),
+    ],
+)
+def test_an_argv_that_was_cut(decoder: Any, raw: bytes, argv: list[str], invalid: bool) -> None:
+    event = decoder.decode(sample(argv=raw, cut=2))
+    assert (event.argv, event.line, event.invalid_utf8) == (argv, " ".join(argv), invalid)
+    assert event.truncated == ("argv",)
+
+
+def test_a_name_in_a_fixed_field_is_never_taken_for_cut(decoder: Any) -> None:
+    assert decoder.decode(sample(comm=b"a\xc3", cut=255)).invalid_utf8
 
 
 def test_times_follow_the_clock_offset(decoder: Any) -> None:
@@ -477,7 +601,7 @@ def test_strings_past_the_end_are_refused(decoder: Any, cut: int) -> None:
 
 
 def one_field(struct: Any, *fields: FieldLayout, size: int = 40) -> dict[int, RecordLayout]:
-    return {1: RecordLayout("test.one", struct, size, fields)}
+    return {1: RecordLayout("test.one", struct, size, size, fields)}
 
 
 class One(msgspec.Struct, gc=False):
@@ -537,6 +661,11 @@ def test_a_class_that_does_not_fit(
         ("names", 0, (), r"names are \(\), not a tuple of str"),
         ("names", 0, (1,), r"names are \(1,\), not a tuple of str"),
         ("line", 0, None, "a line of 0 argv"),
+        ("cut", 40, (), "offset is 40, not 0 to 39"),
+        ("cut", 25, None, "names are None, not a tuple of str"),
+        ("cut", 25, (1,), r"names are \(1,\), not a tuple of str"),
+        ("cut", 25, tuple("abcdefghi"), r"names are \('a', .*\), more than 8"),
+        ("cut", 25, ("path",), "a cut of 1 names and 0 strings"),
     ],
 )
 def test_a_layout_that_makes_no_sense(
@@ -547,6 +676,41 @@ def test_a_layout_that_makes_no_sense(
         reader.Decoder(HEADER, layouts, {}, "")
 
 
+def strings_layout(count: int, names: int) -> dict[int, RecordLayout]:
+    """A kind of `count` strings, of which a `cut` knows some."""
+    strings = [f"s{i}" for i in range(count)]
+    struct = msgspec.defstruct(
+        "Strings", [*((name, str) for name in strings), ("cut", tuple[str, ...])], gc=False
+    )
+    fields = [FieldLayout(name, "str", 32 + 2 * i, None) for i, name in enumerate(strings)]
+    cut = FieldLayout("cut", "cut", 25, tuple(strings[:names]))
+    return one_field(struct, *fields, cut, size=32 + 2 * count)
+
+
+def test_a_cut_names_every_string(reader: Reader) -> None:
+    decoder = reader.Decoder(HEADER, strings_layout(8, 8), {}, "")
+    record = header(1, 48 + 8, cut=0b1010_0001) + struct.pack("<8H", *[1] * 8) + b"abcdefg\xc3"
+    event = decoder.decode(record)
+    assert [getattr(event, f"s{i}") for i in range(8)] == [*"abcdefg", ""]
+    assert event.cut == ("s0", "s5", "s7")
+    assert counters(decoder) == {"truncated": 1}
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "message"),
+    [
+        (9, 8, "test.one: 9 strings, more than 8"),
+        (40, 8, "test.one: 40 strings, more than 8"),
+        (3, 2, "test.one: a cut of 2 names and 3 strings"),
+    ],
+)
+def test_strings_that_a_cut_cannot_name(
+    reader: Reader, count: int, names: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        reader.Decoder(HEADER, strings_layout(count, names), {}, "")
+
+
 def test_fields_may_end_with_the_record(reader: Reader) -> None:
     layouts = one_field(One, FieldLayout("value", "u64", 32, None))
     decoder = reader.Decoder(HEADER, layouts, {}, "")
@@ -554,7 +718,8 @@ def test_fields_may_end_with_the_record(reader: Reader) -> None:
 
 
 def test_a_header_that_makes_no_sense(reader: Reader) -> None:
-    for name, offset in {"seq": 25, "kind": 31, "cpu": -1, "header_size": 1 << 31}.items():
+    wrong = {"seq": 25, "kind": 31, "cpu": -1, "skipped": 32, "cut": 32, "header_size": 1 << 31}
+    for name, offset in wrong.items():
         with pytest.raises(ValueError, match=f"header: {name} is {offset}, not 0 to"):
             reader.Decoder(HEADER | {name: offset}, LAYOUTS, CONSTANTS, PREFIX)
     for name in HEADER:
@@ -942,19 +1107,20 @@ def test_a_finalizer_cannot_drain_the_ring_underneath(
 
 def test_nothing_leaks(reader: Reader, decoder: Any, simulated: SimulatedRing) -> None:
     ring = ring_of(reader, simulated)
-    shared = [Sample, Fork, CONSTANTS["host"], NAMES[1], NAMES, LAYOUTS]
+    shared = [Sample, Fork, CONSTANTS["host"], NAMES[1], NAMES, STRINGS[0], STRINGS, LAYOUTS]
 
     def rounds(count: int) -> None:
         for _ in range(count):
             start = ring.next_seq(0)
             fill(
                 simulated,
-                sample(seq=start, name=1, first=b"/a" * 40, argv=b"a\0\xff\0", version=4),
+                sample(seq=start, name=1, first=b"/a" * 40, argv=b"a\0\xff\0", version=4, cut=3),
                 fork(start + 3),
                 fork(start + 1),
                 header(99, 32, seq=start + 4),
                 b"short",
                 sample(seq=start + 5, argv=b"x\0" * 100, last=b"x" * 400, comm=b"\xff"),
+                sample(seq=start + 6, first=CHARACTER[1:], last=b"x" + CHARACTER[:3], cut=255),
             )
             assert len(ring.drain(decoder, 100).gaps) == 2
 
@@ -976,13 +1142,16 @@ def test_nothing_leaks(reader: Reader, decoder: Any, simulated: SimulatedRing) -
 def test_a_decoder_gives_back_all_it_holds(reader: Reader) -> None:
     class Mine(msgspec.Struct, gc=False):
         value: str
+        text: str
+        cut: tuple[str, ...]
 
-    constant = "constant-" + "x" * 100
-    layouts = one_field(Mine, FieldLayout("value", "const", 0, "c"))
+    constant, names = "constant-" + "x" * 100, ("a name",)
+    fields = (FieldLayout("text", "str", 32, None), FieldLayout("cut", "cut", 25, names))
+    layouts = one_field(Mine, FieldLayout("value", "const", 0, "c"), *fields)
 
     def counts() -> list[int]:
         gc.collect()
-        return [sys.getrefcount(thing) for thing in (Mine, constant, layouts)]
+        return [sys.getrefcount(thing) for thing in (Mine, constant, layouts, names, names[0])]
 
     before = counts()
     for _ in range(20):
@@ -990,13 +1159,16 @@ def test_a_decoder_gives_back_all_it_holds(reader: Reader) -> None:
         ring = reader.Ring(bytearray(8), bytearray(4096 + 128))
         ring.drain(decoder, 1)
         with pytest.raises(ValueError, match="unknown op"):
-            reader.Decoder(HEADER, layouts | {2: bad_layout(Mine)}, {"c": constant}, "p")
+            reader.Decoder(HEADER, layouts | {2: bad_layout(Mine, fields)}, {"c": constant}, "p")
         del decoder, ring
     assert counts() == before
 
 
-def bad_layout(struct: Any) -> RecordLayout:
-    return RecordLayout("test.bad", struct, 40, (FieldLayout("value", "no", 0, None),))
+def bad_layout(struct: Any, fields: tuple[FieldLayout, ...]) -> RecordLayout:
+    """Whose last field is one that no reader can read."""
+    *good, last = fields
+    bad = (FieldLayout("value", "const", 0, "c"), *good, last._replace(op="no"))
+    return RecordLayout("test.bad", struct, 40, 40, bad)
 
 
 def test_a_decoder_in_a_cycle_is_collected(reader: Reader) -> None:
@@ -1015,7 +1187,7 @@ def test_a_decoder_in_a_cycle_is_collected(reader: Reader) -> None:
 
 
 EXHAUSTED = (
-    sample(seq=2, first=b"abc", argv=b"a\0\xff\0", flags=4, version=6),
+    sample(seq=2, first=b"abc\xc3", argv=b"a\0\xff\0", cut=1, flags=4, version=6),
     fork(4),
     fork(3),
     header(99, 32, seq=5),
@@ -1075,8 +1247,7 @@ def test_the_compiled_reader_loses_nothing_when_memory_runs_out(
             ("skipped", 30, 2, 2),
         ]
         assert kinds == {"test.sample": 2, "test.fork": 4}
-        once = dict.fromkeys(("unknown_kind", "short_record", "invalid_utf8", "truncated"), 1)
-        assert counters(decoder) == once
+        assert counters(decoder) == dict.fromkeys(COUNTERS, 1)
         assert (ring.records, ring.pending) == (len(EXHAUSTED), 0)
     assert raised > 5
 

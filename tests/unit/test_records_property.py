@@ -31,13 +31,22 @@ headers = st.fixed_dictionaries(
     {"seq": st.one_of(st.integers(0, 8), u64s), "cpu": cpus},
     optional={
         "boot_ns": u64s,
-        "skipped": st.one_of(st.just(0), st.integers(0, 65535)),
+        "skipped": st.one_of(st.just(0), st.integers(0, 255)),
+        "cut": st.one_of(st.integers(0, 7), st.integers(0, 255)),
         "flags": st.integers(0, 255),
     },
+)
+# Text of which up to four bytes are gone at each end: characters that were cut in two.
+cut_texts = st.builds(
+    lambda text, start, end: text.encode()[start : len(text.encode()) - end],
+    st.text(st.sampled_from("aä☃😀"), max_size=8),
+    st.integers(0, 4),
+    st.integers(0, 4),
 )
 texts = st.one_of(
     st.binary(max_size=40),
     st.text(max_size=20).map(str.encode),
+    cut_texts,
     st.integers(0, 700).map(lambda size: b"p" * size),
 )
 samples = st.fixed_dictionaries(
@@ -100,6 +109,33 @@ def test_records_decode_equally(records: list[bytes], clock: int) -> None:
     for record in records * 2:  # out of the caches, the second time
         assert compiled.decode(record) == twin.decode(record)
     assert counters(compiled) == counters(twin)
+
+
+@given(
+    st.text(st.sampled_from("/aä☃😀"), max_size=12),
+    st.integers(0, 3),
+    st.sampled_from(["first", "argv", "last"]),
+    st.data(),
+)
+def test_a_cut_within_a_character_loses_that_character_alone(
+    text: str, most: int, field: str, data: st.DataObject
+) -> None:
+    """Against Python's own characters: those of which every byte is there."""
+    raw = text.encode()
+    end = data.draw(st.integers(0, len(raw)))
+    start = 0 if field == "argv" else data.draw(st.integers(0, min(most, end)))
+    places = [len(text[:i].encode()) for i in range(len(text) + 1)]
+    whole = [
+        char
+        for char, first, last in zip(text, places, places[1:], strict=False)
+        if start <= first and last <= end
+    ]
+    bit = {"first": 1, "argv": 2, "last": 4}[field]
+    for decoder in decoders():
+        event = decoder.decode(sample(**{field: raw[start:end]}, cut=bit))
+        found = getattr(event, "line" if field == "argv" else field)
+        assert (found, event.invalid_utf8) == ("".join(whole), False)
+        assert event.truncated == (field,)
 
 
 @given(texts, st.lists(texts, max_size=4).map(b"\0".join), texts)

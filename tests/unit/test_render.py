@@ -43,7 +43,9 @@ def _utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def make(kind: str, **values: Any) -> Any:
     """An event of that kind, of `values` and otherwise zeros and empty strings."""
-    return filled(events.KINDS[kind].struct, **values)
+    struct_type: Any = events.KINDS[kind].struct
+    usual = {"owner_known": True} if "owner_known" in struct_type.__struct_fields__ else {}
+    return filled(struct_type, **(usual | values))
 
 
 def filled(cls: type[Any], **values: Any) -> Any:
@@ -81,8 +83,25 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
     ("process.exec", {"exe": "/bin/x", "cwd": "/"}, "/bin/x  (in /)"),
     (
         "process.exec",
-        {"cmdline": "x", "cwd": "/", "truncated": True, "invalid_utf8": True},
-        "x  (in /) [truncated] [invalid UTF-8]",
+        {"cmdline": "ls", "cwd": "/", "exe": "/usr/bin/ls", "filename": "/bin/ls"},
+        "ls  (in /)",
+    ),
+    (
+        "process.exec",
+        {"cmdline": "/bin/sh ./run", "cwd": "/", "filename": "./run", "interp": "/bin/sh"},
+        "/bin/sh ./run  (script ./run, in /)",
+    ),
+    (
+        "process.exec",
+        {"cmdline": "x", "cwd": "/", "truncated": ("argv", "cwd"), "invalid_utf8": True},
+        "x  (in /) [argv and cwd truncated, invalid UTF-8]",
+    ),
+    ("process.exec", {"cmdline": "x", "cwd": "/", "incomplete": True}, "x  (in /) [incomplete]"),
+    ("process.exec", {"cmdline": "x", "cwd": "/", "exe_deleted": True}, "x  (in /) deleted"),
+    (
+        "process.exec",
+        {"cmdline": "x", "cwd": "/", "exe_memfd": True, "exe_deleted": True},
+        "x  (in /) from memory",
     ),
     ("process.fork", {"child_pid": 43}, "child 43"),
     ("process.exit", {"exit_code": 3, "duration_ns": 1_230_000_000}, "exit 3 after 1.23s"),
@@ -96,7 +115,7 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
     (
         "file.open",
         {"path": "/new", "fd": 4, "flags": os.O_WRONLY | os.O_CREAT, "mode": 0o640},
-        "/new  O_WRONLY|O_CREAT 0640 = 4 0ns",
+        "/new  O_WRONLY|O_CREAT 0640 = 4",
     ),
     (
         "file.open",
@@ -107,6 +126,11 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
         "net.connect",
         CONNECTION | {"direction": "outbound", "latency_ns": 20_000_000},
         "10.0.0.1:51000 -> 93.184.216.34:443 20.0ms",
+    ),
+    (
+        "net.connect",
+        CONNECTION | {"direction": "outbound", "errno": 101, "owner_known": False},
+        "10.0.0.1:51000 -> 93.184.216.34:443 ENETUNREACH [owner unknown]",
     ),
     (
         "net.connect",
@@ -203,7 +227,7 @@ def test_no_text_of_any_event_reaches_the_terminal_unescaped(
     assert own.isprintable()
 
 
-class Future(events.Event, tag="kernel.module"):
+class Future(events.TaskEvent, tag="kernel.module"):
     """A kind that this version has no form for."""
 
     name: str
@@ -218,6 +242,17 @@ def test_a_kind_without_a_form_of_its_own_shows_its_fields() -> None:
         "08:00:00.123 kernel.module      42  1000 bash            "
         r"name=evil\x1b[2J signed=true flags=[1,2] more={a:1,b\n:2}" + "\n"
     )
+
+
+class Packet(events.Event, tag="xdp.drop"):
+    """A kind without a task."""
+
+    interface: str
+
+
+def test_an_event_without_a_task_has_no_columns_for_one() -> None:
+    made = filled(Packet, interface="eth0", time_ns=COMMON["time_ns"])
+    assert lines(made) == "08:00:00.123 xdp.drop     interface=eth0\n"
 
 
 def test_a_long_value_of_an_unknown_kind_is_cut() -> None:
@@ -249,9 +284,9 @@ def test_a_loss_at_a_sink_names_the_sink() -> None:
 
 def test_a_manifest_says_what_is_not_observed() -> None:
     kinds = {
-        "process.exec": KindReport("full", ""),
-        "net.close": KindReport("partial", "no bytes"),
-        "file.open": KindReport("missing", "no tracepoint"),
+        "process.exec": KindReport("full", "", ()),
+        "net.close": KindReport("partial", "no bytes", ("odd ones",)),
+        "file.open": KindReport("missing", "no tracepoint", ()),
     }
     manifest = filled(StreamManifest, kinds=kinds, kernel="6.1.0", machine="x86_64", cpus=2)
     assert lines(manifest) == (
@@ -264,7 +299,7 @@ def test_a_heartbeat_is_the_account_in_short() -> None:
     heartbeat = filled(
         StreamHeartbeat,
         uptime_seconds=20.0,
-        kinds={"a": KindCounts(10_000, 1, 0, 2), "b": KindCounts(5, 1, 3, 0)},
+        kinds={"a": KindCounts(10_000, 1, 0, 0, 2), "b": KindCounts(5, 1, 0, 3, 0)},
         sinks={
             "stdout:": SinkCounts(9, 8, 7, 0, 0, "up"),
             "file:x": SinkCounts(9, 9, 0, 0, 0, "up"),

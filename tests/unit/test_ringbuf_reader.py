@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from streamer.batch import Batch
-from streamer.events import CONTRACT
 from streamer.gaps import GapTracker
+from streamer.kernel.objects import CONTRACT
 from streamer.ringbuf_reader import LOOKS_IN_VAIN, RingReader
 
 INTERVAL_MS = 2

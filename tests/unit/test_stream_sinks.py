@@ -418,3 +418,88 @@ async def test_a_full_disk_loses_nothing_when_space_returns(small_disk: Path) ->
     assert path.read_bytes() == expected
     assert sink.account.delivered == {"process.exec": 400}
     assert [status for status, _ in recorder.statuses] == ["up", "down", "up", "closed"]
+
+
+# ---------------------------------------------------------------- file, opened anew
+
+
+async def test_a_rotated_file_is_opened_anew_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Each event is in exactly one of the files, in order over all of them."""
+    path = tmp_path / "events"
+    sink = file_sink(path)
+    await sink.start()
+    batches = [execs(10, start) for start in range(0, 4000, 10)]
+    for number, batch in enumerate(batches):
+        sink.submit(batch)
+        if number % 100 == 99:
+            path.rename(tmp_path / f"events.{number // 100}")
+            sink.reopen()
+        if number % 7 == 0:
+            await asyncio.sleep(0)
+    await until(lambda: not sink.account.pending)
+    await sink.stop(WAIT)
+    assert sink.account.delivered == {"process.exec": 4000}
+    found = [(tmp_path / f"events.{number}").read_bytes() for number in range(4)]
+    assert found == [
+        b"".join(batch.lines("json") for batch in batches[start : start + 100])
+        for start in range(0, 400, 100)
+    ]
+    assert path.read_bytes() == b""
+    assert not [name for name in descriptors() if name.startswith(str(path))]
+
+
+async def test_what_waits_for_the_old_file_is_written_there(tmp_path: Path) -> None:
+    """A write that blocks is not given up for the new file."""
+    path = tmp_path / "events"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    capacity = fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ)
+    sink = file_sink(path)
+    await sink.start()
+    before, after = execs(1, pad=2 * capacity), execs(2, start=1)
+    sink.submit(before)
+    path.unlink()
+    sink.reopen()
+    sink.submit(after)
+    assert path.read_bytes() == b""
+    assert await read(reader, len(before.lines("json"))) == before.lines("json")
+    await until(lambda: not sink.account.pending)
+    assert path.read_bytes() == after.lines("json")
+    os.close(reader)  # nobody looks at that any more
+    sink.submit(after)
+    await until(lambda: not sink.account.pending)
+    await sink.stop(WAIT)
+    assert sink.account.delivered == {"process.exec": 5}
+
+
+async def test_a_new_file_that_cannot_be_opened_leaves_the_old_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "events"
+    sink = file_sink(path)
+    await sink.start()
+    path.rename(tmp_path / "old")
+    path.mkdir()
+    sink.reopen()
+    sink.submit(execs(1))
+    await sink.stop(WAIT)
+    assert (tmp_path / "old").read_bytes() == execs(1).lines("json")
+    assert caplog.messages == [
+        f"file:{path} cannot be opened again: Is a directory; writing to the old file goes on"
+    ]
+    sink.reopen()  # harmless
+
+
+async def test_a_torn_line_in_the_new_file_spoils_no_event(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    sink = file_sink(path)
+    await sink.start()
+    sink.submit(execs(1))
+    path.rename(tmp_path / "old")
+    path.write_bytes(b'{"torn')
+    sink.reopen()
+    sink.submit(execs(1, 1))
+    await sink.stop(WAIT)
+    assert (tmp_path / "old").read_bytes() == execs(1).lines("json")
+    assert path.read_bytes() == b'{"torn\n' + execs(1, 1).lines("json")

@@ -46,8 +46,10 @@ class Doer:
         self.directory = str(directory)
         self.expected: Expected = {}
         self.children: set[int] = set()
-        self._me: Event = {"pid": os.getpid(), "tid": os.getpid(), "ppid": os.getppid()}
-        self._me |= {"comm": _comm(), "uid": os.getuid(), "gid": os.getgid(), "truncated": False}
+        self._any: Event = {"uid": os.getuid(), "gid": os.getgid(), "truncated": [], "weight": 1}
+        self._any |= {"incomplete": False, "pidns": os.stat("/proc/self/ns/pid").st_ino}
+        self._me = self._any | {"pid": os.getpid(), "tid": os.getpid(), "ppid": os.getppid()}
+        self._me |= {"comm": _comm(), "ns_pid": os.getpid()}
 
     def _expect(self, kind: str, fields: Event) -> None:
         self.expected.setdefault(kind, []).append(fields)
@@ -61,14 +63,16 @@ class Doer:
         status = os.waitpid(pid, 0)[1]
         self.children.add(pid)
         self._expect("process.fork", self._me | {"child_pid": pid})
-        child: Event = {"pid": pid, "tid": pid, "ppid": os.getpid(), "uid": os.getuid()}
-        child |= {"comm": os.path.basename(argv[0]), "gid": os.getgid()}
+        child = self._any | {"pid": pid, "tid": pid, "ppid": os.getpid(), "ns_pid": pid}
+        child |= {"comm": os.path.basename(argv[0])}
         self._expect("process.exec", child | self._execution(argv))
         self._expect("process.exit", child | _end(status))
 
     def _execution(self, argv: list[str]) -> Event:
         return {
             "exe": os.path.realpath(argv[0]),
+            "filename": argv[0],
+            "interp": "",
             "argv": argv,
             "argc": len(argv),
             "cmdline": " ".join(argv),
@@ -78,7 +82,9 @@ class Doer:
             "euid": os.geteuid(),
             "auid": _auid(),
             "cgroup_id": _cgroup_id(),
-            "truncated": False,
+            "exe_mntns_initial": True,
+            "exe_deleted": False,
+            "exe_memfd": False,
         }
 
     # ------------------------------------------------------------ files
@@ -160,6 +166,7 @@ class Doer:
             "local_port": local[1],
             "remote_addr": remote[0],
             "remote_port": remote[1],
+            "owner_known": True,
             "ip_version": 4 if family == socket.AF_INET else 6,
             "direction": direction,
             "netns": os.stat("/proc/self/ns/net").st_ino,
@@ -235,7 +242,10 @@ def record(directory: Path) -> tuple[Doer, list[Event], str]:
     output = directory / "events.ndjson"
     done_in = directory / "done in here"
     done_in.mkdir()
+    config = directory / "streamer.toml"
+    config.write_text("[kernel]\nopen_latency = true\n")
     command = [*STREAMER, "run", "--events", "*", "--no-status", "--sink", f"file:{output}"]
+    command += ["--config", str(config)]
     with (directory / "stderr").open("w+") as stderr:
         agent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=stderr)
         try:
@@ -308,6 +318,16 @@ def implausible(events: Iterable[Event], before_ns: int, after_ns: int) -> list[
     return wrong
 
 
+def other_starts(events: Iterable[Event]) -> list[str]:
+    """A process started once: every event of it, and its parent's fork, must say the same."""
+    starts: dict[int, set[int]] = {}
+    for event in events:
+        starts.setdefault(event["pid"], set()).add(event["start_boot_ns"])
+        if event["event"] == "process.fork":
+            starts.setdefault(event["child_pid"], set()).add(event["child_start_boot_ns"])
+    return [f"{pid} has started at {sorted(when)}" for pid, when in starts.items() if len(when) > 1]
+
+
 def main() -> int:
     checked = check()
     with tempfile.TemporaryDirectory() as name:
@@ -316,7 +336,9 @@ def main() -> int:
         after_ns = time.time_ns()
     found = mine(doer, events)
     wrong = differences(doer.expected, found)
-    wrong += implausible((e for of_kind in found.values() for e in of_kind), before_ns, after_ns)
+    events_found = [event for of_kind in found.values() for event in of_kind]
+    wrong += implausible(events_found, before_ns, after_ns)
+    wrong += other_starts(events_found)
     wrong += [f"stream.loss: {event}" for event in events if event["event"] == "stream.loss"]
     wrong += [
         f"check: {kind} is {state['status']}: {state['reason']}"

@@ -1,0 +1,275 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * Rings, sequence, counters, settings: everything an event passes between its hook and its ring.
+ *
+ * The maps here are SHARED: core.bpf.c makes them, and the loader gives them to every sensor.
+ */
+#ifndef STREAMER_CORE_H
+#define STREAMER_CORE_H
+
+#include "kernel.bpf.h"
+#include "settings.h"
+#include "tags.h"
+
+/* The loader sets the sizes of the rings. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+} critical SEC(".maps") SHARED;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+} bulk SEC(".maps") SHARED;
+
+/* Mapped by the agent, so that reading and changing them costs no system call and needs no
+ * capability. What is kept by CPU is in arrays by CPU: per-CPU arrays cannot be mapped. */
+#define MAPPED_ARRAY(name, entries, value_type)        \
+	struct {                                       \
+		__uint(type, BPF_MAP_TYPE_ARRAY);      \
+		__uint(map_flags, BPF_F_MMAPABLE);     \
+		__uint(max_entries, entries);          \
+		__type(key, __u32);                    \
+		__type(value, value_type);             \
+	} name SEC(".maps") SHARED
+
+MAPPED_ARRAY(settings, 1, struct settings);
+MAPPED_ARRAY(kind_settings, KIND_END, struct kind_settings);
+MAPPED_ARRAY(counters, 1, struct cpu_counters) SIZED("cpus");
+MAPPED_ARRAY(kind_counters, KIND_END, struct kind_counters) SIZED("cpus,kinds");
+MAPPED_ARRAY(faults, FAULT_END, __u64);
+MAPPED_ARRAY(reader, 1, struct reader_state);
+MAPPED_ARRAY(identities, 1, struct identity);
+
+/* A constant index lets the verifier see that the entry is there. */
+#define ONLY_ENTRY(map)                            \
+	({                                         \
+		__u32 __zero = 0;                  \
+		bpf_map_lookup_elem(&map, &__zero); \
+	})
+
+/* Adds without losing what an interrupting program adds on the same CPU. */
+static __always_inline void count(__u64 *counter)
+{
+	__sync_fetch_and_add(counter, 1);
+}
+
+static __always_inline void count_fault(enum fault fault)
+{
+	__u32 index = fault;
+	__u64 *counter = bpf_map_lookup_elem(&faults, &index);
+
+	if (counter)
+		count(counter);
+}
+
+static __always_inline struct cpu_counters *my_counters(__u32 cpu)
+{
+	return bpf_map_lookup_elem(&counters, &cpu);
+}
+
+static __always_inline struct kind_counters *my_kind(__u32 cpu, enum event_kind kind)
+{
+	__u32 index = cpu * KIND_END + kind;
+	struct kind_counters *mine = bpf_map_lookup_elem(&kind_counters, &index);
+
+	if (!mine)
+		count_fault(FAULT_NO_SLOT);
+	return mine;
+}
+
+static __always_inline struct kind_settings *settings_of(enum event_kind kind)
+{
+	__u32 index = kind;
+
+	return bpf_map_lookup_elem(&kind_settings, &index);
+}
+
+static __always_inline bool enabled(enum event_kind kind)
+{
+	struct kind_settings *mine = settings_of(kind);
+
+	return mine && mine->enabled;
+}
+
+static __always_inline bool is_agent(__u32 pid)
+{
+	struct identity *identity = ONLY_ENTRY(identities);
+
+	return identity && (pid == identity->agent_pids[0] || pid == identity->agent_pids[1]);
+}
+
+static __always_inline bool is_initial_mntns(__u32 mntns)
+{
+	struct identity *identity = ONLY_ENTRY(identities);
+
+	return identity && mntns && mntns == identity->initial_mntns;
+}
+
+static __always_inline void count_filtered(enum event_kind kind)
+{
+	struct kind_counters *mine = my_kind(bpf_get_smp_processor_id(), kind);
+
+	if (mine) {
+		count(&mine->produced);
+		count(&mine->filtered);
+	}
+}
+
+/* Whether sampling takes this event; its weight then. Another one is counted, and 0. */
+static __always_inline __u32 sample(enum event_kind kind)
+{
+	struct kind_settings *wanted = settings_of(kind);
+	struct kind_counters *mine;
+	__u32 rate;
+
+	if (!wanted)
+		return 0;
+	rate = wanted->sample;
+	if (rate <= 1)
+		return 1;
+	if (bpf_get_prandom_u32() % rate == 0)
+		return rate;
+	mine = my_kind(bpf_get_smp_processor_id(), kind);
+	if (mine) {
+		count(&mine->produced);
+		count(&mine->shed);
+	}
+	return 0;
+}
+
+#define SEQ_ATTEMPTS 8
+
+/*
+ * The next sequence number, unique on this CPU whatever interrupts or preempts the program.
+ *
+ * An atomic add that returns the old value needs 5.12 and does not load on 5.10, not even where it
+ * is never reached. So: read, add atomically, read again. The number is ours if exactly our add
+ * happened in between; two programs cannot both see that of the same number. Otherwise a number is
+ * given up, which the base reports in `skipped`, so that its absence is not taken for a loss.
+ */
+static __always_inline __u64 take_seq(struct cpu_counters *mine, enum event_ring ring,
+				      __u8 *skipped)
+{
+	volatile __u64 *seq = &mine->seq[ring];
+	__u64 before;
+	int attempt;
+
+#pragma unroll
+	for (attempt = 0; attempt < SEQ_ATTEMPTS; attempt++) {
+		before = *seq;
+		__sync_fetch_and_add((__u64 *)seq, 1);
+		if (*seq == before + 1)
+			return before + 1;
+		count(&mine->skipped[ring]);
+		(*skipped)++;
+	}
+	return 0;
+}
+
+/*
+ * Completes the base of an admitted event: counts it and numbers it. From here on the event is
+ * either submitted or reported lost by the gap that its number leaves.
+ */
+static __always_inline struct kind_counters *number(struct event_base *base, enum event_kind kind,
+						    enum event_ring ring, __u32 size)
+{
+	__u32 cpu = bpf_get_smp_processor_id();
+	struct cpu_counters *mine = my_counters(cpu);
+	struct kind_counters *counts = my_kind(cpu, kind);
+
+	if (!mine || !counts)
+		return NULL;
+	count(&counts->produced);
+	base->skipped = 0;
+	base->seq = take_seq(mine, ring, &base->skipped);
+	base->size = size;
+	base->kind = kind;
+	base->cpu = cpu;
+	base->ring = ring;
+	return counts;
+}
+
+/*
+ * Wakes the reader only when it asked for it: a wake-up for each record costs thirty times the
+ * record. Otherwise the reader's timer finds the records. `size` is of a record that is not
+ * reserved yet.
+ */
+static __always_inline __u64 wakeup(void *map, enum event_ring ring, __u64 size)
+{
+	struct reader_state *state = ONLY_ENTRY(reader);
+	struct settings *wanted = ONLY_ENTRY(settings);
+
+	if (!state || !wanted || state->wake[ring] == WAKE_NEVER)
+		return BPF_RB_NO_WAKEUP;
+	if (state->wake[ring] == WAKE_FULL &&
+	    bpf_ringbuf_query(map, BPF_RB_AVAIL_DATA) + size < wanted->wakeup_bytes[ring])
+		return BPF_RB_NO_WAKEUP;
+	state->wake[ring] = WAKE_NEVER;
+	return BPF_RB_FORCE_WAKEUP;
+}
+
+/* A wake-up that was not given after all: the next record is to give it. */
+static __always_inline void wake_later(enum event_ring ring)
+{
+	struct reader_state *state = ONLY_ENTRY(reader);
+
+	if (state)
+		state->wake[ring] = WAKE_ANY;
+}
+
+/* Room for a record of constant `size`, with its base in place; NULL when it is lost. What is
+ * behind the base is the caller's to write, to the last byte: the kernel does not clear it. */
+static __always_inline void *begin(void *map, struct event_base *base, enum event_kind kind,
+				   enum event_ring ring, const __u32 size)
+{
+	struct kind_counters *counts = number(base, kind, ring, size);
+	void *record;
+
+	if (!counts)
+		return NULL;
+	record = base->seq ? bpf_ringbuf_reserve(map, size, 0) : NULL;
+	if (!record) {
+		count(&counts->lost);
+		return NULL;
+	}
+	*(struct event_base *)record = *base;
+	return record;
+}
+
+static __always_inline void submit(void *map, enum event_ring ring, void *record)
+{
+	bpf_ringbuf_submit(record, wakeup(map, ring, 0));
+}
+
+/* Copies a record of variable size, built elsewhere, into the ring. */
+static __always_inline void output(void *map, struct event_base *record, enum event_kind kind,
+				   enum event_ring ring, __u32 size)
+{
+	struct kind_counters *counts = number(record, kind, ring, size);
+	__u64 flags;
+
+	if (!counts)
+		return;
+	flags = wakeup(map, ring, size);
+	if (record->seq && !bpf_ringbuf_output(map, record, size, flags))
+		return;
+	count(&counts->lost);
+	if (flags == BPF_RB_FORCE_WAKEUP)
+		wake_later(ring);
+}
+
+/* Makes the compiler keep the types of the contract in the BTF, which generator and loader read. */
+const union event_record *event_records __attribute__((unused));
+const struct {
+	enum event_schema schema;
+	enum event_kind kind;
+	enum event_ring ring;
+	enum event_flags flags;
+	enum filter_mode mode;
+	enum filter_verdict verdict;
+	enum fault fault;
+	enum wake wake;
+} *event_enums __attribute__((unused));
+
+#endif

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* Filters by task, port and path. They run before an event costs anything else. */
+#ifndef STREAMER_FILTER_H
+#define STREAMER_FILTER_H
+
+#include "task.bpf.h"
+
+/* Two lists share a map, what is kept and what is dropped. */
+#define FILTER_MAP(name, key_type)               \
+	struct {                                 \
+		__uint(type, BPF_MAP_TYPE_HASH); \
+		__uint(max_entries, 1024);       \
+		__type(key, key_type);           \
+		__type(value, __u8);             \
+	} name SEC(".maps") SHARED
+
+struct comm_key {
+	char comm[COMM_LEN];
+};
+
+FILTER_MAP(filter_pids, __u32);
+FILTER_MAP(filter_uids, __u32);
+FILTER_MAP(filter_comms, struct comm_key);
+FILTER_MAP(filter_cgroups, __u64);
+FILTER_MAP(filter_exes, struct exe_key);
+FILTER_MAP(filter_ports, __u16);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1024);
+	__type(key, struct path_prefix);
+	__type(value, __u8);
+} filter_paths SEC(".maps") SHARED;
+
+static __always_inline bool passes(__u8 mode, void *map, const void *key)
+{
+	__u8 *verdict;
+
+	if (mode == FILTER_OFF)
+		return true;
+	verdict = bpf_map_lookup_elem(map, key);
+	if (verdict)
+		return *verdict == VERDICT_KEEP;
+	return mode == FILTER_EXCLUDE;
+}
+
+#define MOST_CGROUP_LEVELS 32
+
+/* The id of the current task's cgroup's ancestor at a level, itself included; 0 where there is none.
+ * Tracing programs have had the helper since about 5.12; kernels before it keep the ids at hand. */
+static __always_inline __u64 ancestor_cgroup(int level)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct cgroup___ids *cgroup;
+	__u64 id = 0;
+
+	if (!bpf_core_field_exists(struct cgroup___ids, ancestor_ids))
+		return bpf_get_current_ancestor_cgroup_id(level);
+	cgroup = (void *)BPF_CORE_READ(task, cgroups, dfl_cgrp);
+	if (level > BPF_CORE_READ(cgroup, level))
+		return 0;
+	if (bpf_probe_read_kernel(&id, sizeof(id),
+				  (void *)cgroup +
+					  bpf_core_field_offset(struct cgroup___ids, ancestor_ids) +
+					  level * sizeof(id)))
+		count_fault(FAULT_UNREADABLE);
+	return id;
+}
+
+/*
+ * A cgroup that is listed stands for all below it. They are looked at from the root down, so that
+ * none that is deeper than this loop goes can hide one that is listed above it. Not static: so it is
+ * verified once in each program, and not wherever it is called, in whatever state.
+ */
+__noinline int passes_cgroup(__u32 mode)
+{
+	__u8 *verdict = NULL, *found;
+	__u64 id;
+	int level;
+
+	for (level = 0; level < MOST_CGROUP_LEVELS; level++) {
+		id = ancestor_cgroup(level);
+		if (!id)
+			break;
+		found = bpf_map_lookup_elem(&filter_cgroups, &id);
+		if (found)
+			verdict = found;
+		if (found && *found == VERDICT_DROP)
+			return false; /* what excludes wins */
+	}
+	if (verdict)
+		return true;
+	return mode == FILTER_EXCLUDE;
+}
+
+/* What the filters say of the current task, which is `who`. */
+static __always_inline bool passes_task_filters(const struct event_task *who)
+{
+	struct settings *wanted = ONLY_ENTRY(settings);
+	struct exe_key exe;
+
+	if (!wanted || !wanted->task_filters)
+		return true;
+	if (!passes(wanted->filter_pid, &filter_pids, &who->pid) ||
+	    !passes(wanted->filter_uid, &filter_uids, &who->uid) ||
+	    !passes(wanted->filter_comm, &filter_comms, &who->comm) ||
+	    (wanted->filter_cgroup != FILTER_OFF && !passes_cgroup(wanted->filter_cgroup)))
+		return false;
+	if (wanted->filter_exe == FILTER_OFF)
+		return true;
+	exe = exe_key_of((struct task_struct *)bpf_get_current_task());
+	return passes(wanted->filter_exe, &filter_exes, &exe);
+}
+
+/* Whether an event of the current task, which is `who`, is to be reported as far as the task
+ * decides that. Completes the base with the weight of the event. */
+static __always_inline bool admits(struct event_base *base, const struct event_task *who,
+				   enum event_kind kind)
+{
+	if (is_agent(who->pid))
+		return false;
+	if (!passes_task_filters(who)) {
+		count_filtered(kind);
+		return false;
+	}
+	base->weight = sample(kind);
+	return base->weight;
+}
+
+#endif

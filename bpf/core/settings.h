@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* What the agent tells the programs while they run, and the counters that they keep for it. */
+#ifndef STREAMER_SETTINGS_H
+#define STREAMER_SETTINGS_H
+
+#include "events.h"
+
+/* How a filter list is used. */
+enum filter_mode {
+	FILTER_OFF = 0,
+	FILTER_EXCLUDE = 1, /* keep what is not listed */
+	FILTER_INCLUDE = 2, /* keep only what is listed with VERDICT_KEEP */
+};
+
+enum filter_verdict {
+	VERDICT_KEEP = 1,
+	VERDICT_DROP = 2,
+};
+
+#define AGENT_PIDS 2
+
+/* Mapped by the agent, which may change it at any time. */
+struct settings {
+	__u64 wakeup_bytes[RING_END]; /* wake the reader when a ring comes to hold this much */
+	__u8 filter_pid;              /* enum filter_mode, for this and the next */
+	__u8 filter_uid;
+	__u8 filter_comm;
+	__u8 filter_cgroup;
+	__u8 filter_exe;
+	__u8 task_filters; /* whether any of those above is on */
+	__u8 filter_port;
+	__u8 filter_path;
+};
+
+/* Mapped by the agent, an entry for each kind. */
+struct kind_settings {
+	__u32 enabled;
+	__u32 sample; /* report one in so many; 0 and 1: all */
+};
+
+/* Written by the program `whoami` before anything is attached. */
+struct identity {
+	__u32 agent_pids[AGENT_PIDS]; /* of both processes of the agent, as the hooks see them */
+	__u32 initial_mntns;          /* inode number of the mount namespace of the host's init */
+	__u32 pad;
+};
+
+/* produced = filtered + shed + lost + submitted. Mapped read-only, one per kind and CPU. */
+struct kind_counters {
+	__u64 produced; /* events that happened, the agent's own not among them */
+	__u64 filtered; /* kept back by a filter */
+	__u64 shed;     /* kept back by sampling */
+	__u64 lost;     /* no room in the ring, or in a table that the event needs */
+};
+
+/* Mapped read-only, one per CPU, a cache line each. */
+struct cpu_counters {
+	__u64 seq[RING_END];     /* last sequence number taken */
+	__u64 skipped[RING_END]; /* sequence numbers given up unused */
+	__u64 pad[4];
+};
+
+/* What went wrong without costing an event; counted, mapped read-only. */
+enum fault {
+	FAULT_CONNECTIONS_FULL = 0,  /* the owner of a connection could not be kept: its table is full */
+	FAULT_SOCKET_STORAGE = 1,    /* nor with the socket itself */
+	FAULT_LISTENERS_FULL = 2,    /* who listens could not be kept */
+	FAULT_AGENT_PEERS_FULL = 3,  /* a connection of the agent's own could not be kept */
+	FAULT_EXITED_FULL = 4,       /* an exit could not be remembered: it may be told twice */
+	FAULT_FAILED_FULL = 5,       /* a failed connect could not be remembered: likewise */
+	FAULT_OPEN_STARTS_FULL = 6,  /* the start of an open could not be kept: its latency is 0 */
+	FAULT_UNREADABLE = 7,        /* memory could not be read: the event says `incomplete` */
+	FAULT_NO_SLOT = 8,           /* a CPU or kind without counters: an event is lost uncounted */
+	FAULT_END = 9,
+};
+
+/* When a program is to wake the reader. */
+enum wake {
+	WAKE_NEVER = 0, /* it will look by itself */
+	WAKE_FULL = 1,  /* when the ring holds wakeup_bytes */
+	WAKE_ANY = 2,   /* at the next record: the reader sleeps */
+};
+
+/* Mapped: the reader asks for one wake-up for each ring, the program that gives it resets it. */
+struct reader_state {
+	__u32 wake[RING_END]; /* enum wake */
+};
+
+#define PREFIX_LEN 256
+
+struct path_prefix {
+	__u32 bits; /* length of the prefix, in bits */
+	__u8 path[PREFIX_LEN];
+};
+
+struct exe_key {
+	__u64 inode;
+	__u32 dev; /* as the kernel keeps it: 12 bits major, 20 bits minor */
+	__u32 pad;
+};
+
+#endif

@@ -1,0 +1,461 @@
+"""The kernel side as the agent sees it: what is loaded, its maps in memory, and what is observed.
+
+It asks a loader (`loader.Loader`, or its stand-in on the unprivileged side) for what needs
+privileges, and does everything else through memory that it shares with the programs.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from streamer.errors import HelperGone, KernelError
+from streamer.events import KINDS, RECORDS
+from streamer.kernel.contract import check_object
+from streamer.kernel.loader import (
+    ATTACHED,
+    CORE,
+    FAILED,
+    OBJECTS,
+    RINGS,
+    Loader,
+    ProgramState,
+)
+from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
+from streamer.kernel.tags import ProgramInfo
+from streamer.privilege import capabilities
+from streamer.privilege.loading import LoaderLike
+from streamer.settings import Filters, Kernel, Rings, Settings
+
+_KEEP, _DROP = b"\x01", b"\x02"
+_MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filter_mode"]}
+_RING_OVERHEAD = 8  # the header that the kernel puts before each record
+
+Coverage = Literal["full", "partial", "missing"]
+
+
+class ProgramStatus(msgspec.Struct):
+    """What became of a program. `reason` is empty unless it failed."""
+
+    name: str
+    sensor: str
+    hook: str
+    way: str
+    kinds: tuple[str, ...]
+    status: Literal["attached", "failed", "spare", "loaded"]
+    reason: str = ""
+
+
+class KindStatus(msgspec.Struct):
+    """How far a kind is observed, and why not fully."""
+
+    status: Coverage
+    reason: str = ""
+
+
+# ---------------------------------------------------------------- what is to be loaded
+
+
+def sensors_of(kinds: Collection[str]) -> list[str]:
+    """The sensors that can produce one of `kinds`."""
+    return [
+        name
+        for name, sensor in SENSORS.items()
+        if any(not set(program.kinds).isdisjoint(kinds) for program in sensor.programs)
+    ]
+
+
+def options_of(kernel: Kernel) -> dict[str, int]:
+    """Sizes of tables and settings that are on, for the loader."""
+    return {
+        "connections": kernel.connections,
+        "open_latency": int(kernel.open_latency),
+    }
+
+
+def check_contracts(sensors: Iterable[str], directory: str = OBJECTS) -> None:
+    """Refuse objects that were built from another `events.h`.
+
+    Raises:
+        ContractError: names object, struct and member.
+    """
+    for name in sensors:
+        check_object(Path(directory, f"{name}.bpf.o"))
+
+
+# ---------------------------------------------------------------- what is observed
+
+
+def coverage(
+    programs: Iterable[ProgramStatus], kinds: Collection[str], rings: Mapping[str, int]
+) -> dict[str, KindStatus]:
+    """How far each of `kinds` is observed, given what became of the programs.
+
+    `rings`: size of each ring in bytes. A kind whose largest record does not fit is not fully
+    observed, however much room there is.
+    """
+    statuses = list(programs)
+    return {kind: _coverage_of(kind, statuses, rings) for kind in sorted(kinds)}
+
+
+def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, int]) -> KindStatus:
+    hooks: dict[str, list[ProgramStatus]] = {}
+    for program in programs:
+        if kind in program.kinds:
+            hooks.setdefault(program.hook, []).append(program)
+    lost = [ways for ways in hooks.values() if not any(way.status == ATTACHED for way in ways)]
+    reasons = {_why(ways[-1]): None for ways in lost}
+    essential = any(not _info(ways[-1]).covers for ways in lost)
+    if not hooks or essential or len(lost) == len(hooks):
+        return KindStatus("missing", "; ".join(reasons) or "no program reports it")
+    too_large = _too_large(kind, rings)
+    if too_large:
+        reasons[too_large] = None
+    return KindStatus("partial" if reasons else "full", "; ".join(reasons))
+
+
+def _too_large(kind: str, rings: Mapping[str, int]) -> str:
+    ring, most = KINDS[kind].ring, RECORDS[KIND_NUMBERS[kind]].max_size
+    room = rings[ring] - _RING_OVERHEAD
+    if most <= room:
+        return ""
+    return (
+        f"a record can have up to {most} bytes, and the ring {ring} holds none of more than {room}"
+    )
+
+
+def _why(program: ProgramStatus) -> str:
+    lost = _info(program).covers
+    return f"{program.reason}, so {lost} are not observed" if lost else program.reason
+
+
+def _info(program: ProgramStatus) -> ProgramInfo:
+    return next(one for one in SENSORS[program.sensor].programs if one.name == program.name)
+
+
+# ---------------------------------------------------------------- settings and filters
+
+
+def pack(struct_name: str, values: Mapping[str, int | tuple[int, ...]]) -> bytes:
+    """The bytes of a struct of the contract, with the members that are not given at zero."""
+    layout = CONTRACT[struct_name]
+    data = bytearray(size_of(struct_name))
+    for name, offset, size in layout:
+        value = values.get(name, 0)
+        if isinstance(value, tuple):
+            struct.pack_into(f"<{len(value)}Q", data, offset, *value)
+        else:
+            data[offset : offset + size] = value.to_bytes(size, "little")
+    return bytes(data)
+
+
+def size_of(struct_name: str) -> int:
+    """Bytes of a struct of the contract."""
+    return max(offset + size for _, offset, size in CONTRACT[struct_name])
+
+
+def filter_mode(keep: Collection[object], drop: Collection[object]) -> int:
+    """How the programs use a filter's map."""
+    if keep:
+        return _MODES["INCLUDE"]
+    return _MODES["EXCLUDE" if drop else "OFF"]
+
+
+def settings_bytes(rings: Rings, filters: Filters) -> bytes:
+    """`struct settings` for the programs: when to wake the reader, which filters are in use."""
+    modes = {
+        "filter_pid": filter_mode(filters.pids, filters.exclude_pids),
+        "filter_uid": filter_mode(filters.uids, filters.exclude_uids),
+        "filter_comm": filter_mode(filters.comms, filters.exclude_comms),
+        "filter_cgroup": filter_mode(filters.cgroups, filters.exclude_cgroups),
+        "filter_exe": filter_mode(filters.exes, filters.exclude_exes),
+    }
+    return pack(
+        "settings",
+        {
+            # A quarter of a ring may fill before its reader is woken ahead of its timer.
+            "wakeup_bytes": (rings.critical_bytes // 4, rings.bulk_bytes // 4),
+            **modes,
+            "task_filters": int(any(modes.values())),
+            "filter_port": filter_mode(filters.ports, filters.exclude_ports),
+            "filter_path": filter_mode(filters.path_prefixes, filters.exclude_path_prefixes),
+        },
+    )
+
+
+def kind_settings_bytes(kinds: Collection[str], sample: Mapping[str, int]) -> bytes:
+    """`struct kind_settings` of every kind: which are on, and one in how many is reported."""
+    entries = [pack("kind_settings", {})] * KIND_END
+    for kind in kinds:
+        entries[KIND_NUMBERS[kind]] = pack(
+            "kind_settings", {"enabled": 1, "sample": sample.get(kind, 1)}
+        )
+    return b"".join(entries)
+
+
+def filter_entries(filters: Filters) -> list[tuple[str, bytes, bytes]]:
+    """Map, key and value for every entry of the filters. What excludes comes last, and wins.
+
+    Raises:
+        KernelError: an executable that is to be recognised is not there.
+    """
+    tables: list[tuple[str, Iterable[bytes], Iterable[bytes]]] = [
+        ("filter_pids", map(_u32, filters.pids), map(_u32, filters.exclude_pids)),
+        ("filter_uids", map(_u32, filters.uids), map(_u32, filters.exclude_uids)),
+        ("filter_comms", map(_comm, filters.comms), map(_comm, filters.exclude_comms)),
+        ("filter_cgroups", map(_u64, filters.cgroups), map(_u64, filters.exclude_cgroups)),
+        ("filter_exes", map(_exe, filters.exes), map(_exe, filters.exclude_exes)),
+        ("filter_ports", map(_u16, filters.ports), map(_u16, filters.exclude_ports)),
+        (
+            "filter_paths",
+            map(_prefix, _kept_prefixes(filters)),
+            map(_prefix, filters.exclude_path_prefixes),
+        ),
+    ]
+    return list(_entries(tables))
+
+
+def _entries(
+    tables: Iterable[tuple[str, Iterable[bytes], Iterable[bytes]]],
+) -> Iterator[tuple[str, bytes, bytes]]:
+    for name, keep, drop in tables:
+        yield from ((name, key, _KEEP) for key in keep)
+        yield from ((name, key, _DROP) for key in drop)
+
+
+def _kept_prefixes(filters: Filters) -> Iterable[str]:
+    """Without those within an excluded one: in the map the longest match would win."""
+    excluded = filters.exclude_path_prefixes
+    return (prefix for prefix in filters.path_prefixes if not prefix.startswith(excluded))
+
+
+def _u16(value: int) -> bytes:
+    return value.to_bytes(2, "little")
+
+
+def _u32(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+def _u64(value: int) -> bytes:
+    return value.to_bytes(8, "little")
+
+
+def _comm(value: str) -> bytes:
+    return value.encode().ljust(16, b"\0")
+
+
+def _exe(path: str) -> bytes:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise KernelError(f"filters: cannot find the executable {path}: {error.strerror}") from None
+    return pack("exe_key", {"inode": found.st_ino, "dev": found.st_dev & 0xFFFFFFFF})
+
+
+def _prefix(value: str) -> bytes:
+    path = value.encode()
+    size = {name: size for name, _, size in CONTRACT["path_prefix"]}["path"]
+    return _u32(8 * len(path)) + path.ljust(size, b"\0")
+
+
+# ---------------------------------------------------------------- the state
+
+
+class Identity(NamedTuple):
+    """Who the agent is, as the programs see it, and the mount namespace of the host's init."""
+
+    pids: tuple[int, int]
+    initial_mntns: int
+
+
+class KernelState:
+    """What is loaded: rings and counters to read, settings to change, sensors to attach."""
+
+    def __init__(self, loader: LoaderLike, settings: Settings) -> None:
+        """Creates what all sensors share, with the filters in place; nothing is attached.
+
+        Raises:
+            KernelError: no BPF, no BTF, or the core does not load.
+        """
+        self._loader = loader
+        self._options = options_of(settings.kernel)
+        self._sample = settings.kernel.sample
+        self._states: dict[str, list[ProgramState]] = {}  # kept for the last reports
+        self._loaded: list[str] = []
+        self._missed: dict[str, int] = {}
+        self._mapped: list[mmap.mmap] = []
+        self.cpus = loader.cpus
+        self.ring_bytes = dict(
+            zip(RINGS, (settings.rings.critical_bytes, settings.rings.bulk_bytes), strict=True)
+        )
+        self.entries = filter_entries(settings.filters)
+        maps = loader.load_core(self.ring_bytes, settings.btf)
+        try:
+            self.ring_fds = {name: maps[name] for name in RINGS}
+            self.counters = self._map(maps["counters"], size_of("cpu_counters") * self.cpus)
+            self.kind_counters = self._map(
+                maps["kind_counters"], size_of("kind_counters") * self.cpus * KIND_END
+            )
+            self.faults = self._map(maps["faults"], 8 * len(CONTRACT["enum fault"]))
+            self.reader_state = self._map(maps["reader"], size_of("reader_state"), writable=True)
+            self._settings = self._map(maps["settings"], size_of("settings"), writable=True)
+            self._kind_settings = self._map(
+                maps["kind_settings"], size_of("kind_settings") * KIND_END, writable=True
+            )
+            self.identity = self._read_identity(maps["identities"])
+            self._configure(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self, fd: int, size: int, *, writable: bool = False) -> mmap.mmap:
+        pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        prot = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+        made = mmap.mmap(fd, pages, flags=mmap.MAP_SHARED, prot=prot)
+        self._mapped.append(made)
+        return made
+
+    def _read_identity(self, fd: int) -> Identity:
+        one, other, mntns, _ = struct.unpack_from("<4I", self._map(fd, size_of("identity")))
+        return Identity((one, other), mntns)
+
+    def _configure(self, settings: Settings) -> None:
+        data = settings_bytes(settings.rings, settings.filters)
+        self._settings[: len(data)] = data
+        try:
+            for name, key, value in self.entries:
+                self._loader.update(name, key, value)
+        except OSError as error:
+            raise KernelError(f"cannot set the filters: {error.strerror}") from error
+
+    def enable(self, kinds: Collection[str]) -> None:
+        """Report `kinds` from now on, and no others."""
+        data = kind_settings_bytes(kinds, self._sample)
+        self._kind_settings[: len(data)] = data
+
+    @property
+    def sensors(self) -> list[str]:
+        """The sensors that are loaded."""
+        return list(self._loaded)
+
+    def load(self, sensor: str) -> None:
+        """Load one sensor; what does not load of it is noted in `statuses`.
+
+        Raises:
+            KernelError: it cannot be loaded at all; the others are not affected.
+        """
+        try:
+            self._states[sensor] = self._loader.load(sensor, self._options).programs
+        except KernelError as error:
+            self._states[sensor] = [
+                ProgramState(program.name, program.hook, "", FAILED, str(error))
+                for program in SENSORS[sensor].programs
+            ]
+            raise
+        self._loaded.append(sensor)
+
+    def attach(self) -> None:
+        """Attach what was loaded; what fails is noted in `statuses`."""
+        for sensor in self._loaded:
+            self.attach_sensor(sensor)
+
+    def attach_sensor(self, sensor: str) -> None:
+        """Attach what was loaded of one sensor."""
+        self._states[sensor] = self._loader.attach(sensor)
+
+    def unload(self, sensor: str) -> None:
+        """Detach one sensor and let go of it; the others go on."""
+        self._loaded.remove(sensor)
+        del self._states[sensor]
+        self._loader.unload(sensor)
+
+    @property
+    def statuses(self) -> list[ProgramStatus]:
+        """What became of every program of the sensors that are loaded."""
+        return [
+            ProgramStatus(
+                name=state.name,
+                sensor=sensor,
+                hook=state.hook,
+                way=state.way,
+                kinds=_kinds_of(sensor, state.name),
+                status=state.status,  # type: ignore[arg-type]
+                reason=state.reason,
+            )
+            for sensor, states in self._states.items()
+            for state in states
+        ]
+
+    def coverage(self, kinds: Collection[str]) -> dict[str, KindStatus]:
+        """How far each of `kinds` is observed."""
+        return coverage(self.statuses, kinds, self.ring_bytes)
+
+    def missed(self) -> dict[str, int]:
+        """Runs of programs that the kernel left out, per program that had any.
+
+        As last known, where the privileged helper has gone.
+        """
+        with suppress(HelperGone):
+            self._missed.update(self._loader.missed())
+        return dict(self._missed)
+
+    def detach(self) -> None:
+        """Unload every sensor: no event is produced after this."""
+        self.missed()  # their counts go with them
+        loaded, self._loaded = self._loaded, []
+        with suppress(HelperGone):  # and its programs with it
+            for sensor in loaded:
+                self._loader.unload(sensor)
+
+    def close(self) -> None:
+        """Detach and release everything. Harmless when done already."""
+        self._loader.close()
+        for mapping in self._mapped:
+            with suppress(BufferError):  # somebody still looks at it
+                mapping.close()
+
+
+def _kinds_of(sensor: str, program: str) -> tuple[str, ...]:
+    return next(one.kinds for one in SENSORS[sensor].programs if one.name == program)
+
+
+def load(
+    settings: Settings,
+    kinds: Collection[str],
+    loader: LoaderLike | None = None,
+    directory: str = OBJECTS,
+) -> KernelState:
+    """Load what `kinds` needs, with its filters in place and the agent itself excluded.
+
+    Nothing is attached yet: no event can have been produced when this returns. Without a
+    `loader` the programs are loaded in this process, which is then the whole agent. `directory`
+    is where the loader has its objects from.
+
+    Raises:
+        PrivilegeError: missing capabilities.
+        ContractError: an object was built from another `events.h`.
+        KernelError: no BPF, no BTF, or no sensor loads.
+    """
+    wanted = sensors_of(kinds)
+    capabilities.require()
+    check_contracts((CORE, *wanted), directory)
+    state = KernelState(loader or Loader(directory=directory), settings)
+    failures = []
+    for sensor in wanted:
+        try:
+            state.load(sensor)
+        except KernelError as error:
+            failures.append(str(error))
+    if len(failures) == len(wanted):
+        state.close()
+        raise KernelError("; ".join(failures))
+    state.enable(kinds)
+    return state

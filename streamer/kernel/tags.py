@@ -1,0 +1,45 @@
+"""What programs and maps say of themselves in `bpf/core/tags.h`, as `objects.py` has it.
+
+Plain tuples of plain values: the privileged process reads them, and imports little.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ProgramInfo(NamedTuple):
+    """A BPF program.
+
+    Programs of one `hook` are ways to the same thing, best first. `kinds` is what it reports, and
+    `covers` what is not observed without it: empty where that is all of its kinds. It is used
+    only where all of `needs` is given: see `bpf/core/tags.h`.
+    """
+
+    name: str
+    hook: str
+    kinds: tuple[str, ...]
+    covers: str = ""
+    needs: tuple[str, ...] = ()
+
+
+class MapInfo(NamedTuple):
+    """A map that says something of itself.
+
+    `sized` is what its number of entries follows: `cpus`, `cpus,kinds`, `table:NAME`, or nothing.
+    A `shared` one is made by the object `core` and used by all. It is made where all of `needs`
+    is given, as a program is used.
+    """
+
+    name: str
+    sized: str = ""
+    shared: bool = False
+    needs: tuple[str, ...] = ()
+
+
+class SensorInfo(NamedTuple):
+    """A compiled object, `NAME.bpf.o`: its programs in the order of its source, and its maps."""
+
+    name: str
+    programs: tuple[ProgramInfo, ...] = ()
+    maps: tuple[MapInfo, ...] = ()

@@ -1,0 +1,344 @@
+"""The privileged helper: keeps the capabilities, and answers the requests of `requests.py`.
+
+It is small, has one thread, and imports nothing that it does not need. It lives for as long as
+the worker's end of the socketpair is open.
+"""
+
+from __future__ import annotations
+
+import binascii
+import ctypes
+import errno
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from streamer.errors import StreamerError
+from streamer.kernel.loader import Loader, ProgramState, ensure_tracefs
+from streamer.privilege import capabilities, proc, seccomp
+from streamer.privilege.channel import Channel, Message, MessageError
+from streamer.privilege.files import AppendTarget, NamedFile, open_read
+from streamer.privilege.loading import LoaderLike
+from streamer.privilege.policies import helper_filter
+from streamer.privilege.requests import Refused, parse
+
+CHUNK_BYTES = 1 << 15
+"""Bytes of keys and values in one of the messages that answer `read`."""
+ORPHANED = "streamer: the worker ended without a word; its programs are detached"
+
+# What reaches all processes of a terminal or a service: the worker decides when both end.
+_IGNORED = (
+    *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPIPE),
+)
+_PR_SET_NAME = 15
+_NAME = b"streamer-helper"
+
+
+class Answer(NamedTuple):
+    """A result, or a part of one with `more` to follow.
+
+    `descriptors` go with it; those `owned` are closed when they are sent.
+    """
+
+    result: Any
+    descriptors: Sequence[int] = ()
+    owned: bool = False
+    more: bool = False
+
+
+class Files:
+    """The files that were named at the start, by index."""
+
+    def __init__(self, named: Sequence[NamedFile]) -> None:
+        """Directories of files to append to are held from now on."""
+        self._named = named
+        self._targets = {
+            index: _target(file) for index, file in enumerate(named) if file.use == "append"
+        }
+
+    def __getitem__(self, index: int) -> NamedFile:
+        """Raises Refused: there is none of that index."""
+        if index >= len(self._named):
+            raise Refused("no file of that index")
+        return self._named[index]
+
+    def open(self, index: int) -> Answer:
+        """A new descriptor of the file. Raises Refused, OSError."""
+        file = self[index]
+        if file.use == "read":
+            return Answer({"torn": False}, [open_read(file.path)], owned=True)
+        opened = self._target(index).open(file.bits)
+        return Answer({"torn": opened.torn}, [opened.fd], owned=True)
+
+    def rotate(self, index: int, keep: int) -> None:
+        """See `AppendTarget.rotate`. Raises Refused, OSError."""
+        if self[index].use != "append":
+            raise Refused("no file to append to")
+        self._target(index).rotate(keep)
+
+    def path_to_read(self, index: int) -> str:
+        """Raises Refused: it is no file to read."""
+        file = self[index]
+        if file.use != "read":
+            raise Refused("no file to read")
+        return file.path
+
+    def _target(self, index: int) -> AppendTarget:
+        target = self._targets[index]
+        if isinstance(target, OSError):
+            raise target
+        return target
+
+
+def _target(file: NamedFile) -> AppendTarget | OSError:
+    try:
+        return AppendTarget(file.path)
+    except OSError as error:  # said when it is to be opened
+        return error
+
+
+class Helper:
+    """Does what is asked, one request after the other."""
+
+    def __init__(self, channel: Channel, files: Files, loader: LoaderLike) -> None:
+        """See the class."""
+        self._channel = channel
+        self._files = files
+        self._loader = loader
+        self._core = False
+        self._sensors: set[str] = set()
+        self._ended = False
+        self._requests: dict[str, Callable[..., Iterable[Answer]]] = {
+            "load_core": self._load_core,
+            "load": self._load,
+            "attach": self._attach,
+            "unload": self._unload,
+            "update": self._update,
+            "delete": self._delete,
+            "read": self._read,
+            "missed": self._missed,
+            "open": self._open,
+            "rotate": self._rotate,
+            "proc": self._proc,
+            "end": self._end,
+        }
+
+    def serve(self) -> bool:
+        """Answer until the worker has gone. Whether it said so before."""
+        while not self._ended:
+            try:
+                received = self._channel.receive()
+                if received is None:
+                    return False
+                self._answer(received[0])
+            except MessageError as error:
+                self._refuse(None, Refused(str(error)))
+        return True
+
+    def _answer(self, message: Message) -> None:
+        number: int | None = None
+        try:
+            number, name, parameters = parse(message)
+            for answer in self._requests[name](**parameters):
+                self._send(number, answer)
+        except Exception as error:  # of this request; the next may be in order
+            self._refuse(number, error)
+
+    def _send(self, number: int, answer: Answer) -> None:
+        message = {"id": number, "result": answer.result, "more": answer.more}
+        try:
+            self._channel.send(message, answer.descriptors)
+        finally:
+            for fd in answer.descriptors if answer.owned else ():
+                os.close(fd)
+
+    def _refuse(self, number: int | None, error: Exception) -> None:
+        # Without a worker there is nobody to tell: the next `receive` notices.
+        with suppress(OSError):
+            self._channel.send({"id": number, "error": told(error)})
+
+    # ------------------------------------------------------------ the kernel
+
+    def _load_core(self, rings: dict[str, int], btf: int | None) -> Iterator[Answer]:
+        if self._core:
+            raise Refused("it is loaded already")
+        path = None if btf is None else self._files.path_to_read(btf)
+        maps = self._loader.load_core(rings, path)
+        self._core = True
+        trim()
+        yield Answer({"maps": list(maps)}, list(maps.values()))
+
+    def _load(self, sensor: str, options: dict[str, int]) -> Iterator[Answer]:
+        if not self._core or sensor in self._sensors:
+            raise Refused("no core, or it is loaded already")
+        loaded = self._loader.load(sensor, options)
+        self._sensors.add(sensor)
+        trim()
+        result = {"programs": listed(loaded.programs), "maps": list(loaded.maps)}
+        yield Answer(result, list(loaded.maps.values()))
+
+    def _attach(self, sensor: str) -> Iterator[Answer]:
+        self._check_loaded(sensor)
+        yield Answer({"programs": listed(self._loader.attach(sensor))})
+
+    def _unload(self, sensor: str) -> Iterator[Answer]:
+        self._check_loaded(sensor)
+        self._sensors.discard(sensor)
+        self._loader.unload(sensor)
+        trim()
+        yield Answer(None)
+
+    def _check_loaded(self, sensor: str) -> None:
+        if sensor not in self._sensors:
+            raise Refused("no such sensor is loaded")
+
+    def _update(self, map: str, key: bytes, value: bytes) -> Iterator[Answer]:
+        self._loader.update(map, key, value)
+        yield Answer(None)
+
+    def _delete(self, map: str, key: bytes) -> Iterator[Answer]:
+        self._loader.delete(map, key)
+        yield Answer(None)
+
+    def _read(self, map: str) -> Iterator[Answer]:
+        keys, values = b"", b""
+        count = 0
+        for key, value in self._loader.read(map):
+            if count and len(keys) + len(values) + len(key) + len(value) > CHUNK_BYTES:
+                yield _entries(count, keys, values, more=True)
+                keys, values, count = b"", b"", 0
+            keys, values, count = keys + key, values + value, count + 1
+        yield _entries(count, keys, values, more=False)
+
+    def _missed(self) -> Iterator[Answer]:
+        yield Answer(self._loader.missed())
+
+    # ------------------------------------------------------------ the rest
+
+    def _open(self, index: int) -> Iterator[Answer]:
+        yield self._files.open(index)
+
+    def _rotate(self, index: int, keep: int) -> Iterator[Answer]:
+        self._files.rotate(index, keep)
+        yield Answer(None)
+
+    def _proc(self, pid: int, name: str) -> Iterator[Answer]:
+        found = proc.look_up(pid, name)
+        yield Answer({"data": text(found.data), "cut": found.cut})
+
+    def _end(self) -> Iterator[Answer]:
+        self._ended = True
+        self._loader.close()
+        yield Answer(None)
+
+
+def _entries(count: int, keys: bytes, values: bytes, *, more: bool) -> Answer:
+    result = {"count": count, "keys": text(keys), "values": text(values)}
+    return Answer(result, more=more)
+
+
+def text(data: bytes) -> str:
+    """Bytes as JSON can hold them: Base64."""
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
+def listed(programs: Iterable[ProgramState]) -> list[list[str]]:
+    """States of programs as JSON can hold them."""
+    return [list(program) for program in programs]
+
+
+def told(error: Exception) -> Message:
+    """An error as the worker gets it: kind, error number and text."""
+    match error:
+        case StreamerError():
+            return {"kind": type(error).__name__, "errno": 0, "text": str(error)}
+        case OSError():
+            words = error.strerror or str(error)
+            return {"kind": "OSError", "errno": error.errno or errno.EIO, "text": words}
+        case Refused() | MessageError():
+            return {"kind": "Refused", "errno": errno.EINVAL, "text": str(error)}
+        case _:
+            return {"kind": "Failed", "errno": errno.EIO, "text": repr(error)[:1000]}
+
+
+def trim() -> None:
+    """Give back what loading took: most of it is never needed again."""
+    gc.collect()
+    with suppress(AttributeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# ---------------------------------------------------------------- the process
+
+
+def main(descriptor: int, make_loader: Callable[[], LoaderLike] | None = None) -> int:
+    """Run the helper on its end of the socketpair. The exit code of the process."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the worker had them all blocked
+    channel = Channel(socket.socket(fileno=descriptor), descriptors=0)
+    started = _start(channel, make_loader or _kernel_loader)
+    if started is None:
+        return 1
+    files, loader = started
+    try:
+        orderly = Helper(channel, files, loader).serve()
+    finally:
+        loader.close()
+        channel.close()
+    if not orderly:
+        with suppress(OSError):
+            print(ORPHANED, file=sys.stderr, flush=True)
+    return 0
+
+
+def _kernel_loader() -> LoaderLike:
+    ensure_tracefs()  # afterwards nothing can be mounted; what failed is found out again
+    return Loader(parent_is_agent=True)
+
+
+def _start(
+    channel: Channel, make_loader: Callable[[], LoaderLike]
+) -> tuple[Files, LoaderLike] | None:
+    """Take the list of files, and give up what is not needed. None: the worker was told why."""
+    try:
+        received = channel.receive()
+        if received is None:
+            return None
+        named = [NamedFile(*one) for one in received[0]["files"]]
+        files = Files(named)
+        loader = make_loader()
+        confine(writes=any(file.use == "append" for file in named))
+        channel.send({"id": 0, "result": None, "more": False})
+    except Exception as error:
+        with suppress(OSError):
+            channel.send({"id": 0, "error": told(error)})
+        return None
+    return files, loader
+
+
+def confine(*, writes: bool) -> None:
+    """Keep the capabilities that the helper needs, and the system calls.
+
+    `writes`: there are files to append to, which may be any user's.
+
+    Raises:
+        PrivilegeError: the kernel refused.
+    """
+    os.chdir("/")
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
+    have = capabilities.effective()
+    # Kernels before 5.11 count maps against it, and raising it takes another capability.
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
+    capabilities.limit_to(capabilities.needed_by_helper(have, writes=writes))
+    capabilities.forgo_gains()
+    capabilities.hide_memory()
+    seccomp.install(helper_filter(os.getpid(), os.uname().machine))

@@ -1,0 +1,41 @@
+"""What is asked of a loader (`kernel/loader.py`), in the helper or through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from streamer.kernel.loader import Loaded, ProgramState
+
+
+class LoaderLike(Protocol):
+    """A `Loader`, or the worker's stand-in for one. See `Loader` for what each method does."""
+
+    cpus: int
+
+    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
+        """Load what all sensors share; maps and their descriptors."""
+
+    def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
+        """Load a sensor."""
+
+    def attach(self, sensor: str) -> list[ProgramState]:
+        """Attach a loaded sensor's programs."""
+
+    def unload(self, sensor: str) -> None:
+        """Detach and release a sensor."""
+
+    def update(self, map: str, key: bytes, value: bytes) -> None:
+        """Set an element of a map."""
+
+    def delete(self, map: str, key: bytes) -> None:
+        """Remove an element of a map."""
+
+    def read(self, map: str) -> Iterable[tuple[bytes, bytes]]:
+        """Keys and values of a map."""
+
+    def missed(self) -> dict[str, int]:
+        """Per program, how many of its runs the kernel left out."""
+
+    def close(self) -> None:
+        """Detach and release everything."""

@@ -1,0 +1,136 @@
+"""The fixed list of what the worker may ask of the helper, and the check of every parameter.
+
+Whoever has taken over the worker can send anything: what does not fit the list exactly is
+refused before anything is done.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+MOST_PID = 1 << 22  # PID_MAX_LIMIT
+MOST_RING = 1 << 30
+"""Bytes of a ring."""
+MOST_OPTION = 1 << 22
+"""Entries of a table."""
+MOST_NAMED = 64
+"""Of rings, or of a sensor's options."""
+MOST_BYTES = 1 << 16
+"""Of a key or a value."""
+MOST_FILES = 1 << 16
+MOST_KEPT = 100
+"""Of a rotated file."""
+
+PROC_FILES = ("stat", "status", "comm", "cmdline", "cgroup", "loginuid", "sessionid")
+PROC_LINKS = (
+    *("exe", "cwd", "root"),
+    *("ns/cgroup", "ns/ipc", "ns/mnt", "ns/net", "ns/pid", "ns/time", "ns/user", "ns/uts"),
+)
+"""What may be looked up below /proc/PID: never what holds secrets or memory, such as environ."""
+
+_SENSOR = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_MAP = re.compile(r"[A-Za-z0-9_.]{1,64}")
+
+
+class Refused(Exception):
+    """A request that is not on the list, or whose parameters are not what they have to be."""
+
+
+class Request(NamedTuple):
+    """A request that is in order. `number` comes back with the reply."""
+
+    number: int
+    name: str
+    parameters: dict[str, Any]
+
+
+def parse(message: Mapping[str, Any]) -> Request:
+    """The request in a message: `{"id": …, "request": …, …}` with its parameters.
+
+    Raises:
+        Refused: says what is wrong with it.
+    """
+    name, number = message.get("request"), message.get("id")
+    checks = REQUESTS.get(name) if isinstance(name, str) else None
+    if not isinstance(name, str) or checks is None:
+        raise Refused("no such request")
+    if type(number) is not int or not 0 <= number < 1 << 63:
+        raise Refused(f"{name}: id")
+    if message.keys() - {"request", "id"} != checks.keys():
+        raise Refused(f"{name}: parameters have to be {', '.join(checks) or 'none'}")
+    parameters = {}
+    for key, check in checks.items():
+        try:
+            parameters[key] = check(message[key])
+        except ValueError:
+            raise Refused(f"{name}: {key}") from None
+    return Request(number, name, parameters)
+
+
+def _integer(least: int, most: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if type(value) is not int or not least <= value <= most:  # a bool is no integer here
+            raise ValueError
+        return value
+
+    return check
+
+
+def _string(pattern: re.Pattern[str]) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if type(value) is not str or not pattern.fullmatch(value):
+            raise ValueError
+        return value
+
+    return check
+
+
+def _one_of(words: tuple[str, ...]) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if type(value) is not str or value not in words:
+            raise ValueError
+        return value
+
+    return check
+
+
+def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else check(value)
+
+
+def _numbers(most: int) -> Callable[[Any], dict[str, int]]:
+    name, number = _string(_MAP), _integer(0, most)
+
+    def check(value: Any) -> dict[str, int]:
+        if type(value) is not dict or len(value) > MOST_NAMED:
+            raise ValueError
+        return {name(key): number(one) for key, one in value.items()}
+
+    return check
+
+
+def _bytes(value: Any) -> bytes:
+    if type(value) is not str or len(value) > 2 * MOST_BYTES:
+        raise ValueError
+    return binascii.a2b_base64(value.encode("ascii"), strict_mode=True)
+
+
+_INDEX = _integer(0, MOST_FILES)
+REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
+    "load_core": {"rings": _numbers(MOST_RING), "btf": _optional(_INDEX)},
+    "load": {"sensor": _string(_SENSOR), "options": _numbers(MOST_OPTION)},
+    "attach": {"sensor": _string(_SENSOR)},
+    "unload": {"sensor": _string(_SENSOR)},
+    "update": {"map": _string(_MAP), "key": _bytes, "value": _bytes},
+    "delete": {"map": _string(_MAP), "key": _bytes},
+    "read": {"map": _string(_MAP)},
+    "missed": {},
+    "open": {"index": _INDEX},
+    "rotate": {"index": _INDEX, "keep": _integer(1, MOST_KEPT)},
+    "proc": {"pid": _integer(1, MOST_PID), "name": _one_of(PROC_FILES + PROC_LINKS)},
+    "end": {},
+}
+"""Every request, and what makes a value of each of its parameters."""

@@ -1,0 +1,101 @@
+"""Splits the process: starts the helper, and prepares the worker for life without privileges."""
+
+from __future__ import annotations
+
+import codecs
+import importlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from streamer.privilege import drop
+from streamer.privilege.channel import MESSAGE_BYTES, MOST_DESCRIPTORS, Channel
+from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener
+from streamer.privilege.named import named_files
+from streamer.settings import Settings
+
+HELPER = os.path.join(os.path.dirname(__file__), "__main__.py")
+"""The program that the helper runs."""
+
+_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH")
+# File names in UTF-8 there if they are in UTF-8 here.
+_OPTIONS = ("-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}")
+_MODULES = ("encodings.idna", "ssl", "traceback", "linecache", "tokenize")
+_CODECS = ("ascii", "idna", "latin-1", "utf-8", "utf-16-be", "unicode_escape")
+
+_log = logging.getLogger("streamer")
+
+
+class Split:
+    """The worker's side of a split that has begun: the helper runs, and `drop` ends it."""
+
+    def __init__(self, settings: Settings, *, program: str = HELPER) -> None:
+        """Start the helper, and import what the worker will need.
+
+        Raises:
+            ConfigError: there is no such user as the settings name.
+            StreamerError: the helper does not start.
+        """
+        self._account = drop.account_of(settings.user) if drop.can_change_user() else None
+        files = named_files(settings)
+        self.client = start_helper(program)
+        try:
+            self.client.set_up(files)
+            preload(settings)
+        except BaseException:
+            self.client.close()
+            raise
+        self.loader = RemoteLoader(self.client, files)
+        self.opener = RemoteOpener(self.client, files)
+
+    def drop(self) -> None:
+        """Give up every privilege of this process. Raises PrivilegeError."""
+        if self._account is None and os.geteuid() == 0:
+            _log.warning("without CAP_SETUID and CAP_SETGID the worker remains root's process")
+        drop.drop_privileges(self._account)
+
+    def close(self) -> None:
+        """End the helper. Harmless when it has ended."""
+        self.client.close()
+
+
+def start_helper(program: str = HELPER) -> HelperClient:
+    """Run `program` with one end of a socketpair, and nothing else that is open here.
+
+    Raises:
+        OSError: it cannot be run.
+    """
+    own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (own, other):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_BYTES)
+    # Blocked until the helper ignores them: it lives on when they are meant for the worker.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *_OPTIONS, program, str(other.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(other.fileno(),),
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        other.close()
+    return HelperClient(Channel(own, MOST_DESCRIPTORS), process)
+
+
+def preload(settings: Settings) -> None:
+    """Import every module and codec that the worker may need.
+
+    As another user it may not be able to read them: an installation below /root, for example.
+    """
+    kinds: Sequence[object] = [type(sink).__struct_config__.tag for sink in settings.sinks]
+    for name in (*_MODULES, *(f"streamer.sinks.{kind}" for kind in kinds)):
+        importlib.import_module(name)
+    for name in _CODECS:
+        codecs.lookup(name)
+    sys.dont_write_bytecode = True

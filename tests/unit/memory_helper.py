@@ -1,0 +1,74 @@
+"""A privileged helper whose loader keeps maps in memory: `python -I -S FILE DESCRIPTOR`.
+
+Protocol, files, /proc and confinement are the real ones, and no kernel support is needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator, Mapping
+
+sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from streamer.errors import KernelError
+from streamer.kernel.loader import Loaded, ProgramState
+from streamer.privilege.helper import main
+
+MANY = 1 << 16
+
+
+class MemoryLoader:
+    """Sensors: `good` loads; `bad` is refused by the kernel; `broken` shows a defect of ours."""
+
+    cpus = 1
+
+    def __init__(self) -> None:
+        self.maps: dict[str, dict[bytes, bytes]] = {"small": {}, "empty": {}}
+        self.maps["large"] = {i.to_bytes(4, "little"): bytes([i % 251] * 24) for i in range(MANY)}
+
+    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
+        told = {b"ring": repr(dict(rings)), b"btf_": repr(btf)}
+        self.maps["told"] = {key: text.encode().ljust(300) for key, text in told.items()}
+        return {name: os.open("/proc/self/status", os.O_RDONLY) for name in rings}
+
+    def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
+        if sensor == "bad":
+            raise KernelError("the verifier said no")
+        if sensor == "broken":
+            raise ZeroDivisionError
+        state = ProgramState("on_good", "raw_tp/good", "raw_tp", "loaded", "")
+        fds = {name: os.open("/proc/self/stat", os.O_RDONLY) for name in options}
+        return Loaded([state], fds)
+
+    def attach(self, sensor: str) -> list[ProgramState]:
+        return [ProgramState("on_good", "raw_tp/good", "raw_tp", "attached", "")]
+
+    def unload(self, sensor: str) -> None:
+        pass
+
+    def update(self, map: str, key: bytes, value: bytes) -> None:
+        self._map(map)[key] = value
+
+    def delete(self, map: str, key: bytes) -> None:
+        if self._map(map).pop(key, None) is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def read(self, map: str) -> Iterator[tuple[bytes, bytes]]:
+        yield from self._map(map).items()
+
+    def missed(self) -> dict[str, int]:
+        return {"on_good": 3}
+
+    def close(self) -> None:
+        pass
+
+    def _map(self, name: str) -> dict[bytes, bytes]:
+        if name not in self.maps:
+            raise KernelError(f"no map {name}")
+        return self.maps[name]
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), MemoryLoader))

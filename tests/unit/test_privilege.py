@@ -1,0 +1,511 @@
+"""The helper as a process of its own: what it does, what it refuses, and that it survives."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from streamer.errors import HelperGone, KernelError
+from streamer.kernel.loader import ProgramState
+from streamer.privilege.channel import MESSAGE_BYTES, Channel
+from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener, look_up
+from streamer.privilege.files import NamedFile, read_all
+from streamer.privilege.proc import MOST_BYTES
+from streamer.privilege.requests import PROC_FILES, PROC_LINKS, REQUESTS
+from streamer.privilege.split import start_helper
+
+PROGRAM = str(Path(__file__).parent / "memory_helper.py")
+SECRET = b"correct horse\n"
+GOOD = {"request": "missed", "id": 77}
+MISSED = {"on_good": 3}
+
+
+class Setting:
+    """A helper that was told of two files, in a directory of the test."""
+
+    def __init__(self, directory: Path) -> None:
+        self.secret, self.events = directory / "secret", directory / "events"
+        self.secret.write_bytes(SECRET)
+        self.secret.chmod(0o600)
+        self.files = (
+            NamedFile(str(self.secret), "read"),
+            NamedFile(str(self.events), "append", 0o640),
+        )
+        self.client = start_helper(PROGRAM)
+        self.client.set_up(self.files)
+        self.loader = RemoteLoader(self.client, self.files)
+        self.opener = RemoteOpener(self.client, self.files)
+
+
+@pytest.fixture
+def helper(tmp_path: Path) -> Iterator[Setting]:
+    made = Setting(tmp_path)
+    yield made
+    made.client.close()
+
+
+# ---------------------------------------------------------------- what it does
+
+
+def test_loading(helper: Setting) -> None:
+    """Every method of a loader arrives there, and its results here."""
+    loader = helper.loader
+    maps = loader.load_core({"critical": 4096, "bulk": 8192}, str(helper.secret))
+    assert list(maps) == ["critical", "bulk"]
+    assert {key: value.rstrip() for key, value in loader.read("told")} == {
+        b"ring": b"{'critical': 4096, 'bulk': 8192}",
+        b"btf_": repr(str(helper.secret)).encode(),
+    }
+    loaded = loader.load("good", {"connections": 65536})
+    assert loaded.programs == [ProgramState("on_good", "raw_tp/good", "raw_tp", "loaded", "")]
+    (attached,) = loader.attach("good")
+    assert attached.status == "attached"
+    for fd in (*maps.values(), *loaded.maps.values()):
+        assert not os.get_inheritable(fd)
+    loader.unload("good")
+    assert not [fd for fd in loaded.maps.values() if is_open(fd)]
+    loader.load("good", {})
+    assert loader.missed() == MISSED
+    loader.close()
+    assert not [fd for fd in maps.values() if is_open(fd)]
+
+
+def is_open(fd: int) -> bool:
+    return Path(f"/proc/self/fd/{fd}").exists()
+
+
+def test_maps(helper: Setting) -> None:
+    loader = helper.loader
+    loader.update("small", b"\x00key", bytes(range(256)))
+    assert loader.read("small") == [(b"\x00key", bytes(range(256)))]
+    loader.delete("small", b"\x00key")
+    assert loader.read("small") == loader.read("empty") == []
+
+
+def test_a_map_of_many_entries(helper: Setting) -> None:
+    """It comes in parts, none of which is a message that is too large."""
+    entries = helper.loader.read("large")
+    assert entries == [
+        (i.to_bytes(4, "little"), bytes([i % 251] * 24)) for i in range(1 << 16)
+    ]  # fmt: skip
+
+
+def test_errors_keep_their_kind(helper: Setting) -> None:
+    with pytest.raises(FileNotFoundError):
+        helper.loader.delete("small", b"nothing")
+    helper.loader.load_core({}, None)
+    with pytest.raises(KernelError, match="the verifier said no"):
+        helper.loader.load("bad", {})
+    with pytest.raises(KernelError, match="no map nowhere"):
+        helper.loader.read("nowhere")
+    with pytest.raises(KernelError, match="ZeroDivisionError"):
+        helper.loader.load("broken", {})
+    assert helper.loader.missed() == MISSED
+
+
+def test_a_file_to_read(helper: Setting) -> None:
+    assert read_all(helper.opener.open(str(helper.secret))) == SECRET
+    helper.secret.write_bytes(b"renewed")
+    assert read_all(helper.opener.open(str(helper.secret))) == b"renewed"
+
+
+def test_a_file_to_append_to(helper: Setting) -> None:
+    """Made with exactly its mode; opened anew when the name has come to mean another file."""
+    before = os.umask(0o077)
+    try:
+        first = helper.opener.append(str(helper.events), 0o640)
+    finally:
+        os.umask(before)
+    assert not first.torn
+    assert helper.events.stat().st_mode & 0o7777 == 0o640
+    os.write(first.fd, b"one")
+    again = helper.opener.append(str(helper.events), 0o640)
+    assert again.torn
+    os.write(again.fd, b"\n")
+    helper.opener.rotate(str(helper.events), 2)
+    rotated = helper.opener.append(str(helper.events), 0o640)
+    os.write(rotated.fd, b"two\n")
+    assert not rotated.torn
+    assert helper.events.read_bytes() == b"two\n"
+    assert Path(f"{helper.events}.1").read_bytes() == b"one\n"
+    for opened in (first, again, rotated):
+        os.close(opened.fd)
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """Bytes beyond UTF-8, as names of files may have them."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xfc \xc3\xbc")
+    files = (NamedFile(path, "append", 0o600), NamedFile(path, "read"))
+    client = start_helper(PROGRAM)
+    client.set_up(files)
+    opener = RemoteOpener(client, files)
+    with open(opener.append(path, 0o600).fd, "wb") as file:
+        file.write(b"data")
+    assert read_all(opener.open(path)) == b"data"
+    client.close()
+    assert [os.fsencode(name) for name in os.listdir(tmp_path)] == [b"\xfc \xc3\xbc"]
+
+
+def test_proc(helper: Setting) -> None:
+    """Of any process; what is too long is cut, and says so."""
+    for name in PROC_FILES:
+        assert not look_up(helper.client, os.getpid(), name).cut
+    for name in PROC_LINKS:
+        path = f"/proc/{os.getpid()}/{name}"
+        assert look_up(helper.client, os.getpid(), name) == (os.fsencode(os.readlink(path)), False)
+    words = ["sleep", *["60"] * MOST_BYTES]
+    with subprocess.Popen(words, executable="/bin/sleep") as process:
+        try:
+            while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                time.sleep(0.001)  # in the middle of its exec
+            found = look_up(helper.client, process.pid, "cmdline")
+        finally:
+            process.kill()
+    assert found == ("\0".join(words).encode()[:MOST_BYTES], True)
+
+
+def test_a_process_that_is_gone(helper: Setting) -> None:
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(pid, 0)
+    with pytest.raises(FileNotFoundError):
+        look_up(helper.client, pid, "stat")
+
+
+def test_what_it_keeps(helper: Setting) -> None:
+    """Root keeps five capabilities at most; nobody regains any, or does what a filter refuses."""
+    text = Path(f"/proc/{helper.client.pid}/status").read_text()
+    status = dict(line.split(":\t", 1) for line in text.splitlines())
+    dac, perf = 1 << 1 | 1 << 2, 1 << 38 | 1 << 39
+    assert int(status["CapPrm"], 16) & ~(dac | perf | 1 << 19) == 0
+    assert [int(status[name], 16) for name in ("CapInh", "CapAmb")] == [0, 0]
+    if os.geteuid() == 0:
+        assert int(status["CapBnd"], 16) == 0
+    assert (status["NoNewPrivs"], status["Seccomp"], status["Threads"]) == ("1", "2", "1")
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+class Raw:
+    """A helper that is written to without any care."""
+
+    def __init__(self, directory: Path) -> None:
+        self.near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.near.settimeout(30)
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", PROGRAM, str(far.fileno())], pass_fds=(far.fileno(),)
+        )
+        far.close()
+        (directory / "secret").write_bytes(SECRET)
+        files = [[str(directory / "secret"), "read", 0], [str(directory / "events"), "append", 416]]
+        assert self.ask({"files": files})["result"] is None
+
+    def ask(self, message: object) -> dict[str, Any]:
+        return self.send(json.dumps(message).encode())
+
+    def send(self, data: bytes) -> dict[str, Any]:
+        self.near.send(data)
+        return self.receive()
+
+    def receive(self) -> dict[str, Any]:
+        reply, ancillary, _, _ = self.near.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(40))
+        assert not ancillary
+        answer = json.loads(reply)
+        assert isinstance(answer, dict)
+        return answer
+
+    def check_alive(self) -> None:
+        """It answers a request that is in order."""
+        assert self.ask(GOOD) == {"id": 77, "result": MISSED, "more": False}
+
+    def close(self) -> None:
+        self.near.close()
+        assert self.process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raw]:
+    made = Raw(tmp_path_factory.mktemp("raw"))
+    yield made
+    made.close()
+
+
+def refused(raw: Raw, message: object) -> str:
+    answer = raw.ask(message)
+    assert answer["error"]["kind"] == "Refused", answer
+    raw.check_alive()
+    text: str = answer["error"]["text"]
+    return text
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("open", {"index": 2}),
+    ("open", {"index": -1}),
+    ("open", {"index": True}),
+    ("open", {"index": 0.0}),
+    ("open", {"index": "0"}),
+    ("open", {"index": None}),
+    ("open", {"index": [0]}),
+    ("open", {"path": "/etc/shadow"}),
+    ("open", {"index": 0, "path": "/etc/shadow"}),
+    ("rotate", {"index": 0, "keep": 3}),
+    ("rotate", {"index": 1, "keep": 0}),
+    ("rotate", {"index": 1, "keep": 101}),
+    ("proc", {"pid": 1, "name": "environ"}),
+    ("proc", {"pid": 1, "name": "mem"}),
+    ("proc", {"pid": 1, "name": "fd/0"}),
+    ("proc", {"pid": 1, "name": "../../etc/shadow"}),
+    ("proc", {"pid": 1, "name": ["stat"]}),
+    ("proc", {"pid": 0, "name": "stat"}),
+    ("proc", {"pid": "self", "name": "stat"}),
+    ("proc", {"pid": 1 << 23, "name": "stat"}),
+    ("load", {"sensor": "good", "options": {}}),  # no core yet
+    ("load", {"sensor": "../../tmp/evil", "options": {}}),
+    ("load", {"sensor": "", "options": {}}),
+    ("load", {"sensor": "good\n", "options": {}}),
+    ("load", {"sensor": "good", "options": {"t": -1}}),
+    ("load", {"sensor": "good", "options": {"t": (1 << 22) + 1}}),
+    ("load", {"sensor": "good", "options": {str(i): 1 for i in range(65)}}),
+    ("attach", {"sensor": "good"}),  # not loaded
+    ("unload", {"sensor": "good"}),
+    ("load_core", {"rings": {}, "btf": "/tmp/evil"}),
+    ("load_core", {"rings": {}, "btf": 1}),  # a file to append to
+    ("load_core", {"rings": {}, "btf": 9}),
+    ("load_core", {"rings": [1], "btf": None}),
+    ("load_core", {"rings": {"a/b": 1}, "btf": None}),
+    ("update", {"map": "small", "key": "AA", "value": ""}),  # no Base64
+    ("update", {"map": "small", "key": "ä", "value": ""}),
+    ("update", {"map": "small", "key": 7, "value": ""}),
+    ("update", {"map": "small", "key": "AA=="}),
+    ("missed", {"extra": 1}),
+    ("exec", {"argv": ["/bin/sh"]}),
+    ("set_up", {"files": []}),
+    ("__class__", {}),
+]
+
+
+@pytest.mark.parametrize(("request_name", "parameters"), WRONG)
+def test_a_request_that_is_not_in_order(
+    raw: Raw, request_name: str, parameters: dict[str, Any]
+) -> None:
+    assert refused(raw, {"request": request_name, "id": 5, **parameters})
+
+
+@pytest.mark.parametrize("number", [None, "1", -1, 1 << 63, 1.0, True, [1]])
+def test_a_number_that_is_none(raw: Raw, number: object) -> None:
+    assert refused(raw, {"request": "missed", "id": number}) == "missed: id"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0",
+        b"{",
+        b"[]",
+        b"null",
+        b'"missed"',
+        b"[" * 60000,
+        b'{"id":' + b"9" * 60000 + b"}",
+        b'{"request":"missed","id":NaN}',
+        b"\xff" * 100,
+        b'{"request":"\\ud800","id":1}',
+        b" " * (MESSAGE_BYTES + 1),
+    ],
+    ids=lambda data: f"{data[:12]!r}-{len(data)}",
+)
+def test_a_packet_that_is_no_request(raw: Raw, data: bytes) -> None:
+    answer = raw.send(data)
+    assert answer["error"]["kind"] == "Refused"
+    raw.check_alive()
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 64), 1 << 64)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["small", "stat", "exe", "good", "AAAA", "critical"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+KEYS = sorted({key for parameters in REQUESTS.values() for key in parameters})
+NAMES = sorted(REQUESTS.keys() - {"end", "load_core"})
+REQUESTED = st.builds(
+    lambda name, number, parameters: {"request": name, "id": number, **parameters},
+    st.sampled_from(NAMES) | VALUES,
+    st.integers(0, 9) | VALUES,
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4),
+)
+FUZZ = settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@FUZZ
+@given(message=REQUESTED | VALUES, junk=st.binary(max_size=200), raw_first=st.booleans())
+def test_it_survives_whatever_it_is_sent(
+    raw: Raw, message: object, junk: bytes, raw_first: bool
+) -> None:
+    """Nothing but what is on the list is done, and the next request is answered."""
+    for data in (junk, json.dumps(message).encode())[:: 1 if raw_first else -1]:
+        raw.near.send(data)
+        more = True
+        while more:
+            reply, ancillary, _, _ = raw.near.recvmsg(MESSAGE_BYTES, 64)
+            answer = json.loads(reply)
+            more = answer.get("more", False)
+            assert not ancillary or "torn" in answer["result"]
+            for _, _, fds in ancillary:
+                os.close(int.from_bytes(fds[:4], sys.byteorder))
+    raw.check_alive()
+
+
+def test_descriptors_are_not_taken(raw: Raw) -> None:
+    """The kernel drops what a message brings, and the message is refused."""
+    fds = Path(f"/proc/{raw.process.pid}/fd")
+    before = len(list(fds.iterdir()))
+    socket.send_fds(raw.near, [json.dumps(GOOD).encode()], [0, 1, 2])
+    assert raw.receive()["error"]["text"] == "more descriptors than allowed"
+    assert len(list(fds.iterdir())) == before
+    raw.check_alive()
+
+
+def test_loading_twice(helper: Setting) -> None:
+    helper.loader.load_core({}, None)
+    with pytest.raises(KernelError, match="loaded already"):
+        helper.loader.load_core({}, None)
+    helper.loader.load("good", {})
+    with pytest.raises(KernelError, match="loaded already"):
+        helper.loader.load("good", {})
+
+
+def test_files_that_were_not_named(helper: Setting) -> None:
+    """They are not even asked for."""
+    with pytest.raises(PermissionError):
+        helper.opener.open("/etc/passwd")
+    with pytest.raises(PermissionError):
+        helper.opener.append(str(helper.secret), 0o640)
+
+
+# ---------------------------------------------------------------- life and death
+
+
+def test_signals_that_are_meant_for_the_worker(helper: Setting) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        os.kill(helper.client.pid, number)
+    assert helper.loader.missed() == MISSED
+
+
+def test_it_is_told_when_the_helper_is_killed(helper: Setting) -> None:
+    async def killed() -> str:
+        gone = asyncio.Event()
+        helper.client.watch(asyncio.get_running_loop(), gone.set)
+        os.kill(helper.client.pid, signal.SIGKILL)
+        await asyncio.wait_for(gone.wait(), 10)
+        return helper.client.obituary()
+
+    assert asyncio.run(killed()) == "the privileged helper was ended by SIGKILL"
+    with pytest.raises(HelperGone):
+        helper.loader.missed()
+
+
+def test_a_request_while_the_helper_dies(helper: Setting) -> None:
+    os.kill(helper.client.pid, signal.SIGKILL)
+    with pytest.raises(HelperGone, match="has ended"):
+        helper.loader.missed()
+    with pytest.raises(HelperGone, match="has ended"):
+        helper.loader.missed()
+
+
+def test_a_helper_that_does_not_answer(helper: Setting) -> None:
+    """The wait is limited, and nothing is asked of it again: an answer might come late."""
+    os.kill(helper.client.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(HelperGone, match="does not answer"):
+            helper.client.ask("missed", seconds=0.2)
+        started = time.monotonic()
+        with pytest.raises(HelperGone, match="does not answer"):
+            helper.client.ask("missed")
+        assert time.monotonic() - started < 1
+    finally:
+        os.kill(helper.client.pid, signal.SIGCONT)
+
+
+def orphan(directory: Path, last: dict[str, Any] | None) -> tuple[int, str]:
+    """Exit code and stderr of a helper whose worker sends `last` and then goes."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", PROGRAM, str(far.fileno())],
+        pass_fds=(far.fileno(),),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        far.close()
+        near.settimeout(30)
+        near.send(json.dumps({"files": []}).encode())
+        near.recv(MESSAGE_BYTES)
+        if last is not None:
+            near.send(json.dumps(last).encode())
+        near.close()
+        assert process.stderr is not None
+        return process.wait(30), process.stderr.read()
+
+
+def test_a_worker_that_ends_in_order(tmp_path: Path) -> None:
+    assert orphan(tmp_path, {"request": "end", "id": 1}) == (0, "")
+
+
+@pytest.mark.parametrize("last", [None, GOOD, {"request": "nonsense"}])
+def test_a_worker_that_is_killed(tmp_path: Path, last: dict[str, Any] | None) -> None:
+    """Also when what it asked last is not answered any more."""
+    line = "streamer: the worker ended without a word; its programs are detached\n"
+    assert orphan(tmp_path, last) == (0, line)
+
+
+def test_what_keeps_it_from_starting() -> None:
+    client = start_helper(PROGRAM)
+    try:
+        with pytest.raises(KernelError, match="TypeError"):
+            client.set_up([("one", "two", 3, 4)])  # type: ignore[list-item]
+    finally:
+        client.close()
+
+
+def test_a_helper_that_cannot_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    client = start_helper(str(tmp_path / "none.py"))
+    try:
+        with pytest.raises(HelperGone):
+            client.set_up([])
+        assert client.obituary() == "the privileged helper ended with exit code 2"
+    finally:
+        client.close()
+    assert "none.py" in capfd.readouterr().err
+
+
+def test_answers_to_something_else() -> None:
+    """A client trusts no answer that it did not ask for."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with subprocess.Popen(["/bin/true"]) as process:
+        client = HelperClient(Channel(near, 8), process)
+        far.send(json.dumps({"id": 9, "result": {}, "more": False}).encode())
+        with pytest.raises(HelperGone, match="something else"):
+            client.ask("missed")
+        client.close()
+    far.close()
