@@ -206,10 +206,10 @@ __noinline int path_is_plain(__u32 call)
 /*
  * What the path filter says. In doubt it keeps the event: a path that was cut, or that asks for
  * something through `..`, may be any file's. What is left out must be beyond doubt: a path in the
- * initial mount namespace (a user can make any tree in one of his own), of a file that was opened,
- * or is not there.
+ * initial mount namespace (a user can make any tree in one of his own), of a file that was opened and
+ * really is there (`found`), or that is not there.
  */
-static __always_inline bool passes_path(struct open_scratch *scratch, __u32 call)
+static __always_inline bool passes_path(struct open_scratch *scratch, bool found, __u32 call)
 {
 	struct file_open *record = &scratch->record;
 	struct settings *wanted = ONLY_ENTRY(settings);
@@ -218,7 +218,7 @@ static __always_inline bool passes_path(struct open_scratch *scratch, __u32 call
 
 	if (!wanted || wanted->filter_path == FILTER_OFF || record->base.cut)
 		return true;
-	if (record->fd < 0 && !path_is_plain(call))
+	if (!found && !path_is_plain(call))
 		return true;
 	if (length > PREFIX_LEN)
 		length = PREFIX_LEN;
@@ -231,7 +231,7 @@ static __always_inline bool passes_path(struct open_scratch *scratch, __u32 call
 	if (*verdict == VERDICT_KEEP)
 		return true;
 	return !record->mntns_initial ||
-	       (record->fd < 0 && record->errno != ENOENT && record->errno != ENOTDIR);
+	       (!found && record->errno != ENOENT && record->errno != ENOTDIR);
 }
 
 /* When calls were entered, where somebody wants to know how long they take. Gone with the task. */
@@ -240,7 +240,7 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
 	__type(value, __u64);
-} open_starts SEC(".maps") NEEDS("option:open_latency");
+} open_starts SEC(".maps") NEEDS("option:open_latency,function:bpf_task_storage_get");
 
 OPTION(open_latency);
 
@@ -248,7 +248,7 @@ static __always_inline __u64 latency_until(__u64 now)
 {
 	__u64 *start, began;
 
-	if (!open_latency)
+	if (!open_latency || !bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_storage_get))
 		return 0;
 	start = bpf_task_storage_get(&open_starts, bpf_get_current_task_btf(), NULL, 0);
 	if (!start || !*start)
@@ -266,6 +266,7 @@ static __always_inline int opened(long result, struct pt_regs___user *registers,
 	struct call_arguments passed;
 	struct file_open *record;
 	struct request asked;
+	bool found;
 	__u32 size;
 
 	if (!enabled(KIND_FILE_OPEN))
@@ -296,9 +297,10 @@ static __always_inline int opened(long result, struct pt_regs___user *registers,
 	record->mntns_initial = 0;
 	__builtin_memset(record->pad, 0, sizeof(record->pad));
 	record->path_len = result < 0 ? 0 : put_opened(record, file_of_fd(task, result), call);
-	if (!record->path_len)
+	found = record->path_len;
+	if (!found)
 		record->path_len = put_requested(record, task, &asked, call);
-	if (!passes_path(scratch, call)) {
+	if (!passes_path(scratch, found, call)) {
 		count_filtered(KIND_FILE_OPEN);
 		return 0;
 	}

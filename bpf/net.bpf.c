@@ -35,19 +35,25 @@ struct owner {
 struct connection {
 	struct owner owner;
 	__u64 since_boot_ns; /* of the SYN, then of being established; 0: before the agent started */
+	__u64 listener;      /* key in `listeners`, while the owner is the one who listens; else 0 */
 	__u32 direction;     /* enum net_direction */
-	__u32 pad;
+	__u32 missed;        /* in `listeners`: another one's accept could not be kept */
 };
 
+/* What is known of a connection of which nothing is. */
+static const struct connection nothing;
+
+/* What a listening socket holds is given to every connection that comes in there. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
 	__type(key, int);
 	__type(value, struct connection);
 } sockets SEC(".maps");
 
-/* By the address of the struct sock. Where `sockets` is used: only what was accepted and has not
- * changed its state since. Else: from the SYN to the close. */
+/* By the address of the struct sock. Where `sockets` is used: only what somebody else than the
+ * listener accepted, until it changes its state, and what the socket has no room for. Else: all, from
+ * the SYN to the close. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
@@ -55,17 +61,13 @@ struct {
 	__type(value, struct connection);
 } connections SEC(".maps") SIZED("table:connections");
 
-struct listener_key {
-	__u32 netns;
-	__u32 port;
-};
-
-/* Who listens: the owner of an inbound connection until somebody accepts it. */
+/* Who listens: the owner of an inbound connection until somebody accepts it. By the address of the
+ * listening struct sock, and where connections do not inherit that by network namespace and port. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
-	__type(key, struct listener_key);
-	__type(value, struct owner);
+	__type(key, __u64);
+	__type(value, struct connection);
 } listeners SEC(".maps");
 
 /* Connects of which a change of state has told that they failed, until connect() returns: by the
@@ -191,7 +193,8 @@ static __always_inline struct socket *socket_of_fd(int fd)
 
 /* ---------------------------------------------------------------- owners */
 
-static __always_inline void own(struct owner *owner)
+/* Not inlined, as a few others here: the stack is small. */
+static __noinline void own(struct owner *owner)
 {
 	__builtin_memset(owner, 0, sizeof(*owner));
 	identify(&owner->task);
@@ -204,90 +207,134 @@ static __always_inline void own(struct owner *owner)
 #define TYPED true
 #define UNTYPED false
 
-static __always_inline struct connection *find(struct sock *sk, const bool typed)
+static __always_inline struct connection *find_in_table(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 
-	if (typed)
-		return bpf_sk_storage_get(&sockets, sk, NULL, 0);
 	return bpf_map_lookup_elem(&connections, &key);
 }
 
-static __always_inline bool keep_in_table(struct sock *sk, struct connection *connection)
+static __always_inline struct connection *make_in_table(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 
-	if (!bpf_map_update_elem(&connections, &key, connection, BPF_ANY))
-		return true;
-	count_fault(FAULT_CONNECTIONS_FULL);
-	return false;
+	if (bpf_map_update_elem(&connections, &key, &nothing, BPF_ANY))
+		count_fault(FAULT_CONNECTIONS_FULL);
+	return bpf_map_lookup_elem(&connections, &key);
 }
 
-static __always_inline void keep(struct sock *sk, struct connection *connection, const bool typed)
+static __always_inline void forget_in_table(struct sock *sk)
 {
-	struct connection *kept;
+	__u64 key = (__u64)sk;
 
-	if (!typed) {
-		keep_in_table(sk, connection);
-		return;
-	}
-	kept = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (kept)
-		*kept = *connection;
-	else /* the user has used up what the socket may hold (net.core.optmem_max) */
+	bpf_map_delete_elem(&connections, &key);
+}
+
+static __always_inline struct connection *find(struct sock *sk, const bool typed)
+{
+	struct connection *kept = typed ? bpf_sk_storage_get(&sockets, sk, NULL, 0) : NULL;
+
+	return kept ?: find_in_table(sk);
+}
+
+static __always_inline struct connection *make_with_socket(struct sock *sk)
+{
+	struct connection *made;
+
+	made = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!made) /* the user has used up what the socket may hold (net.core.optmem_max) */
 		count_fault(FAULT_SOCKET_STORAGE);
+	return made;
+}
+
+/* Room for what is known of a connection, with or without what was; NULL if there is none. */
+static __always_inline struct connection *make(struct sock *sk, const bool typed)
+{
+	struct connection *made = typed ? make_with_socket(sk) : NULL;
+
+	return made ?: make_in_table(sk);
 }
 
 static __always_inline void forget(struct sock *sk, const bool typed)
 {
-	__u64 key = (__u64)sk;
-
 	if (typed)
 		bpf_sk_storage_delete(&sockets, sk);
-	bpf_map_delete_elem(&connections, &key);
+	forget_in_table(sk);
 }
 
 /* With storage: who accepted it is in the table until now. */
 static __always_inline void take_from_table(struct sock *sk, const bool typed)
 {
-	__u64 key = (__u64)sk;
 	struct connection *accepted, *kept;
 
 	if (!typed)
 		return;
-	accepted = bpf_map_lookup_elem(&connections, &key);
+	accepted = find_in_table(sk);
 	if (!accepted)
 		return;
-	kept = find(sk, typed);
-	if (kept)
+	kept = bpf_sk_storage_get(&sockets, sk, NULL, 0);
+	if (kept) {
 		kept->owner = accepted->owner;
-	else
-		keep(sk, accepted, typed);
-	bpf_map_delete_elem(&connections, &key);
+		kept->listener = 0;
+	} else {
+		kept = make_with_socket(sk);
+		if (!kept)
+			return;
+		*kept = *accepted;
+	}
+	forget_in_table(sk);
+}
+
+static __always_inline bool is_accepted(struct sock *sk)
+{
+	return READ(struct sock, sk, sk_socket);
+}
+
+/* Whether the owner is known: not if it is the one who listens, and somebody else may have accepted
+ * it of whom could not be kept that he did. */
+static __always_inline bool is_owned(const struct connection *known, struct sock *sk)
+{
+	struct connection *listener;
+	__u64 key = known->listener;
+
+	if (!key || !is_accepted(sk))
+		return known->owner.known;
+	listener = bpf_map_lookup_elem(&listeners, &key);
+	return listener && !listener->missed && known->owner.known;
 }
 
 /* ---------------------------------------------------------------- events */
 
+/*
+ * What the port filter says. Either port can make an event wanted; only that of the service, which is
+ * the one that was connected to, makes it unwanted: the other is any that the client has chosen.
+ */
+static __always_inline bool passes_ports(__u8 mode, struct endpoints *ends, __u32 direction)
+{
+	__u8 *local = bpf_map_lookup_elem(&filter_ports, &ends->local_port);
+	__u8 *remote = bpf_map_lookup_elem(&filter_ports, &ends->remote_port);
+
+	if ((local && *local == VERDICT_DROP && direction == DIRECTION_INBOUND) ||
+	    (remote && *remote == VERDICT_DROP && direction == DIRECTION_OUTBOUND))
+		return false;
+	return mode == FILTER_EXCLUDE || (local && *local == VERDICT_KEEP) ||
+	       (remote && *remote == VERDICT_KEEP);
+}
+
 /* Whether an event of `owner` between `ends` is to be reported. An owner who is not known is not
  * left out: nobody can say that he is meant. */
 static __always_inline bool admits_net(struct event_base *base, const struct owner *owner,
-				       enum event_kind kind, struct endpoints *ends)
+				       enum event_kind kind, struct endpoints *ends,
+				       __u32 direction)
 {
 	struct settings *wanted = ONLY_ENTRY(settings);
-	__u8 *local, *remote;
 	bool keep = owner->admitted || !owner->known;
 
 	if (!enabled(kind) || !wanted || owner->is_agent ||
 	    bpf_map_lookup_elem(&agent_peers, ends))
 		return false;
-	if (keep && wanted->filter_port != FILTER_OFF) {
-		local = bpf_map_lookup_elem(&filter_ports, &ends->local_port);
-		remote = bpf_map_lookup_elem(&filter_ports, &ends->remote_port);
-		if ((local && *local == VERDICT_DROP) || (remote && *remote == VERDICT_DROP))
-			keep = false;
-		else
-			keep = wanted->filter_port == FILTER_EXCLUDE || local || remote;
-	}
+	if (keep && wanted->filter_port != FILTER_OFF)
+		keep = passes_ports(wanted->filter_port, ends, direction);
 	if (!keep) {
 		count_filtered(kind);
 		return false;
@@ -307,14 +354,14 @@ static __always_inline bool admits_net(struct event_base *base, const struct own
 		(record)->pad = 0;                                                 \
 	} while (0)
 
-static __always_inline void emit_connect(const struct owner *owner, struct endpoints *ends,
+static __noinline void emit_connect(const struct owner *owner, struct endpoints *ends,
 					 __u64 since_boot_ns, __u32 errno)
 {
 	struct net_connect *record;
 	struct event_base base;
 
 	start_base(&base);
-	if (!admits_net(&base, owner, KIND_NET_CONNECT, ends))
+	if (!admits_net(&base, owner, KIND_NET_CONNECT, ends, DIRECTION_OUTBOUND))
 		return;
 	record = begin(&bulk, &base, KIND_NET_CONNECT, RING_BULK, sizeof(*record));
 	if (!record)
@@ -328,7 +375,7 @@ static __always_inline void emit_connect(const struct owner *owner, struct endpo
 	submit(&bulk, RING_BULK, record);
 }
 
-static __always_inline void emit_close(const struct connection *connection, struct sock *sk,
+static __noinline void emit_close(const struct connection *connection, struct sock *sk,
 				       struct endpoints *ends)
 {
 	struct net_close *record;
@@ -336,7 +383,8 @@ static __always_inline void emit_close(const struct connection *connection, stru
 	__u64 received;
 
 	start_base(&base);
-	if (!admits_net(&base, &connection->owner, KIND_NET_CLOSE, ends))
+	if (!admits_net(&base, &connection->owner, KIND_NET_CLOSE, ends,
+			connection->direction))
 		return;
 	record = begin(&bulk, &base, KIND_NET_CLOSE, RING_BULK, sizeof(*record));
 	if (!record)
@@ -374,31 +422,35 @@ static __always_inline void remember_agent_peer(const struct endpoints *ends)
 /* A SYN is about to be sent: the current task is connecting. */
 static __always_inline void on_syn(struct sock *sk, const bool typed)
 {
-	struct connection connection;
+	struct connection *made;
 
-	own(&connection.owner);
-	connection.since_boot_ns = bpf_ktime_get_boot_ns();
-	connection.direction = DIRECTION_OUTBOUND;
-	connection.pad = 0;
-	keep(sk, &connection, typed);
+	forget_in_table(sk); /* of a socket that had the address before, if anything */
+	made = make(sk, typed);
+	if (!made)
+		return;
+	own(&made->owner);
+	made->since_boot_ns = bpf_ktime_get_boot_ns();
+	made->listener = 0;
+	made->direction = DIRECTION_OUTBOUND;
 }
 
 static __always_inline void on_connected(struct sock *sk, const bool typed)
 {
 	struct connection *known = find(sk, typed);
-	struct connection unknown = { .direction = DIRECTION_OUTBOUND };
 	struct endpoints ends;
 
 	read_endpoints(&ends, sk);
 	if (!known) {
-		emit_connect(&unknown.owner, &ends, 0, 0);
-		unknown.since_boot_ns = bpf_ktime_get_boot_ns();
-		keep(sk, &unknown, typed);
-		return;
+		emit_connect(&nothing.owner, &ends, 0, 0);
+		known = make(sk, typed);
+		if (!known)
+			return;
+		known->direction = DIRECTION_OUTBOUND;
+	} else {
+		if (known->owner.is_agent)
+			remember_agent_peer(&ends);
+		emit_connect(&known->owner, &ends, known->since_boot_ns, 0);
 	}
-	if (known->owner.is_agent)
-		remember_agent_peer(&ends);
-	emit_connect(&known->owner, &ends, known->since_boot_ns, 0);
 	known->since_boot_ns = bpf_ktime_get_boot_ns();
 }
 
@@ -414,7 +466,6 @@ static __always_inline bool fails_within_connect(struct sock *sk)
 static __always_inline void on_connect_failed(struct sock *sk, const bool typed)
 {
 	struct connection *known = find(sk, typed);
-	struct connection unknown = {};
 	struct endpoints ends;
 	__u64 key = (__u64)sk;
 	__u32 error = READ(struct sock, sk, sk_err);
@@ -426,10 +477,9 @@ static __always_inline void on_connect_failed(struct sock *sk, const bool typed)
 	read_endpoints(&ends, sk);
 	if (bpf_map_update_elem(&failed_connects, &key, &error, BPF_ANY))
 		count_fault(FAULT_FAILED_FULL);
-	if (known)
-		emit_connect(&known->owner, &ends, known->since_boot_ns, error);
-	else
-		emit_connect(&unknown.owner, &ends, 0, error);
+	if (!known)
+		known = (void *)&nothing;
+	emit_connect(&known->owner, &ends, known->since_boot_ns, error);
 out:
 	forget(sk, typed);
 }
@@ -442,65 +492,102 @@ static __always_inline bool opens_simultaneously(struct sock *sk, const bool typ
 	return known && known->direction == DIRECTION_OUTBOUND;
 }
 
+/* Without storage. */
+static __always_inline __u64 listener_by_port(struct sock *sk)
+{
+	__u64 netns = READ(struct sock, sk, __sk_common.skc_net.net, ns.inum);
+
+	return netns << 32 | bpf_ntohs(READ(struct inet_sock, sk, inet_sport));
+}
+
+static __always_inline void on_listen(struct sock *sk, const bool typed)
+{
+	__u64 key = typed ? (__u64)sk : listener_by_port(sk);
+	struct connection *listener, *kept;
+
+	if (bpf_map_update_elem(&listeners, &key, &nothing, BPF_ANY))
+		count_fault(FAULT_LISTENERS_FULL);
+	listener = bpf_map_lookup_elem(&listeners, &key);
+	if (!listener)
+		return;
+	own(&listener->owner);
+	listener->direction = DIRECTION_INBOUND;
+	listener->listener = key;
+	if (!typed)
+		return;
+	kept = make_with_socket(sk);
+	if (kept)
+		*kept = *listener;
+	else /* connections will not inherit it */
+		bpf_map_delete_elem(&listeners, &key);
+}
+
 /* An inbound connection is complete, and waits to be accepted. */
 static __always_inline void on_inbound(struct sock *sk, const bool typed)
 {
-	struct listener_key key = {};
-	struct owner *listener;
-	struct connection connection = {
-		.direction = DIRECTION_INBOUND,
-		.since_boot_ns = bpf_ktime_get_boot_ns(),
-	};
+	struct connection *known, *listener;
+	__u64 key;
 
-	/* With Fast Open it can have been accepted before it was complete. */
+	/* With Fast Open it can have been accepted before it was complete. Else what is in the table is
+	 * of another socket that was at this address: its reset came in the middle of its accept. */
+	if (!is_accepted(sk))
+		forget(sk, typed);
 	take_from_table(sk, typed);
-	if (find(sk, typed))
-		return;
-	key.netns = READ(struct sock, sk, __sk_common.skc_net.net, ns.inum);
-	key.port = bpf_ntohs(READ(struct inet_sock, sk, inet_sport));
-	listener = bpf_map_lookup_elem(&listeners, &key);
-	if (listener)
-		connection.owner = *listener;
-	keep(sk, &connection, typed);
-}
-
-static __always_inline void on_listen(struct sock *sk)
-{
-	struct listener_key key = {};
-	struct owner owner;
-
-	own(&owner);
-	key.netns = READ(struct sock, sk, __sk_common.skc_net.net, ns.inum);
-	key.port = bpf_ntohs(READ(struct inet_sock, sk, inet_sport));
-	if (bpf_map_update_elem(&listeners, &key, &owner, BPF_ANY))
-		count_fault(FAULT_LISTENERS_FULL);
+	known = find(sk, typed);
+	if (!known) {
+		known = make(sk, typed);
+		if (!known)
+			return;
+		known->direction = DIRECTION_INBOUND;
+		if (!typed) {
+			key = listener_by_port(sk);
+			listener = bpf_map_lookup_elem(&listeners, &key);
+			if (listener)
+				known->owner = listener->owner;
+		}
+	}
+	known->since_boot_ns = bpf_ktime_get_boot_ns();
 }
 
 /* The owner begins to close: he is the current task, whom we may not know yet. */
 static __always_inline void on_closing(struct sock *sk, const bool typed)
 {
-	struct connection connection = {};
 	struct connection *known;
 
 	take_from_table(sk, typed);
 	known = find(sk, typed);
-	if (known && known->owner.known)
+	if (known && is_owned(known, sk))
 		return;
-	if (known)
-		connection = *known;
-	own(&connection.owner);
-	keep(sk, &connection, typed);
+	if (!known)
+		known = make(sk, typed);
+	if (!known)
+		return;
+	own(&known->owner);
+	known->listener = 0;
 }
 
-static __always_inline void on_closed(struct sock *sk, const bool typed)
+/* Whether the current task ends the connection at once, by a reset. Whoever works with a socket holds
+ * it, and what comes in for it meanwhile has to wait. */
+static __always_inline bool is_cut_off(struct sock *sk, int from)
 {
-	struct connection *known, unknown = {};
+	return (from == TCP_ESTABLISHED || from == TCP_CLOSE_WAIT) &&
+	       READ(struct sock, sk, sk_lock.owned) && !READ(struct sock, sk, sk_err);
+}
+
+static __always_inline void on_closed(struct sock *sk, int from, const bool typed)
+{
+	struct connection *known;
 	struct endpoints ends;
 
-	take_from_table(sk, typed);
+	if (is_cut_off(sk, from))
+		on_closing(sk, typed);
+	else
+		take_from_table(sk, typed);
 	known = find(sk, typed);
 	read_endpoints(&ends, sk);
-	emit_close(known ?: &unknown, sk, &ends);
+	if (known && !is_owned(known, sk))
+		known->owner = nothing.owner;
+	emit_close(known ?: &nothing, sk, &ends);
 	forget(sk, typed);
 	bpf_map_delete_elem(&agent_peers, &ends);
 }
@@ -509,8 +596,10 @@ static __always_inline void on_closed(struct sock *sk, const bool typed)
 static __always_inline void on_aborted(struct sock *sk, const bool typed)
 {
 	take_from_table(sk, typed);
-	if (find(sk, typed))
-		on_closed(sk, typed);
+	if (is_accepted(sk) && find(sk, typed))
+		on_closed(sk, TCP_SYN_RECV, typed);
+	else
+		forget(sk, typed);
 }
 
 static __always_inline void change_state(struct sock *sk, int from, int to, const bool typed)
@@ -525,14 +614,16 @@ static __always_inline void change_state(struct sock *sk, int from, int to, cons
 		on_connect_failed(sk, typed);
 	else if (from == TCP_SYN_RECV && to == TCP_ESTABLISHED)
 		on_inbound(sk, typed);
+	else if (to == TCP_SYN_RECV)
+		forget_in_table(sk); /* as in on_syn() */
 	else if (to == TCP_LISTEN)
-		on_listen(sk);
+		on_listen(sk, typed);
 	else if (to == TCP_FIN_WAIT1 || to == TCP_LAST_ACK)
 		on_closing(sk, typed);
 	else if (to == TCP_CLOSE && from == TCP_SYN_RECV)
 		on_aborted(sk, typed);
 	else if (to == TCP_CLOSE)
-		on_closed(sk, typed);
+		on_closed(sk, from, typed);
 }
 
 /* Whether a change of state means anything here: most do not, and are not looked at further. */
@@ -546,6 +637,8 @@ static __always_inline bool matters(int from, int to)
 		return true;
 	case TCP_ESTABLISHED:
 		return from == TCP_SYN_SENT || from == TCP_SYN_RECV;
+	case TCP_SYN_RECV:
+		return from == TCP_LISTEN; /* a new socket */
 	case TCP_CLOSE:
 		return from != TCP_LISTEN && from != TCP_CLOSE;
 	}
@@ -757,21 +850,51 @@ int on_connect_exit(struct trace_event_raw_sys_exit *ctx)
 
 /* ---------------------------------------------------------------- accept() */
 
-/* From now on the connection belongs to the current task. */
-static __always_inline void take_over(struct sock *sk, const struct owner *owner)
+static __always_inline bool is_same_owner(const struct owner *one, const struct owner *other)
 {
-	struct connection *known = find(sk, UNTYPED);
-	struct connection connection = { .direction = DIRECTION_INBOUND };
+	const __u64 *a = (const void *)one, *b = (const void *)other;
+	__u64 difference = 0;
+	__u32 i;
 
-	if (READ(struct sock, sk, __sk_common.skc_state) == TCP_CLOSE)
-		return; /* reset before it was accepted: its end has been told */
-	if (known)
-		connection = *known;
-	connection.owner = *owner;
-	keep_in_table(sk, &connection);
+#pragma unroll
+	for (i = 0; i < sizeof(*one) / sizeof(*a); i++)
+		difference |= a[i] ^ b[i];
+	return !difference;
 }
 
-static __always_inline int accepted(long fd)
+static __always_inline struct connection *listener_of_fd(int fd)
+{
+	struct socket *socket = socket_of_fd(fd);
+	__u64 key;
+
+	if (!socket)
+		return NULL;
+	key = (__u64)first_connection(READ(struct socket, socket, sk));
+	return bpf_map_lookup_elem(&listeners, &key);
+}
+
+/* From now on the connection belongs to the current task. */
+static __always_inline void take_over(struct sock *sk, const struct owner *owner, int listener_fd)
+{
+	struct connection *listener = listener_of_fd(listener_fd);
+	struct connection *kept;
+
+	if (listener && !listener->missed && is_same_owner(&listener->owner, owner))
+		return; /* as the socket says already */
+	if (READ(struct sock, sk, __sk_common.skc_state) == TCP_CLOSE)
+		return; /* reset before it was accepted: its end has been told */
+	kept = find_in_table(sk) ?: make_in_table(sk);
+	if (kept) {
+		kept->owner = *owner;
+		kept->direction = DIRECTION_INBOUND;
+	} else if (listener) {
+		listener->missed = 1;
+	}
+	if (READ(struct sock, sk, __sk_common.skc_state) == TCP_CLOSE)
+		forget_in_table(sk); /* it was told meanwhile */
+}
+
+static __always_inline int accepted(long fd, struct pt_regs___user *registers)
 {
 	struct net_accept *record;
 	struct event_base base;
@@ -790,9 +913,9 @@ static __always_inline int accepted(long fd)
 		return 0;
 	read_endpoints(&ends, sk);
 	own(&owner);
-	take_over(sk, &owner);
+	take_over(sk, &owner, call_arguments(registers).at[0]);
 	start_base(&base);
-	if (!admits_net(&base, &owner, KIND_NET_ACCEPT, &ends))
+	if (!admits_net(&base, &owner, KIND_NET_ACCEPT, &ends, DIRECTION_INBOUND))
 		return 0;
 	record = begin(&bulk, &base, KIND_NET_ACCEPT, RING_BULK, sizeof(*record));
 	if (!record)
@@ -813,13 +936,13 @@ static __always_inline int accepted(long fd)
 	DOC("connections taken by " #name "(), and their owner at the close,")           \
 	int BPF_PROG(on_##name, struct pt_regs___user *registers, long result)           \
 	{                                                                                \
-		return accepted(result);                                                 \
+		return accepted(result, registers);                                      \
 	}                                                                                \
 	SEC("tracepoint/syscalls/sys_exit_" #name) HOOK(#name) EMITS("net.accept,net.close") \
 	DOC("connections taken by " #name "(), and their owner at the close,")           \
 	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                       \
 	{                                                                                \
-		return accepted(ctx->ret);                                               \
+		return accepted(ctx->ret, user_registers());                             \
 	}
 
 ON_ACCEPT(accept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -89,3 +90,30 @@ class Variant:
     def objects(self) -> Path:
         """The directory of the compiled objects."""
         return self.root / "streamer" / "bpf"
+
+
+EVERY_RECORD = "/* Every record:"
+"""How what follows the last struct of a record in `events.h` begins."""
+
+
+def example_of_a_kind(number: int | None = None) -> dict[str, Change | list[Change]]:
+    """The changes that CONTRIBUTING.md makes for a new kind, of another number if one is given."""
+    definition, hook, _ = _pieces_of_c((ROOT / "CONTRIBUTING.md").read_text())
+    constant, struct, line = re.split(r"\n\n(?=struct)", definition)
+    if number is not None:
+        constant = re.sub(r"= \d+", f"= {number}", constant)
+    return {
+        "events.h": [
+            ("	KIND_END,", f"	{constant}\n	KIND_END,"),
+            (EVERY_RECORD, f"{struct}\n\n{EVERY_RECORD}"),
+            ("	struct net_close net_close;", f"	struct net_close net_close;\n	{line}"),
+        ],
+        "process.bpf.c": ("struct exit_key {", hook + "\n\nstruct exit_key {"),
+    }
+
+
+def _pieces_of_c(page: str) -> list[str]:
+    """Without their indentation."""
+    lines = page.splitlines()
+    text = "\n".join(line[7:] if line.startswith(" " * 7) or not line else "@" for line in lines)
+    return [piece.strip() for piece in re.split("@+", text) if piece.strip()]

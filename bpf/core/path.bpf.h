@@ -12,7 +12,8 @@
 
 #define NAME_LEN 256
 #define MEMFD "memfd:" /* how the names of memory files begin */
-#define MOST_STEPS 80 /* directories and mounts on the way up, a multiple of: */
+#define MOST_PARTS 80 /* directories on the way up */
+#define MOST_STEPS 96 /* and mounts that they are in; a multiple of: */
 #define STEPS_AT_ONCE 4
 
 /* Written from the end: the path is bytes[start .. PATH_LEN). The room behind PATH_LEN is never
@@ -30,7 +31,8 @@ struct path_buffer {
 	__u8 truncated;
 	__u8 nameless;  /* a pipe, for example: it is in no directory and has no name */
 	__u8 memfd;
-	__u8 pad[5];
+	__u8 parts;
+	__u8 pad[4];
 };
 
 struct path_buffers {
@@ -116,15 +118,19 @@ static __always_inline void enter_mount(struct path_buffer *buffer, struct mount
 	buffer->root = (__u64)READ(struct mount, mount, mnt.mnt_root);
 }
 
-/* The mount namespace that a mount is in: detached ones are in none, and the kernel's own have an
- * error number in its place. */
+/* The mount namespace that a mount is in: the kernel's own have an error number in its place, and
+ * detached ones none, or one that is not anybody's: without a number, or, from 6.18 on, with this. */
+#define MNT_NS_ANON_INO 0xeffffff7
+
 static __always_inline __u32 mntns_of_mount(const struct mount *mount)
 {
 	struct mnt_namespace *ns = READ(struct mount, mount, mnt_ns);
+	__u32 inum;
 
 	if (!ns || (unsigned long)ns >= (unsigned long)-MAX_ERRNO)
 		return 0;
-	return READ(struct mnt_namespace, ns, ns.inum);
+	inum = READ(struct mnt_namespace, ns, ns.inum);
+	return inum == MNT_NS_ANON_INO ? 0 : inum;
 }
 
 static __always_inline void path_prepend(struct path_buffer *buffer,
@@ -147,8 +153,8 @@ static __always_inline void path_prepend(struct path_buffer *buffer,
 }
 
 /*
- * Of what is at the top of no mount: a memory file has a name; a pipe has none, nor has a file of
- * /proc/PID/ns/, whose name is a slash.
+ * Of what is at the top, but of no mount: a memory file has a name; a pipe has none, nor has a file of
+ * /proc/PID/ns/, whose name is a slash. What is below it has been moved out of its mount.
  */
 static __always_inline void path_prepend_topmost(struct path_buffer *buffer,
 						 const struct dentry_view *entry)
@@ -159,16 +165,19 @@ static __always_inline void path_prepend_topmost(struct path_buffer *buffer,
 
 	if (bpf_probe_read_kernel_str(name, sizeof(name), entry->name) < 0)
 		count_fault(FAULT_UNREADABLE);
-	if (buffer->start == PATH_LEN && (!name[0] || name[0] == '/')) {
+	if (buffer->start != PATH_LEN) {
+		buffer->truncated = 1;
+		return;
+	}
+	if (!name[0] || name[0] == '/') {
 		buffer->nameless = 1;
 		return;
 	}
 #pragma unroll
 	for (i = 0; i < (int)sizeof(MEMFD) - 1; i++)
 		memfd &= name[i] == MEMFD[i];
-	buffer->memfd = memfd && buffer->start == PATH_LEN;
-	if (name[0] && name[0] != '/')
-		path_prepend(buffer, entry);
+	buffer->memfd = memfd;
+	path_prepend(buffer, entry);
 }
 
 /* One step up; false when the path is whole or can grow no more. */
@@ -188,7 +197,10 @@ static __always_inline bool step_up(struct path_buffer *buffer)
 		path_prepend_topmost(buffer, &entry);
 		return false;
 	}
-	path_prepend(buffer, &entry);
+	if (buffer->parts++ == MOST_PARTS)
+		buffer->truncated = 1;
+	else
+		path_prepend(buffer, &entry);
 	buffer->dentry = (__u64)entry.parent;
 	return !buffer->truncated;
 }
@@ -212,7 +224,7 @@ __noinline int path_climb(__u32 slot)
 
 /*
  * Builds, in the buffer of a slot, the path from `dentry` in it, as seen from the root of its mount
- * namespace. One of more than MOST_STEPS parts, or too long, loses its beginning and is marked
+ * namespace. One of more than MOST_PARTS parts, or too long, loses its beginning and is marked
  * truncated.
  */
 __noinline int path_walk(__u32 slot)
@@ -246,7 +258,7 @@ static __always_inline struct path_buffer *path_build(__u32 slot, struct dentry 
 	if (!buffer || !dentry)
 		return NULL;
 	buffer->start = PATH_LEN;
-	buffer->truncated = buffer->nameless = buffer->memfd = 0;
+	buffer->truncated = buffer->nameless = buffer->memfd = buffer->parts = 0;
 	buffer->dentry = (__u64)dentry;
 	buffer->mount = (__u64)vfsmount; /* once in memory, it is a number to the verifier */
 	enter_mount(buffer,

@@ -11,6 +11,7 @@ from streamer.errors import StreamerError
 from streamer.kernel import loader, state
 from streamer.kernel.state import KindStatus, ProgramStatus
 from streamer.privilege import capabilities
+from streamer.privilege.split import with_helper
 from streamer.settings import Settings
 
 
@@ -26,16 +27,19 @@ class CheckReport(msgspec.Struct):
 
 
 def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
-    """Load and attach for `kinds`, detach again, and say what became of each. Never raises."""
+    """Load and attach for `kinds`, detach again, and say what became of each. Never raises.
+
+    Through a privileged helper, as `run` does: that it has fewer rights can make a difference.
+    """
     programs: list[ProgramStatus] = []
-    reason = ""
-    made = loader.Loader()
+    reason, no_functions = "", "not tried"
     try:
-        kernel = state.load(settings, kinds, made)
+        kernel = _loaded(settings, kinds)
     except StreamerError as error:
         reason = str(error)
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
     else:
+        no_functions = kernel.no_functions
         try:
             kernel.attach()
             programs, found = kernel.statuses, kernel.coverage(kinds)
@@ -46,18 +50,28 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
         kernel=f"{uname.sysname} {uname.release} {uname.machine}",
         ok=all(one.status == "full" for one in found.values()),
         capabilities=capabilities.held(),
-        features=_features(settings, reason, made),
+        features=_features(settings, reason, no_functions),
         programs=programs,
         kinds=found,
     )
 
 
-def _features(settings: Settings, reason: str, made: loader.Loader) -> dict[str, str]:
+def _loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
+    capabilities.require()
+    loader = with_helper(settings).loader
+    try:
+        return state.load(settings, kinds, loader)
+    except BaseException:
+        loader.close()
+        raise
+
+
+def _features(settings: Settings, reason: str, no_functions: str) -> dict[str, str]:
     tracefs = loader.ensure_tracefs() if not reason else ""
     return {
         "btf": settings.btf or _yes(os.path.exists(loader.KERNEL_BTF)),
         "load": reason or "yes",
-        "fentry": made.no_functions or "yes",
+        "fentry": no_functions or "yes",
         "tracefs": tracefs or "yes",
         "decoder": _decoder(),
     }

@@ -82,6 +82,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_map__key_size": (u32, [c_void_p]),
     "bpf_map__value_size": (u32, [c_void_p]),
     "bpf_map__type": (c_int, [c_void_p]),
+    "bpf_map__is_internal": (c_bool, [c_void_p]),
     "libbpf_num_possible_cpus": (c_int, []),
     "bpf_map__initial_value": (c_void_p, [c_void_p, POINTER(c_size_t)]),
     "bpf_map_update_elem": (c_int, [c_int, c_void_p, c_void_p, u64]),
@@ -224,6 +225,8 @@ class Map:
         """Wrap libbpf's handle."""
         self._handle = handle
         self.name: str = _library().bpf_map__name(handle).decode()
+        self.internal: bool = _library().bpf_map__is_internal(handle)
+        """Whether it is a section of global data."""
 
     @property
     def fd(self) -> int:

@@ -28,7 +28,8 @@ RINGS = ("critical", "bulk")
 _WHOAMI, _TRY_FUNCTION = "whoami", "try_function"
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
-_OPTION_SECTION = ".rodata."
+_OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
+_VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
 ATTACHED, FAILED, SPARE, LOADED = "attached", "failed", "spare", "loaded"
 
@@ -147,6 +148,9 @@ class Loader:
         self._btf = find_btf(btf)
         core = self._open(CORE)
         try:
+            for one in core.maps.values():
+                if one.name.endswith(_VARIABLES):
+                    one.leave_out()
             for map_info in self._catalogue[CORE].maps:
                 size = self._entries(map_info.sized, {})
                 if size:
@@ -177,13 +181,14 @@ class Loader:
                 identities.update(key, value[4:8] + value[4:])
 
     def _known_functions(self) -> set[str]:
-        wanted = {
-            need.removeprefix("no ").removeprefix("function:")
+        needs = [
+            need
             for sensor in self._catalogue.values()
-            for program in sensor.programs
-            for need in program.needs
-            if "function:" in need
-        }
+            for tagged in (*(p.needs for p in sensor.programs), *(m.needs for m in sensor.maps))
+            for need in tagged
+        ]
+        named = (need.removeprefix("no ") for need in needs if "function:" in need)
+        wanted = {need.removeprefix("function:") for need in named}
         return functions_of(wanted, self._btf)
 
     def _try_function(self) -> str:
@@ -318,7 +323,7 @@ class Loader:
             try:
                 loaded = self._try_load(made, [attempt.info.name])
             except OSError as error:
-                reason = f"{attempt.info.name} does not load: {_load_reason(error)}"
+                reason = _load_reason(attempt, error)
                 made.note(attempt.info, attempt.section, FAILED, reason)
                 continue
             made.objects.append(loaded)
@@ -349,10 +354,10 @@ class Loader:
             if name.startswith(_OPTION_SECTION):
                 value = made.options.get(name.removeprefix(_OPTION_SECTION), 0)
                 one.write_initial(value.to_bytes(8, "little"))
-            elif name.startswith("."):
-                continue
-            elif not self._is_wanted(made, name):
+            elif name.endswith(_VARIABLES) or not self._is_wanted(made, name):
                 one.leave_out()
+            elif one.internal:
+                continue  # the compiler's: it puts there what it likes, such as a switch's table
             elif name in shared:
                 one.reuse(shared[name].fd)
             elif name in kept:
@@ -464,8 +469,8 @@ class Loader:
 
 
 def _named(maps: Mapping[str, Map]) -> dict[str, Map]:
-    """Without the sections of global data, whose names begin with a point."""
-    return {name: one for name, one in maps.items() if not name.startswith(".")}
+    """Without the sections of global data."""
+    return {name: one for name, one in maps.items() if not one.internal}
 
 
 class _LoadError(OSError):
@@ -476,8 +481,14 @@ class _LoadError(OSError):
         self.log = log
 
 
-def _load_reason(error: OSError) -> str:
+def _load_reason(attempt: _Attempt, error: OSError) -> str:
     log = error.log if isinstance(error, _LoadError) else ""
+    if error.errno == errno.ESRCH and not log:  # libbpf has not found it in the BTF
+        return f"this kernel has no {attempt.section}"
+    return f"{attempt.info.name} does not load: {_words_of(error, log)}"
+
+
+def _words_of(error: OSError, log: str) -> str:
     figures = ("processed ", "verification time", "stack depth")
     lines = [line for line in log.splitlines() if line and not line.startswith(figures)]
     return f"{error.strerror}: {lines[-1]}" if lines else str(error.strerror)
@@ -498,7 +509,7 @@ def _attach(program: Program, targets: Targets) -> list[Link]:
     if kind == "xdp":
         return _attach_to_each(targets.interfaces, lambda name: _to_interface(program, name))
     if kind.startswith("cgroup"):
-        return [_to_cgroup(program, targets.cgroup)]
+        return _attach_to_each((targets.cgroup,), lambda path: _to_cgroup(program, path))
     if kind == "perf_event":
         cpus = [str(cpu) for cpu in online_cpus()]
         return _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), targets.rate))

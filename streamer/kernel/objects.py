@@ -98,7 +98,7 @@ SENSORS: dict[str, SensorInfo] = {
         MapInfo("kind_counters", "cpus,kinds", True, ()),
         MapInfo("kind_settings", "", True, ()),
         MapInfo("open_scratches", "cpus", False, ()),
-        MapInfo("open_starts", "", False, ("option:open_latency",)),
+        MapInfo("open_starts", "", False, ("option:open_latency", "function:bpf_task_storage_get")),
         MapInfo("path_buffers", "cpus", False, ()),
         MapInfo("reader", "", True, ()),
         MapInfo("settings", "", True, ()),

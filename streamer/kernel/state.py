@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from streamer.errors import HelperGone, KernelError
+from streamer.errors import ContractError, HelperGone, KernelError
 from streamer.events import KINDS, RECORDS
 from streamer.kernel.contract import check_object
 from streamer.kernel.loader import (
@@ -36,7 +37,8 @@ from streamer.settings import Filters, Kernel, Rings, Settings
 
 _KEEP, _DROP = b"\x01", b"\x02"
 _MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filter_mode"]}
-_RING_OVERHEAD = 8  # the header that the kernel puts before each record
+# The header that the kernel puts before each record, and the eight bytes that it never fills.
+_RING_OVERHEAD = 8 + 8
 
 Coverage = Literal["full", "partial", "missing"]
 
@@ -78,16 +80,6 @@ def options_of(kernel: Kernel) -> dict[str, int]:
         "connections": kernel.connections,
         "open_latency": int(kernel.open_latency),
     }
-
-
-def check_contracts(sensors: Iterable[str], directory: str = OBJECTS) -> None:
-    """Refuse objects that were built from another `events.h`.
-
-    Raises:
-        ContractError: names object, struct and member.
-    """
-    for name in sensors:
-        check_object(Path(directory, f"{name}.bpf.o"))
 
 
 # ---------------------------------------------------------------- what is observed
@@ -222,6 +214,12 @@ def filter_entries(filters: Filters) -> list[tuple[str, bytes, bytes]]:
     return list(_entries(tables))
 
 
+def _common(one: Filters, other: Filters) -> Filters:
+    """The lists that are the same in both."""
+    lists = msgspec.structs.asdict(one)
+    return Filters(**{name: v for name, v in lists.items() if getattr(other, name) == v})
+
+
 def _entries(
     tables: Iterable[tuple[str, Iterable[bytes], Iterable[bytes]]],
 ) -> Iterator[tuple[str, bytes, bytes]]:
@@ -279,25 +277,37 @@ class Identity(NamedTuple):
 class KernelState:
     """What is loaded: rings and counters to read, settings to change, sensors to attach."""
 
-    def __init__(self, loader: LoaderLike, settings: Settings) -> None:
+    def __init__(self, loader: LoaderLike, settings: Settings, directory: str = OBJECTS) -> None:
         """Creates what all sensors share, with the filters in place; nothing is attached.
 
+        `directory` is where the loader has its objects from.
+
         Raises:
+            ContractError: the core was built from another `events.h`.
             KernelError: no BPF, no BTF, or the core does not load.
         """
         self._loader = loader
+        self._directory = directory
         self._options = options_of(settings.kernel)
+        self._rings = settings.rings
+        self._filters = Filters()
+        self._kinds: frozenset[str] = frozenset()
         self._sample = settings.kernel.sample
+        self._entries: dict[tuple[str, bytes], bytes] = {}  # of the filters' maps
         self._states: dict[str, list[ProgramState]] = {}  # kept for the last reports
         self._loaded: list[str] = []
-        self._missed: dict[str, int] = {}
+        self._missed_now: Counter[str] = Counter()
+        self._missed_before: Counter[str] = Counter()  # of what was unloaded
         self._mapped: list[mmap.mmap] = []
         self.cpus = loader.cpus
+        self.no_functions = "not tried"
+        """Why programs at functions (fentry, fexit) do not load; empty where they do."""
         self.ring_bytes = dict(
             zip(RINGS, (settings.rings.critical_bytes, settings.rings.bulk_bytes), strict=True)
         )
-        self.entries = filter_entries(settings.filters)
+        self._check_contract(CORE)
         maps = loader.load_core(self.ring_bytes, settings.btf)
+        self.no_functions = loader.no_functions
         try:
             self.ring_fds = {name: maps[name] for name in RINGS}
             self.counters = self._map(maps["counters"], size_of("cpu_counters") * self.cpus)
@@ -311,7 +321,7 @@ class KernelState:
                 maps["kind_settings"], size_of("kind_settings") * KIND_END, writable=True
             )
             self.identity = self._read_identity(maps["identities"])
-            self._configure(settings)
+            self.set_filters(settings.filters)
         except BaseException:
             self.close()
             raise
@@ -327,18 +337,48 @@ class KernelState:
         one, other, mntns, _ = struct.unpack_from("<4I", self._map(fd, size_of("identity")))
         return Identity((one, other), mntns)
 
-    def _configure(self, settings: Settings) -> None:
-        data = settings_bytes(settings.rings, settings.filters)
-        self._settings[: len(data)] = data
+    def _check_contract(self, name: str) -> None:
+        check_object(Path(self._directory, f"{name}.bpf.o"))
+
+    def set_filters(self, filters: Filters) -> None:
+        """Judge by `filters` from now on; until this returns, only by what stays the same.
+
+        Owners of connections were judged when they took them, and are not judged again.
+
+        Raises:
+            KernelError: an executable is not there, and nothing has changed; or the kernel
+                refused, and only what stays the same is in force.
+        """
+        wanted = {(name, key): value for name, key, value in filter_entries(filters)}
+        self._judge_by(_common(self._filters, filters))
         try:
-            for name, key, value in self.entries:
+            for name, key in self._entries.keys() - wanted.keys():
+                self._loader.delete(name, key)
+                del self._entries[name, key]
+            for (name, key), value in wanted.items():
                 self._loader.update(name, key, value)
+                self._entries[name, key] = value
         except OSError as error:
             raise KernelError(f"cannot set the filters: {error.strerror}") from error
+        self._judge_by(filters)
+
+    def _judge_by(self, filters: Filters) -> None:
+        data = settings_bytes(self._rings, filters)
+        self._settings[: len(data)] = data
+        self._filters = filters
 
     def enable(self, kinds: Collection[str]) -> None:
         """Report `kinds` from now on, and no others."""
-        data = kind_settings_bytes(kinds, self._sample)
+        self._kinds = frozenset(kinds)
+        self._write_kinds()
+
+    def set_sample(self, sample: Mapping[str, int]) -> None:
+        """Of each kind in `sample` report one in so many from now on, of others all."""
+        self._sample = dict(sample)
+        self._write_kinds()
+
+    def _write_kinds(self) -> None:
+        data = kind_settings_bytes(self._kinds, self._sample)
         self._kind_settings[: len(data)] = data
 
     @property
@@ -350,8 +390,12 @@ class KernelState:
         """Load one sensor; what does not load of it is noted in `statuses`.
 
         Raises:
+            ContractError: its object was built from another `events.h`.
             KernelError: it cannot be loaded at all; the others are not affected.
         """
+        if sensor in self._loaded:
+            raise KernelError(f"{sensor} is loaded already")
+        self._check_contract(sensor)
         try:
             self._states[sensor] = self._loader.load(sensor, self._options).programs
         except KernelError as error:
@@ -373,9 +417,19 @@ class KernelState:
 
     def unload(self, sensor: str) -> None:
         """Detach one sensor and let go of it; the others go on."""
+        self.missed()  # its counts go with it
         self._loaded.remove(sensor)
+        self._release(sensor)
         del self._states[sensor]
-        self._loader.unload(sensor)
+
+    def read(self, map: str) -> list[tuple[bytes, bytes]]:
+        """Key and value of every element of a map that a sensor keeps for the agent.
+
+        Raises:
+            KernelError: there is no such map.
+            OSError: this type of map cannot be read.
+        """
+        return list(self._loader.read(map))
 
     @property
     def statuses(self) -> list[ProgramStatus]:
@@ -401,19 +455,24 @@ class KernelState:
     def missed(self) -> dict[str, int]:
         """Runs of programs that the kernel left out, per program that had any.
 
-        As last known, where the privileged helper has gone.
+        Of programs that were unloaded too; as last known, where the privileged helper has gone.
         """
         with suppress(HelperGone):
-            self._missed.update(self._loader.missed())
-        return dict(self._missed)
+            self._missed_now = Counter(self._loader.missed())
+        return dict(self._missed_before + self._missed_now)
 
     def detach(self) -> None:
         """Unload every sensor: no event is produced after this."""
-        self.missed()  # their counts go with them
+        self.missed()
         loaded, self._loaded = self._loaded, []
         with suppress(HelperGone):  # and its programs with it
             for sensor in loaded:
-                self._loader.unload(sensor)
+                self._release(sensor)
+
+    def _release(self, sensor: str) -> None:
+        for program in self._states[sensor]:
+            self._missed_before[program.name] += self._missed_now.pop(program.name, 0)
+        self._loader.unload(sensor)
 
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""
@@ -446,16 +505,25 @@ def load(
     """
     wanted = sensors_of(kinds)
     capabilities.require()
-    check_contracts((CORE, *wanted), directory)
-    state = KernelState(loader or Loader(directory=directory), settings)
+    state = KernelState(loader or Loader(directory=directory), settings, directory)
+    try:
+        _load_sensors(state, wanted)
+    except BaseException:
+        state.close()
+        raise
+    state.enable(kinds)
+    return state
+
+
+def _load_sensors(state: KernelState, wanted: Collection[str]) -> None:
+    """As many as can be. Raises KernelError when none can be; ContractError as `load` does."""
     failures = []
     for sensor in wanted:
         try:
             state.load(sensor)
+        except ContractError:
+            raise  # an installation that is not whole, and no lack of this kernel
         except KernelError as error:
             failures.append(str(error))
     if len(failures) == len(wanted):
-        state.close()
         raise KernelError("; ".join(failures))
-    state.enable(kinds)
-    return state

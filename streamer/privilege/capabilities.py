@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from streamer.errors import PrivilegeError
@@ -80,11 +81,30 @@ def limit_to(kept: Collection[int]) -> None:
     """
     empty_bounding_set()
     _prctl("clear ambient capabilities", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    mask = sum(1 << bit for bit in kept)
-    low, high = mask & 0xFFFFFFFF, mask >> 32
+    _capset(kept, kept)
+
+
+@contextmanager
+def only(some: Collection[int]) -> Iterator[None]:
+    """Of the capabilities in force leave these, while the context lasts.
+
+    Raises:
+        PrivilegeError: the kernel refused.
+    """
+    have = effective()
+    _capset(some, have)
+    try:
+        yield
+    finally:
+        _capset(have, have)
+
+
+def _capset(in_force: Collection[int], permitted: Collection[int]) -> None:
+    force, permit = (sum(1 << bit for bit in bits) for bits in (in_force, permitted))
+    low = 0xFFFFFFFF
     header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)
     # Effective, permitted and inheritable; the upper halves come after the lower ones.
-    sets = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    sets = (ctypes.c_uint32 * 6)(force & low, permit & low, 0, force >> 32, permit >> 32, 0)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.capset(header, sets):
         raise PrivilegeError(f"cannot drop capabilities: {os.strerror(ctypes.get_errno())}")

@@ -22,7 +22,7 @@ from streamer.privilege.proc import Found
 
 ANSWER_SECONDS = 30.0
 LOAD_SECONDS = 300.0
-"""The verifier takes its time, in an emulated machine a hundredfold."""
+"""Interpreter and verifier take their time, in an emulated machine a hundredfold."""
 END_SECONDS = 10.0
 
 _ERRORS: Mapping[str, type[StreamerError]] = {
@@ -54,7 +54,7 @@ class HelperClient:
             StreamerError: what kept it from starting.
         """
         with self._lock:
-            self._send({"files": [list(file) for file in files]}, ANSWER_SECONDS)
+            self._send({"files": [list(file) for file in files]}, LOAD_SECONDS)
             self._receive(0)
 
     def ask(self, request: str, *, seconds: float = ANSWER_SECONDS, **parameters: Any) -> Any:
@@ -195,6 +195,7 @@ class RemoteLoader:
     def __init__(self, client: HelperClient, files: Sequence[NamedFile]) -> None:
         """`files` are those that the helper was told."""
         self.cpus = last_possible_cpu() + 1
+        self.no_functions = "not tried"
         self._client = client
         self._descriptors: dict[str, list[int]] = {}  # of a sensor, and of the core as ""
         self._indexes = {file.path: i for i, file in enumerate(files) if file.use == "read"}
@@ -206,6 +207,7 @@ class RemoteLoader:
             "load_core", None, seconds=LOAD_SECONDS, rings=dict(rings), btf=index
         )
         self._descriptors[""] = found
+        self.no_functions = str(result["no_functions"])
         return _by_name(result["maps"], found)
 
     def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:

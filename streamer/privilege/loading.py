@@ -12,6 +12,7 @@ class LoaderLike(Protocol):
     """A `Loader`, or the worker's stand-in for one. See `Loader` for what each method does."""
 
     cpus: int
+    no_functions: str
 
     def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
         """Load what all sensors share; maps and their descriptors."""

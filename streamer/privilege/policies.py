@@ -5,7 +5,9 @@ Both lists are closed: a new library or a new feature may need one more, and the
 
 from __future__ import annotations
 
-from streamer.privilege.seccomp import ALWAYS, Condition, Rule, compile_filter
+import errno
+
+from streamer.privilege.seccomp import ALWAYS, Condition, Failure, Rule, compile_filter
 
 _CLONE_THREAD = 0x10000
 # VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID, DETACHED.
@@ -23,6 +25,14 @@ _FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032)
 # Not TIOCSTI, with which one types into the shell that the process was started from.
 _IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x8910, 0x8933, 0x802C542A)
 _PERF_EVENT_IOCTL, _IOCTL_TYPE = 0x2400, 0xFF00
+
+_BTF_GET_NEXT_ID = 23
+
+# The C library then starts threads with clone, whose flags a filter can see.
+_NO_CLONE3 = {"clone3": Failure(errno.ENOSYS)}
+# To list the types of modules takes CAP_SYS_ADMIN. libbpf does it when it finds something nowhere
+# else, and takes being refused for a failure of all that it loads: like this there are none.
+_NO_MODULE_TYPES = {"bpf": Failure(errno.ENOENT, (Condition(0, (_BTF_GET_NEXT_ID,)),))}
 
 _HOT = """
 read write readv writev recvmsg sendmsg recvfrom sendto epoll_wait epoll_pwait futex
@@ -81,7 +91,7 @@ def worker_filter(pid: int, machine: str) -> bytes:
             (Condition(2, _ATTACH_FILTERS, but=True),),
         ),
     }
-    return _compiled(allowed, machine)
+    return compile_filter(machine, allowed, _NO_CLONE3)
 
 
 def helper_filter(pid: int, machine: str) -> bytes:
@@ -95,7 +105,7 @@ def helper_filter(pid: int, machine: str) -> bytes:
         (Condition(1, _IOCTL),),
         (Condition(1, (_PERF_EVENT_IOCTL,), _IOCTL_TYPE),),
     )
-    return _compiled(allowed, machine)
+    return compile_filter(machine, allowed, _NO_CLONE3 | _NO_MODULE_TYPES)
 
 
 def _listed(names: str) -> dict[str, Rule]:
@@ -111,8 +121,3 @@ def _own(pid: int) -> dict[str, Rule]:
         "kill": ((Condition(0, (pid,)),),),
         "tgkill": ((Condition(0, (pid,)),),),
     }
-
-
-def _compiled(allowed: dict[str, Rule], machine: str) -> bytes:
-    # The C library then starts threads with clone, whose flags a filter can see.
-    return compile_filter(machine, allowed, ("clone3",))

@@ -11,7 +11,7 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from streamer.errors import PrivilegeError
@@ -53,19 +53,26 @@ Rule = tuple[tuple[Condition, ...], ...]
 ALWAYS: Rule = ((),)
 
 
-def compile_filter(machine: str, allowed: Mapping[str, Rule], absent: Collection[str]) -> bytes:
+class Failure(NamedTuple):
+    """With which error a call fails if all the conditions hold, instead of being looked up."""
+
+    error: int
+    conditions: tuple[Condition, ...] = ()
+
+
+def compile_filter(
+    machine: str, allowed: Mapping[str, Rule], failing: Mapping[str, Failure]
+) -> bytes:
     """The filter, as an array of `struct sock_filter`.
 
-    `absent` are calls that are to look as if the kernel did not have them. Those that come first
-    in `allowed` are found first.
+    Calls that come first in `allowed` are found first.
 
     Raises:
         PrivilegeError: there are no numbers for this architecture.
     """
     if machine not in MACHINES:
         raise PrivilegeError(f"no system-call filter for {machine}: {', '.join(MACHINES)}")
-    refused = (_RETURN, 0, 0, _FAIL | errno.EPERM)
-    missing = (_RETURN, 0, 0, _FAIL | errno.ENOSYS)
+    refused = _failed(errno.EPERM)
     code: list[Instruction] = [
         (_LOAD, 0, 0, _ARCHITECTURE_AT),
         (_EQUAL, 1, 0, _ARCHITECTURES[machine]),
@@ -74,12 +81,14 @@ def compile_filter(machine: str, allowed: Mapping[str, Rule], absent: Collection
         (_ABOVE, 0, 1, _X32 - 1),
         refused,
         (_ABOVE, 0, 1, NEWEST),
-        missing,
+        _failed(errno.ENOSYS),
     ]
-    for name, rule in allowed.items():
-        code += _on(number_of(name, machine), [*_alternatives(rule), refused])
-    for name in absent:
-        code += _on(number_of(name, machine), [missing])
+    for name in dict.fromkeys((*allowed, *failing)):
+        failure = failing.get(name)
+        block = _when(failure.conditions, _failed(failure.error)) if failure else []
+        for conditions in allowed.get(name, ()):
+            block += _when(conditions, (_RETURN, 0, 0, _ALLOW))
+        code += _on(number_of(name, machine), [*block, refused])
     return b"".join(struct.pack("<HBBI", *one) for one in [*code, refused])
 
 
@@ -91,16 +100,13 @@ def _on(number: int | None, block: list[Instruction]) -> list[Instruction]:
     return [(_EQUAL, 0, len(block), number), *block]
 
 
-def _alternatives(rule: Rule) -> list[Instruction]:
-    """Returns if the call is allowed, and else goes on behind."""
-    code: list[Instruction] = []
-    for conditions in rule:
-        code += _conditions(conditions)
-    return code
+def _failed(error: int) -> Instruction:
+    return (_RETURN, 0, 0, _FAIL | error)
 
 
-def _conditions(conditions: tuple[Condition, ...]) -> list[Instruction]:
-    code: list[Instruction] = [(_RETURN, 0, 0, _ALLOW)]
+def _when(conditions: tuple[Condition, ...], then: Instruction) -> list[Instruction]:
+    """Returns with `then` if the conditions hold, and else goes on behind."""
+    code = [then]
     for condition in reversed(conditions):
         code = _condition(condition, len(code)) + code
     return code

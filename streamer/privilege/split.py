@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from streamer.privilege import drop
 from streamer.privilege.channel import MESSAGE_BYTES, MOST_DESCRIPTORS, Channel
@@ -30,27 +31,27 @@ _CODECS = ("ascii", "idna", "latin-1", "utf-8", "utf-16-be", "unicode_escape")
 _log = logging.getLogger("streamer")
 
 
+class Helped(NamedTuple):
+    """A helper, and what it does for this process."""
+
+    client: HelperClient
+    loader: RemoteLoader
+    opener: RemoteOpener
+
+
 class Split:
     """The worker's side of a split that has begun: the helper runs, and `drop` ends it."""
 
-    def __init__(self, settings: Settings, *, program: str = HELPER) -> None:
-        """Start the helper, and import what the worker will need.
+    def __init__(self, settings: Settings) -> None:
+        """Import what the worker will need, and start the helper.
 
         Raises:
             ConfigError: there is no such user as the settings name.
             StreamerError: the helper does not start.
         """
         self._account = drop.account_of(settings.user) if drop.can_change_user() else None
-        files = named_files(settings)
-        self.client = start_helper(program)
-        try:
-            self.client.set_up(files)
-            preload(settings)
-        except BaseException:
-            self.client.close()
-            raise
-        self.loader = RemoteLoader(self.client, files)
-        self.opener = RemoteOpener(self.client, files)
+        preload(settings)
+        self.client, self.loader, self.opener = with_helper(settings)
 
     def drop(self) -> None:
         """Give up every privilege of this process. Raises PrivilegeError."""
@@ -61,6 +62,22 @@ class Split:
     def close(self) -> None:
         """End the helper. Harmless when it has ended."""
         self.client.close()
+
+
+def with_helper(settings: Settings) -> Helped:
+    """Start a helper for a configuration, whose files it is told.
+
+    Raises:
+        StreamerError: it does not start.
+    """
+    files = named_files(settings)
+    client = start_helper()
+    try:
+        client.set_up(files)
+    except BaseException:
+        client.close()
+        raise
+    return Helped(client, RemoteLoader(client, files), RemoteOpener(client, files))
 
 
 def start_helper(program: str = HELPER) -> HelperClient:

@@ -151,7 +151,9 @@ class Recording:
         line = self.account
         assert line.startswith(f"streamer: {produced:,} events in ")
         assert f" {delivered:,} delivered, 0 dropped; " in line
-        assert line.endswith(f"; {filtered:,} filtered, {lost:,} lost")
+        shed = sum(found.shed for found in counts)
+        kept_back = f"; {shed:,} shed" if shed else ""
+        assert line.endswith(f"; {filtered:,} filtered, {lost:,} lost{kept_back}")
 
 
 class Agent:

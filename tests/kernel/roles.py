@@ -9,6 +9,7 @@ import pickle
 import socket
 import struct
 import subprocess
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,8 @@ class Role:
             while result:
                 result = result[os.write(to, result) :]
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
 
@@ -78,9 +81,14 @@ def in_own_network(function: Callable[..., Any], *arguments: Any) -> Any:
     test's.
     """
     leave_network()
+    bring_up_loopback()
+    return function(*arguments)
+
+
+def bring_up_loopback() -> None:
+    """In a network namespace that was just made it is down."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
-    return function(*arguments)
 
 
 @contextmanager

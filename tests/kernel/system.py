@@ -11,6 +11,7 @@ AT_FDCWD = -100
 OPEN = {"x86_64": 2}.get(platform.machine())  # newer architectures do without
 OPENAT = {"x86_64": 257, "aarch64": 56}[platform.machine()]
 OPENAT2 = 437
+EXECVEAT = {"x86_64": 322, "aarch64": 281}[platform.machine()]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -12,7 +12,9 @@ import pytest
 
 from tests.brokers import MosquittoBroker
 from tests.kernel.agent import Agent, Recording
+from tests.kernel.roles import netns_inode
 from tests.kernel.scope import Scope
+from tests.kernel.unprivileged import CLONE_NEWNET, UID, become, own_namespaces
 
 pytestmark = [pytest.mark.kernel, pytest.mark.mqtt]
 
@@ -62,3 +64,48 @@ def test_neither_the_agent_nor_a_broker_serving_it(scope: Scope, tmp_path: Path)
         ("NetAccept", True): 1,
         ("NetClose", True): 1,
     }
+
+
+def port_of_the_agent(broker: MosquittoBroker) -> int:
+    """The local port of its connection to the broker."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, state, *_ = line.split()
+        if state == ESTABLISHED and int(remote.split(":")[1], 16) == broker.port:
+            return int(local.split(":")[1], 16)
+    raise AssertionError("the agent is not connected")
+
+
+ESTABLISHED = "01"
+
+
+def take_the_agents_addresses(own: int, port: int) -> int:
+    """As a user, in a network of his own: between the same addresses and ports as the agent."""
+    become(UID)
+    own_namespaces(CLONE_NEWNET)
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        client = socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.1", own))
+        server, _ = listener.accept()
+        client.close()
+        server.close()
+    return netns_inode()
+
+
+def test_nobody_hides_behind_the_addresses_of_the_agent(scope: Scope, tmp_path: Path) -> None:
+    """They are the agent's in its own network namespace only."""
+    with MosquittoBroker(tmp_path / "broker") as broker:
+        sink = f"mqtt://{broker.address}/events"
+        with Agent(tmp_path / "agent", *scope.options, sinks=(sink,), events="net.*") as agent:
+            await_clients(broker, 1)
+            own = port_of_the_agent(broker)
+            netns = scope.act(take_the_agents_addresses, own, broker.port)
+            agent.wait_for(b'{"event":"net.close"', 2)
+            recording = agent.stop()
+    ports = own, broker.port
+    found = Counter((type(e).__name__, e.local_port, e.remote_port) for e in recording.events)
+    assert found == {
+        ("NetConnect", *ports): 1,
+        ("NetAccept", *ports[::-1]): 1,
+        ("NetClose", *ports): 1,
+        ("NetClose", *ports[::-1]): 1,
+    }
+    assert {event.netns for event in recording.events} == {netns}

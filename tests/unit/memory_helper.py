@@ -23,6 +23,7 @@ class MemoryLoader:
     """Sensors: `good` loads; `bad` is refused by the kernel; `broken` shows a defect of ours."""
 
     cpus = 1
+    no_functions = "none here"
 
     def __init__(self) -> None:
         self.maps: dict[str, dict[bytes, bytes]] = {"small": {}, "empty": {}}

@@ -23,7 +23,7 @@ from streamer.gen.sensors import read_sensor
 from streamer.kernel import objects
 from streamer.kernel.btf import Btf
 from streamer.kernel.contract import compare, contract_of
-from tests.bpf_variant import ROOT, Change, Variant
+from tests.bpf_variant import EVERY_RECORD, ROOT, Change, Variant, example_of_a_kind
 from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, Case, constants, load, published
 
 LAST_OF_EXIT = (
@@ -137,26 +137,9 @@ def test_the_loader_names_what_disagrees(with_answer: Variant) -> None:
     compare(found, generated(with_answer, "streamer/kernel/objects.py").CONTRACT)
 
 
-def examples() -> list[str]:
-    """The pieces of C in CONTRIBUTING.md, without their indentation."""
-    lines = (ROOT / "CONTRIBUTING.md").read_text().splitlines()
-    text = "\n".join(line[7:] if line.startswith(" " * 7) or not line else "@" for line in lines)
-    return [block.strip() for block in re.split("@+", text) if block.strip()]
-
-
 def test_the_example_of_a_kind_is_true(tmp_path: Path) -> None:
     """One struct, one hook, one command, as CONTRIBUTING.md says."""
-    definition, hook, _ = examples()
-    number, struct_, line = re.split(r"\n\n(?=struct)", definition)
-    changes: dict[str, Change | list[Change]] = {
-        "events.h": [
-            ("	KIND_END,", f"	{number}\n	KIND_END,"),
-            (EVERY_RECORD, f"{struct_}\n\n{EVERY_RECORD}"),
-            ("	struct net_close net_close;", f"	struct net_close net_close;\n	{line}"),
-        ],
-        "process.bpf.c": ("struct exit_key {", hook + "\n\nstruct exit_key {"),
-    }
-    made = Variant(tmp_path / "variant", changes, ("core", "process"))
+    made = Variant(tmp_path / "variant", example_of_a_kind(), ("core", "process"))
     assert generate(made).returncode == 0
     info = generated(made).KINDS["process.chdir"]
     assert (info.ring, info.doc) == ("bulk", "A call of fchdir returned.")
@@ -223,7 +206,6 @@ PACKET = """struct xdp_drop {
 } RING("bulk") DOC("A packet was dropped.") UNSEEN("packets of others|what a driver drops");
 
 """
-EVERY_RECORD = "/* Every record:"
 
 
 @pytest.fixture

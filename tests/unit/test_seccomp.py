@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from streamer.errors import PrivilegeError
 from streamer.privilege.policies import helper_filter, worker_filter
-from streamer.privilege.seccomp import ALWAYS, Condition, Rule, compile_filter
+from streamer.privilege.seccomp import ALWAYS, Condition, Failure, Rule, compile_filter
 from streamer.privilege.syscalls import MACHINES, NEWEST, names, number_of
 from tests.conftest import Require
 
@@ -93,7 +93,7 @@ def test_a_call_is_allowed_when_its_rule_holds(
     rules: dict[str, Rule], name: str, arguments: tuple[int, ...], high: int, machine: str
 ) -> None:
     """Whatever the upper halves of the arguments are: the kernel does not look at them."""
-    code = compile_filter(machine, rules, ())
+    code = compile_filter(machine, rules, {})
     number = number_of(name, machine)
     if number is None:
         return
@@ -105,7 +105,7 @@ def test_a_call_is_allowed_when_its_rule_holds(
 @pytest.mark.parametrize("machine", MACHINES)
 def test_other_interfaces_of_the_kernel_are_refused(machine: str) -> None:
     """Where numbers mean something else: 32-bit programs, and x86-64's x32."""
-    code = compile_filter(machine, dict.fromkeys(names(), ALWAYS), ("clone3",))
+    code = compile_filter(machine, dict.fromkeys(names(), ALWAYS), {})
     own = ARCHITECTURES[machine]
     read = number_of("read", machine)
     assert read is not None
@@ -118,16 +118,34 @@ def test_other_interfaces_of_the_kernel_are_refused(machine: str) -> None:
 @pytest.mark.parametrize("machine", MACHINES)
 def test_what_is_too_new_is_not_there(machine: str) -> None:
     """So that a newer C library does without; what is known and not allowed is refused."""
-    code = compile_filter(machine, {}, ("clone3",))
+    code = compile_filter(machine, {}, {"clone3": Failure(errno.ENOSYS)})
     own = ARCHITECTURES[machine]
     assert run(code, own, NEWEST + 1) == ENOSYS
     assert run(code, own, NEWEST) == EPERM
     assert run(code, own, 435) == ENOSYS
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_call_that_fails_in_a_way_of_its_own(machine: str) -> None:
+    """Where its conditions hold; elsewhere its rule counts."""
+    failure = Failure(errno.ENOENT, (Condition(0, (23,)),))
+    code = compile_filter(machine, {"bpf": ALWAYS}, {"bpf": failure})
+    number = number_of("bpf", machine)
+    assert number is not None
+    assert run(code, ARCHITECTURES[machine], number, (23,)) == FAIL | errno.ENOENT
+    assert run(code, ARCHITECTURES[machine], number, (5,)) == ALLOW
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_types_of_modules_are_not_there_for_the_helper(machine: str) -> None:
+    """It may not list them, and libbpf would take that for a failure."""
+    assert decide("helper", machine, "bpf", 23) == FAIL | errno.ENOENT
+    assert decide("worker", machine, "bpf", 23) == EPERM
+
+
 def test_an_architecture_without_numbers() -> None:
     with pytest.raises(PrivilegeError, match="s390x"):
-        compile_filter("s390x", {}, ())
+        compile_filter("s390x", {}, {})
 
 
 # ---------------------------------------------------------------- the two policies
