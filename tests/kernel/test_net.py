@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.kernel.agent import Agent, Recording
+from tests.kernel.pace import repetitions, seconds
 from tests.kernel.roles import (
     Role,
     enter_netns,
@@ -243,7 +244,7 @@ def test_every_byte_of_every_connection(scope: Scope, tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- many at once
 
-CLIENTS, CONNECTIONS = 4, 250
+CLIENTS, CONNECTIONS = 4, repetitions(250, 25)
 
 
 def connect_often(target: tuple[str, int]) -> Seen:
@@ -443,7 +444,7 @@ def refuse_later(seen: Seen, address: str) -> None:
 def await_writable(client: socket.socket) -> None:
     with selectors.DefaultSelector() as selector:
         selector.register(client, selectors.EVENT_WRITE)
-        assert selector.select(10)
+        assert selector.select(seconds(10))
 
 
 def find_no_room(seen: Seen) -> None:
