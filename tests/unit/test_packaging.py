@@ -306,7 +306,7 @@ def test_setup_as_a_user_names_the_missing_packages() -> None:
 
 def test_setup_refuses_a_mode_that_it_does_not_know() -> None:
     refused = run("tools/setup.sh", "everything")
-    assert (refused.returncode, refused.stderr) == (2, "usage: tools/setup.sh run|dev|test\n")
+    assert (refused.returncode, refused.stderr) == (2, "usage: tools/setup.sh run|dev|test|bench\n")
 
 
 def test_make_lists_its_targets() -> None:
