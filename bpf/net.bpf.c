@@ -305,26 +305,36 @@ static __always_inline bool is_owned(const struct connection *known, struct sock
 
 /* ---------------------------------------------------------------- events */
 
+/*
+ * What the port filter says. Either port can make an event wanted; only that of the service, which is
+ * the one that was connected to, makes it unwanted: the other is any that the client has chosen.
+ */
+static __always_inline bool passes_ports(__u8 mode, struct endpoints *ends, __u32 direction)
+{
+	__u8 *local = bpf_map_lookup_elem(&filter_ports, &ends->local_port);
+	__u8 *remote = bpf_map_lookup_elem(&filter_ports, &ends->remote_port);
+
+	if ((local && *local == VERDICT_DROP && direction == DIRECTION_INBOUND) ||
+	    (remote && *remote == VERDICT_DROP && direction == DIRECTION_OUTBOUND))
+		return false;
+	return mode == FILTER_EXCLUDE || (local && *local == VERDICT_KEEP) ||
+	       (remote && *remote == VERDICT_KEEP);
+}
+
 /* Whether an event of `owner` between `ends` is to be reported. An owner who is not known is not
  * left out: nobody can say that he is meant. */
 static __always_inline bool admits_net(struct event_base *base, const struct owner *owner,
-				       enum event_kind kind, struct endpoints *ends)
+				       enum event_kind kind, struct endpoints *ends,
+				       __u32 direction)
 {
 	struct settings *wanted = ONLY_ENTRY(settings);
-	__u8 *local, *remote;
 	bool keep = owner->admitted || !owner->known;
 
 	if (!enabled(kind) || !wanted || owner->is_agent ||
 	    bpf_map_lookup_elem(&agent_peers, ends))
 		return false;
-	if (keep && wanted->filter_port != FILTER_OFF) {
-		local = bpf_map_lookup_elem(&filter_ports, &ends->local_port);
-		remote = bpf_map_lookup_elem(&filter_ports, &ends->remote_port);
-		if ((local && *local == VERDICT_DROP) || (remote && *remote == VERDICT_DROP))
-			keep = false;
-		else
-			keep = wanted->filter_port == FILTER_EXCLUDE || local || remote;
-	}
+	if (keep && wanted->filter_port != FILTER_OFF)
+		keep = passes_ports(wanted->filter_port, ends, direction);
 	if (!keep) {
 		count_filtered(kind);
 		return false;
@@ -351,7 +361,7 @@ static __noinline void emit_connect(const struct owner *owner, struct endpoints 
 	struct event_base base;
 
 	start_base(&base);
-	if (!admits_net(&base, owner, KIND_NET_CONNECT, ends))
+	if (!admits_net(&base, owner, KIND_NET_CONNECT, ends, DIRECTION_OUTBOUND))
 		return;
 	record = begin(&bulk, &base, KIND_NET_CONNECT, RING_BULK, sizeof(*record));
 	if (!record)
@@ -373,7 +383,8 @@ static __noinline void emit_close(const struct connection *connection, struct so
 	__u64 received;
 
 	start_base(&base);
-	if (!admits_net(&base, &connection->owner, KIND_NET_CLOSE, ends))
+	if (!admits_net(&base, &connection->owner, KIND_NET_CLOSE, ends,
+			connection->direction))
 		return;
 	record = begin(&bulk, &base, KIND_NET_CLOSE, RING_BULK, sizeof(*record));
 	if (!record)
@@ -452,6 +463,19 @@ static __always_inline bool fails_within_connect(struct sock *sk)
 	return socket && READ(struct socket, socket, state) == SS_UNCONNECTED;
 }
 
+/* Whether somebody waits in connect(), and will be told of the failure there, too. Else what is left
+ * for him would be taken for the next failure of the same kind at the same address. */
+static __always_inline bool waits_in_connect(struct sock *sk)
+{
+	struct socket *socket = READ(struct sock, sk, sk_socket);
+	struct file *file;
+
+	if (!socket)
+		return false; /* closed */
+	file = READ(struct socket, socket, file); /* none: the kernel's own, of Multipath TCP */
+	return !file || !(READ(struct file, file, f_flags) & O_NONBLOCK);
+}
+
 static __always_inline void on_connect_failed(struct sock *sk, const bool typed)
 {
 	struct connection *known = find(sk, typed);
@@ -464,7 +488,7 @@ static __always_inline void on_connect_failed(struct sock *sk, const bool typed)
 	if (!error)
 		error = ECONNABORTED; /* closed by its owner while connecting */
 	read_endpoints(&ends, sk);
-	if (bpf_map_update_elem(&failed_connects, &key, &error, BPF_ANY))
+	if (waits_in_connect(sk) && bpf_map_update_elem(&failed_connects, &key, &error, BPF_ANY))
 		count_fault(FAULT_FAILED_FULL);
 	if (!known)
 		known = (void *)&nothing;
@@ -517,7 +541,10 @@ static __always_inline void on_inbound(struct sock *sk, const bool typed)
 	struct connection *known, *listener;
 	__u64 key;
 
-	/* With Fast Open it can have been accepted before it was complete. */
+	/* With Fast Open it can have been accepted before it was complete. Else what is in the table is
+	 * of another socket that was at this address: its reset came in the middle of its accept. */
+	if (typed && !is_accepted(sk))
+		forget_in_table(sk);
 	take_from_table(sk, typed);
 	known = find(sk, typed);
 	if (!known) {
@@ -901,7 +928,7 @@ static __always_inline int accepted(long fd, struct pt_regs___user *registers)
 	own(&owner);
 	take_over(sk, &owner, call_arguments(registers).at[0]);
 	start_base(&base);
-	if (!admits_net(&base, &owner, KIND_NET_ACCEPT, &ends))
+	if (!admits_net(&base, &owner, KIND_NET_ACCEPT, &ends, DIRECTION_INBOUND))
 		return 0;
 	record = begin(&bulk, &base, KIND_NET_ACCEPT, RING_BULK, sizeof(*record));
 	if (!record)

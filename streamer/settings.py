@@ -80,7 +80,8 @@ class Kernel(Section, frozen=True, kw_only=True):
         Meta(ge=1024, le=1 << 22),
         doc(
             "Room for the owners of connections that cannot be kept with their sockets: of those "
-            "that another process accepts than listens, and on kernels before 5.11 of all."
+            "that another process accepts than listens, of sockets whose user has used up their "
+            "memory, and on kernels before 5.11 of all."
         ),
     ] = 65536
     open_latency: Annotated[
@@ -96,11 +97,15 @@ class Kernel(Section, frozen=True, kw_only=True):
 class Filters(Section, frozen=True, kw_only=True):
     """Which events the kernel keeps. An empty list keeps all; `exclude_*` wins over its twin.
 
-    Ports are local or remote ones, and apply to `net.*`; path prefixes apply to `file.*`. A
-    process chooses its own name and may move within what it owns: `exclude_comms` is easily
-    evaded, and what is to stay hidden from nobody is better excluded by `exclude_exes` or
-    `exclude_cgroups`. What cannot be judged is kept: a connection whose owner is not known, a path
-    that was cut or that asks for something through `..`.
+    Ports are local or remote ones, and apply to `net.*`; `exclude_ports` are those of the service
+    alone, because a client chooses its own. Path prefixes apply to `file.*`, to paths as the
+    process's mount namespace has them: in one of his own, a user gives files other paths.
+
+    What a process is, it may choose. It takes any name (`exclude_comms`), and who may run an
+    executable can run code of his own in it, with a preloaded library or a debugger
+    (`exclude_exes`). Only `exclude_cgroups` and `exclude_uids` hold against a user who wants to
+    hide, as long as he may not enter those cgroups. What cannot be judged is kept: a connection
+    whose owner is not known, a path that was cut or that asks for something through `..`.
     """
 
     pids: Annotated[tuple[Pid, ...], MANY, doc("Keep these process ids only.")] = ()
@@ -118,7 +123,11 @@ class Filters(Section, frozen=True, kw_only=True):
     exes: Annotated[
         tuple[ExePath, ...],
         MANY,
-        doc("Keep processes that run one of these files only, whatever path they ran it by."),
+        doc(
+            "Keep processes that run one of these files only, whatever path they ran it by. "
+            "Kernels before 6.16 do not say what it was at the end: they keep every "
+            "`process.exit`."
+        ),
     ] = ()
     exclude_exes: Annotated[
         tuple[ExePath, ...],
@@ -138,7 +147,7 @@ class Filters(Section, frozen=True, kw_only=True):
     ] = ()
     ports: Annotated[tuple[Port, ...], MANY, doc("Keep connections of these ports only.")] = ()
     exclude_ports: Annotated[
-        tuple[Port, ...], MANY, doc("Leave out connections of these ports.")
+        tuple[Port, ...], MANY, doc("Leave out connections to these ports, seen from either end.")
     ] = ()
     path_prefixes: Annotated[
         tuple[PathPrefix, ...], MANY, doc("Keep files whose path begins with one of these only.")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILT = ROOT / "build" / "variants"
 Change = tuple[str, str]
 """A piece of text, and what to put in place of its first occurrence."""
 
 
 class Variant:
-    """A source tree of its own, in which the project's own build has been run."""
+    """A source tree of its own, in which the project's own build has been run.
+
+    What was compiled is kept in build/variants, so that the same is not compiled twice.
+    """
 
     def __init__(
         self,
@@ -42,9 +49,32 @@ class Variant:
                 source.unlink()
         for name, text in (more or {}).items():
             (directory / "bpf" / name).write_text(text)
-        if all(name.endswith(".bpf.c") for name in changes):
-            self._take_ours({name.removesuffix(".c") + ".o" for name in (*changes, *(more or {}))})
-        subprocess.run([sys.executable, "bpf/build.py"], cwd=directory, check=True)
+        built = BUILT / self._digest()
+        if not built.exists():
+            if all(name.endswith(".bpf.c") for name in changes):
+                changed = (*changes, *(more or {}))
+                self._take_ours({name.removesuffix(".c") + ".o" for name in changed})
+            subprocess.run([sys.executable, "bpf/build.py"], cwd=directory, check=True)
+            self._keep(built)
+        shutil.copytree(built, self.objects, dirs_exist_ok=True)
+
+    def _digest(self) -> str:
+        """Of all that is compiled, and of how."""
+        digest = hashlib.sha256()
+        for path in sorted((self.root / "bpf").rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(self.root)} {len(content)}\n".encode() + content)
+        return digest.hexdigest()[:16]
+
+    def _keep(self, place: Path) -> None:
+        """For another run, such as one on an emulated machine, where compiling takes a minute."""
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as name:
+            shutil.copytree(self.objects, Path(name) / "objects")
+            with suppress(OSError):
+                (Path(name) / "objects").rename(place)
+        assert place.is_dir()  # somebody else may have been quicker
 
     def _take_ours(self, changed: Collection[str]) -> None:
         """Spare the compiler what the changes do not touch."""

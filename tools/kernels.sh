@@ -1,24 +1,29 @@
 #!/usr/bin/env bash
-# Stock Debian kernels in virtual machines, without KVM, on this machine's own root file system.
+# Stock Debian kernels in virtual machines, without KVM, with the files of this machine.
 #
 #   tools/kernels.sh setup [SUITE...]             fetch and unpack the kernels (quick when there)
 #   tools/kernels.sh run SUITE|VERSION -- COMMAND  run COMMAND as root on that kernel; implies setup
 #   tools/kernels.sh list                         the suites, and the kernels that are there
 #
 # SUITE is bullseye (5.10), bookworm (6.1), trixie (6.12) or sid; VERSION is the beginning of a
-# kernel release that `list` shows, such as 5.10. The guest starts in the current directory, sees
-# the root file system read-only or, /tmp among it, copy-on-write, and has no network but loopback:
-# what COMMAND finds it reports on its output, which comes at its end. The exit status is that of
-# COMMAND. Takes half a minute and the command's own time, which is ten times what it is here.
+# kernel release that `list` shows, such as 5.10.
 #
-# The kernels come from the Debian mirror that apt uses here, and virtme-ng from the package index
-# that pip uses here. The cache is $STREAMER_CACHE, or .cache in the checkout.
+# The guest has two CPUs, no network but loopback, cgroup v2 and no cgroup v1, and mounts neither
+# tracefs nor bpffs. Its root is in memory; on it are the directories of this machine, read-only
+# and as they are when they are first looked at; /tmp, /run and a copy of this checkout can be
+# written to, and vanish. What COMMAND writes to its output is seen here at once. Files come back
+# from the directory that $OUT names there and $KERNEL_OUT, if set, names here; it has to exist.
+# The exit status is that of COMMAND; 124 when it took longer than $KERNEL_SECONDS (3600).
+#
+# Starting takes 15 s, and the command ten to thirty times what it takes here.
+#
+# The kernels come from the Debian mirror that apt uses here. The cache is $STREAMER_CACHE, or
+# .cache in the checkout.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${STREAMER_CACHE:-$root/.cache}
 kernels=$cache/kernels
-venv=$kernels/venv
 suites=(bullseye bookworm trixie sid)
 export PATH="$PATH:/usr/sbin:/sbin" # where Debian keeps depmod
 
@@ -78,7 +83,7 @@ unpack() { # unpack SUITE
     [ ${#packages[@]} -gt 0 ] || die "$suite has no linux-image-amd64"
     (cd "$work/download" && private_apt "$suite" apt-get download "${packages[@]}" >&2)
     for package in "$work"/download/*.deb; do dpkg -x "$package" "$work"; done
-    # One layout for all, in which virtme-ng finds the modules: boot/ and lib/modules/.
+    # One layout for all: boot/ and lib/modules/.
     [ -e "$work/lib" ] || ln -s usr/lib "$work/lib"
     version=$(cd "$work/lib/modules" && echo *)
     mkdir -p "$work/boot"
@@ -90,23 +95,12 @@ unpack() { # unpack SUITE
     mv "$work" "$kernels/$suite"
 }
 
-make_venv() {
-    local pins=$root/tools/kernels-requirements.txt stamp=$venv/requirements.txt
-    cmp -s "$pins" "$stamp" && return
-    say "installing virtme-ng"
-    /usr/bin/python3 -m venv --clear "$venv"
-    "$venv/bin/python" -m pip install -q --no-input --disable-pip-version-check \
-        --require-hashes -r "$pins" >&2
-    cp "$pins" "$stamp"
-}
-
 setup() { # setup SUITE...
     local suite
     need_tools
     mkdir -p "$kernels"
     exec 9>"$kernels/lock"
     flock 9
-    make_venv
     for suite in "$@"; do
         [[ " ${suites[*]} " == *" $suite "* ]] || die "unknown suite $suite; known: ${suites[*]}"
         [ -d "$kernels/$suite" ] && continue
@@ -140,30 +134,92 @@ suite_of() { # suite_of SUITE|VERSION
     die "no kernel $1 here; known suites: ${suites[*]}"
 }
 
-# What the command wrote comes by way of files in a directory that the guest may write to: the
-# generic kernels have virtio-console as a module only, and the serial console is the kernel's.
+# What the guest needs before it sees the files of this machine.
+first_modules=(virtio_pci 9pnet_virtio 9p)
+
+# A file system for the kernel to start from: busybox, the modules that it needs to see the files
+# of this machine, and an init that makes the root file system of them.
+make_initramfs() { # make_initramfs SUITE RELEASE FILE
+    local place=$kernels/$1 release=$2 work=$3.d module number=10
+    mkdir -p "$work"/{bin,modules,proc,sys,dev,root}
+    cp "$(command -v busybox)" "$work/bin/busybox"
+    while read -r _ module _; do
+        # Numbered, since they are loaded in the order of their names.
+        case $module in
+        *.xz) busybox xzcat "$module" ;;
+        *) cat "$module" ;;
+        esac >"$work/modules/$((number++))-$(basename "${module%.xz}")"
+    done < <(
+        for module in "${first_modules[@]}"; do
+            modprobe -d "$place" -S "$release" --show-depends "$module" | grep '^insmod' || true
+        done | awk '!seen[$2]++'
+    )
+    cp "$root/tools/kernels-init.sh" "$work/init"
+    (cd "$work" && find . | busybox cpio -o -H newc 2>/dev/null) >"$3"
+    rm -r "$work"
+}
+
+# Copies of what many small files are read from, since each look at a file of this machine costs
+# the guest a millisecond. Its memory holds them, so what no command needs there is left out.
+copy() { # copy DIRECTORY: makes `copies`, a list, and `copies.tar` there
+    local python=$root/.venv/bin/python
+    echo "$root" >"$1/copies"
+    if [ -x "$python" ]; then
+        "$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))' >>"$1/copies"
+    fi
+    # 1: a file changed while it was read, such as a log.
+    tar -cf "$1/copies.tar" -C / --exclude-vcs --exclude="${kernels#/}" \
+        --exclude-from=<(sed "s,^,${root#/}/," "$root/tools/kernels-exclude.txt") \
+        --warning=no-file-changed --files-from=<(sed 's,^/,,' "$1/copies") || [ $? -eq 1 ]
+}
+
+# The processor is the plain one: newer features are emulated slower than what programs do in
+# their absence. Nobody in there is to be protected from anybody, so no mitigations either.
+emulate() { # emulate SUITE RELEASE INITRAMFS OUT
+    timeout --foreground -k 10 "${KERNEL_SECONDS:-3600}" qemu-system-x86_64 \
+        -machine q35 -accel tcg,thread=multi -cpu qemu64 -smp 2 -m 2G -nodefaults -no-user-config \
+        -display none -no-reboot -net none \
+        -kernel "$kernels/$1/boot/vmlinuz-$2" -initrd "$3" \
+        -append "console=ttyS0 panic=-1 mitigations=off tsc=reliable loglevel=5" \
+        -serial "file:$kernels/$1.log" \
+        -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
+        -virtfs "local,path=$4,mount_tag=out,security_model=none" </dev/null
+}
+
+# The command's output comes by way of files: the generic kernels have virtio-console as a module
+# only, and the serial console is the kernel's.
 run() { # run SUITE|VERSION -- COMMAND...
-    local suite release line
+    local suite release shown=() status=0
     suite=$(suite_of "$1")
     shift 2
     setup "$suite"
     release=$(release_of "$suite")
-    out=$(mktemp -d "$kernels/out.XXXXXX")
-    trap 'rm -rf "$out"' EXIT
-    printf -v line '%q ' "$@"
+    work=$(mktemp -d "$kernels/run.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    local out=${KERNEL_OUT:-$work/out}
+    mkdir -p "$out/.guest"
+    make_initramfs "$suite" "$release" "$work/initramfs"
+    copy "$out/.guest"
+    printf 'DIRECTORY=%q\nMODULES=%q\n' "$PWD" "$kernels/$suite" >"$out/.guest/settings"
+    printf '%q ' "$@" >"$out/.guest/command"
+    : >"$out/.guest/stdout"
+    : >"$out/.guest/stderr"
     say "starting $release"
-    # There may be a /dev/kvm that hangs. The PATH is virtme-ng's own, to find its parts.
-    PATH="$venv/bin:$PATH" vng --disable-kvm --run "$kernels/$suite/boot/vmlinuz-$release" \
-        --cpus 2 --memory 2G --verbose --cwd "$PWD" --rwdir "$out" \
-        --exec "( $line ) >$out/stdout 2>$out/stderr </dev/null; echo \$? >$out/status" \
-        </dev/null >"$kernels/$suite.log" 2>&1 || true # only `status` says
-    if ! [ -s "$out/status" ]; then
+    tail -q -f -s 0.5 "$out/.guest/stdout" & shown+=($!)
+    tail -q -f -s 0.5 "$out/.guest/stderr" >&2 & shown+=($!)
+    emulate "$suite" "$release" "$work/initramfs" "$out" >&2 || status=$?
+    sleep 1 # the two have shown the rest
+    kill "${shown[@]}"
+    wait "${shown[@]}" 2>/dev/null || true
+    if [ -s "$out/.guest/status" ]; then
+        status=$(<"$out/.guest/status")
+    else
+        [ "$status" -ne 0 ] || status=1
         tail -n 20 "$kernels/$suite.log" >&2
-        die "$release did not finish; its console: $kernels/$suite.log"
+        say "$release did not finish; its console: $kernels/$suite.log"
     fi
-    cat "$out/stdout"
-    cat "$out/stderr" >&2
-    return "$(<"$out/status")"
+    rm -r "$out/.guest"
+    return "$status"
 }
 
 command=${1:-}

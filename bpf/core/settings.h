@@ -63,7 +63,7 @@ struct cpu_counters {
 /* What went wrong without costing an event; counted, mapped read-only. */
 enum fault {
 	FAULT_CONNECTIONS_FULL = 0,  /* the owner of a connection could not be kept: its table is full */
-	FAULT_SOCKET_STORAGE = 1,    /* nor with the socket itself */
+	FAULT_SOCKET_STORAGE = 1,    /* a socket had no room for its owner, who went into that table */
 	FAULT_LISTENERS_FULL = 2,    /* who listens could not be kept */
 	FAULT_AGENT_PEERS_FULL = 3,  /* a connection of the agent's own could not be kept */
 	FAULT_EXITED_FULL = 4,       /* an exit could not be remembered: it may be told twice */

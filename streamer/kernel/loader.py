@@ -28,7 +28,7 @@ RINGS = ("critical", "bulk")
 _WHOAMI, _TRY_FUNCTION = "whoami", "try_function"
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
-_OPTION_SECTION = ".rodata."
+_OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
 _VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
 ATTACHED, FAILED, SPARE, LOADED = "attached", "failed", "spare", "loaded"

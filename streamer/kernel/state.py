@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from streamer.errors import HelperGone, KernelError
+from streamer.errors import ContractError, HelperGone, KernelError
 from streamer.events import KINDS, RECORDS
 from streamer.kernel.contract import check_object
 from streamer.kernel.loader import (
@@ -253,10 +253,39 @@ def _comm(value: str) -> bytes:
 
 def _exe(path: str) -> bytes:
     try:
-        found = os.stat(path)
+        inode, dev = identity_of_file(path)
     except OSError as error:
         raise KernelError(f"filters: cannot find the executable {path}: {error.strerror}") from None
-    return pack("exe_key", {"inode": found.st_ino, "dev": found.st_dev & 0xFFFFFFFF})
+    return pack("exe_key", {"inode": inode, "dev": dev & 0xFFFFFFFF})
+
+
+def identity_of_file(path: str) -> tuple[int, int]:
+    """Inode number and device of a file as the programs see them.
+
+    Not always those of stat(): overlayfs and btrfs show devices there that their mounts do not
+    have. Raises OSError.
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        shown = os.fstat(fd)
+        info = dict(line.split(":\t", 1) for line in _lines(f"/proc/self/fdinfo/{fd}"))
+        # Kernels before 5.14 do not tell the inode there.
+        return int(info.get("ino", shown.st_ino)), _device_of_mount(info["mnt_id"]) or shown.st_dev
+    finally:
+        os.close(fd)
+
+
+def _device_of_mount(mount: str) -> int | None:
+    for line in _lines("/proc/self/mountinfo"):
+        number, _, device, *_ = line.split()
+        if number == mount.strip():
+            major, minor = device.split(":")
+            return os.makedev(int(major), int(minor))
+    return None
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(errors="surrogateescape").splitlines()
 
 
 def _prefix(value: str) -> bytes:
@@ -522,6 +551,8 @@ def _load_sensors(state: KernelState, wanted: Collection[str]) -> None:
     for sensor in wanted:
         try:
             state.load(sensor)
+        except ContractError:
+            raise  # an installation that is not whole, and no lack of this kernel
         except KernelError as error:
             failures.append(str(error))
     if len(failures) == len(wanted):

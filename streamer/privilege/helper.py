@@ -1,7 +1,7 @@
 """The privileged helper: keeps the capabilities, and answers the requests of `requests.py`.
 
 It is small, has one thread, and imports nothing that it does not need. It lives for as long as
-the worker's end of the socketpair is open.
+the worker does, and its end of the socketpair is open.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import gc
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -29,6 +30,10 @@ from streamer.privilege.loading import LoaderLike
 from streamer.privilege.policies import helper_filter
 from streamer.privilege.requests import Refused, parse
 
+SEND_SECONDS = 60.0
+"""How long an answer waits to be taken, before it is looked whether the worker is still there."""
+_LAST_MESSAGES = 2
+"""What a worker can have left when it ended: a request without an answer, and a farewell."""
 CHUNK_BYTES = 1 << 15
 """Bytes of keys and values in one of the messages that answer `read`."""
 ORPHANED = "streamer: the worker ended without a word; its programs are detached"
@@ -108,9 +113,14 @@ def _target(file: NamedFile) -> AppendTarget | OSError:
 class Helper:
     """Does what is asked, one request after the other."""
 
-    def __init__(self, channel: Channel, files: Files, loader: LoaderLike) -> None:
-        """See the class."""
+    def __init__(self, channel: Channel, worker: int, files: Files, loader: LoaderLike) -> None:
+        """`worker` is a pidfd: another process may have got the socket from it, and outlive it."""
         self._channel = channel
+        self._worker = worker
+        self._last = _LAST_MESSAGES
+        self._poll = select.poll()
+        for source in (worker, channel.fileno()):
+            self._poll.register(source, select.POLLIN)
         self._files = files
         self._loader = loader
         self._core = False
@@ -133,7 +143,10 @@ class Helper:
 
     def serve(self) -> bool:
         """Answer until the worker has gone. Whether it said so before."""
+        self._channel.settimeout(SEND_SECONDS)
         while not self._ended:
+            if not self._wait():
+                return False
             try:
                 received = self._channel.receive()
                 if received is None:
@@ -142,6 +155,13 @@ class Helper:
             except MessageError as error:
                 self._refuse(None, Refused(str(error)))
         return True
+
+    def _wait(self) -> bool:
+        """Wait for a message. False: the worker has ended."""
+        ready = dict(self._poll.poll())
+        if self._worker in ready:
+            self._last -= 1
+        return self._channel.fileno() in ready and self._last >= 0
 
     def _answer(self, message: Message) -> None:
         number: int | None = None
@@ -286,12 +306,13 @@ def main(descriptor: int, make_loader: Callable[[], LoaderLike] | None = None) -
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the worker had them all blocked
     channel = Channel(socket.socket(fileno=descriptor), descriptors=0)
+    worker = os.pidfd_open(os.getppid())
     started = _start(channel, make_loader or _kernel_loader)
     if started is None:
         return 1
     files, loader = started
     try:
-        orderly = Helper(channel, files, loader).serve()
+        orderly = Helper(channel, worker, files, loader).serve()
     finally:
         loader.close()
         channel.close()

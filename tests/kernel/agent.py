@@ -22,11 +22,12 @@ import msgspec
 
 from streamer.events import KINDS
 from streamer.stream_events import STREAM_KINDS, StreamHeartbeat, StreamLoss, StreamManifest
+from tests.kernel.pace import seconds
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ALL = "*"
-START_SECONDS = 60.0
-STOP_SECONDS = 60.0
+START_SECONDS = seconds(60)
+STOP_SECONDS = seconds(60)
 TYPES: dict[str, type] = {kind: info.struct for kind, info in KINDS.items()} | STREAM_KINDS
 DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(cls, strict=True) for kind, cls in TYPES.items()

@@ -1,25 +1,24 @@
 """A cgroup of the test's own, and actors: processes that do something inside it.
 
-An actor imports the test's module, enters the cgroup, calls one function and leaves again, so
-that what the cgroup has seen is that function's doing and nothing else. Functions that act are
-plain module-level functions; their arguments and results are pickled.
+An actor enters the cgroup, calls one function and leaves again, so that what the cgroup has seen
+is that function's doing and nothing else. Results are pickled.
 """
 
 from __future__ import annotations
 
-import importlib
+import gc
 import itertools
 import os
 import pickle
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.kernel.pace import seconds
+
 GO = b"g"
 REACHED, DONE, FAILED = b"r", b"d", b"f"
 _numbers = itertools.count()
@@ -65,8 +64,8 @@ class Scope:
 
     def __exit__(self, *exc: object) -> None:
         for pid in (self.path / "cgroup.procs").read_text().split():
-            os.kill(int(pid), 9)
-        deadline = time.monotonic() + 10
+            os.kill(int(pid), signal.SIGKILL)
+        deadline = time.monotonic() + seconds(10)
         while True:
             try:
                 self.path.rmdir()
@@ -79,32 +78,23 @@ class Scope:
 
 
 class Actor:
-    """A process that calls one function within a cgroup."""
+    """A process that calls one function within a cgroup: a fork of the test's own."""
 
     def __init__(
         self, scope: Scope, function: Callable[..., Any], arguments: tuple[Any, ...]
     ) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kernel.scope", str(scope.path), str(scope.path.parent)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self.pid = self._process.pid
-        self._send(pickle.dumps((function.__module__, function.__qualname__, arguments)))
-
-    def _send(self, data: bytes) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(len(data).to_bytes(4, "little") + data)
-        self._process.stdin.flush()
+        to_actor, self._to = os.pipe()
+        self._from, to_test = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _play(scope.path, to_actor, to_test, function, arguments)
+        os.close(to_actor)
+        os.close(to_test)
 
     def _receive(self) -> tuple[bytes, Any]:
-        assert self._process.stdout is not None
-        what = self._process.stdout.read(1)
+        what = os.read(self._from, 1)
         assert what, "the actor died"
-        size = int.from_bytes(self._process.stdout.read(4), "little")
-        return what, pickle.loads(self._process.stdout.read(size))
+        return what, pickle.loads(_read_message(self._from))
 
     def reached(self) -> Any:
         """Wait until the function calls `checkpoint`. What it gave there."""
@@ -114,7 +104,7 @@ class Actor:
 
     def proceed(self) -> None:
         """Let the function go on after its `checkpoint`."""
-        self._send(GO)
+        os.write(self._to, GO)
 
     def result(self) -> Any:
         """Wait until the function returns. Its result."""
@@ -129,66 +119,76 @@ class Actor:
         self, kind: type[BaseException] | None, value: object, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-        self._process.wait(30)
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(self._to)
+        os.close(self._from)
+        deadline = time.monotonic() + seconds(30)
+        while os.waitpid(self.pid, os.WNOHANG)[0] == 0:
+            assert time.monotonic() < deadline, "the actor does not end"
+            time.sleep(0.005)
 
 
-# ---------------------------------------------------------------- in the actor
-
-_TO_TEST = 3
-
-
-def checkpoint(value: Any = None) -> None:
-    """Tell the test that this point is reached, and wait until it says `proceed`."""
-    _answer(REACHED, value)
-    _read_message()
+def _read_message(fd: int) -> bytes:
+    """What `_answer` has written: its size, and that many bytes."""
+    return _read_exactly(fd, int.from_bytes(_read_exactly(fd, 4), "little"))
 
 
-def _answer(what: bytes, value: Any) -> None:
-    data = pickle.dumps(value)
-    message = what + len(data).to_bytes(4, "little") + data
-    while message:
-        message = message[os.write(_TO_TEST, message) :]
-
-
-def _read_message() -> bytes:
-    size = int.from_bytes(_read_exactly(4), "little")
-    return _read_exactly(size)
-
-
-def _read_exactly(size: int) -> bytes:
+def _read_exactly(fd: int, size: int) -> bytes:
     data = b""
     while len(data) < size:
-        part = os.read(0, size - len(data))
-        if not part:
-            raise SystemExit("the test has gone")
+        part = os.read(fd, size - len(data))
+        assert part, "the actor died"
         data += part
     return data
 
 
-def main(inside: str, outside: str) -> None:
-    os.dup2(1, _TO_TEST, inheritable=False)
-    os.dup2(2, 1)
-    module, name, arguments = pickle.loads(_read_message())
-    function = getattr(importlib.import_module(module), name)
-    Path("/proc/self/comm").write_text("actor")
-    enter = os.open(f"{inside}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-    leave = os.open(f"{outside}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-    os.write(enter, b"0")
+# ---------------------------------------------------------------- in the actor
+
+_ends: tuple[int, int] | None = None
+"""In an actor: where to read from the test, and where to write to it."""
+
+
+def checkpoint(value: Any = None) -> None:
+    """Tell the test that this point is reached, and wait until it says `proceed`."""
+    assert _ends is not None
+    from_test, to_test = _ends
+    _answer(to_test, REACHED, value)
+    if os.read(from_test, 1) != GO:
+        raise SystemExit("the test has gone")
+
+
+def _answer(to_test: int, what: bytes, value: Any) -> None:
+    data = pickle.dumps(value)
+    message = what + len(data).to_bytes(4, "little") + data
+    while message:
+        message = message[os.write(to_test, message) :]
+
+
+def _play(
+    inside: Path,
+    from_test: int,
+    to_test: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> NoReturn:
+    """Call the function within the cgroup, and end the process. Returns to nobody."""
+    global _ends
+    code = 1
     try:
-        answer = DONE, function(*arguments)
-    except BaseException as error:  # told to the test, which fails
-        answer = FAILED, f"{type(error).__name__}: {error}"
-        if not isinstance(error, Exception):
-            raise
+        gc.freeze()  # what the test holds is not this process's to finalise
+        os.setsid()
+        _ends = from_test, to_test
+        Path("/proc/self/comm").write_text("actor")
+        enter = os.open(f"{inside}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        leave = os.open(f"{inside.parent}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(enter, b"0")
+        try:
+            answer = DONE, function(*arguments)
+        except Exception as error:  # told to the test, which fails
+            answer = FAILED, f"{type(error).__name__}: {error}"
+        finally:
+            os.write(leave, b"0")
+        _answer(to_test, *answer)
+        code = 0
     finally:
-        os.write(leave, b"0")
-    _answer(*answer)
-
-
-if __name__ == "__main__":
-    # As the module that the acting functions import, so that they share its state.
-    importlib.import_module("tests.kernel.scope").main(*sys.argv[1:])
+        os._exit(code)

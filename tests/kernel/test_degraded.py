@@ -23,6 +23,7 @@ from streamer.kernel.state import KindStatus
 from streamer.settings import Settings
 from tests.bpf_variant import Change, Variant
 from tests.kernel.agent import ROOT, Agent
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
 
@@ -48,7 +49,7 @@ def no_tracefs(directory: Path) -> tuple[str, ...]:
 
 def streamer(prefix: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [*prefix, sys.executable, "-m", "streamer", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds(60))
 
 
 # ---------------------------------------------------------------- no BTF

@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import Require
 from tests.kernel.agent import Agent
+from tests.kernel.pace import repetitions
 from tests.kernel.scope import Scope
 from tests.kernel.system import AT_FDCWD, OPEN, OPENAT, OPENAT2, open_missing, system_call
 
@@ -308,7 +309,7 @@ def test_the_longest_path(scope: Scope, tree: Path) -> None:
 
 # ---------------------------------------------------------------- many at once
 
-THREADS, PROCESSES, OPENS = 4, 2, 500
+THREADS, PROCESSES, OPENS = 4, 2, repetitions(500, 50)
 
 
 def open_from_many(directory: str) -> None:

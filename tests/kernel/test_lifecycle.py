@@ -12,6 +12,7 @@ import pytest
 
 from tests.brokers import free_port
 from tests.kernel.agent import ROOT, Agent, decoded
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
 
@@ -24,7 +25,7 @@ OPENS = 50
 def run(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """The command `streamer`, run to its end."""
     command = [*prefix, *STREAMER, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds(60))
 
 
 def open_some(count: int = OPENS) -> None:
@@ -55,7 +56,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         time.sleep(1)
         assert agent.process.poll() is None
         agent.send(signal.SIGINT)
-        assert agent.process.wait(5) == 130
+        assert agent.process.wait(seconds(5)) == 130
 
 
 def test_a_closed_pipe_ends_it_quietly(scope: Scope) -> None:
@@ -72,7 +73,7 @@ def test_a_closed_pipe_ends_it_quietly(scope: Scope) -> None:
         first = process.stdout.readline()
         process.stdout.close()
         scope.act(open_some)
-        assert process.wait(30) == 0
+        assert process.wait(seconds(30)) == 0
         assert process.stderr.read() == b""
     assert decoded(first.rstrip()).agent_pid == process.pid
 
@@ -100,7 +101,8 @@ def test_heartbeats_while_it_runs(scope: Scope, tmp_path: Path) -> None:
     config = "heartbeat_seconds = 1\n"
     with Agent(tmp_path, *scope.options, events="file.open", config=config) as agent:
         scope.act(open_some)
-        agent.wait_for(b'{"event":"stream.heartbeat"', 2)
+        heartbeat = b'{"event":"stream.heartbeat"'
+        agent.wait_for(heartbeat, agent.output.read_bytes().count(heartbeat) + 2)
         recording = agent.stop()
     beats = recording.of("stream.heartbeat")
     assert len(beats) >= 3

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from tests.kernel.agent import Agent, Recording
+from tests.kernel.pace import repetitions
 from tests.kernel.roles import Role
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import open_missing
 
 pytestmark = pytest.mark.kernel
 
-FLOOD = 3000
+FLOOD = repetitions(3000, 300)
 RUNS = 20
 
 

@@ -24,6 +24,7 @@ from streamer.privilege.client import HelperClient, RemoteLoader
 from streamer.privilege.split import start_helper
 from tests.brokers import free_port
 from tests.kernel.agent import ROOT, Agent, Recording
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
 
@@ -45,9 +46,9 @@ def open_some(count: int = OPENS) -> None:
     open_missing("/no/", count)
 
 
-def open_for(seconds: float) -> int:
-    """Open missing files until the time is over. How many."""
-    deadline = time.monotonic() + seconds
+def open_for(duration: float) -> int:
+    """Open missing files until the time, in seconds, is over. How many."""
+    deadline = time.monotonic() + duration
     for count in itertools.count():
         if time.monotonic() > deadline:
             return count
@@ -63,7 +64,7 @@ def status_of(task: Path) -> dict[str, str]:
 
 def await_end_of(pid: int) -> None:
     """Wait for a process that is not a child of this one."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + seconds(20)
     while Path(f"/proc/{pid}/stat").exists():
         assert time.monotonic() < deadline, "it lives on"
         time.sleep(0.02)
@@ -127,7 +128,7 @@ def test_another_user(scope: Scope, tmp_path: Path) -> None:
 def test_a_user_that_cannot_be(tmp_path: Path, user: str, message: str) -> None:
     (tmp_path / "streamer.toml").write_text(f'user = "{user}"\n')
     command = [sys.executable, "-m", "streamer", "run", "-c", str(tmp_path / "streamer.toml")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds(60))
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"streamer: {message}\n"
 
@@ -199,7 +200,7 @@ def test_the_helper_is_killed(scope: Scope, tmp_path: Path) -> None:
     """What was produced until then is delivered and in the account; exit code 3 and why."""
     with Agent(tmp_path, *scope.options, events="file.open") as agent:
         helper = agent.helper_pid
-        with scope.start(open_for, 3.0) as actor:
+        with scope.start(open_for, seconds(3)) as actor:
             agent.wait_for(b'{"event":"file.open"', OPENS)
             os.kill(helper, signal.SIGKILL)
             recording = agent.wait()
@@ -220,10 +221,10 @@ def test_the_worker_is_killed(scope: Scope, tmp_path: Path) -> None:
     """The helper says so and ends, and what it held goes with it."""
     with Agent(tmp_path, *scope.options, events="file.open") as agent:
         helper = agent.helper_pid
-        with scope.start(open_for, 1.0):
+        with scope.start(open_for, seconds(1)):
             agent.wait_for(b'{"event":"file.open"', OPENS)
             agent.send(signal.SIGKILL)
-            agent.process.wait(10)
+            agent.process.wait(seconds(10))
             await_end_of(helper)
     assert agent.stderr.splitlines()[-1] == ORPHANED
 
@@ -249,7 +250,7 @@ def test_an_end_without_draining(scope: Scope, tmp_path: Path) -> None:
         agent.send(signal.SIGINT)
         time.sleep(0.5)
         agent.send(signal.SIGINT)
-        assert agent.process.wait(5) == 130
+        assert agent.process.wait(seconds(5)) == 130
         await_end_of(helper)
     assert ORPHANED not in agent.stderr
 
@@ -330,7 +331,7 @@ def test_a_file_in_a_directory_of_roots(scope: Scope, tmp_path: Path) -> None:
     parts: list[bytes] = []
     with Agent(tmp_path, *scope.options, events="file.open", output=output) as agent:
         assert output.stat().st_mode & 0o7777 == 0o640
-        with scope.start(open_for, 3.0) as actor:
+        with scope.start(open_for, seconds(3)) as actor:
             for number in range(1, 6):
                 agent.wait_for(b'{"event":"file.open"', 20)
                 rotated = private / f"events.{number}"
@@ -359,7 +360,7 @@ def test_a_signal_to_open_anew_without_files(scope: Scope) -> None:
         scope.act(open_some, 3)
         process.terminate()
         assert process.stdout.read().count(b'"file.open"') > 3  # its heartbeat counts them too
-        assert process.wait(20) == 0
+        assert process.wait(seconds(20)) == 0
 
 
 # ---------------------------------------------------------------- below a directory of root's

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.kernel.agent import Agent, Recording
+from tests.kernel.pace import repetitions
 from tests.kernel.scope import Scope
 
 pytestmark = pytest.mark.kernel
 
-EXECS = 1000
+EXECS = repetitions(1000, 100)
 ARGV_LEN = 16384  # of events.h
 DEPTH, STEPS = 90, 80  # a directory that is deeper than a path is followed: MOST_STEPS
 NOBODY = 65534

@@ -10,6 +10,7 @@ import pytest
 
 from tests.brokers import KafkaBroker, MosquittoBroker, free_port
 from tests.kernel.agent import Agent
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
 
@@ -125,7 +126,7 @@ def subscribe(port: int, secrets: Path, output: Path) -> subprocess.Popen[bytes]
 
 
 def await_lines(output: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + seconds(60)
     while output.read_bytes().count(b'"event":"file.open"') < count:
         assert time.monotonic() < deadline, output.read_bytes()[-2000:]
         time.sleep(0.05)

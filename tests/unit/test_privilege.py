@@ -177,11 +177,52 @@ def test_proc(helper: Setting) -> None:
     assert found == ("\0".join(words).encode()[:MOST_BYTES], True)
 
 
+def test_no_addresses_of_a_process(helper: Setting, tmp_path: Path) -> None:
+    """Who has taken over the worker does not learn where the memory of root's processes is."""
+    program = tmp_path / "a) R 1 (b"
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "60"]) as process:
+        try:
+            found = look_up(helper.client, process.pid, "stat").data.decode()
+            whole = Path(f"/proc/{process.pid}/stat").read_text()
+        finally:
+            process.kill()
+    assert found.startswith(f"{process.pid} (a) R 1 (b) ")
+    fields, own = found.rpartition(")")[2].split(), whole.rpartition(")")[2].split()
+    assert len(fields) == 22
+    assert fields[19] == own[19]  # its start
+
+
 def test_a_process_that_is_gone(helper: Setting) -> None:
     pid = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(pid, 0)
     with pytest.raises(FileNotFoundError):
         look_up(helper.client, pid, "stat")
+
+
+def give_away(to: socket.socket) -> None:
+    """In the worker: start a helper, and give the socket to it to somebody else."""
+    client = start_helper(PROGRAM)
+    client.set_up(())
+    socket.send_fds(to, [b"x"], [client._channel.fileno()])
+
+
+def test_a_helper_ends_with_its_worker() -> None:
+    """Also when the worker, taken over, has given the socket to a process that lives on."""
+    own, other = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            give_away(other)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    _, (fd,), _, _ = socket.recv_fds(own, 1, 1)
+    with own, other, socket.socket(fileno=fd) as stolen:
+        stolen.settimeout(20)
+        assert stolen.recv(1) == b""  # no longer there
+        with pytest.raises(BrokenPipeError):
+            stolen.send(json.dumps(GOOD).encode())
 
 
 def test_what_it_keeps(helper: Setting) -> None:
