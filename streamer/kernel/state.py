@@ -103,10 +103,11 @@ def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, i
         if kind in program.kinds:
             hooks.setdefault(program.hook, []).append(program)
     lost = [ways for ways in hooks.values() if not any(way.status == ATTACHED for way in ways)]
-    reasons = {_why(ways[-1]): None for ways in lost}
     essential = any(not _info(ways[-1]).covers for ways in lost)
     if not hooks or essential or len(lost) == len(hooks):
+        reasons = dict.fromkeys(ways[-1].reason for ways in lost)
         return KindStatus("missing", "; ".join(reasons) or "no program reports it")
+    reasons = dict.fromkeys(_why(ways[-1]) for ways in lost)
     too_large = _too_large(kind, rings)
     if too_large:
         reasons[too_large] = None
@@ -419,13 +420,13 @@ class KernelState:
         """Load one sensor; what does not load of it is noted in `statuses`.
 
         Raises:
-            ContractError: its object was built from another `events.h`.
-            KernelError: it cannot be loaded at all; the others are not affected.
+            KernelError: it cannot be loaded at all, as when its object was built from another
+                `events.h` (ContractError); the others are not affected.
         """
         if sensor in self._loaded:
             raise KernelError(f"{sensor} is loaded already")
-        self._check_contract(sensor)
         try:
+            self._check_contract(sensor)
             self._states[sensor] = self._loader.load(sensor, self._options).programs
         except KernelError as error:
             self._states[sensor] = [
@@ -545,7 +546,7 @@ def load(
 
 
 def _load_sensors(state: KernelState, wanted: Collection[str]) -> None:
-    """As many as can be. Raises KernelError when none can be; ContractError as `load` does."""
+    """As many as can be. Raises KernelError when none can be."""
     failures = []
     for sensor in wanted:
         try:
