@@ -109,7 +109,8 @@ def two_namespaces() -> Iterator[tuple[str, str]]:
             _ip("-n", name, "address", "add", f"192.0.2.{number}/24", "dev", device)
             address = f"2001:db8::{number}/64"
             _ip("-n", name, "address", "add", address, "dev", device, "nodad")
-            _ip("-n", name, "link", "set", device, "up")
+            for up in ("lo", device):
+                _ip("-n", name, "link", "set", up, "up")
         yield names
     finally:
         for name in names:

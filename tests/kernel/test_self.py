@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from tests.brokers import MosquittoBroker
 from tests.kernel.agent import Agent, Recording
-from tests.kernel.roles import netns_inode
+from tests.kernel.roles import enter_netns, netns_inode, two_namespaces
 from tests.kernel.scope import Scope
 from tests.kernel.unprivileged import CLONE_NEWNET, UID, become, own_namespaces
 
@@ -63,24 +65,28 @@ def test_neither_the_agent_nor_a_broker_serving_it(scope: Scope, tmp_path: Path)
     }
 
 
-def port_of_the_agent(broker: MosquittoBroker) -> int:
-    """The local port of its connection to the broker."""
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, remote, state, *_ = line.split()
-        if state == ESTABLISHED and int(remote.split(":")[1], 16) == broker.port:
-            return int(local.split(":")[1], 16)
-    raise AssertionError("the agent is not connected")
+ADDRESS = "192.0.2.1"
+CONFIG = "grace_seconds = 0.1\n"
 
 
-ESTABLISHED = "01"
+def listen_in(netns: str) -> socket.socket:
+    """A listening socket in another network namespace than the test's."""
+
+    def listen() -> socket.socket:
+        enter_netns(netns)
+        return socket.create_server((ADDRESS, 0))
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(listen).result()
 
 
 def take_the_agents_addresses(own: int, port: int) -> int:
     """As a user, in a network of his own: between the same addresses and ports as the agent."""
     become(UID)
     own_namespaces(CLONE_NEWNET)
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        client = socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.1", own))
+    subprocess.run(["ip", "address", "add", f"{ADDRESS}/32", "dev", "lo"], check=True)
+    with socket.create_server((ADDRESS, port)) as listener:
+        client = socket.create_connection((ADDRESS, port), source_address=(ADDRESS, own))
         server, _ = listener.accept()
         client.close()
         server.close()
@@ -89,15 +95,23 @@ def take_the_agents_addresses(own: int, port: int) -> int:
 
 def test_nobody_hides_behind_the_addresses_of_the_agent(scope: Scope, tmp_path: Path) -> None:
     """They are the agent's in its own network namespace only."""
-    with MosquittoBroker(tmp_path / "broker") as broker:
-        sink = f"mqtt://{broker.address}/events"
-        with Agent(tmp_path / "agent", *scope.options, sinks=(sink,), events="net.*") as agent:
-            await_clients(broker, 1)
-            own = port_of_the_agent(broker)
-            netns = scope.act(take_the_agents_addresses, own, broker.port)
+    with two_namespaces() as (netns, _), listen_in(netns) as broker:
+        port = broker.getsockname()[1]
+        agent = Agent(
+            tmp_path,
+            *scope.options,
+            sinks=(f"mqtt://{ADDRESS}:{port}/events",),
+            events="net.*",
+            config=CONFIG,
+            prefix=("nsenter", f"--net=/run/netns/{netns}"),
+        )
+        with agent:
+            connection, (_, own) = broker.accept()
+            theirs = scope.act(take_the_agents_addresses, own, port)
             agent.wait_for(b'{"event":"net.close"', 2)
             recording = agent.stop()
-    ports = own, broker.port
+        connection.close()
+    ports = own, port
     found = Counter((type(e).__name__, e.local_port, e.remote_port) for e in recording.events)
     assert found == {
         ("NetConnect", *ports): 1,
@@ -105,4 +119,4 @@ def test_nobody_hides_behind_the_addresses_of_the_agent(scope: Scope, tmp_path: 
         ("NetClose", *ports): 1,
         ("NetClose", *ports[::-1]): 1,
     }
-    assert {event.netns for event in recording.events} == {netns}
+    assert {event.netns for event in recording.events} == {theirs}
