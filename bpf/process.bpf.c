@@ -80,6 +80,7 @@ static __always_inline __u32 append_string(struct process_exec *record, const ch
 					   enum exec_string string)
 {
 	__u8 *to = place(record->data, position, limit);
+	char last = 0;
 	long length;
 
 	if (!to)
@@ -89,8 +90,12 @@ static __always_inline __u32 append_string(struct process_exec *record, const ch
 		unreadable(&record->base, string);
 		return 0;
 	}
+	/* Of what execveat() runs below a directory the name is longer than any path. */
+	if (length == PATH_LEN &&
+	    (bpf_probe_read_kernel(&last, sizeof(last), from + PATH_LEN - 1) || last))
+		cut(&record->base, string);
 	/* Of an empty one kernels before "maccess: fix strncpy_from_user_nofault() empty string
-	 * handling" do not count the NUL. A name of PATH_LEN, its NUL included, is the longest. */
+	 * handling" do not count the NUL. */
 	return length > 0 ? (length - 1) & (PATH_LEN - 1) : 0;
 }
 

@@ -21,7 +21,7 @@ from tests.kernel.scope import Scope
 pytestmark = pytest.mark.kernel
 
 EXECS = repetitions(1000, 100)
-ARGV_LEN = 16384  # of events.h
+ARGV_LEN, PATH_LEN = 16384, 4096  # of events.h
 DEPTH, STEPS = 90, 80  # a directory that is deeper than a path is followed: MOST_STEPS
 NOBODY = 65534
 
@@ -251,6 +251,8 @@ def run_unusual(program: str, directory: str, jail: str) -> dict[str, int]:
     pids["much"] = fork_and(lambda: os.execv(program, [b"much", *[b"y" * 999] * 30]))
     pids["none"] = fork_and(lambda: execv_empty(program))
     pids["chroot"] = fork_and(lambda: run_in_jail(jail))
+    for name, length in ("full", PATH_LEN - 1), ("long", PATH_LEN):
+        pids[name] = fork_and(lambda length=length: exec_below(program, length))
     os.chdir(deep)
     pids["deep"] = fork_and(lambda: os.execv(program, [b"deep"]))
     return pids
@@ -284,6 +286,16 @@ def execv_empty(program: str) -> None:
     """With one argument, which is empty: Python's own exec refuses that."""
     argv = (ctypes.c_char_p * 2)(b"", None)
     ctypes.CDLL(None).execv(program.encode(), argv)
+
+
+def exec_below(program: str, length: int) -> None:
+    """By a path below a directory that is open, so that the kernel's name for it has `length`."""
+    directory, name = os.path.split(program)
+    fd = os.open(directory, os.O_PATH)
+    pairs, odd = divmod(length - len(f"/dev/fd/{fd}/{name}"), 2)
+    path = "./" * pairs + "/" * odd + name
+    argv, environment = (ctypes.c_char_p * 2)(b"below", None), (ctypes.c_char_p * 1)(None)
+    ctypes.CDLL(None).execveat(fd, path.encode(), argv, environment, 0)
 
 
 def fork_and(execute: Any) -> int:
@@ -330,7 +342,10 @@ def test_unusual_executions(
     assert deep.truncated == ("cwd",)
     assert deep.exe == str(subject)
     assert deep.cwd == "".join(f"/level-{level:02}" for level in range(DEPTH - STEPS, DEPTH))
+    assert (len(events["full"].filename), len(events["long"].filename)) == (PATH_LEN - 1,) * 2
+    assert events["full"].filename.endswith("/subject")
+    assert events["long"].truncated == ("filename",)
     for name, event in events.items():
-        assert bool(event.truncated) == (name in ("much", "deep")), name
+        assert bool(event.truncated) == (name in ("much", "deep", "long")), name
     exits = {event.pid: event.exit_code for event in recording.of("process.exit")}
     assert exits == {pid: found[pid].argc for pid in pids.values()}
