@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMON = ROOT / "tools" / "kafka.properties"
 # Quick to start and small: a test's broker does not live long enough for a better compiler.
 JAVA_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
+MOSQUITTO_LOGS = ("error", "warning", "notice", "information", "subscribe")
 FORMAT = ("kafka.tools.StorageTool", "format", "-t", "c3RyZWFtZXItdGVzdHMtMQ")
 
 
@@ -154,6 +155,7 @@ class MosquittoBroker(Broker):
             "persistence true",
             f"persistence_location {self.directory}/",
             f"allow_anonymous {str(self.anonymous).lower()}",
+            *(f"log_type {kind}" for kind in MOSQUITTO_LOGS),
             f"listener {self.port} 127.0.0.1",
             *self.config,
         ]
@@ -166,6 +168,26 @@ class MosquittoBroker(Broker):
         except OSError:
             return False
         return True
+
+
+@contextlib.contextmanager
+def subscribed(broker: MosquittoBroker, topic: str, output: Path, *options: str) -> Iterator[None]:
+    """mosquitto_sub meanwhile writes what is published to `output`: all from the beginning on."""
+    name = f"witness-{time.monotonic_ns()}"
+    command = ["mosquitto_sub", "-V", "mqttv5", "-h", "127.0.0.1", "-p", str(broker.port)]
+    command += ["-q", "1", "-i", name, "-t", topic, *options]
+    with output.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file)
+    try:
+        deadline = time.monotonic() + 30
+        while f"{name} 1 " not in broker.log:  # its quality of service and topic
+            assert process.poll() is None, "mosquitto_sub ended"
+            assert time.monotonic() < deadline, broker.log
+            time.sleep(0.05)
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 class KafkaBroker(Broker):

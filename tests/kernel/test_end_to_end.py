@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.brokers import KafkaBroker, MosquittoBroker
+from tests.brokers import KafkaBroker, MosquittoBroker, subscribed
 from tests.kernel.agent import Agent, decoded
 from tests.kernel.scope import Scope
 
@@ -41,31 +41,17 @@ def received(output: Path, marker: bytes) -> list[bytes]:
     return [line for line in output.read_bytes().splitlines() if line]
 
 
-def subscribe(broker: MosquittoBroker, output: Path) -> subprocess.Popen[bytes]:
-    host, port = broker.address.split(":")
-    command = ["mosquitto_sub", "-V", "mqttv5", "-h", host, "-p", port, "-q", "1", "-t", TOPIC]
-    with output.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file)
-    deadline = time.monotonic() + 30
-    while "New client connected" not in broker.log:
-        assert time.monotonic() < deadline, broker.log
-        time.sleep(0.05)
-    time.sleep(0.2)  # its SUBSCRIBE follows at once
-    return process
-
-
 def test_kafka_and_mqtt_get_what_was_done(scope: Scope, tmp_path: Path) -> None:
     """The same stream in a file, a topic of Kafka and one of MQTT, byte for byte and in order."""
     with KafkaBroker(tmp_path / "kafka") as kafka, MosquittoBroker(tmp_path / "mqtt") as mqtt:
         output = tmp_path / "mqtt.out"
-        with subscribe(mqtt, output) as subscriber:
+        with subscribed(mqtt, TOPIC, output):
             sinks = (f"kafka://{kafka.address}/{TOPIC}", f"mqtt://{mqtt.address}/{TOPIC}")
             with Agent(tmp_path / "a", *scope.options, events="process.exec", sinks=sinks) as agent:
                 commands = scope.act(run_programs, 0, EXECS)
                 recording = agent.stop()
             lines = agent.output.read_bytes().splitlines()
             assert received(output, lines[-1]) == lines
-            subscriber.terminate()
         assert by_kcat(kafka) == lines
     assert [event.argv for event in recording.events] == commands
     assert {sink.dropped for sink in recording.heartbeat.sinks.values()} == {0}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.brokers import KafkaBroker, MosquittoBroker, free_port
+from tests.brokers import KafkaBroker, MosquittoBroker, free_port, subscribed
 from tests.kernel.agent import Agent
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
@@ -117,14 +117,6 @@ def in_kafka(broker: KafkaBroker) -> list[bytes]:
     return subprocess.run(command, capture_output=True, check=True).stdout.splitlines()
 
 
-def subscribe(port: int, secrets: Path, output: Path) -> subprocess.Popen[bytes]:
-    command = ["mosquitto_sub", "-V", "mqttv5", "-p", str(port), "-t", TOPIC, "-q", "1"]
-    command += ["-u", USER, "-P", PASSWORD, "--cafile", f"{secrets}/ca.pem"]
-    command += ["--cert", f"{secrets}/server.crt", "--key", f"{secrets}/server.key"]
-    with output.open("wb") as file:
-        return subprocess.Popen([*command, "-h", "127.0.0.1"], stdout=file)
-
-
 def await_lines(output: Path, count: int) -> None:
     deadline = time.monotonic() + seconds(60)
     while output.read_bytes().count(b'"event":"file.open"') < count:
@@ -150,17 +142,15 @@ def test_brokers_that_ask_for_secrets(
             output=output,
             program=private_copy,
         ) as agent:
-            with subscribe(port, secrets, read_back) as first:
+            with subscribed(broker, TOPIC, read_back, "-u", USER, "-P", PASSWORD):
                 scope.act(open_some, "/no/first-")
                 await_lines(read_back, OPENS)
-                first.terminate()
             broker.stop()
             scope.act(open_some, "/no/second-")
             broker.start()
-            with subscribe(port, secrets, read_back) as second:
+            with subscribed(broker, TOPIC, read_back, "-u", USER, "-P", PASSWORD):
                 scope.act(open_some, "/no/third-")
                 await_lines(read_back, OPENS)
-                second.terminate()
             recording = agent.stop(check=False)
         values = in_kafka(stored)
     assert values == agent.output.read_bytes().splitlines()
