@@ -149,6 +149,7 @@ class Observer:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 env={**os.environ, **(environment or {})},
+                start_new_session=True,  # sessions are what the scheduler shares a CPU among
             )
         self._stack.callback(self._end, self._process, signal.SIGTERM)
 

@@ -292,7 +292,9 @@ between which half of them lie. The parts have medians of their own, so they nee
 The CPU time is what the scheduler has counted, to the nanosecond: for the cgroup of the program
 (*the caller*, with the BPF programs and audit rules that run in its system calls), for that of all
 processes of the observer, and for all threads of the kernel, which is where audit queues its
-records. What else runs on the machine is not in it, nor are interrupts that find a CPU idle.
+records. What else runs on the machine is not in it, nor are interrupts that find a CPU idle. The
+program has a real-time priority, so that others cannot slow it down, but they take its caches; and
+where others trace system calls, nothing is not nothing: measure on a quiet machine.
 
 All record who (pid, parent, user, command) and what: arguments, path and result, or addresses. The
 streamer and bpftrace (`benchmarks/host.bt`, tracepoints) record all four events of a connection,

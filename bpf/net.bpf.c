@@ -463,6 +463,19 @@ static __always_inline bool fails_within_connect(struct sock *sk)
 	return socket && READ(struct socket, socket, state) == SS_UNCONNECTED;
 }
 
+/* Whether somebody waits in connect(), and will be told of the failure there, too. Else what is left
+ * for him would be taken for the next failure of the same kind at the same address. */
+static __always_inline bool waits_in_connect(struct sock *sk)
+{
+	struct socket *socket = READ(struct sock, sk, sk_socket);
+	struct file *file;
+
+	if (!socket)
+		return false; /* closed */
+	file = READ(struct socket, socket, file); /* none: the kernel's own, of Multipath TCP */
+	return !file || !(READ(struct file, file, f_flags) & O_NONBLOCK);
+}
+
 static __always_inline void on_connect_failed(struct sock *sk, const bool typed)
 {
 	struct connection *known = find(sk, typed);
@@ -475,7 +488,7 @@ static __always_inline void on_connect_failed(struct sock *sk, const bool typed)
 	if (!error)
 		error = ECONNABORTED; /* closed by its owner while connecting */
 	read_endpoints(&ends, sk);
-	if (bpf_map_update_elem(&failed_connects, &key, &error, BPF_ANY))
+	if (waits_in_connect(sk) && bpf_map_update_elem(&failed_connects, &key, &error, BPF_ANY))
 		count_fault(FAULT_FAILED_FULL);
 	if (!known)
 		known = (void *)&nothing;
@@ -530,8 +543,8 @@ static __always_inline void on_inbound(struct sock *sk, const bool typed)
 
 	/* With Fast Open it can have been accepted before it was complete. Else what is in the table is
 	 * of another socket that was at this address: its reset came in the middle of its accept. */
-	if (!is_accepted(sk))
-		forget(sk, typed);
+	if (typed && !is_accepted(sk))
+		forget_in_table(sk);
 	take_from_table(sk, typed);
 	known = find(sk, typed);
 	if (!known) {

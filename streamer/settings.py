@@ -80,7 +80,8 @@ class Kernel(Section, frozen=True, kw_only=True):
         Meta(ge=1024, le=1 << 22),
         doc(
             "Room for the owners of connections that cannot be kept with their sockets: of those "
-            "that another process accepts than listens, and on kernels before 5.11 of all."
+            "that another process accepts than listens, of sockets whose user has used up their "
+            "memory, and on kernels before 5.11 of all."
         ),
     ] = 65536
     open_latency: Annotated[
@@ -122,7 +123,11 @@ class Filters(Section, frozen=True, kw_only=True):
     exes: Annotated[
         tuple[ExePath, ...],
         MANY,
-        doc("Keep processes that run one of these files only, whatever path they ran it by."),
+        doc(
+            "Keep processes that run one of these files only, whatever path they ran it by. "
+            "Kernels before 6.16 do not say what it was at the end: they keep every "
+            "`process.exit`."
+        ),
     ] = ()
     exclude_exes: Annotated[
         tuple[ExePath, ...],

@@ -94,11 +94,24 @@ __noinline int passes_cgroup(__u32 mode)
 	return mode == FILTER_EXCLUDE;
 }
 
+/*
+ * A process whose exe is not known passes: nobody can say that it is not meant. Before "exit: move and
+ * extend sched_process_exit() tracepoint" (6.16) that is each one that ends.
+ */
+static __always_inline bool passes_exe(__u8 mode)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct exe_key exe = exe_key_of(task);
+
+	if (!exe.inode && !exe.dev && !(READ(struct task_struct, task, flags) & PF_KTHREAD))
+		return true;
+	return passes(mode, &filter_exes, &exe);
+}
+
 /* What the filters say of the current task, which is `who`. */
 static __always_inline bool passes_task_filters(const struct event_task *who)
 {
 	struct settings *wanted = ONLY_ENTRY(settings);
-	struct exe_key exe;
 
 	if (!wanted || !wanted->task_filters)
 		return true;
@@ -107,10 +120,7 @@ static __always_inline bool passes_task_filters(const struct event_task *who)
 	    !passes(wanted->filter_comm, &filter_comms, &who->comm) ||
 	    (wanted->filter_cgroup != FILTER_OFF && !passes_cgroup(wanted->filter_cgroup)))
 		return false;
-	if (wanted->filter_exe == FILTER_OFF)
-		return true;
-	exe = exe_key_of((struct task_struct *)bpf_get_current_task());
-	return passes(wanted->filter_exe, &filter_exes, &exe);
+	return wanted->filter_exe == FILTER_OFF || passes_exe(wanted->filter_exe);
 }
 
 /* Whether an event of the current task, which is `who`, is to be reported as far as the task

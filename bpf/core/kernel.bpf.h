@@ -23,6 +23,7 @@
 #define IPPROTO_MPTCP 262
 #define SOCK_DONE 1 /* enum sock_flags: the peer's FIN was received */
 #define SIGNAL_GROUP_EXIT 4
+#define PF_KTHREAD 0x00200000
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define MAX_ERRNO 4095
@@ -41,6 +42,7 @@
 #define O_WRONLY 01
 #define O_CREAT 0100
 #define O_TRUNC 01000
+#define O_NONBLOCK 04000
 #define O_TMPFILE 020000000
 
 typedef enum {
@@ -131,6 +133,7 @@ struct fs_struct {
 };
 
 struct file {
+	unsigned int f_flags;
 	struct path f_path;
 	struct inode *f_inode;
 	void *private_data;
@@ -206,6 +209,7 @@ struct signal_struct {
 };
 
 struct task_struct {
+	unsigned int flags;
 	int pid;
 	int tgid;
 	struct task_struct *real_parent;

@@ -103,10 +103,11 @@ def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, i
         if kind in program.kinds:
             hooks.setdefault(program.hook, []).append(program)
     lost = [ways for ways in hooks.values() if not any(way.status == ATTACHED for way in ways)]
-    reasons = {_why(ways[-1]): None for ways in lost}
     essential = any(not _info(ways[-1]).covers for ways in lost)
     if not hooks or essential or len(lost) == len(hooks):
+        reasons = dict.fromkeys(ways[-1].reason for ways in lost)
         return KindStatus("missing", "; ".join(reasons) or "no program reports it")
+    reasons = dict.fromkeys(_why(ways[-1]) for ways in lost)
     too_large = _too_large(kind, rings)
     if too_large:
         reasons[too_large] = None
@@ -252,10 +253,39 @@ def _comm(value: str) -> bytes:
 
 def _exe(path: str) -> bytes:
     try:
-        found = os.stat(path)
+        inode, dev = identity_of_file(path)
     except OSError as error:
         raise KernelError(f"filters: cannot find the executable {path}: {error.strerror}") from None
-    return pack("exe_key", {"inode": found.st_ino, "dev": found.st_dev & 0xFFFFFFFF})
+    return pack("exe_key", {"inode": inode, "dev": dev & 0xFFFFFFFF})
+
+
+def identity_of_file(path: str) -> tuple[int, int]:
+    """Inode number and device of a file as the programs see them.
+
+    Not always those of stat(): overlayfs and btrfs show devices there that their mounts do not
+    have. Raises OSError.
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        shown = os.fstat(fd)
+        info = dict(line.split(":\t", 1) for line in _lines(f"/proc/self/fdinfo/{fd}"))
+        # Kernels before 5.14 do not tell the inode there.
+        return int(info.get("ino", shown.st_ino)), _device_of_mount(info["mnt_id"]) or shown.st_dev
+    finally:
+        os.close(fd)
+
+
+def _device_of_mount(mount: str) -> int | None:
+    for line in _lines("/proc/self/mountinfo"):
+        number, _, device, *_ = line.split()
+        if number == mount.strip():
+            major, minor = device.split(":")
+            return os.makedev(int(major), int(minor))
+    return None
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(errors="surrogateescape").splitlines()
 
 
 def _prefix(value: str) -> bytes:
@@ -390,13 +420,13 @@ class KernelState:
         """Load one sensor; what does not load of it is noted in `statuses`.
 
         Raises:
-            ContractError: its object was built from another `events.h`.
-            KernelError: it cannot be loaded at all; the others are not affected.
+            KernelError: it cannot be loaded at all, as when its object was built from another
+                `events.h` (ContractError); the others are not affected.
         """
         if sensor in self._loaded:
             raise KernelError(f"{sensor} is loaded already")
-        self._check_contract(sensor)
         try:
+            self._check_contract(sensor)
             self._states[sensor] = self._loader.load(sensor, self._options).programs
         except KernelError as error:
             self._states[sensor] = [
@@ -516,7 +546,7 @@ def load(
 
 
 def _load_sensors(state: KernelState, wanted: Collection[str]) -> None:
-    """As many as can be. Raises KernelError when none can be; ContractError as `load` does."""
+    """As many as can be. Raises KernelError when none can be."""
     failures = []
     for sensor in wanted:
         try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import select
 import socket
 import struct
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -87,3 +90,37 @@ def test_ports_of_clients_hide_nothing(scope: Scope, tmp_path: Path) -> None:
         "NetAccept": 1,
         "NetClose": 2,
     }
+
+
+NEIGHBOUR = "10.99.0.2"
+LINK = """
+ip link add one type veth peer name two
+ip address add 10.99.0.1/24 dev one
+ip link set one up
+ip link set two up
+"""
+
+
+def fail_twice() -> None:
+    """With the same socket and error: for want of a neighbour, then for want of a route."""
+    subprocess.run(["sh", "-ec", LINK], check=True)
+    with socket.socket() as client:
+        client.setblocking(False)
+        assert client.connect_ex((NEIGHBOUR, 80)) == errno.EINPROGRESS
+        poll = select.poll()
+        poll.register(client, select.POLLOUT)
+        assert poll.poll(20_000)
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.EHOSTUNREACH
+        nowhere = struct.pack("=H14x", socket.AF_UNSPEC)
+        assert ctypes.CDLL(None).connect(client.fileno(), nowhere, len(nowhere)) == 0
+        subprocess.run(["ip", "route", "add", "unreachable", NEIGHBOUR], check=True)
+        assert client.connect_ex((NEIGHBOUR, 80)) == errno.EHOSTUNREACH
+
+
+def test_no_failure_stands_for_another(scope: Scope, tmp_path: Path) -> None:
+    """A failure that nobody waited for is not taken for the next one's."""
+    with Agent(tmp_path, *scope.options, events="net.connect") as agent:
+        scope.act(in_own_network, fail_twice)
+        recording = agent.stop()
+    failures = [(e.remote_addr, e.errno) for e in recording.events]
+    assert failures == [(NEIGHBOUR, errno.EHOSTUNREACH)] * 2

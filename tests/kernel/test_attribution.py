@@ -506,8 +506,6 @@ def test_without_storage_the_table_is_emptied_again(run_without_storage: Run) ->
 
 def connect_what_is_no_socket() -> list[Seen]:
     """Every sort of descriptor that connect() refuses, and sockets that are not TCP's."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    address = struct.pack("=H", socket.AF_INET) + struct.pack(">H4s8x", 1, bytes([127, 0, 0, 1]))
     reader, writer = os.pipe()
     named = f"/tmp/streamer-test-{os.getpid()}"
     with (
@@ -516,18 +514,41 @@ def connect_what_is_no_socket() -> list[Seen]:
         select.epoll() as epoll,
     ):
         unix.bind(named)
-        name = os.open(named, os.O_PATH)
+        path = os.open(named, os.O_PATH)
         os.unlink(named)
         others = [os.open(p, os.O_RDONLY) for p in ("/proc/self/maps", "/dev/null", "/tmp")]
-        memory = os.memfd_create("no socket")
-        os.write(memory, b"\x41" * 4096)
-        sockets = [unix.fileno(), netlink.fileno()]
-        for fd in (reader, writer, name, *others, memory, epoll.fileno(), 999, -1, *sockets):
-            assert libc.connect(fd, address, len(address)) == -1
-            expected = {name: errno.EBADF, 999: errno.EBADF, -1: errno.EBADF}
-            if fd not in sockets:
-                assert ctypes.get_errno() == expected.get(fd, errno.ENOTSOCK)
+        for fd in (reader, writer, os.memfd_create("no socket"), epoll.fileno(), *others):
+            assert connect_error(fd) == errno.ENOTSOCK
+        for fd in (path, 999, -1):
+            assert connect_error(fd) == errno.EBADF
+        for fd in (unix.fileno(), netlink.fileno()):
+            assert connect_error(fd) in (errno.EINVAL, errno.EAFNOSUPPORT)
+    connect_look_alikes()
     return [Seen([], [], [])]
+
+
+LOOK_ALIKES = 2000
+
+
+def connect_look_alikes() -> None:
+    """Event counters. Taken for a struct socket, each has as its struct sock memory around it, and
+    the counters as its family and protocol: AF_INET and TCP.
+    """
+    more_descriptors(2 * LOOK_ALIKES)
+    fds = [os.eventfd(0) for _ in range(LOOK_ALIKES)]
+    for fd in fds:
+        os.eventfd_write(fd, socket.IPPROTO_TCP << 32 | socket.AF_INET)
+    for fd in fds:
+        assert connect_error(fd) == errno.ENOTSOCK
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def connect_error(fd: int) -> int:
+    address = struct.pack("=H", socket.AF_INET) + struct.pack(">H4s8x", 1, bytes([127, 0, 0, 1]))
+    assert _libc.connect(fd, address, len(address)) == -1
+    return ctypes.get_errno()
 
 
 def test_connects_of_what_is_no_socket(calm_run: Run) -> None:

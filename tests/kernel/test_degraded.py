@@ -248,13 +248,28 @@ def test_an_object_of_another_contract(other_contract: Path) -> None:
 
 
 def test_a_sensor_of_another_contract(other_contract: Path, tmp_path: Path) -> None:
-    """One left over from another version. Without it the others do."""
+    """One left over from another version: it takes its own kinds with it, and is named."""
     mixed = tmp_path / "mixed"
     shutil.copytree(OBJECTS, mixed)
     shutil.copy(other_contract / "net.bpf.o", mixed)
-    with pytest.raises(ContractError, match=r"net\.bpf\.o: .*process_fork"):
-        state.load(Settings(), ALL_KINDS, directory=str(mixed))
-    state.load(Settings(), {"file.open"}, directory=str(mixed)).close()
+    kinds, failed = coverage_of(mixed)
+    (reason,) = set(failed.values())
+    assert re.search(r"net\.bpf\.o: .*process_fork: .*child_age", reason)
+    lost = {kind for kind, one in kinds.items() if one == KindStatus("missing", reason)}
+    assert lost == {"net.accept", "net.close", "net.connect"}
+    assert {kinds[kind].status for kind in ALL_KINDS - lost} == {"full"}
+    with pytest.raises(KernelError, match=r"net\.bpf\.o: "):
+        state.load(Settings(), lost, directory=str(mixed))
+
+
+def test_a_sensor_that_is_missing(tmp_path: Path) -> None:
+    """Likewise."""
+    shutil.copytree(OBJECTS, tmp_path / "some")
+    (tmp_path / "some" / "file.bpf.o").unlink()
+    kinds, failed = coverage_of(tmp_path / "some")
+    assert "some/file.bpf.o" in kinds["file.open"].reason
+    assert kinds.pop("file.open").status == "missing"
+    assert {kind.status for kind in kinds.values()} == {"full"}
 
 
 def test_no_object_at_all(tmp_path: Path) -> None:

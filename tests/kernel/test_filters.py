@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.kernel
 UID = 1_000_000 + os.getpid()
 COMM = f"test-{os.getpid()}"
 EACH = 25
+CLONE_NEWNS = 0x00020000
 
 
 @pytest.fixture
@@ -208,3 +211,58 @@ def test_path_prefixes_within_each_other(
         scope.act(open_around, base)
         recording = agent.stop()
     assert [event.path for event in recording.events] == [f"{base}/{p}0" for p in expected]
+
+
+def run_subject(program: str, others: int) -> None:
+    subprocess.run([program], check=False)
+    for _ in range(others):
+        subprocess.run(["/bin/true"], check=True)
+
+
+def test_what_an_executable_does(scope: Scope, subject: Path, tmp_path: Path) -> None:
+    """From its exec to its exit, at which kernels before 6.16 have let go of the file."""
+    filters = (*scope.options, "--exe", str(subject))
+    with Agent(tmp_path, *filters, events="process.*") as agent:
+        scope.act(run_subject, str(subject), 2)
+        recording = agent.stop()
+    (started,) = recording.of("process.exec")
+    ends = [event for event in recording.of("process.exit") if event.pid == started.pid]
+    assert started.comm == subject.name
+    assert [event.exit_code for event in ends] == [1]
+
+
+LAYERS = """
+mount -t tmpfs none {base}
+mkdir {base}/lower {base}/upper {base}/work {base}/whole
+mount -t tmpfs none {base}/lower
+cp {program} {base}/lower/program
+layers=lowerdir={base}/lower,upperdir={base}/upper,workdir={base}/work
+mount -t overlay -o $layers none {base}/whole
+"""
+
+
+def run_from_layers(program: str, base: str) -> None:
+    """In a mount namespace of our own, whose number is that of the process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(CLONE_NEWNS) == 0
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    script = LAYERS.format(program=program, base=base)
+    subprocess.run(["sh", "-ec", script], check=True)
+    checkpoint(os.getpid())
+    subprocess.run([f"{base}/whole/program"], check=False)
+    subprocess.run(["/bin/true"], check=True)
+
+
+def test_an_executable_of_an_overlay(scope: Scope, subject: Path, tmp_path: Path) -> None:
+    """There stat() shows another device than the kernel has for the file."""
+    base = tmp_path / "base"
+    base.mkdir()
+    with scope.start(run_from_layers, str(subject), str(base)) as actor:
+        pid = actor.reached()
+        filters = (*scope.options, "--exe", f"{base}/whole/program")
+        prefix = ("nsenter", f"--mount=/proc/{pid}/ns/mnt")
+        with Agent(tmp_path / "agent", *filters, events="process.exec", prefix=prefix) as agent:
+            actor.proceed()
+            actor.result()
+            recording = agent.stop()
+    assert [event.exe for event in recording.events] == [f"{base}/whole/program"]
