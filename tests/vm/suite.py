@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +111,16 @@ class Guest:
             )
         self._started = time.monotonic()
 
-    def poll(self) -> list[Result]:
+    def poll(self) -> Iterator[Result]:
         """The results since the last time; `status` is set when there will be none any more."""
         assert self._process is not None
-        status = self._process.poll()
-        new, collected, self._offset = read(self._place / "results.ndjson", self._offset)
-        self.results += new
-        self.collected += collected
+        self.status = self._process.poll()
         self.minutes = (time.monotonic() - self._started) / 60
-        self.status = status
-        return new
+        new, collected, self._offset = read(self._place / "results.ndjson", self._offset)
+        self.collected += collected
+        for result in new:
+            self.results.append(result)
+            yield result
 
     def stop(self) -> None:
         """End it; harmless when it has ended."""
