@@ -543,7 +543,7 @@ static __always_inline void on_inbound(struct sock *sk, const bool typed)
 
 	/* With Fast Open it can have been accepted before it was complete. Else what is in the table is
 	 * of another socket that was at this address: its reset came in the middle of its accept. */
-	if (typed && !is_accepted(sk))
+	if (!is_accepted(sk))
 		forget_in_table(sk);
 	take_from_table(sk, typed);
 	known = find(sk, typed);

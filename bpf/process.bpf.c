@@ -131,6 +131,7 @@ static __always_inline void fill_exec(struct process_exec *record, struct task_s
 		record->auid = READ(struct task_struct, task, loginuid.val);
 	record->argc = READ(struct linux_binprm, bprm, argc);
 	__builtin_memset(record->pad, 0, sizeof(record->pad));
+	__builtin_memset(record->parent_comm, 0, sizeof(record->parent_comm));
 	if (bpf_probe_read_kernel_str(record->parent_comm, sizeof(record->parent_comm),
 				      (void *)parent + bpf_core_field_offset(struct task_struct, comm)) < 0)
 		record->base.flags |= FLAG_INCOMPLETE;

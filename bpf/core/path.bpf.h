@@ -138,7 +138,8 @@ static __always_inline void path_prepend(struct path_buffer *buffer,
 {
 	__u32 length = entry->length & (NAME_LEN - 1);
 
-	if (buffer->start < length + 1) {
+	/* Longer names are FUSE's alone. */
+	if (entry->length >= NAME_LEN || buffer->start < length + 1) {
 		buffer->truncated = 1;
 		return;
 	}

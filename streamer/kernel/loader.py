@@ -170,7 +170,8 @@ class Loader:
         return {name: found.fd for name, found in self._shared.items()}
 
     def _find_out_who(self, core: Object) -> None:
-        core.programs[_WHOAMI].run()
+        if core.programs[_WHOAMI].run():
+            raise OSError(errno.EFAULT, "the agent cannot be told from others")
         if self._parent_is_agent:
             return
         # There is no other process of the agent: its parent is observed like anybody.

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from streamer.errors import ContractError, HelperGone, KernelError
+from streamer.errors import HelperGone, KernelError
 from streamer.events import KINDS, RECORDS
 from streamer.kernel.contract import check_object
 from streamer.kernel.loader import (
@@ -551,8 +551,6 @@ def _load_sensors(state: KernelState, wanted: Collection[str]) -> None:
     for sensor in wanted:
         try:
             state.load(sensor)
-        except ContractError:
-            raise  # an installation that is not whole, and no lack of this kernel
         except KernelError as error:
             failures.append(str(error))
     if len(failures) == len(wanted):

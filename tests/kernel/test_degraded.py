@@ -266,7 +266,7 @@ def test_a_sensor_that_is_missing(tmp_path: Path) -> None:
     """Likewise."""
     shutil.copytree(OBJECTS, tmp_path / "some")
     (tmp_path / "some" / "file.bpf.o").unlink()
-    kinds, failed = coverage_of(tmp_path / "some")
+    kinds, _failed = coverage_of(tmp_path / "some")
     assert "some/file.bpf.o" in kinds["file.open"].reason
     assert kinds.pop("file.open").status == "missing"
     assert {kind.status for kind in kinds.values()} == {"full"}

@@ -1,6 +1,7 @@
 """The kind of the example in CONTRIBUTING.md, from its struct to the published event.
 
-With number 200: nothing is made for numbers below 64 alone.
+With number 200: nothing is made for numbers below 64 alone. And in a sensor of its own, which is
+nothing but a file in bpf/.
 """
 
 from __future__ import annotations
@@ -28,13 +29,22 @@ pytestmark = pytest.mark.kernel
 
 KIND, NUMBER = "process.chdir", 200
 GOOD, BAD = 30, 12
+SENSOR = """
+#include "core/filter.bpf.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+"""
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source tree with the kind in it, for which `make gen` was run."""
-    only = ("core", "process")
-    made = Variant(tmp_path_factory.mktemp("kind") / "tree", example_of_a_kind(NUMBER), only)
+    changes = example_of_a_kind(NUMBER)
+    _, hook = changes.pop("process.bpf.c")
+    sensor = {"chdir.bpf.c": SENSOR + str(hook).removesuffix("struct exit_key {")}
+    directory = tmp_path_factory.mktemp("kind") / "tree"
+    made = Variant(directory, changes, ("core", "process"), sensor)
     ours = shutil.ignore_patterns("bpf", "__pycache__")
     shutil.copytree(ROOT / "streamer", made.root / "streamer", ignore=ours, dirs_exist_ok=True)
     subprocess.run([sys.executable, "-m", "streamer.gen"], cwd=made.root, check=True)
@@ -68,6 +78,8 @@ def test_events_of_a_new_kind(scope: Scope, tree: Path, tmp_path: Path) -> None:
     manifest, heartbeat = records[0], records[-1]
     assert manifest["kinds"].keys() == {KIND, "process.exec"}
     assert {kind["status"] for kind in manifest["kinds"].values()} == {"full"}
+    sensors = {program["sensor"] for program in manifest["programs"]}
+    assert sensors == {"chdir", "process"}
     events = [record for record in records if not record["event"].startswith("stream.")]
     assert Counter(event["event"] for event in events) == {KIND: GOOD + BAD, "process.exec": GOOD}
     numbers = [event["errno"] for event in events if event["event"] == KIND]
