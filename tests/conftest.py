@@ -2,11 +2,15 @@
 
 A test marked `kernel`, `kafka` or `mqtt` is not run where what it needs is missing; any test can
 say more with the fixture `require`. What was not run is listed with its reason at the end. With
-`CI=true` it is a failure.
+`CI=true` it is a failure, unless the reason is the kernel that runs (`require_kernel`): such a test
+has to pass on another kernel, which `tests/vm/suite.py` sees to.
+
+With `STREAMER_TEST_RESULTS=FILE` the result of each test is written there, one JSON per line.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import defaultdict
@@ -22,6 +26,8 @@ from tests.brokers import kafka_class_path
 ROOT = Path(__file__).resolve().parent.parent
 CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 SET_UP = "run `make test`, or tools/setup.sh test"
+
+BY_KERNEL = ("not run because of", "kernel")
 
 Require = Callable[[object, str], None]
 
@@ -40,6 +46,18 @@ def require() -> Require:
 def _require(condition: object, reason: str) -> None:
     if not condition:
         pytest.skip(reason)
+
+
+@pytest.fixture
+def require_kernel(request: pytest.FixtureRequest) -> Require:
+    """`require_kernel(condition, reason)`: the same, where the reason is the running kernel."""
+
+    def required(condition: object, reason: str) -> None:
+        if not condition:
+            request.node.user_properties.append(BY_KERNEL)
+        _require(condition, reason)
+
+    return required
 
 
 # ---------------------------------------------------------------- what the markers require
@@ -107,17 +125,45 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 
 def _strict(report: Report) -> Report:
-    expected_to_fail = hasattr(report, "wasxfail")
-    if report.skipped and not expected_to_fail and os.environ.get("CI") == "true":
+    allowed = hasattr(report, "wasxfail") or _by_kernel(report)
+    if report.skipped and not allowed and os.environ.get("CI") == "true":
         report.longrepr = f"{report.nodeid}: in CI every test has to run: {_reason(report)}"
         report.outcome = "failed"
     return report
+
+
+def _by_kernel(report: AnyReport) -> bool:
+    return isinstance(report, pytest.TestReport) and BY_KERNEL in report.user_properties
 
 
 def _reason(report: AnyReport) -> str:
     # pytest keeps (path, line, "Skipped: REASON") of a skip.
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return text.removeprefix("Skipped: ")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    _write_result({"collected": len(session.items)})
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.passed and report.when != "call":
+        return
+    result = {
+        "test": report.nodeid,
+        "outcome": report.outcome,
+        "seconds": round(report.duration, 1),
+        "by_kernel": _by_kernel(report),
+        "reason": "" if report.passed else _reason(report),
+    }
+    _write_result(result)
+
+
+def _write_result(result: dict[str, object]) -> None:
+    """As soon as a test is over, since a kernel that hangs may take the rest along."""
+    if file := os.environ.get("STREAMER_TEST_RESULTS"):
+        with open(file, "a") as results:
+            results.write(json.dumps(result) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -143,7 +143,7 @@ make_initramfs() { # make_initramfs SUITE RELEASE FILE
     local place=$kernels/$1 release=$2 work=$3.d module number=10
     mkdir -p "$work"/{bin,modules,proc,sys,dev,root}
     cp "$(command -v busybox)" "$work/bin/busybox"
-    while read -r _ module _; do
+    while read -r module; do
         # Numbered, since they are loaded in the order of their names.
         case $module in
         *.xz) busybox xzcat "$module" ;;
@@ -151,8 +151,9 @@ make_initramfs() { # make_initramfs SUITE RELEASE FILE
         esac >"$work/modules/$((number++))-$(basename "${module%.xz}")"
     done < <(
         for module in "${first_modules[@]}"; do
-            modprobe -d "$place" -S "$release" --show-depends "$module" | grep '^insmod' || true
-        done | awk '!seen[$2]++'
+            # One that is built in has none, and may not be known.
+            modprobe -d "$place" -S "$release" --show-depends "$module" 2>/dev/null || true
+        done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }'
     )
     cp "$root/tools/kernels-init.sh" "$work/init"
     (cd "$work" && find . | busybox cpio -o -H newc 2>/dev/null) >"$3"
@@ -189,13 +190,15 @@ emulate() { # emulate SUITE RELEASE INITRAMFS OUT
 # The command's output comes by way of files: the generic kernels have virtio-console as a module
 # only, and the serial console is the kernel's.
 run() { # run SUITE|VERSION -- COMMAND...
-    local suite release shown=() status=0
+    local suite release machine status=0
     suite=$(suite_of "$1")
     shift 2
     setup "$suite"
     release=$(release_of "$suite")
     work=$(mktemp -d "$kernels/run.XXXXXX")
-    trap 'rm -rf "$work"' EXIT
+    started=()
+    trap 'kill "${started[@]}" 2>/dev/null; rm -rf "$work"' EXIT
+    trap 'exit 143' INT TERM
     local out=${KERNEL_OUT:-$work/out}
     mkdir -p "$out/.guest"
     make_initramfs "$suite" "$release" "$work/initramfs"
@@ -205,12 +208,15 @@ run() { # run SUITE|VERSION -- COMMAND...
     : >"$out/.guest/stdout"
     : >"$out/.guest/stderr"
     say "starting $release"
-    tail -q -f -s 0.5 "$out/.guest/stdout" & shown+=($!)
-    tail -q -f -s 0.5 "$out/.guest/stderr" >&2 & shown+=($!)
-    emulate "$suite" "$release" "$work/initramfs" "$out" >&2 || status=$?
+    emulate "$suite" "$release" "$work/initramfs" "$out" >&2 &
+    machine=$!
+    started+=("$machine")
+    tail -q -f -s 0.5 "$out/.guest/stdout" &
+    started+=($!)
+    tail -q -f -s 0.5 "$out/.guest/stderr" >&2 &
+    started+=($!)
+    wait "$machine" || status=$?
     sleep 1 # the two have shown the rest
-    kill "${shown[@]}"
-    wait "${shown[@]}" 2>/dev/null || true
     if [ -s "$out/.guest/status" ]; then
         status=$(<"$out/.guest/status")
     else

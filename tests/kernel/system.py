@@ -1,10 +1,12 @@
-"""System calls made without Python's own doings around them."""
+"""System calls made without Python's own doings around them, and what the kernel has."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 import time
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 AT_FDCWD = -100
@@ -23,6 +25,12 @@ def system_call(number: int, *arguments: Any) -> tuple[int, int, int]:
     result: int = _libc.syscall(ctypes.c_long(number), *words)
     most_ns = time.monotonic_ns() - before
     return result, ctypes.get_errno() if result < 0 else 0, most_ns
+
+
+@cache
+def kernel_knows(name: str) -> bool:
+    """Whether the kernel's type information has that name, such as that of a helper."""
+    return b"\0%b\0" % name.encode() in Path("/sys/kernel/btf/vmlinux").read_bytes()
 
 
 def open_missing(prefix: str, count: int) -> None:

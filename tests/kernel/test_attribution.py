@@ -350,10 +350,12 @@ def flooded_run(cgroups: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture
-def with_storage(flooded_run: Run, require: Require) -> Run:
+def with_storage(flooded_run: Run, require_kernel: Require) -> Run:
     """The run, on a kernel where owners are kept with their sockets."""
     typed = flooded_run.ways["sock_state"].startswith("tp_btf/")
-    require(typed, "before 5.11 the kernel keeps nothing with a socket for a tracing program")
+    require_kernel(
+        typed, "before 5.11 the kernel keeps nothing with a socket for a tracing program"
+    )
     return flooded_run
 
 
@@ -403,11 +405,13 @@ def assert_nobodys(events: Sequence[Any]) -> None:
         assert (event.comm, event.pidns, event.ns_pid) == ("", 0, 0)
 
 
-def test_who_leaves_no_room_is_unknown_and_told(flooded_run: Run, require: Require) -> None:
+def test_who_leaves_no_room_is_unknown_and_told(flooded_run: Run, require_kernel: Require) -> None:
     """A user can refuse the room in his sockets, and use up the table. His accepts have his name,
     as the current task is known; of the rest no owner is told, and nothing is left out.
     """
-    require(ROOM_IN_SOCKETS.exists(), "before 6.8 the room in sockets is the host's alone to set")
+    require_kernel(
+        ROOM_IN_SOCKETS.exists(), "before 6.8 the room in sockets is the host's alone to set"
+    )
     assert_only_accepts_known(flooded_run, "without_room")
 
 
@@ -446,8 +450,10 @@ def test_a_socket_without_room_hides_nobody(calm_run: Run, function: Any) -> Non
     calm_run.assert_true(function.__name__)
 
 
-def test_sockets_without_room_are_reported(calm_run: Run, require: Require) -> None:
-    require(ROOM_IN_SOCKETS.exists(), "before 6.8 the room in sockets is the host's alone to set")
+def test_sockets_without_room_are_reported(calm_run: Run, require_kernel: Require) -> None:
+    require_kernel(
+        ROOM_IN_SOCKETS.exists(), "before 6.8 the room in sockets is the host's alone to set"
+    )
     faults = calm_run.recording.heartbeat.faults
     assert faults["socket_storage"] > 0
     assert "connections_full" not in faults

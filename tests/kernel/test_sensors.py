@@ -23,11 +23,13 @@ from streamer.kernel.objects import KIND_END, SENSORS
 from streamer.kernel.tags import SensorInfo
 from streamer.settings import Kernel, Rings, Settings
 from tests.bpf_variant import Variant
+from tests.conftest import Require
 from tests.kernel.agent import ROOT, Agent
 from tests.kernel.bpf_maps import HeldMap, exists, maps_of
 from tests.kernel.live import Live
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope, checkpoint
-from tests.kernel.system import open_missing
+from tests.kernel.system import kernel_knows, open_missing
 
 pytestmark = pytest.mark.kernel
 
@@ -51,7 +53,7 @@ def names_of(maps: list[HeldMap]) -> list[str]:
 def await_end_of(maps: list[int]) -> None:
     """The kernel frees them when nothing can use them any more: soon, and not at once."""
     assert maps
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + seconds(20)
     while any(map(exists, maps)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -116,8 +118,9 @@ def test_cpus_are_counted_by_the_highest_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_the_map_of_an_option(scope: Scope, wanted: bool) -> None:
+def test_the_map_of_an_option(scope: Scope, wanted: bool, require_kernel: Require) -> None:
     """Is made only where the option is on, and the programs that fill it only then attached."""
+    require_kernel(kernel_knows("BPF_FUNC_task_storage_get"), "before 5.11 no latency is taken")
     with Live(scope, {"file.open"}, Settings(kernel=Kernel(open_latency=wanted))) as live:
         assert ("open_starts" in names_of(live.maps())) == wanted
         hooks = {one.hook for one in live.state.statuses}

@@ -22,6 +22,7 @@ from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 from tests.bpf_variant import ROOT
 from tests.conftest import SET_UP, Require
 from tests.kernel.bpf_maps import look_up, possible_cpus
+from tests.kernel.pace import seconds
 from tests.kernel.roles import Role, in_own_network, leave_network
 from tests.kernel.scope import Scope
 
@@ -146,7 +147,7 @@ def frames_of(sensing: Sensing) -> int:
 
 def wait_for_frames(sensing: Sensing, count: int) -> None:
     """They take their time from one end to the other."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + seconds(10)
     while frames_of(sensing) < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)

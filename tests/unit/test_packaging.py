@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 import streamer
 from streamer.config import load
 from streamer.settings import KafkaSink, MqttSink
+from tests.vm import suite
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -405,6 +406,15 @@ def test_that_needs_the_moon(require):
     require(False, "the moon is down")
 """
 
+NEEDS_ANOTHER_KERNEL = """
+def test_that_needs_another_kernel(require_kernel):
+    require_kernel(True, "not said")
+    require_kernel(False, "no kernel has that")
+
+def test_that_fails():
+    raise AssertionError("on every kernel")
+"""
+
 
 @pytest.mark.parametrize(
     ("ci", "code", "outcome"), [("", 0, "2 skipped"), ("true", 1, "1 failed, 1 error")]
@@ -412,12 +422,33 @@ def test_that_needs_the_moon(require):
 def test_what_was_not_run_is_listed_and_a_failure_in_ci(
     tmp_path: Path, ci: str, code: int, outcome: str
 ) -> None:
-    (tmp_path / "test_example.py").write_text(NEEDS_KAFKA)
-    pytest_here = (sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml")
-    options = ("--rootdir", tmp_path, "-p", "tests.conftest", "-p", "no:cacheprovider")
-    environ = {"CI": ci, "STREAMER_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    ran = run(*pytest_here, *options, "test_example.py", cwd=tmp_path, environ=environ)
+    ran = run_example(tmp_path, NEEDS_KAFKA, {"CI": ci})
     assert ran.returncode == code, ran.stdout
     assert f"no Kafka in {tmp_path}/kafka: run tools/brokers.sh setup" in ran.stdout
     assert "the moon is down" in ran.stdout
     assert outcome in ran.stdout.splitlines()[-1]
+
+
+def test_what_the_kernel_lacks_is_listed_and_no_failure(tmp_path: Path) -> None:
+    """Another kernel has to have it: what `tests/vm/suite.py` looks for is in the results."""
+    results = tmp_path / "results"
+    environ = {"CI": "true", "STREAMER_TEST_RESULTS": str(results)}
+    ran = run_example(tmp_path, NEEDS_ANOTHER_KERNEL, environ)
+    assert "no kernel has that" in ran.stdout
+    assert "1 failed, 1 skipped" in ran.stdout.splitlines()[-1]
+    found, collected, end = suite.read(results)
+    assert (collected, end) == (2, results.stat().st_size)
+    assert [(one.outcome, one.by_kernel) for one in found] == [("skipped", True), ("failed", False)]
+    assert found[0].reason == "no kernel has that"
+    assert "on every kernel" in found[1].reason
+    assert suite.run_nowhere(found) == [found[0].test]
+
+
+def run_example(
+    directory: Path, tests: str, environ: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    (directory / "test_example.py").write_text(tests)
+    pytest_here = (sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml")
+    options = ("--rootdir", directory, "-p", "tests.conftest", "-p", "no:cacheprovider")
+    environ = environ | {"STREAMER_CACHE": str(directory), "PYTHONPATH": str(ROOT)}
+    return run(*pytest_here, *options, "test_example.py", cwd=directory, environ=environ)

@@ -1,0 +1,274 @@
+"""Runs the tests of the kernel on Debian's kernels in virtual machines, and says what came of it.
+
+    python -m tests.vm.suite [--kernel SUITE]... [--minutes N] [--host RESULTS] [-- ARGUMENT...]
+
+The arguments are for pytest. As many guests as the machine has CPUs run at a time: see
+tools/kernels.sh. Results appear as they come, then a table. Exit 0 if every test passed or was not
+run because of the kernel, and every guest came to its end. With the results of a run on this
+machine's own kernel (`--host`, written there with STREAMER_TEST_RESULTS) each of the tests that
+were not run for that reason has to have passed on one kernel at least.
+
+What a guest wrote remains in build/kernels/SUITE: `output.txt`, and `results.ndjson`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RUNNER = str(ROOT / "tools" / "kernels.sh")
+BUILT = ROOT / "build" / "kernels"
+SLOWNESS = "10"
+# Neither a cache nor hypothesis: no test in there has a use for them. Brokers are no kernel's.
+PYTEST = (
+    *("tests/kernel", "-m", "kernel and not kafka and not mqtt", "-q", "--tb=short"),
+    *("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-o", "faulthandler_timeout=900"),
+)
+IN_GUEST = f"""
+export CI=true STREAMER_TEST_SLOWNESS={SLOWNESS} STREAMER_TEST_RESULTS=$OUT/results.ndjson
+exec "$@"
+"""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """A line of the results: see tests/conftest.py."""
+
+    test: str
+    outcome: str
+    seconds: float
+    by_kernel: bool
+    reason: str
+
+
+class Collected(msgspec.Struct, frozen=True):
+    """The first line: how many tests there are."""
+
+    collected: int
+
+
+def read(path: Path, offset: int = 0) -> tuple[list[Result], int, int]:
+    """The results that begin at `offset`, how many tests there are if that is said there, and
+    where the next ones will begin.
+    """
+    if not path.exists():
+        return [], 0, offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        whole = file.read().rpartition(b"\n")[0]
+    results, collected = [], 0
+    for line in whole.splitlines():
+        found = msgspec.json.decode(line)
+        if "collected" in found:
+            collected = msgspec.convert(found, Collected).collected
+        else:
+            results.append(msgspec.convert(found, Result))
+    return results, collected, offset + (len(whole) + 1 if whole else 0)
+
+
+class Guest:
+    """The tests on one kernel."""
+
+    def __init__(self, suite: str, release: str, arguments: Sequence[str], minutes: float) -> None:
+        """`suite` is Debian's, `release` the kernel's."""
+        self.suite, self.release = suite, release
+        self.results: list[Result] = []
+        self.collected = 0
+        self.minutes = 0.0
+        self.status: int | None = None
+        self._place = BUILT / suite
+        self._arguments = arguments
+        self._limit = minutes
+        self._offset = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+
+    def start(self) -> None:
+        """Boot it. `poll` says when it has ended."""
+        shutil.rmtree(self._place, ignore_errors=True)
+        self._place.mkdir(parents=True)
+        pytest = [sys.executable, "-m", "pytest", *PYTEST, *self._arguments]
+        command = [RUNNER, "run", self.suite, "--", "sh", "-c", IN_GUEST, "sh", *pytest]
+        environ = {"KERNEL_OUT": str(self._place), "KERNEL_SECONDS": str(round(self._limit * 60))}
+        with (self._place / "output.txt").open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self._started = time.monotonic()
+
+    def poll(self) -> Iterator[Result]:
+        """The results since the last time; `status` is set when there will be none any more."""
+        assert self._process is not None
+        self.status = self._process.poll()
+        self.minutes = (time.monotonic() - self._started) / 60
+        new, collected, self._offset = read(self._place / "results.ndjson", self._offset)
+        self.collected += collected
+        for result in new:
+            self.results.append(result)
+            yield result
+
+    def stop(self) -> None:
+        """End it; harmless when it has ended."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    @property
+    def output(self) -> str:
+        """What the guest wrote."""
+        return (self._place / "output.txt").read_text(errors="replace")
+
+    def outcomes(self) -> dict[str, Result]:
+        """The result of each test: of several the worst, such as that of its teardown."""
+        found: dict[str, Result] = {}
+        for result in self.results:
+            if result.test not in found or result.outcome == "failed":
+                found[result.test] = result
+        return found
+
+    def tests(self, outcome: str) -> list[Result]:
+        """Those that ended so."""
+        return [result for result in self.outcomes().values() if result.outcome == outcome]
+
+    @property
+    def without_result(self) -> int:
+        """How many tests it did not come to."""
+        return self.collected - len(self.outcomes())
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything is wrong with it."""
+        return self.status != 0 or self.without_result != 0 or not self.collected
+
+
+def releases() -> dict[str, str]:
+    """The kernel of each suite that is there."""
+    command = [RUNNER, "list"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pairs = (line.split(maxsplit=1) for line in lines)
+    return {suite: release for suite, release in pairs if release != "not fetched"}
+
+
+def run_all(guests: Sequence[Guest], at_once: int) -> None:
+    """Run them all, and tell results as they come."""
+    waiting, running = list(guests), list[Guest]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(waiting.pop(0))
+                running[-1].start()
+                say(running[-1], "starting")
+            time.sleep(1)
+            for guest in running:
+                for result in guest.poll():
+                    tell(guest, result)
+            running = [guest for guest in running if guest.status is None]
+    finally:
+        for guest in running:
+            guest.stop()
+
+
+def say(guest: Guest, text: str) -> None:
+    print(f"{guest.release:20} {text}", flush=True)
+
+
+def tell(guest: Guest, result: Result) -> None:
+    done = len(guest.outcomes())
+    say(guest, f"{done}/{guest.collected} {result.outcome} {result.seconds:.0f} s {result.test}")
+    if result.outcome == "failed":
+        print(result.reason, flush=True)
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def table(guests: Iterable[Guest]) -> list[str]:
+    """A line per kernel."""
+    head = ("kernel", "passed", "failed", "not run", "no result", "minutes", "")
+    rows: list[tuple[Any, ...]] = [head]
+    for guest in guests:
+        counts = (len(guest.tests(outcome)) for outcome in ("passed", "failed", "skipped"))
+        ended = "" if guest.status in (0, 1) else f"ended with {guest.status}"
+        rows.append((guest.release, *counts, guest.without_result, f"{guest.minutes:.1f}", ended))
+    form = "{:<22}{:>8}{:>8}{:>9}{:>11}{:>9}  {}"
+    return [form.format(*row).rstrip() for row in rows]
+
+
+def by_reason(guests: Iterable[Guest]) -> list[str]:
+    """What was not run, why, and where."""
+    places: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for guest in guests:
+        for result in guest.tests("skipped"):
+            places[result.reason][result.test].append(guest.release)
+    lines = []
+    for reason, tests in places.items():
+        lines.append(f"not run: {reason}")
+        lines += [f"    {test}: {', '.join(kernels)}" for test, kernels in tests.items()]
+    return lines
+
+
+def run_nowhere(results: Iterable[Result]) -> list[str]:
+    """Tests that were not run because of a kernel, and passed on none."""
+    passed, skipped = set[str](), dict[str, None]()
+    for result in results:
+        if result.outcome == "passed":
+            passed.add(result.test)
+        elif result.by_kernel:
+            skipped[result.test] = None
+    return [test for test in skipped if test not in passed]
+
+
+def report(guests: Sequence[Guest], host: Path | None) -> int:
+    """Print all there is to say; the exit code."""
+    print()
+    for guest in guests:
+        if guest.status not in (0, 1) or not guest.collected:
+            print(f"--- the end of what {guest.release} wrote\n{guest.output[-4000:]}")
+    for line in by_reason(guests):
+        print(line)
+    for guest in guests:
+        for result in guest.tests("failed"):
+            print(f"failed: {guest.release}: {result.test}")
+    code = 1 if any(guest.failed for guest in guests) else 0
+    results = [result for guest in guests for result in guest.results]
+    for test in run_nowhere(results + (read(host)[0] if host else [])):
+        print(f"passed on no kernel: {test}")
+        code = code if host is None else 1
+    print("\n".join(["", *table(guests)]))
+    return code
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.vm.suite")
+    parser.add_argument("--kernel", action="append", help="one of Debian's suites; default: all")
+    parser.add_argument("--minutes", type=float, default=180, help="a limit for each")
+    parser.add_argument("--host", type=Path, help="the results of this machine's own kernel")
+    parser.add_argument("pytest", nargs="*", help="arguments of pytest")
+    given = parser.parse_args(arguments)
+    there = releases()
+    suites = given.kernel or list(there)
+    if unknown := [suite for suite in suites if suite not in there]:
+        parser.error(f"not there: {', '.join(unknown)}; tools/kernels.sh list shows what is")
+    guests = [Guest(suite, there[suite], given.pytest, given.minutes) for suite in suites]
+    run_all(guests, len(os.sched_getaffinity(0)))
+    return report(guests, given.host)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
