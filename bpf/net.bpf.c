@@ -8,8 +8,7 @@
  * where the kernel lets a program of this kind keep something there, so that nobody's connections
  * can push out another's; else, and for what is known of a socket only by its address, in a table.
  */
-#define PATH_SLOTS 1
-#include "core/path.bpf.h"
+#include "core/filter.bpf.h"
 
 char LICENSE[] SEC("license") = "GPL";
 

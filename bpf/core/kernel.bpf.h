@@ -46,9 +46,7 @@
 #define O_TMPFILE 020000000
 
 typedef enum {
-	SS_FREE = 0,
 	SS_UNCONNECTED = 1,
-	SS_CONNECTING = 2,
 } socket_state;
 
 enum tcp_state {
@@ -302,7 +300,6 @@ struct trace_event_raw_sys_exit {
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs___user {
 	unsigned long di, si, dx, r10;
-	unsigned long orig_ax;
 };
 #elif defined(__TARGET_ARCH_arm64)
 struct user_pt_regs___user {
@@ -312,7 +309,6 @@ struct user_pt_regs___user {
 struct pt_regs___user {
 	struct user_pt_regs___user user_regs;
 	__u64 orig_x0;
-	int syscallno;
 };
 #endif
 

@@ -306,19 +306,4 @@ static __always_inline __u32 path_append(struct path_buffer *buffer, __u8 *data,
 	return length;
 }
 
-static __always_inline struct file *file_of_fd(struct task_struct *task, int fd)
-{
-	struct fdtable *table = READ(struct task_struct, task, files, fdt);
-	struct file **files = READ(struct fdtable, table, fd);
-	struct file *file = NULL;
-
-	if (fd < 0 || (__u32)fd >= READ(struct fdtable, table, max_fds))
-		return NULL;
-	if (bpf_probe_read_kernel(&file, sizeof(file), &files[fd])) {
-		count_fault(FAULT_UNREADABLE);
-		return NULL;
-	}
-	return file;
-}
-
 #endif

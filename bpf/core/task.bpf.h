@@ -117,6 +117,22 @@ static __always_inline struct exe_key exe_key_of(struct task_struct *task)
 	return key;
 }
 
+/* The open file behind a task's descriptor; NULL where there is none. */
+static __always_inline struct file *file_of_fd(struct task_struct *task, int fd)
+{
+	struct fdtable *table = READ(struct task_struct, task, files, fdt);
+	struct file **files = READ(struct fdtable, table, fd);
+	struct file *file = NULL;
+
+	if (fd < 0 || (__u32)fd >= READ(struct fdtable, table, max_fds))
+		return NULL;
+	if (bpf_probe_read_kernel(&file, sizeof(file), &files[fd])) {
+		count_fault(FAULT_UNREADABLE);
+		return NULL;
+	}
+	return file;
+}
+
 /*
  * The registers with which the current task entered its system call.
  *
@@ -136,7 +152,6 @@ static __always_inline struct pt_regs___user *user_registers(void)
 
 struct call_arguments {
 	__u64 at[4];
-	__s32 number; /* of the system call */
 };
 
 static __always_inline struct call_arguments call_arguments(struct pt_regs___user *regs)
@@ -148,13 +163,11 @@ static __always_inline struct call_arguments call_arguments(struct pt_regs___use
 	found.at[1] = READ(struct pt_regs___user, regs, si);
 	found.at[2] = READ(struct pt_regs___user, regs, dx);
 	found.at[3] = READ(struct pt_regs___user, regs, r10);
-	found.number = READ(struct pt_regs___user, regs, orig_ax);
 #elif defined(__TARGET_ARCH_arm64)
 	found.at[0] = READ(struct pt_regs___user, regs, orig_x0); /* regs[0] is the result by now */
 	found.at[1] = READ(struct pt_regs___user, regs, user_regs.regs[1]);
 	found.at[2] = READ(struct pt_regs___user, regs, user_regs.regs[2]);
 	found.at[3] = READ(struct pt_regs___user, regs, user_regs.regs[3]);
-	found.number = READ(struct pt_regs___user, regs, syscallno);
 #endif
 	return found;
 }

@@ -132,7 +132,6 @@ SENSORS: dict[str, SensorInfo] = {
         MapInfo("identities", "", True, ()),
         MapInfo("kind_counters", "cpus,kinds", True, ()),
         MapInfo("kind_settings", "", True, ()),
-        MapInfo("path_buffers", "cpus", False, ()),
         MapInfo("reader", "", True, ()),
         MapInfo("settings", "", True, ()),
     )),
