@@ -12,7 +12,6 @@ import errno
 import os
 import platform
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from typing import NamedTuple
 
 from streamer.errors import KernelError
@@ -51,6 +50,13 @@ class Loaded(NamedTuple):
 
     programs: list[ProgramState]
     maps: dict[str, int]
+
+
+class Attached(NamedTuple):
+    """What became of a sensor's programs, and the descriptors of those attached, by name."""
+
+    programs: list[ProgramState]
+    descriptors: dict[str, int]
 
 
 class Targets(NamedTuple):
@@ -372,7 +378,7 @@ class Loader:
         needs = next((info.needs for info in made.info.maps if info.name == name), ())
         return self._is_given(made, needs)
 
-    def attach(self, sensor: str) -> list[ProgramState]:
+    def attach(self, sensor: str) -> Attached:
         """Attach what was loaded of a sensor, the next way to a hook where one cannot be.
 
         Raises:
@@ -385,7 +391,8 @@ class Loader:
         for attempts in made.waiting.values():
             for attempt in attempts:
                 made.note(attempt.info, attempt.section, SPARE)
-        return list(made.states.values())
+        descriptors = {program.name: program.fd for program in made.programs.values()}
+        return Attached(list(made.states.values()), descriptors)
 
     def _attach_hook(self, made: _Sensor, hook: str) -> None:
         while hook in made.programs:
@@ -442,22 +449,6 @@ class Loader:
             if name in own:
                 return own[name]
         raise KernelError(f"there is no map {name}")
-
-    def missed(self) -> dict[str, int]:
-        """Runs of attached programs that the kernel left out, per program that had any.
-
-        It leaves one out that would run inside itself on its CPU, and from 5.12 on it counts that
-        for raw tracepoints and for programs at functions (`recursion_misses` in fdinfo). Of two
-        programs at the same place each does what the other has to leave out: no miss.
-        """
-        found = {}
-        for made in self._sensors.values():
-            places = [p.section for p in made.programs.values()]
-            for program in made.programs.values():
-                count = _recursion_misses(program) if places.count(program.section) == 1 else 0
-                if count:
-                    found[program.name] = count
-        return found
 
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""
@@ -564,15 +555,6 @@ def _attach_reason(program: Program, error: OSError) -> str:
     if error.errno == errno.ENOENT and error.strerror == os.strerror(errno.ENOENT):
         return f"this kernel has no {program.section}"
     return f"{program.section} cannot be attached: {error.strerror}"
-
-
-def _recursion_misses(program: Program) -> int:
-    with suppress(OSError), open(f"/proc/self/fdinfo/{program.fd}") as file:
-        for line in file:
-            key, _, value = line.partition(":")
-            if key == "recursion_misses":
-                return int(value)
-    return 0
 
 
 # ---------------------------------------------------------------- what the kernel offers

@@ -26,9 +26,11 @@ from streamer.kernel.loader import (
     FAILED,
     OBJECTS,
     RINGS,
+    Attached,
     Loader,
     ProgramState,
 )
+from streamer.kernel.misses import missed_runs
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
 from streamer.kernel.tags import ProgramInfo
 from streamer.privilege import capabilities
@@ -325,6 +327,7 @@ class KernelState:
         self._sample = settings.kernel.sample
         self._entries: dict[tuple[str, bytes], bytes] = {}  # of the filters' maps
         self._states: dict[str, list[ProgramState]] = {}  # kept for the last reports
+        self._attached: dict[str, Attached] = {}
         self._loaded: list[str] = []
         self._missed_now: Counter[str] = Counter()
         self._missed_before: Counter[str] = Counter()  # of what was unloaded
@@ -443,7 +446,8 @@ class KernelState:
 
     def attach_sensor(self, sensor: str) -> None:
         """Attach what was loaded of one sensor."""
-        self._states[sensor] = self._loader.attach(sensor)
+        self._attached[sensor] = self._loader.attach(sensor)
+        self._states[sensor] = self._attached[sensor].programs
 
     def unload(self, sensor: str) -> None:
         """Detach one sensor and let go of it; the others go on."""
@@ -485,10 +489,9 @@ class KernelState:
     def missed(self) -> dict[str, int]:
         """Runs of programs that the kernel left out, per program that had any.
 
-        Of programs that were unloaded too; as last known, where the privileged helper has gone.
+        Of programs that were unloaded too.
         """
-        with suppress(HelperGone):
-            self._missed_now = Counter(self._loader.missed())
+        self._missed_now = Counter(missed_runs(self._attached.values()))
         return dict(self._missed_before + self._missed_now)
 
     def detach(self) -> None:
@@ -502,6 +505,7 @@ class KernelState:
     def _release(self, sensor: str) -> None:
         for program in self._states[sensor]:
             self._missed_before[program.name] += self._missed_now.pop(program.name, 0)
+        self._attached.pop(sensor, None)
         self._loader.unload(sensor)
 
     def close(self) -> None:

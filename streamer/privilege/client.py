@@ -15,7 +15,7 @@ from typing import Any
 
 from streamer import errors
 from streamer.errors import HelperGone, KernelError, StreamerError
-from streamer.kernel.loader import Loaded, ProgramState, last_possible_cpu
+from streamer.kernel.loader import Attached, Loaded, ProgramState, last_possible_cpu
 from streamer.privilege.channel import Channel, Message, MessageError
 from streamer.privilege.files import Appendable, NamedFile, own_descriptor
 from streamer.privilege.proc import Found
@@ -73,7 +73,8 @@ class HelperClient:
 
         Raises:
             HelperGone: the helper has ended, or does not answer within `seconds`.
-            OSError, KernelError: what the helper was told by the kernel.
+            OSError, KernelError: what the helper was told by the kernel; or the request is too
+                large (KernelError).
         """
         with self._lock:
             number = self._begin(request, seconds, parameters)
@@ -151,6 +152,8 @@ class HelperClient:
             raise self._lost("does not answer") from None
         except OSError:
             raise self._lost("has ended") from None
+        except MessageError as error:  # nothing was sent: the next request may be in order
+            raise KernelError(f"the privileged helper cannot be asked: {error}") from None
 
     def _receive(self, number: int) -> tuple[Any, list[int], bool]:
         try:
@@ -197,7 +200,8 @@ class RemoteLoader:
         self.cpus = last_possible_cpu() + 1
         self.no_functions = "not tried"
         self._client = client
-        self._descriptors: dict[str, list[int]] = {}  # of a sensor, and of the core as ""
+        self._descriptors: dict[str, list[int]] = {}  # of maps: a sensor's, the core's as ""
+        self._attached: dict[str, list[int]] = {}  # of a sensor's programs
         self._indexes = {file.path: i for i, file in enumerate(files) if file.use == "read"}
 
     def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
@@ -218,14 +222,18 @@ class RemoteLoader:
         self._descriptors[sensor] = found
         return Loaded(_programs(result), _by_name(result["maps"], found))
 
-    def attach(self, sensor: str) -> list[ProgramState]:
+    def attach(self, sensor: str) -> Attached:
         """See `Loader`."""
-        return _programs(self._client.ask("attach", seconds=LOAD_SECONDS, sensor=sensor))
+        result, found = self._client.ask_for("attach", None, seconds=LOAD_SECONDS, sensor=sensor)
+        _close(self._attached.pop(sensor, ()))
+        self._attached[sensor] = found
+        return Attached(_programs(result), _by_name(result["attached"], found))
 
     def unload(self, sensor: str) -> None:
         """See `Loader`."""
         self._client.ask("unload", sensor=sensor)
         _close(self._descriptors.pop(sensor, ()))
+        _close(self._attached.pop(sensor, ()))
 
     def update(self, map: str, key: bytes, value: bytes) -> None:
         """See `Loader`."""
@@ -241,16 +249,12 @@ class RemoteLoader:
             entry for part in self._client.ask_parts("read", map=map) for entry in _entries(part)
         ]
 
-    def missed(self) -> dict[str, int]:
-        """See `Loader`."""
-        return {str(name): int(runs) for name, runs in self._client.ask("missed").items()}
-
     def close(self) -> None:
         """Detach and release everything, and let the helper end."""
         self._client.close()
-        for descriptors in self._descriptors.values():
+        for descriptors in (*self._descriptors.values(), *self._attached.values()):
             _close(descriptors)
-        self._descriptors = {}
+        self._descriptors, self._attached = {}, {}
 
 
 class RemoteOpener:

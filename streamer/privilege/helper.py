@@ -134,7 +134,6 @@ class Helper:
             "update": self._update,
             "delete": self._delete,
             "read": self._read,
-            "missed": self._missed,
             "open": self._open,
             "rotate": self._rotate,
             "proc": self._proc,
@@ -208,7 +207,9 @@ class Helper:
 
     def _attach(self, sensor: str) -> Iterator[Answer]:
         self._check_loaded(sensor)
-        yield Answer({"programs": listed(self._loader.attach(sensor))})
+        attached = self._loader.attach(sensor)
+        result = {"programs": listed(attached.programs), "attached": list(attached.descriptors)}
+        yield Answer(result, list(attached.descriptors.values()))
 
     def _unload(self, sensor: str) -> Iterator[Answer]:
         self._check_loaded(sensor)
@@ -238,9 +239,6 @@ class Helper:
                 keys, values, count = b"", b"", 0
             keys, values, count = keys + key, values + value, count + 1
         yield _entries(count, keys, values, more=False)
-
-    def _missed(self) -> Iterator[Answer]:
-        yield Answer(self._loader.missed())
 
     # ------------------------------------------------------------ the rest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from streamer.kernel.loader import Loaded, ProgramState
+from streamer.kernel.loader import Attached, Loaded
 
 
 class LoaderLike(Protocol):
@@ -20,7 +20,7 @@ class LoaderLike(Protocol):
     def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
         """Load a sensor."""
 
-    def attach(self, sensor: str) -> list[ProgramState]:
+    def attach(self, sensor: str) -> Attached:
         """Attach a loaded sensor's programs."""
 
     def unload(self, sensor: str) -> None:
@@ -34,9 +34,6 @@ class LoaderLike(Protocol):
 
     def read(self, map: str) -> Iterable[tuple[bytes, bytes]]:
         """Keys and values of a map."""
-
-    def missed(self) -> dict[str, int]:
-        """Per program, how many of its runs the kernel left out."""
 
     def close(self) -> None:
         """Detach and release everything."""

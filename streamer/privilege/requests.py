@@ -127,7 +127,6 @@ REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "update": {"map": _string(_MAP), "key": _bytes, "value": _bytes},
     "delete": {"map": _string(_MAP), "key": _bytes},
     "read": {"map": _string(_MAP)},
-    "missed": {},
     "open": {"index": _INDEX},
     "rotate": {"index": _INDEX, "keep": _integer(1, MOST_KEPT)},
     "proc": {"pid": _integer(1, MOST_PID), "name": _one_of(PROC_FILES + PROC_LINKS)},

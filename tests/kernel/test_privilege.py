@@ -316,7 +316,6 @@ def test_elements_of_a_map(client: HelperClient) -> None:
     with pytest.raises(FileNotFoundError):
         loader.delete("filter_pids", b"\1\0\0\0")
     assert loader.read("filter_pids") == [(b"\2\0\0\0", b"\2")]
-    assert loader.missed() == {}
 
 
 # ---------------------------------------------------------------- files of root's

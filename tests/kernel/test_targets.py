@@ -68,7 +68,7 @@ class Sensing:
         self.loader = Loader(sensors=CATALOGUE, directory=directory)
         self.loader.load_core({"critical": 4096, "bulk": 4096}, None)
         self.loaded = self.loader.load(SENSOR, options or {}, targets)
-        self.states = self.loader.attach(SENSOR)
+        self.states = self.loader.attach(SENSOR).programs
 
     def read(self, name: str) -> dict[int, list[int]]:
         """The map: per key the words of its value."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from streamer.errors import KernelError
-from streamer.kernel.loader import Loaded, ProgramState
+from streamer.kernel.loader import Attached, Loaded, ProgramState
 from streamer.privilege.helper import main
 
 MANY = 1 << 16
@@ -43,8 +43,9 @@ class MemoryLoader:
         fds = {name: os.open("/proc/self/stat", os.O_RDONLY) for name in options}
         return Loaded([state], fds)
 
-    def attach(self, sensor: str) -> list[ProgramState]:
-        return [ProgramState("on_good", "raw_tp/good", "raw_tp", "attached", "")]
+    def attach(self, sensor: str) -> Attached:
+        state = ProgramState("on_good", "raw_tp/good", "raw_tp", "attached", "")
+        return Attached([state], {"on_good": os.open("/proc/self/stat", os.O_RDONLY)})
 
     def unload(self, sensor: str) -> None:
         pass
@@ -58,9 +59,6 @@ class MemoryLoader:
 
     def read(self, map: str) -> Iterator[tuple[bytes, bytes]]:
         yield from self._map(map).items()
-
-    def missed(self) -> dict[str, int]:
-        return {"on_good": 3}
 
     def close(self) -> None:
         pass

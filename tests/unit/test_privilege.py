@@ -29,8 +29,7 @@ from streamer.privilege.split import start_helper
 
 PROGRAM = str(Path(__file__).parent / "memory_helper.py")
 SECRET = b"correct horse\n"
-GOOD = {"request": "missed", "id": 77}
-MISSED = {"on_good": 3}
+GOOD = {"request": "update", "id": 77, "map": "small", "key": "", "value": ""}
 
 
 class Setting:
@@ -71,16 +70,18 @@ def test_loading(helper: Setting) -> None:
     }
     loaded = loader.load("good", {"connections": 65536})
     assert loaded.programs == [ProgramState("on_good", "raw_tp/good", "raw_tp", "loaded", "")]
-    (attached,) = loader.attach("good")
-    assert attached.status == "attached"
-    for fd in (*maps.values(), *loaded.maps.values()):
+    once, attached = loader.attach("good"), loader.attach("good")
+    assert [program.status for program in attached.programs] == ["attached"]
+    assert attached.descriptors.keys() == {"on_good"}
+    held = (*loaded.maps.values(), *attached.descriptors.values())
+    for fd in (*maps.values(), *held):
         assert not os.get_inheritable(fd)
     loader.unload("good")
-    assert not [fd for fd in loaded.maps.values() if is_open(fd)]
+    assert not [fd for fd in (*held, *once.descriptors.values()) if is_open(fd)]
     loader.load("good", {})
-    assert loader.missed() == MISSED
+    held = tuple(loader.attach("good").descriptors.values())
     loader.close()
-    assert not [fd for fd in maps.values() if is_open(fd)]
+    assert not [fd for fd in (*maps.values(), *held) if is_open(fd)]
 
 
 def is_open(fd: int) -> bool:
@@ -113,7 +114,7 @@ def test_errors_keep_their_kind(helper: Setting) -> None:
         helper.loader.read("nowhere")
     with pytest.raises(KernelError, match="ZeroDivisionError"):
         helper.loader.load("broken", {})
-    assert helper.loader.missed() == MISSED
+    helper.loader.update("small", b"", b"")
 
 
 def test_a_file_to_read(helper: Setting) -> None:
@@ -271,7 +272,7 @@ class Raw:
 
     def check_alive(self) -> None:
         """It answers a request that is in order."""
-        assert self.ask(GOOD) == {"id": 77, "result": MISSED, "more": False}
+        assert self.ask(GOOD) == {"id": 77, "result": None, "more": False}
 
     def close(self) -> None:
         self.near.close()
@@ -332,7 +333,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("update", {"map": "small", "key": "ä", "value": ""}),
     ("update", {"map": "small", "key": 7, "value": ""}),
     ("update", {"map": "small", "key": "AA=="}),
-    ("missed", {"extra": 1}),
+    ("end", {"extra": 1}),
     ("exec", {"argv": ["/bin/sh"]}),
     ("set_up", {"files": []}),
     ("__class__", {}),
@@ -348,7 +349,7 @@ def test_a_request_that_is_not_in_order(
 
 @pytest.mark.parametrize("number", [None, "1", -1, 1 << 63, 1.0, True, [1]])
 def test_a_number_that_is_none(raw: Raw, number: object) -> None:
-    assert refused(raw, {"request": "missed", "id": number}) == "missed: id"
+    assert refused(raw, GOOD | {"id": number}) == "update: id"
 
 
 @pytest.mark.parametrize(
@@ -359,10 +360,10 @@ def test_a_number_that_is_none(raw: Raw, number: object) -> None:
         b"{",
         b"[]",
         b"null",
-        b'"missed"',
+        b'"end"',
         b"[" * 60000,
         b'{"id":' + b"9" * 60000 + b"}",
-        b'{"request":"missed","id":NaN}',
+        b'{"request":"end","id":NaN}',
         b"\xff" * 100,
         b'{"request":"\\ud800","id":1}',
         b" " * (MESSAGE_BYTES + 1),
@@ -452,7 +453,7 @@ def test_files_that_were_not_named(helper: Setting) -> None:
 def test_signals_that_are_meant_for_the_worker(helper: Setting) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         os.kill(helper.client.pid, number)
-    assert helper.loader.missed() == MISSED
+    helper.loader.update("small", b"", b"")
 
 
 def test_it_is_told_when_the_helper_is_killed(helper: Setting) -> None:
@@ -465,15 +466,15 @@ def test_it_is_told_when_the_helper_is_killed(helper: Setting) -> None:
 
     assert asyncio.run(killed()) == "the privileged helper was ended by SIGKILL"
     with pytest.raises(HelperGone):
-        helper.loader.missed()
+        helper.loader.update("small", b"", b"")
 
 
 def test_a_request_while_the_helper_dies(helper: Setting) -> None:
     os.kill(helper.client.pid, signal.SIGKILL)
     with pytest.raises(HelperGone, match="has ended"):
-        helper.loader.missed()
+        helper.loader.update("small", b"", b"")
     with pytest.raises(HelperGone, match="has ended"):
-        helper.loader.missed()
+        helper.loader.update("small", b"", b"")
 
 
 def test_a_helper_that_does_not_answer(helper: Setting) -> None:
@@ -481,10 +482,10 @@ def test_a_helper_that_does_not_answer(helper: Setting) -> None:
     os.kill(helper.client.pid, signal.SIGSTOP)
     try:
         with pytest.raises(HelperGone, match="does not answer"):
-            helper.client.ask("missed", seconds=0.2)
+            helper.client.ask("unload", seconds=0.2, sensor="good")
         started = time.monotonic()
         with pytest.raises(HelperGone, match="does not answer"):
-            helper.client.ask("missed")
+            helper.client.ask("unload", sensor="good")
         assert time.monotonic() - started < 1
     finally:
         os.kill(helper.client.pid, signal.SIGCONT)
@@ -548,6 +549,6 @@ def test_answers_to_something_else() -> None:
         client = HelperClient(Channel(near, 8), process)
         far.send(json.dumps({"id": 9, "result": {}, "more": False}).encode())
         with pytest.raises(HelperGone, match="something else"):
-            client.ask("missed")
+            client.ask("unload", sensor="good")
         client.close()
     far.close()
