@@ -203,7 +203,7 @@ run() { # run SUITE|VERSION -- COMMAND...
     mkdir -p "$out/.guest"
     make_initramfs "$suite" "$release" "$work/initramfs"
     copy "$out/.guest"
-    printf 'DIRECTORY=%q\nMODULES=%q\n' "$PWD" "$kernels/$suite" >"$out/.guest/settings"
+    printf 'DIRECTORY=%q\nMODULES=%q\n' "$PWD" "/.host$kernels/$suite" >"$out/.guest/settings"
     printf '%q ' "$@" >"$out/.guest/command"
     : >"$out/.guest/stdout"
     : >"$out/.guest/stderr"

@@ -107,6 +107,11 @@ class _Sensor:
     def note(self, info: ProgramInfo, section: str, status: str, reason: str = "") -> None:
         self.states[info.name] = ProgramState(info.name, info.hook, section, status, reason)
 
+    def report(self) -> list[ProgramState]:
+        """What became of the programs, in their order: of each hook the best way first."""
+        names = (info.name for info in self.info.programs)
+        return [self.states[name] for name in names if name in self.states]
+
     def close(self) -> None:
         for link in self.links:
             link.destroy()
@@ -252,7 +257,7 @@ class Loader:
             raise
         self._sensors[sensor] = made
         own = {name: found.fd for name, found in self._own_maps(made).items()}
-        return Loaded(list(made.states.values()), own)
+        return Loaded(made.report(), own)
 
     def _own_maps(self, made: _Sensor) -> dict[str, Map]:
         return {
@@ -392,7 +397,7 @@ class Loader:
             for attempt in attempts:
                 made.note(attempt.info, attempt.section, SPARE)
         descriptors = {program.name: program.fd for program in made.programs.values()}
-        return Attached(list(made.states.values()), descriptors)
+        return Attached(made.report(), descriptors)
 
     def _attach_hook(self, made: _Sensor, hook: str) -> None:
         while hook in made.programs:

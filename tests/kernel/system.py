@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import time
 from functools import cache
@@ -31,6 +32,12 @@ def system_call(number: int, *arguments: Any) -> tuple[int, int, int]:
 def kernel_knows(name: str) -> bool:
     """Whether the kernel's type information has that name, such as that of a helper."""
     return b"\0%b\0" % name.encode() in Path("/sys/kernel/btf/vmlinux").read_bytes()
+
+
+def kernel_is(major: int, minor: int) -> bool:
+    """Whether the kernel is that version, or newer."""
+    found = os.uname().release.split("-")[0].split("+")[0].split(".")[:2]
+    return tuple(map(int, found)) >= (major, minor)
 
 
 def open_missing(prefix: str, count: int) -> None:
