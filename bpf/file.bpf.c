@@ -349,13 +349,14 @@ static __always_inline int entered(void)
 }
 
 #define ON_OPEN_START(name, needs)                                                        \
-	SEC("fentry/" SYSTEM_CALL(name)) HOOK(#name "_start") EMITS("file.open")          \
+	SEC("fentry/" SYSTEM_CALL(name)) HOOK(#name "_start") COMPLETES("file.open")      \
 	DOC("latencies of " #name "()") NEEDS("option:open_latency" needs)                \
 	int BPF_PROG(on_##name##_start, struct pt_regs___user *registers)                 \
 	{                                                                                 \
 		return entered();                                                         \
 	}                                                                                 \
-	SEC("tracepoint/syscalls/sys_enter_" #name) HOOK(#name "_start") EMITS("file.open") \
+	SEC("tracepoint/syscalls/sys_enter_" #name) HOOK(#name "_start")                  \
+	COMPLETES("file.open")                                                            \
 	DOC("latencies of " #name "()") NEEDS("option:open_latency" needs)                \
 	int on_##name##_enter(void *ctx)                                                  \
 	{                                                                                 \

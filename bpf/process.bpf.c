@@ -251,7 +251,7 @@ static __always_inline bool ends_process(const struct event_task *who)
 {
 	struct exit_key key = { .start_boot_ns = who->start_boot_ns, .pid = who->pid };
 	__u8 one = 1;
-	long result;
+	int result; /* before 6.4 it is one, of which the upper half of the register is not set */
 
 	result = bpf_map_update_elem(&exited, &key, &one, BPF_NOEXIST);
 	if (result == -EEXIST)

@@ -6,6 +6,7 @@
  * On a program:
  *   EMITS("A,B")       the kinds it reports. DOC("...") beside it says what is not observed without
  *                      it, or, without a DOC, that its kinds are not observed at all.
+ *   COMPLETES("A,B")   in place of it: the kinds to whose events it adds what its DOC says
  *   HOOK("name")       programs of the same hook are ways to the same thing, best first: the first
  *                      that loads and attaches is used. Without it a program is a hook of its own.
  *   NEEDS("A,B")       used only where all of it is given, and not missed elsewhere:
@@ -29,6 +30,7 @@
 #define STREAMER_TAGS_H
 
 #define EMITS(kinds) __attribute__((btf_decl_tag("emits:" kinds)))
+#define COMPLETES(kinds) __attribute__((btf_decl_tag("completes:" kinds)))
 #define HOOK(name) __attribute__((btf_decl_tag("hook:" name)))
 #define NEEDS(what) __attribute__((btf_decl_tag("needs:" what)))
 #define SIZED(by) __attribute__((btf_decl_tag("sized:" by)))

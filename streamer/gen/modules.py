@@ -158,7 +158,8 @@ def _sensor(sensor: SensorInfo) -> Iterator[str]:
     for program in sensor.programs:
         names = f'"{program.name}", "{program.hook}", {_strings(program.kinds)}'
         covers, needs = _quoted(program.covers), _strings(program.needs)
-        yield f"        ProgramInfo({names}, {covers}, {needs}),"
+        reports = "" if program.reports else ", False"
+        yield f"        ProgramInfo({names}, {covers}, {needs}{reports}),"
     yield "    ), ("
     for one in sensor.maps:
         needs = _strings(one.needs)

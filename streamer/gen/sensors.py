@@ -33,18 +33,20 @@ def read_sensor(name: str, btf: Btf, core: SensorInfo | None) -> SensorInfo:
 def _programs(sensor: str, btf: Btf) -> Iterator[ProgramInfo]:
     known = {dotted(kind) for kind in kind_names(btf)}
     for type_id, name in btf.functions():
-        tags = {key: btf.tag(type_id, key) for key in ("emits", "hook", "needs")}
+        tags = {key: btf.tag(type_id, key) for key in ("emits", "completes", "hook", "needs")}
         if not any(tags.values()):
             continue
-        kinds, needs = _words(tags["emits"]), _words(tags["needs"])
-        if not kinds:
-            raise _mistake(sensor, name, "HOOK or NEEDS without EMITS")
+        kinds, needs = _words(tags["emits"] or tags["completes"]), _words(tags["needs"])
+        if bool(tags["emits"]) == bool(tags["completes"]):
+            raise _mistake(sensor, name, "one of EMITS and COMPLETES is to be there")
         for kind in kinds:
             if kind not in known:
-                raise _mistake(sensor, name, f'EMITS("{kind}"), which is no kind')
+                raise _mistake(sensor, name, f'"{kind}" is no kind')
         _check_needs(sensor, name, needs)
         covers = btf.tag(type_id, "doc") or ""
-        yield ProgramInfo(name, tags["hook"] or name, kinds, covers, needs)
+        if tags["completes"] and not covers:
+            raise _mistake(sensor, name, "COMPLETES without DOC")
+        yield ProgramInfo(name, tags["hook"] or name, kinds, covers, needs, bool(tags["emits"]))
 
 
 def _maps(sensor: str, btf: Btf) -> Iterator[MapInfo]:

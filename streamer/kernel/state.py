@@ -106,7 +106,8 @@ def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, i
             hooks.setdefault(program.hook, []).append(program)
     lost = [ways for ways in hooks.values() if not any(way.status == ATTACHED for way in ways)]
     essential = any(not _info(ways[-1]).covers for ways in lost)
-    if not hooks or essential or len(lost) == len(hooks):
+    reporting = [ways for ways in hooks.values() if _info(ways[-1]).reports]
+    if essential or all(ways in lost for ways in reporting):
         reasons = dict.fromkeys(ways[-1].reason for ways in lost)
         return KindStatus("missing", "; ".join(reasons) or "no program reports it")
     reasons = dict.fromkeys(_why(ways[-1]) for ways in lost)

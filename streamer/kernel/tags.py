@@ -11,9 +11,10 @@ from typing import NamedTuple
 class ProgramInfo(NamedTuple):
     """A BPF program.
 
-    Programs of one `hook` are ways to the same thing, best first. `kinds` is what it reports, and
-    `covers` what is not observed without it: empty where that is all of its kinds. It is used
-    only where all of `needs` is given: see `bpf/core/tags.h`.
+    Programs of one `hook` are ways to the same thing, best first. `kinds` is what it reports, or
+    only completes where it does not report (`reports`), and `covers` what is not observed without
+    it: empty where that is all of its kinds. It is used only where all of `needs` is given: see
+    `bpf/core/tags.h`.
     """
 
     name: str
@@ -21,6 +22,7 @@ class ProgramInfo(NamedTuple):
     kinds: tuple[str, ...]
     covers: str = ""
     needs: tuple[str, ...] = ()
+    reports: bool = True
 
 
 class MapInfo(NamedTuple):

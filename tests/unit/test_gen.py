@@ -378,8 +378,15 @@ def test_what_programs_and_maps_say_of_themselves(tmp_path: Path) -> None:
     assert generate(made).returncode == 0
     zoo = generated(made, "streamer/kernel/objects.py").SENSORS["zoo"]
     assert zoo.programs == (
-        ("zebra", "door", ("net.close", "file.open"), "", ("no function:f", "option:o", "x86_64")),
-        ("ant", "ant", ("net.close",), 'what "ants" do', ("interface",)),
+        (
+            "zebra",
+            "door",
+            ("net.close", "file.open"),
+            "",
+            ("no function:f", "option:o", "x86_64"),
+            True,
+        ),
+        ("ant", "ant", ("net.close",), 'what "ants" do', ("interface",), True),
     )
     assert [one for one in zoo.maps if not one.shared] == [
         ("table", "table:guests", False, ("option:o",))
@@ -391,10 +398,16 @@ def test_what_programs_and_maps_say_of_themselves(tmp_path: Path) -> None:
 TAG_MISTAKES = {
     "no such kind": (
         {"ONE": 'EMITS("net.close,net.nap")'},
-        'zoo.bpf.c: zebra: EMITS("net.nap"), which is no kind',
+        'zoo.bpf.c: zebra: "net.nap" is no kind',
     ),
-    "hook without kinds": ({"TWO": 'HOOK("door")'}, "ant: HOOK or NEEDS without EMITS"),
-    "needs without kinds": ({"TWO": 'NEEDS("rate")'}, "ant: HOOK or NEEDS without EMITS"),
+    "hook without kinds": (
+        {"TWO": 'HOOK("door")'},
+        "ant: one of EMITS and COMPLETES is to be there",
+    ),
+    "needs without kinds": (
+        {"TWO": 'NEEDS("rate")'},
+        "ant: one of EMITS and COMPLETES is to be there",
+    ),
     "no such need": (
         {"ONE": 'EMITS("net.close") NEEDS("x86_64,funktion:f")'},
         'zebra: NEEDS("funktion:f"), which tags.h does not know',
