@@ -19,7 +19,7 @@ from tests.kernel.pace import repetitions
 from tests.kernel.scope import Scope
 from tests.kernel.system import kernel_is
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
 
 EXECS = repetitions(1000, 100)
 ARGV_LEN, PATH_LEN = 16384, 4096  # of events.h
