@@ -361,7 +361,9 @@ def test_runs_that_the_kernel_left_out(objects: Path, require_kernel: Require) -
     misses = missed_runs([attached])
     ((_, seen),) = loader.read("faults_seen")
     loader.close()
-    assert misses["on_fault"] == int.from_bytes(seen, "little") >= 20
+    runs = int.from_bytes(seen, "little")
+    assert runs >= 20
+    assert misses["on_fault"] in (runs, 2 * runs)  # some processors are tried again at the fault
 
 
 def fault_often(count: int) -> None:
