@@ -248,7 +248,8 @@ static __always_inline __u64 latency_until(__u64 now)
 {
 	__u64 *start, began;
 
-	if (!open_latency || !bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_storage_get))
+	if (!PLAIN_LOADS || !open_latency ||
+	    !bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_storage_get))
 		return 0;
 	start = bpf_task_storage_get(&open_starts, bpf_get_current_task_btf(), NULL, 0);
 	if (!start || !*start)
@@ -321,13 +322,13 @@ static __always_inline int opened(long result, struct pt_regs___user *registers,
 	DOC("opens by " #name "()") needs                                                \
 	int BPF_PROG(on_##name, struct pt_regs___user *registers, long result)           \
 	{                                                                                \
-		return opened(result, registers, call);                                  \
+		return UNPREEMPTED(opened(result, registers, call));                     \
 	}                                                                                \
 	SEC("tracepoint/syscalls/sys_exit_" #name) HOOK(#name) EMITS("file.open")        \
 	DOC("opens by " #name "()") needs                                                \
 	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                       \
 	{                                                                                \
-		return opened(ctx->ret, user_registers(), call);                         \
+		return UNPREEMPTED(opened(ctx->ret, user_registers(), call));            \
 	}
 
 /* Newer architectures never had open() and creat(). */
@@ -338,9 +339,12 @@ ON_OPEN(openat2, CALL_OPENAT2, )
 
 static __always_inline int entered(void)
 {
-	__u64 *start = bpf_task_storage_get(&open_starts, bpf_get_current_task_btf(), NULL,
-					    BPF_LOCAL_STORAGE_GET_F_CREATE);
+	__u64 *start;
 
+	if (!PLAIN_LOADS) /* as in user_registers() */
+		return 0;
+	start = bpf_task_storage_get(&open_starts, bpf_get_current_task_btf(), NULL,
+				     BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (start)
 		*start = bpf_ktime_get_boot_ns();
 	else
@@ -353,14 +357,14 @@ static __always_inline int entered(void)
 	DOC("latencies of " #name "()") NEEDS("option:open_latency" needs)                \
 	int BPF_PROG(on_##name##_start, struct pt_regs___user *registers)                 \
 	{                                                                                 \
-		return entered();                                                         \
+		return UNPREEMPTED(entered());                                            \
 	}                                                                                 \
 	SEC("tracepoint/syscalls/sys_enter_" #name) HOOK(#name "_start")                  \
 	COMPLETES("file.open")                                                            \
 	DOC("latencies of " #name "()") NEEDS("option:open_latency" needs)                \
 	int on_##name##_enter(void *ctx)                                                  \
 	{                                                                                 \
-		return entered();                                                         \
+		return UNPREEMPTED(entered());                                            \
 	}
 
 ON_OPEN_START(open, ",x86_64")

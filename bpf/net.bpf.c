@@ -125,6 +125,8 @@ static __always_inline void read_addresses(struct endpoints *ends, struct sock *
 		return;
 	}
 	ends->ip_version = 6;
+	if (!bpf_core_field_exists(struct sock_common, skc_v6_daddr))
+		return; /* CONFIG_IPV6=n */
 	READ_IN6(ends->local_addr, sk, skc_v6_rcv_saddr);
 	READ_IN6(ends->remote_addr, sk, skc_v6_daddr);
 	if (is_mapped(ends->remote_addr)) {
@@ -299,6 +301,8 @@ static __always_inline bool is_owned(const struct connection *known, struct sock
 	if (!key || !is_accepted(sk))
 		return known->owner.known;
 	listener = bpf_map_lookup_elem(&listeners, &key);
+	if (!listener) /* others have pushed it out */
+		count_fault(FAULT_LISTENERS_FULL);
 	return listener && !listener->missed && known->owner.known;
 }
 
@@ -746,7 +750,7 @@ static __always_inline int sock_state_alone(struct sock *sk, int from, int to, c
 	SEC(section) HOOK(hook) EMITS("net.connect,net.close") needs \
 	int BPF_PROG(name, struct sock *sk, int from, int to) \
 	{                                                   \
-		return body;                                \
+		return UNPREEMPTED(body);                   \
 	}
 
 ON_SOCK_STATE(on_sock_state, "tp_btf/inet_sock_set_state", "sock_state", NEEDS(GUARD),
@@ -850,14 +854,14 @@ DOC("connects that fail before a SYN is sent (no route, no free port)")
 int BPF_PROG(on_connect, struct pt_regs___user *unused, long result)
 {
 	/* Not from the argument: in the BTF of 5.10 its type is only declared here. */
-	return connected(result, user_registers());
+	return UNPREEMPTED(connected(result, user_registers()));
 }
 
 SEC("tracepoint/syscalls/sys_exit_connect") HOOK("connect") EMITS("net.connect")
 DOC("connects that fail before a SYN is sent (no route, no free port)")
 int on_connect_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return connected(ctx->ret, user_registers());
+	return UNPREEMPTED(connected(ctx->ret, user_registers()));
 }
 
 /* ---------------------------------------------------------------- accept() */
@@ -889,18 +893,23 @@ static __always_inline struct connection *listener_of_fd(int fd)
 static __always_inline void take_over(struct sock *sk, const struct owner *owner, int listener_fd)
 {
 	struct connection *listener = listener_of_fd(listener_fd);
-	struct connection *kept;
+	struct connection made = {}, *found;
+	__u64 key = (__u64)sk;
 
 	if (listener && !listener->missed && is_same_owner(&listener->owner, owner))
 		return; /* as the socket says already */
 	if (READ(struct sock, sk, __sk_common.skc_state) == TCP_CLOSE)
 		return; /* reset before it was accepted: its end has been told */
-	kept = find_in_table(sk) ?: make_in_table(sk);
-	if (kept) {
-		kept->owner = *owner;
-		kept->direction = DIRECTION_INBOUND;
-	} else if (listener) {
-		listener->missed = 1;
+	found = find_in_table(sk);
+	if (found)
+		made = *found;
+	/* Whole, not in place: meanwhile its end may come, and another connection in its place. */
+	made.owner = *owner;
+	made.direction = DIRECTION_INBOUND;
+	if (bpf_map_update_elem(&connections, &key, &made, BPF_ANY)) {
+		count_fault(FAULT_CONNECTIONS_FULL);
+		if (listener)
+			listener->missed = 1;
 	}
 	if (READ(struct sock, sk, __sk_common.skc_state) == TCP_CLOSE)
 		forget_in_table(sk); /* it was told meanwhile */
@@ -946,15 +955,15 @@ static __always_inline int accepted(long fd, struct pt_regs___user *registers)
 #define ON_ACCEPT(name)                                                                  \
 	SEC("fexit/" SYSTEM_CALL(name)) HOOK(#name) EMITS("net.accept,net.close")        \
 	DOC("connections taken by " #name "(), and their owner at the close,")           \
-	int BPF_PROG(on_##name, struct pt_regs___user *registers, long result)           \
+	int BPF_PROG(on_##name, struct pt_regs___user *unused, long result)              \
 	{                                                                                \
-		return accepted(result, registers);                                      \
+		return UNPREEMPTED(accepted(result, user_registers()));                  \
 	}                                                                                \
 	SEC("tracepoint/syscalls/sys_exit_" #name) HOOK(#name) EMITS("net.accept,net.close") \
 	DOC("connections taken by " #name "(), and their owner at the close,")           \
 	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                       \
 	{                                                                                \
-		return accepted(ctx->ret, user_registers());                             \
+		return UNPREEMPTED(accepted(ctx->ret, user_registers()));                \
 	}
 
 ON_ACCEPT(accept)

@@ -170,8 +170,7 @@ static __always_inline void fill_exec(struct process_exec *record, struct task_s
 						   4 * PATH_LEN + ARGV_LEN, EXEC_INTERP);
 }
 
-SEC("raw_tp/sched_process_exec") EMITS("process.exec")
-int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+static __always_inline int executed(struct task_struct *task, struct linux_binprm *bprm)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
 	struct process_exec *record = bpf_map_lookup_elem(&exec_records, &cpu);
@@ -196,8 +195,13 @@ int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm
 	return 0;
 }
 
-SEC("raw_tp/sched_process_fork") EMITS("process.fork")
-int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
+SEC("raw_tp/sched_process_exec") EMITS("process.exec")
+int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+{
+	return UNPREEMPTED(executed(task, bprm));
+}
+
+static __always_inline int forked(struct task_struct *parent, struct task_struct *child)
 {
 	struct event_base base;
 	struct event_task who;
@@ -227,6 +231,12 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 	record->child_ns_pid = inner.pid;
 	submit(&critical, RING_CRITICAL, record);
 	return 0;
+}
+
+SEC("raw_tp/sched_process_fork") EMITS("process.fork")
+int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
+{
+	return UNPREEMPTED(forked(parent, child));
 }
 
 struct exit_key {
@@ -262,8 +272,7 @@ static __always_inline bool ends_process(const struct event_task *who)
 	return true;
 }
 
-SEC("raw_tp/sched_process_exit") EMITS("process.exit")
-int BPF_PROG(on_exit, struct task_struct *task)
+static __always_inline int ended(struct task_struct *task)
 {
 	struct task_struct *leader;
 	struct event_base base;
@@ -295,4 +304,10 @@ int BPF_PROG(on_exit, struct task_struct *task)
 	__builtin_memset(record->pad, 0, sizeof(record->pad));
 	submit(&critical, RING_CRITICAL, record);
 	return 0;
+}
+
+SEC("raw_tp/sched_process_exit") EMITS("process.exit")
+int BPF_PROG(on_exit, struct task_struct *task)
+{
+	return UNPREEMPTED(ended(task));
 }

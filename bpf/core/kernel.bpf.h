@@ -312,6 +312,10 @@ struct pt_regs___user {
 };
 #endif
 
+struct bpf_subprog_info {
+	_Bool might_sleep;
+};
+
 #pragma clang attribute pop
 
 /*
@@ -324,6 +328,7 @@ struct pt_regs___user {
  */
 enum special_kfunc_type {
 	KF_bpf_rdonly_cast,
+	KF_bpf_preempt_disable,
 };
 
 #if PLAIN_LOADS
@@ -344,6 +349,39 @@ extern void *bpf_rdonly_cast(const void *object, __u32 type_id) __ksym __weak;
 #else
 #define plain_loads() false
 #define READ(type, pointer, ...) BPF_CORE_READ((type *)(pointer), __VA_ARGS__)
+#endif
+
+/*
+ * The work of a program, during which no other task gets the CPU.
+ *
+ * A program at a function can be preempted where the kernel preempts itself, and from 7.0 on one at
+ * a raw tracepoint, too (a46023d5616e). Until it goes on, which is for its user to decide (SCHED_IDLE,
+ * and something else to do), the kernel runs it for nobody on that CPU, and what it has reserved in a
+ * ring holds up all that comes after. Before 6.15, which came to know of each function whether it
+ * might sleep, no global function could be called meanwhile: it stays as it is, and is counted.
+ */
+#if PLAIN_LOADS
+extern void bpf_preempt_disable(void) __ksym __weak;
+extern void bpf_preempt_enable(void) __ksym __weak;
+
+#define can_hold_the_cpu()                                                                  \
+	(bpf_core_enum_value_exists(enum special_kfunc_type, KF_bpf_preempt_disable) &&     \
+	 bpf_core_field_exists(struct bpf_subprog_info, might_sleep))
+#define UNPREEMPTED(work)                     \
+	({                                    \
+		if (can_hold_the_cpu())       \
+			bpf_preempt_disable(); \
+		work;                         \
+		if (can_hold_the_cpu())       \
+			bpf_preempt_enable(); \
+		0;                            \
+	})
+#else
+#define UNPREEMPTED(work) \
+	({                \
+		work;     \
+		0;        \
+	})
 #endif
 
 /* The error number of a system call's result; 0 when it succeeded. A call that a signal interrupts

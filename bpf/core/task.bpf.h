@@ -136,8 +136,8 @@ static __always_inline struct file *file_of_fd(struct task_struct *task, int fd)
 /*
  * The registers with which the current task entered its system call.
  *
- * bpf_task_pt_regs() came with 5.15 (dd6e10fbd9fb). Before, they are where the kernel puts them: at
- * the very end of the stack.
+ * bpf_task_pt_regs() came with 5.15 (dd6e10fbd9fb). Before, and where the kernel itself has no BTF by
+ * which to name the type of a task, they are where the kernel puts them: at the very end of the stack.
  */
 #define KERNEL_STACK (1 << 14)
 
@@ -145,7 +145,7 @@ static __always_inline struct pt_regs___user *user_registers(void)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 
-	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
+	if (PLAIN_LOADS && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
 		return (void *)bpf_task_pt_regs(bpf_get_current_task_btf());
 	return BPF_CORE_READ(task, stack) + KERNEL_STACK - bpf_core_type_size(struct pt_regs___user);
 }
