@@ -132,6 +132,7 @@ WITHOUT_TRACEFS = {"file.open": "missing", "net.accept": "missing"}
 WITHOUT_TRACEFS |= {"net.close": "partial", "net.connect": "partial"}
 
 
+@pytest.mark.every_kernel
 def test_without_tracefs(scope: Scope, tmp_path: Path, at_functions: bool) -> None:
     """What needs no system-call tracepoint goes on; the manifest and the log name the rest."""
     prefix = no_tracefs(tmp_path / "btf")

@@ -73,6 +73,7 @@ def await_end_of(pid: int) -> None:
 # ---------------------------------------------------------------- what each has
 
 
+@pytest.mark.every_kernel
 def test_what_the_worker_has(scope: Scope, tmp_path: Path) -> None:
     """Every thread of it, whatever the sinks: nobody's rights and a filter. And all goes on."""
     sinks = f"kafka://127.0.0.1:{free_port()}/events", f"mqtt://127.0.0.1:{free_port()}/events"
@@ -97,6 +98,7 @@ def test_what_the_worker_has(scope: Scope, tmp_path: Path) -> None:
     assert len(recording.events) == 2 * OPENS
 
 
+@pytest.mark.every_kernel
 def test_what_the_helper_has(scope: Scope, tmp_path: Path) -> None:
     with Agent(tmp_path, *scope.options, events="file.open") as agent:
         directory = Path(f"/proc/{agent.helper_pid}")
@@ -217,6 +219,7 @@ def test_the_helper_is_killed(scope: Scope, tmp_path: Path) -> None:
     Recording(agent.output.read_bytes(), account + "\n", 3).check()
 
 
+@pytest.mark.every_kernel
 def test_the_worker_is_killed(scope: Scope, tmp_path: Path) -> None:
     """The helper says so and ends, and what it held goes with it."""
     with Agent(tmp_path, *scope.options, events="file.open") as agent:
@@ -430,6 +433,7 @@ def expected_of(attempt: str) -> set[str]:
     return {"EACCES"} if attempt in EACCES or attempt.startswith(paths) else {"EPERM"}
 
 
+@pytest.mark.every_kernel
 def test_a_worker_that_was_taken_over(
     scope: Scope, tmp_path: Path, open_directory: Path, other_process: int
 ) -> None:

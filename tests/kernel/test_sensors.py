@@ -120,6 +120,7 @@ def test_cpus_are_counted_by_the_highest_number(tmp_path: Path) -> None:
     assert entries["kind_counters"] == 8 * KIND_END
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_map_of_an_option(scope: Scope, wanted: bool, require_kernel: Require) -> None:
     """Is made only where the option is on, and the programs that fill it only then attached."""
@@ -189,10 +190,46 @@ int on_fault(void *ctx)
 """
 
 
+PLACES = """
+#include "core/core.bpf.h"
+#include "core/task.bpf.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+OPTION(only_pid);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 5);
+	__type(key, __u32);
+	__type(value, __u64);
+} place_runs SEC(".maps");
+
+#define AT(number, section, hook)                                \
+	SEC(section) HOOK(hook) EMITS("process.exit")            \
+	int at_##number(void *ctx)                               \
+	{                                                        \
+		__u32 key = number;                              \
+		__u64 *runs = bpf_map_lookup_elem(&place_runs, &key); \
+		if (runs && bpf_get_current_pid_tgid() >> 32 == only_pid) \
+			count(runs);                             \
+		return 0;                                        \
+	}
+
+AT(0, "fentry/" SYSTEM_CALL(fchdir), "called")
+AT(1, "kprobe/" SYSTEM_CALL(fchdir), "called")
+AT(2, "tracepoint/syscalls/sys_enter_fchdir", "called")
+AT(3, "kprobe/" SYSTEM_CALL(fchdir), "probed")
+AT(4, "tracepoint/syscalls/sys_enter_fchdir", "probed")
+"""
+KPROBES = Path("/sys/bus/event_source/devices/kprobe")
+
+
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The core, and three sensors of this test: `ways`, `broken` and `faults`."""
-    more = {"ways.bpf.c": WAYS.read_text(), "broken.bpf.c": BROKEN, "faults.bpf.c": FAULTS}
+    """The core, and sensors of this test: `ways`, `broken`, `faults` and `places`."""
+    more = {"ways.bpf.c": WAYS.read_text(), "places.bpf.c": PLACES}
+    more |= {"broken.bpf.c": BROKEN, "faults.bpf.c": FAULTS}
     return Variant(tmp_path_factory.mktemp("ways") / "variant", {}, ("core",), more).objects
 
 
@@ -249,6 +286,7 @@ WITHOUT_OPTIONS = [
 ]
 
 
+@pytest.mark.every_kernel
 def test_the_first_way_that_loads_and_attaches(objects: Path) -> None:
     """And no other; what was tried before it has a reason, what was not needed is spare."""
     ways = Ways(objects)
@@ -315,6 +353,25 @@ def test_what_an_option_brings(objects: Path) -> None:
     assert ran == [*WITHOUT_OPTIONS, "has_option", "has_both"]
 
 
+@pytest.mark.every_kernel
+def test_places_that_a_kernel_may_have_or_not(objects: Path) -> None:
+    """A function before a probe before a tracepoint: the first that is there sees every call."""
+    loader = Loader(sensors=catalogue(objects), directory=str(objects))
+    loader.load_core({"critical": 4096, "bulk": 4096}, None)
+    loader.load("places", {"only_pid": os.getpid()})
+    attached = [one.name for one in loader.attach("places").programs if one.status == "attached"]
+    directory = os.open(".", os.O_RDONLY)
+    for _ in range(3):
+        os.fchdir(directory)
+    os.close(directory)
+    runs = [int.from_bytes(value, "little") for _, value in loader.read("place_runs")]
+    loader.close()
+    probed = "at_3" if KPROBES.exists() else "at_4"
+    called = "at_0" if not loader.no_functions else "at_1" if KPROBES.exists() else "at_2"
+    assert attached == [called, probed]
+    assert runs == [3 * (f"at_{number}" in attached) for number in range(5)]
+
+
 def test_a_map_that_was_not_made_cannot_be_read(objects: Path) -> None:
     ways = Ways(objects)
     with pytest.raises(KernelError, match="there is no map optional"):
@@ -347,6 +404,7 @@ def test_attaching_twice_is_attaching_once(objects: Path) -> None:
     assert ran == WITHOUT_OPTIONS
 
 
+@pytest.mark.every_kernel
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="no other machine tells of faults")
 def test_runs_that_the_kernel_left_out(objects: Path, require_kernel: Require) -> None:
     """Each run of the program makes one of its own, which is not run."""
