@@ -359,7 +359,8 @@ def test_places_that_a_kernel_may_have_or_not(objects: Path) -> None:
     loader = Loader(sensors=catalogue(objects), directory=str(objects))
     loader.load_core({"critical": 4096, "bulk": 4096}, None)
     loader.load("places", {"only_pid": os.getpid()})
-    attached = [one.name for one in loader.attach("places").programs if one.status == "attached"]
+    programs = loader.attach("places").programs
+    attached = [one.name for one in programs if one.status == "attached"]
     directory = os.open(".", os.O_RDONLY)
     for _ in range(3):
         os.fchdir(directory)
@@ -368,6 +369,7 @@ def test_places_that_a_kernel_may_have_or_not(objects: Path) -> None:
     loader.close()
     probed = "at_3" if KPROBES.exists() else "at_4"
     called = "at_0" if not loader.no_functions else "at_1" if KPROBES.exists() else "at_2"
+    assert [one.name for one in programs] == [f"at_{number}" for number in range(5)]
     assert attached == [called, probed]
     assert runs == [3 * (f"at_{number}" in attached) for number in range(5)]
 
