@@ -20,7 +20,7 @@ from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope, cgroup_mount, checkpoint
 from tests.kernel.system import open_missing
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 # Of this run alone: another on the same machine must not be taken for it.
 UID = 1_000_000 + os.getpid()
