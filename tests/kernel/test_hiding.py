@@ -26,7 +26,7 @@ from tests.kernel.unprivileged import (
     own_namespaces,
 )
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 # ---------------------------------------------------------------- executables
 

@@ -15,7 +15,7 @@ from tests.kernel.agent import Agent, Recording
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import open_missing
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 RATE, OPENS, RUNS = 10, 20_000, 50
 CONFIG = f"""

@@ -18,7 +18,7 @@ from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
 from tests.kernel.unprivileged import CLONE_NEWPID, UID, become, in_child, own_namespaces, unshare
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 TICKS = os.sysconf("SC_CLK_TCK")
 CLONE = {"x86_64": 56, "aarch64": 220}[platform.machine()]
