@@ -355,10 +355,12 @@ extern void *bpf_rdonly_cast(const void *object, __u32 type_id) __ksym __weak;
  * The work of a program, during which no other task gets the CPU.
  *
  * A program at a function can be preempted where the kernel preempts itself, and from 7.0 on one at
- * a raw tracepoint, too (a46023d5616e). Until it goes on, which is for its user to decide (SCHED_IDLE,
- * and something else to do), the kernel runs it for nobody on that CPU, and what it has reserved in a
- * ring holds up all that comes after. Before 6.15, which came to know of each function whether it
- * might sleep, no global function could be called meanwhile: it stays as it is, and is counted.
+ * a raw tracepoint, too (a46023d5616e). What it has reserved in a ring would hold up all that comes
+ * after, for as long as its user wants (SCHED_IDLE, and something else to do). Before 6.15, which came
+ * to know of each function whether it might sleep, no global function could be called meanwhile.
+ *
+ * It does not keep a program from being preempted at its end, where the kernel still runs it for nobody
+ * else on that CPU, and counts that.
  */
 #if PLAIN_LOADS
 extern void bpf_preempt_disable(void) __ksym __weak;

@@ -99,13 +99,16 @@ class Run:
                 meanwhile()
                 actor.proceed()
             actor.reached()
-            # As long as this is open, no other network namespace gets the number of that one.
-            network_fd = os.open(f"/proc/{actor.pid}/ns/net", os.O_RDONLY)
-            self._networks.callback(os.close, network_fd)
+            self.hold_network(actor.pid)
             actor.proceed()
             story: Story = actor.result()
         self.agent.wait_for(CLOSE, before + sum(len(one.closed) for one in story.seen))
         self.stories[name or function.__name__] = story
+
+    def hold_network(self, pid: int) -> None:
+        """To the end, no other network namespace gets the number of that one."""
+        network_fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+        self._networks.callback(os.close, network_fd)
 
     def assert_true(self, name: str) -> None:
         """It happened as it is recorded, and each time the right process did it."""
@@ -169,10 +172,11 @@ def accept_and_hold(listener: socket.socket, partner: socket.socket) -> None:
 
 
 @contextmanager
-def flooded(cgroups: Path) -> Iterator[None]:
+def flooded(cgroups: Path, run: Run) -> Iterator[None]:
     """While some user has used up the table of connections."""
     with Scope(cgroups) as scope, scope.start(hold_connections) as actor:
         actor.reached()
+        run.hold_network(actor.pid)
         yield
         actor.proceed()
         actor.result()
@@ -336,7 +340,7 @@ def flooded_run(cgroups: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         Run(directory, scope, config=CONFIG) as run,
         ExitStack() as flood,
     ):
-        flood.enter_context(flooded(cgroups))
+        flood.enter_context(flooded(cgroups, run))
         for function in (*KNOWN, reset_what_another_accepted):
             run.act(function)
         run.act(connect_and_serve, without_room, "without_room")
@@ -468,7 +472,7 @@ def run_without_storage(cgroups: Path, tmp_path_factory: pytest.TempPathFactory)
     ):
         for function in (*ALONE, reset_what_another_accepted):
             run.act(function)
-        with flooded(cgroups):
+        with flooded(cgroups, run):
             run.act(connect_and_serve, name="flooded")
         run.act(connect_and_serve, name="afterwards")
     run.agent.output.unlink()  # unknown owners among others on this machine are not left out
