@@ -19,7 +19,7 @@ from tests.kernel.agent import Agent
 from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 UID = 1_000_000 + os.getpid()
 TCP_MD5SIG = 14

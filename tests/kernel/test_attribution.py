@@ -48,7 +48,7 @@ from tests.kernel.unprivileged import (
     own_namespaces,
 )
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 ROOM = 1024  # the least that can be configured
 HELD = 1200

@@ -28,7 +28,7 @@ from tests.kernel.system import (
     system_call,
 )
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 PATH_LEN = 4096  # of events.h
 NOBODY = 65534

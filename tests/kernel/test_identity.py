@@ -24,7 +24,7 @@ from tests.kernel.unprivileged import (
     own_namespaces,
 )
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 INNOCENT = "/usr/bin/true"
 AT_EMPTY_PATH = 0x1000

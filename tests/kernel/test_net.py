@@ -27,7 +27,7 @@ from tests.kernel.roles import (
 )
 from tests.kernel.scope import Scope, checkpoint
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 NET = "net.*"
 MEGABYTES = 3_000_007

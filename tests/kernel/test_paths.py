@@ -28,7 +28,7 @@ from tests.kernel.unprivileged import (
     unmount,
 )
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 OPEN_TREE, FSOPEN, FSCONFIG, FSMOUNT = 428, 430, 431, 432
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}[platform.machine()]

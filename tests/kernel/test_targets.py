@@ -26,7 +26,7 @@ from tests.kernel.pace import seconds
 from tests.kernel.roles import Role, in_own_network, leave_network
 from tests.kernel.scope import Scope
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 SENSOR = "test_targets"
 CATALOGUE = {

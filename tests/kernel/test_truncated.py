@@ -15,7 +15,7 @@ from tests.kernel.agent import Agent, Recording
 from tests.kernel.scope import Scope
 from tests.kernel.system import AT_FDCWD, OPENAT, system_call
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 PATH_LEN, ARGV_LEN, MOST_PARTS = 4096, 16384, 80  # of the kernel programs
 LEAF = "leaf"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -266,6 +267,7 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := [suite for suite in suites if suite not in there]:
         parser.error(f"not there: {', '.join(unknown)}; tools/kernels.sh list shows what is")
     guests = [Guest(suite, there[suite], given.pytest, given.minutes) for suite in suites]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the guests
     run_all(guests, len(os.sched_getaffinity(0)))
     return report(guests, given.host)
 
