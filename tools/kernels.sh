@@ -176,8 +176,8 @@ copy() { # copy DIRECTORY: makes `copies`, a list, and `copies.tar` there
 
 # The processor is the plain one: newer features are emulated slower than what programs do in
 # their absence. Nobody in there is to be protected from anybody, so no mitigations either.
-emulate() { # emulate SUITE RELEASE INITRAMFS OUT
-    timeout --foreground -k 10 "${KERNEL_SECONDS:-3600}" qemu-system-x86_64 \
+emulate() { # emulate SUITE RELEASE INITRAMFS OUT: in the background: it becomes the machine
+    exec timeout --foreground -k 10 "${KERNEL_SECONDS:-3600}" qemu-system-x86_64 \
         -machine q35 -accel tcg,thread=multi -cpu qemu64 -smp 2 -m 2G -nodefaults -no-user-config \
         -display none -no-reboot -net none \
         -kernel "$kernels/$1/boot/vmlinuz-$2" -initrd "$3" \
