@@ -35,8 +35,12 @@ struct connection {
 	struct owner owner;
 	__u64 since_boot_ns; /* of the SYN, then of being established; 0: before the agent started */
 	__u64 listener;      /* key in `listeners`, while the owner is the one who listens; else 0 */
-	__u32 direction;     /* enum net_direction */
 	__u32 missed;        /* in `listeners`: another one's accept could not be kept */
+	__u8 direction;      /* enum net_direction */
+	__u8 state;          /* in `sockets`: to which the last change was that was seen; 0: none yet.
+			      * A child begins with its listener's */
+	__u8 seen_by;        /* which of the twins saw that change first */
+	__u8 pad;
 };
 
 /* What is known of a connection of which nothing is. */
@@ -256,33 +260,34 @@ static __always_inline struct connection *make(struct sock *sk, const bool typed
 	return made ?: make_in_table(sk);
 }
 
+/* What is kept with the socket is emptied, and goes with the socket: its state is still needed. */
 static __always_inline void forget(struct sock *sk, const bool typed)
 {
-	if (typed)
-		bpf_sk_storage_delete(&sockets, sk);
+	struct connection *kept = typed ? bpf_sk_storage_get(&sockets, sk, NULL, 0) : NULL;
+
+	if (kept)
+		*kept = nothing;
 	forget_in_table(sk);
 }
 
-/* With storage: who accepted it is in the table until now. */
+/* With storage: who accepted it is in the table until now, and what the socket had no room for. */
 static __always_inline void take_from_table(struct sock *sk, const bool typed)
 {
-	struct connection *accepted, *kept;
+	struct connection *found, *kept;
 
 	if (!typed)
 		return;
-	accepted = find_in_table(sk);
-	if (!accepted)
+	found = find_in_table(sk);
+	if (!found)
 		return;
-	kept = bpf_sk_storage_get(&sockets, sk, NULL, 0);
-	if (kept) {
-		kept->owner = accepted->owner;
-		kept->listener = 0;
-	} else {
-		kept = make_with_socket(sk);
-		if (!kept)
-			return;
-		*kept = *accepted;
-	}
+	kept = make_with_socket(sk);
+	if (!kept)
+		return;
+	kept->owner = found->owner;
+	kept->listener = 0;
+	kept->direction = found->direction;
+	if (found->since_boot_ns)
+		kept->since_boot_ns = found->since_boot_ns;
 	forget_in_table(sk);
 }
 
@@ -425,10 +430,8 @@ static __always_inline void remember_agent_peer(const struct endpoints *ends)
 /* A SYN is about to be sent: the current task is connecting. */
 static __always_inline void on_syn(struct sock *sk, const bool typed)
 {
-	struct connection *made;
+	struct connection *made = make(sk, typed);
 
-	forget_in_table(sk); /* of a socket that had the address before, if anything */
-	made = make(sk, typed);
 	if (!made)
 		return;
 	own(&made->owner);
@@ -448,12 +451,12 @@ static __always_inline void on_connected(struct sock *sk, const bool typed)
 		known = make(sk, typed);
 		if (!known)
 			return;
-		known->direction = DIRECTION_OUTBOUND;
 	} else {
 		if (known->owner.is_agent)
 			remember_agent_peer(&ends);
 		emit_connect(&known->owner, &ends, known->since_boot_ns, 0);
 	}
+	known->direction = DIRECTION_OUTBOUND;
 	known->since_boot_ns = bpf_ktime_get_boot_ns();
 }
 
@@ -541,20 +544,13 @@ static __always_inline void on_listen(struct sock *sk, const bool typed)
 /* An inbound connection is complete, and waits to be accepted. */
 static __always_inline void on_inbound(struct sock *sk, const bool typed)
 {
-	struct connection *known, *listener;
+	struct connection *known = find(sk, typed), *listener;
 	__u64 key;
 
-	/* With Fast Open it can have been accepted before it was complete. Else what is in the table is
-	 * of another socket that was at this address: its reset came in the middle of its accept. */
-	if (!is_accepted(sk))
-		forget_in_table(sk);
-	take_from_table(sk, typed);
-	known = find(sk, typed);
 	if (!known) {
 		known = make(sk, typed);
 		if (!known)
 			return;
-		known->direction = DIRECTION_INBOUND;
 		if (!typed) {
 			key = listener_by_port(sk);
 			listener = bpf_map_lookup_elem(&listeners, &key);
@@ -562,16 +558,15 @@ static __always_inline void on_inbound(struct sock *sk, const bool typed)
 				known->owner = listener->owner;
 		}
 	}
+	known->direction = DIRECTION_INBOUND;
 	known->since_boot_ns = bpf_ktime_get_boot_ns();
 }
 
 /* The owner begins to close: he is the current task, whom we may not know yet. */
 static __always_inline void on_closing(struct sock *sk, const bool typed)
 {
-	struct connection *known;
+	struct connection *known = find(sk, typed);
 
-	take_from_table(sk, typed);
-	known = find(sk, typed);
 	if (known && is_owned(known, sk))
 		return;
 	if (!known)
@@ -597,8 +592,6 @@ static __always_inline void on_closed(struct sock *sk, int from, const bool type
 
 	if (is_cut_off(sk, from))
 		on_closing(sk, typed);
-	else
-		take_from_table(sk, typed);
 	known = find(sk, typed);
 	read_endpoints(&ends, sk);
 	if (known && !is_owned(known, sk))
@@ -611,15 +604,27 @@ static __always_inline void on_closed(struct sock *sk, int from, const bool type
 /* Never complete: of interest only if Fast Open let it be accepted all the same. */
 static __always_inline void on_aborted(struct sock *sk, const bool typed)
 {
-	take_from_table(sk, typed);
 	if (is_accepted(sk) && find(sk, typed))
 		on_closed(sk, TCP_SYN_RECV, typed);
 	else
 		forget(sk, typed);
 }
 
+/* Whether what is in the table is of another socket, which was at this address before. With Fast Open
+ * a connection can have been accepted before it is complete; else what is there then is of one that was
+ * reset in the middle of its accept. */
+static __always_inline bool begins_with(struct sock *sk, int from, int to)
+{
+	return to == TCP_SYN_SENT || to == TCP_SYN_RECV || to == TCP_LISTEN ||
+	       (from == TCP_SYN_RECV && to == TCP_ESTABLISHED && !is_accepted(sk));
+}
+
 static __always_inline void change_state(struct sock *sk, int from, int to, const bool typed)
 {
+	if (begins_with(sk, from, to))
+		forget_in_table(sk);
+	else
+		take_from_table(sk, typed);
 	if (from == TCP_SYN_RECV && opens_simultaneously(sk, typed))
 		from = TCP_SYN_SENT;
 	if (to == TCP_SYN_SENT)
@@ -630,21 +635,21 @@ static __always_inline void change_state(struct sock *sk, int from, int to, cons
 		on_connect_failed(sk, typed);
 	else if (from == TCP_SYN_RECV && to == TCP_ESTABLISHED)
 		on_inbound(sk, typed);
-	else if (to == TCP_SYN_RECV)
-		forget_in_table(sk); /* as in on_syn() */
 	else if (to == TCP_LISTEN)
 		on_listen(sk, typed);
 	else if (to == TCP_FIN_WAIT1 || to == TCP_LAST_ACK)
 		on_closing(sk, typed);
 	else if (to == TCP_CLOSE && from == TCP_SYN_RECV)
 		on_aborted(sk, typed);
-	else if (to == TCP_CLOSE)
+	else if (to == TCP_CLOSE && from != TCP_LISTEN)
 		on_closed(sk, from, typed);
 }
 
 /* Whether a change of state means anything here: most do not, and are not looked at further. */
 static __always_inline bool matters(int from, int to)
 {
+	if (from == to)
+		return false;
 	switch (to) {
 	case TCP_SYN_SENT:
 	case TCP_LISTEN:
@@ -656,7 +661,7 @@ static __always_inline bool matters(int from, int to)
 	case TCP_SYN_RECV:
 		return from == TCP_LISTEN; /* a new socket */
 	case TCP_CLOSE:
-		return from != TCP_LISTEN && from != TCP_CLOSE;
+		return true;
 	}
 	return false;
 }
@@ -664,10 +669,69 @@ static __always_inline bool matters(int from, int to)
 /*
  * From 6.1 on the kernel does not run a program inside itself on one CPU. But a system call's change
  * of state can be interrupted by packets and their changes, on a busy machine about one in a hundred
- * times. So there are two programs: the first to see a change handles it and leaves a note, by which
- * the other knows. What interrupts one of them is handled by the other alone. Where the kernel has no
- * such guard, one program sees all, and the twin is not attached.
+ * times. So there are two programs: the first to see a change handles it, and says with the socket
+ * that it has been seen, by which the other knows. What interrupts one of them is handled by the other
+ * alone. Where the kernel has no such guard, one program sees all, and the twin is not attached.
+ *
+ * From 7.0 on tasks can be preempted at the ends of both, one after the other: a third one's change is
+ * seen by neither then. It shows at the next change of the same socket, or when that is destroyed.
  */
+
+/* The state to which the last change was that matters, before one from this state. */
+static __always_inline int last_before(int from)
+{
+	switch (from) {
+	case TCP_FIN_WAIT2:
+	case TCP_CLOSING:
+		return TCP_FIN_WAIT1;
+	case TCP_CLOSE_WAIT:
+		return TCP_ESTABLISHED;
+	}
+	return from;
+}
+
+/* Whether a change went unseen between the last one that was seen and this. */
+static __always_inline bool is_gap(int seen, int from)
+{
+	if (!seen || seen == last_before(from))
+		return false;
+	switch (from) {
+	case TCP_LISTEN: /* of a child, whose listener was being closed */
+		return seen != TCP_CLOSE;
+	case TCP_SYN_RECV: /* both ends sent a SYN */
+		return seen != TCP_SYN_SENT;
+	case TCP_CLOSE_WAIT: /* Fast Open */
+		return seen != TCP_SYN_RECV;
+	}
+	return true;
+}
+
+/* A connect that nobody saw succeed. The time at which it did is not known. */
+static __always_inline void connect_late(struct sock *sk, struct connection *kept)
+{
+	take_from_table(sk, TYPED);
+	kept->since_boot_ns = 0;
+	on_connected(sk, TYPED);
+	kept->since_boot_ns = 0;
+}
+
+/* Whether this is the first of the twins to see this change. To the same state as before, but not seen
+ * by the other, it is another one: what lay between was not seen. */
+static __always_inline bool first_with_socket(struct sock *sk, struct connection *kept, int from,
+					      int to, const __u32 me)
+{
+	if (kept->state == to && kept->seen_by != me)
+		return false;
+	if (is_gap(kept->state, from)) {
+		count_fault(FAULT_CHANGE_UNSEEN);
+		/* Of a socket that was used again the addresses are other ones by now. */
+		if (kept->state == TCP_SYN_SENT && from != TCP_CLOSE && from != TCP_LISTEN)
+			connect_late(sk, kept);
+	}
+	return true;
+}
+
+/* Without anything kept with the socket, the twins leave notes for each other by CPU. */
 #define TWINS 2
 #define NOTES 8 /* room for some that are never picked up */
 
@@ -696,8 +760,8 @@ static __always_inline __u64 change_of(volatile struct notes *here, struct sock 
 	return (here->address[me] << 8 | (from & 15) << 4 | (to & 15)) ^ ports << 32;
 }
 
-static __always_inline bool first_to_see(volatile struct notes *here, __u64 change,
-					 const __u32 me)
+static __always_inline bool first_to_note(volatile struct notes *here, __u64 change,
+					  const __u32 me)
 {
 	const __u32 twin = 1 - me;
 	__u32 i, free = NOTES;
@@ -722,17 +786,55 @@ static __always_inline bool first_to_see(volatile struct notes *here, __u64 chan
 static __always_inline int sock_state(struct sock *sk, int from, int to, const __u32 me,
 				      const bool typed)
 {
+	struct connection *kept = NULL;
 	volatile struct notes *here;
+	bool first;
 
 	if (!matters(from, to) || !is_tcp(sk))
 		return 0;
 	here = ONLY_ENTRY(notes);
 	if (!here)
 		return 0;
+	if (typed)
+		kept = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	here->busy[me] = 1;
-	if (first_to_see(here, change_of(here, sk, from, to, me), me))
+	if (kept)
+		first = first_with_socket(sk, kept, from, to, me);
+	else
+		first = first_to_note(here, change_of(here, sk, from, to, me), me);
+	if (first)
 		change_state(sk, from, to, typed);
+	if (first && kept) {
+		kept->state = to;
+		kept->seen_by = me;
+	}
 	here->busy[me] = 0;
+	return 0;
+}
+
+/*
+ * A socket that is destroyed has been closed, whether that was seen or not. Told is what can be: not the
+ * end of a connect (connect() may have said it), nor that of a connection that its owner has cut off,
+ * because then the socket has lost its addresses.
+ */
+static __always_inline int destroyed(struct sock *sk)
+{
+	struct connection *kept = bpf_sk_storage_get(&sockets, sk, NULL, 0);
+	__u8 seen = kept ? kept->state : 0;
+	bool has_peer = READ(struct sock, sk, __sk_common.skc_dport);
+
+	if (seen == TCP_CLOSE || (!has_peer && (!seen || seen == TCP_LISTEN)))
+		return 0;
+	if (!kept) /* where there is no room, all is in the table */
+		kept = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!kept)
+		return 0;
+	count_fault(FAULT_CHANGE_UNSEEN);
+	if (has_peer && seen && seen != TCP_LISTEN && seen != TCP_SYN_SENT)
+		change_state(sk, seen, TCP_CLOSE, TYPED);
+	else
+		forget(sk, TYPED);
+	kept->state = TCP_CLOSE;
 	return 0;
 }
 
@@ -767,6 +869,20 @@ ON_SOCK_STATE(on_sock_state_twin, "tp_btf/inet_sock_set_state", "sock_state_twin
 ON_SOCK_STATE(on_sock_state_twin_untyped, "raw_tp/inet_sock_set_state", "sock_state_twin",
 	      NEEDS(GUARD) DOC("changes of state that interrupt another one"),
 	      sock_state(sk, from, to, 1, UNTYPED))
+
+/* Of no use before 7.0, but what tells that kernel from those before is not in its BTF. */
+#define PREEMPTS "function:bpf_preempt_disable"
+
+#define ON_DESTROYED(name)                                                             \
+	SEC("tp_btf/tcp_destroy_sock") NEEDS(PREEMPTS) COMPLETES("net.close")          \
+	DOC("closes that neither of the two programs at them saw")                     \
+	int BPF_PROG(name, struct sock *sk)                                            \
+	{                                                                              \
+		return UNPREEMPTED(destroyed(sk));                                     \
+	}
+
+ON_DESTROYED(on_destroyed)
+ON_DESTROYED(on_destroyed_twin)
 
 /* ---------------------------------------------------------------- connect() */
 

@@ -122,8 +122,8 @@ class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
     faults: Annotated[
         dict[str, int],
         Meta(
-            description="what went wrong in the kernel without costing an event, if it did: "
-            "tables that were full, memory that could not be read"
+            description="what else went wrong in the kernel, if it did: "
+            "tables that were full, memory that could not be read, changes that no program saw"
         ),
     ]
     missed: Annotated[

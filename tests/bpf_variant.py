@@ -91,6 +91,15 @@ class Variant:
         """The directory of the compiled objects."""
         return self.root / "streamer" / "bpf"
 
+    def with_streamer(self) -> tuple[str, ...]:
+        """Copy the streamer to these objects. What to put before its command to use that copy."""
+        made = {path.name for path in self.objects.rglob("*.o")}
+        ignored = shutil.ignore_patterns(*made, "__pycache__")
+        shutil.copytree(
+            ROOT / "streamer", self.root / "streamer", ignore=ignored, dirs_exist_ok=True
+        )
+        return ("env", f"--chdir={self.root}")
+
 
 EVERY_RECORD = "/* Every record:"
 """How what follows the last struct of a record in `events.h` begins."""

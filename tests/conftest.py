@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -30,6 +31,15 @@ SET_UP = "run `make test`, or tools/setup.sh test"
 BY_KERNEL = ("not run because of", "kernel")
 
 Require = Callable[[object, str], None]
+
+
+def pytest_configure() -> None:
+    """In the background of a script SIGINT and SIGQUIT are ignored, and a test's programs would
+    inherit that: some tests wait for them to end by these.
+    """
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], Any]]:

@@ -60,7 +60,7 @@ struct cpu_counters {
 	__u64 pad[4];
 };
 
-/* What went wrong without costing an event; counted, mapped read-only. */
+/* What went wrong beside events that were lost with their numbers; counted, mapped read-only. */
 enum fault {
 	FAULT_CONNECTIONS_FULL = 0,  /* the owner of a connection could not be kept: its table is full */
 	FAULT_SOCKET_STORAGE = 1,    /* a socket had no room for its owner, who went into that table */
@@ -71,7 +71,9 @@ enum fault {
 	FAULT_OPEN_STARTS_FULL = 6,  /* the start of an open could not be kept: its latency is 0 */
 	FAULT_UNREADABLE = 7,        /* memory could not be read: the event says `incomplete` */
 	FAULT_NO_SLOT = 8,           /* a CPU or kind without counters: an event is lost uncounted */
-	FAULT_END = 9,
+	FAULT_CHANGE_UNSEEN = 9,     /* no program saw a change of a socket's state: what it meant was told
+				      * late, or not at all */
+	FAULT_END = 10,
 };
 
 /* When a program is to wake the reader. */

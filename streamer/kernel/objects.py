@@ -33,7 +33,7 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "enum event_flags": (('FLAG_INCOMPLETE', 1, 0),),
     "enum filter_mode": (('FILTER_OFF', 0, 0), ('FILTER_EXCLUDE', 1, 0), ('FILTER_INCLUDE', 2, 0)),
     "enum filter_verdict": (('VERDICT_KEEP', 1, 0), ('VERDICT_DROP', 2, 0)),
-    "enum fault": (('FAULT_CONNECTIONS_FULL', 0, 0), ('FAULT_SOCKET_STORAGE', 1, 0), ('FAULT_LISTENERS_FULL', 2, 0), ('FAULT_AGENT_PEERS_FULL', 3, 0), ('FAULT_EXITED_FULL', 4, 0), ('FAULT_FAILED_FULL', 5, 0), ('FAULT_OPEN_STARTS_FULL', 6, 0), ('FAULT_UNREADABLE', 7, 0), ('FAULT_NO_SLOT', 8, 0), ('FAULT_END', 9, 0)),
+    "enum fault": (('FAULT_CONNECTIONS_FULL', 0, 0), ('FAULT_SOCKET_STORAGE', 1, 0), ('FAULT_LISTENERS_FULL', 2, 0), ('FAULT_AGENT_PEERS_FULL', 3, 0), ('FAULT_EXITED_FULL', 4, 0), ('FAULT_FAILED_FULL', 5, 0), ('FAULT_OPEN_STARTS_FULL', 6, 0), ('FAULT_UNREADABLE', 7, 0), ('FAULT_NO_SLOT', 8, 0), ('FAULT_CHANGE_UNSEEN', 9, 0), ('FAULT_END', 10, 0)),
     "enum wake": (('WAKE_NEVER', 0, 0), ('WAKE_FULL', 1, 0), ('WAKE_ANY', 2, 0)),
 }
 """Every shared struct: its members with offset and size in bytes; and
@@ -110,6 +110,8 @@ SENSORS: dict[str, SensorInfo] = {
         ProgramInfo("on_sock_state_alone_untyped", "sock_state", ("net.connect", "net.close"), "", ("no function:bpf_prog_inc_misses_counter",)),
         ProgramInfo("on_sock_state_twin", "sock_state_twin", ("net.connect", "net.close"), "changes of state that interrupt another one", ("function:bpf_prog_inc_misses_counter",)),
         ProgramInfo("on_sock_state_twin_untyped", "sock_state_twin", ("net.connect", "net.close"), "changes of state that interrupt another one", ("function:bpf_prog_inc_misses_counter",)),
+        ProgramInfo("on_destroyed", "on_destroyed", ("net.close",), "closes that neither of the two programs at them saw", ("function:bpf_preempt_disable",), False),
+        ProgramInfo("on_destroyed_twin", "on_destroyed_twin", ("net.close",), "closes that neither of the two programs at them saw", ("function:bpf_preempt_disable",), False),
         ProgramInfo("on_connect", "connect", ("net.connect",), "connects that fail before a SYN is sent (no route, no free port)", ()),
         ProgramInfo("on_connect_exit", "connect", ("net.connect",), "connects that fail before a SYN is sent (no route, no free port)", ()),
         ProgramInfo("on_accept", "accept", ("net.accept", "net.close"), "connections taken by accept(), and their owner at the close,", ()),

@@ -9,8 +9,11 @@ import select
 import socket
 import struct
 import subprocess
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,7 @@ from tests.brokers import free_port
 from tests.kernel.agent import Agent
 from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope
+from tests.kernel.test_net import await_writable
 
 pytestmark = pytest.mark.kernel
 
@@ -30,13 +34,18 @@ def become(uid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
+def set_key(connection: socket.socket, number: int, length: int = 1) -> None:
+    """A key for a peer of that number; of length 0: none any more."""
+    address = struct.pack("=H2xI120x", socket.AF_INET, socket.htonl(0x0A000000 + number))
+    key = address + struct.pack("=BBHi80s", 0, 0, length, 0, b"k")
+    connection.setsockopt(socket.IPPROTO_TCP, TCP_MD5SIG, key)
+
+
 def use_up_memory(connection: socket.socket) -> int:
     """Fill what a socket may hold beside its data (net.core.optmem_max), with keys for peers."""
     for number in range(1 << 16):
-        address = struct.pack("=H2xI120x", socket.AF_INET, socket.htonl(0x0A000000 + number))
-        key = address + struct.pack("=BBHi80s", 0, 0, 1, 0, b"k")
         try:
-            connection.setsockopt(socket.IPPROTO_TCP, TCP_MD5SIG, key)
+            set_key(connection, number)
         except OSError as error:
             if error.errno != errno.ENOMEM:
                 raise
@@ -53,14 +62,14 @@ def connect_without_room(uid: int) -> int:
     return keys
 
 
-def act(uid: int) -> int:
-    return int(Role("attacker", connect_without_room, uid).result())
+def act(uid: int, function: Callable[[int], Any]) -> Any:
+    return Role("attacker", function, uid).result()
 
 
 def test_a_socket_without_room_has_an_owner(scope: Scope, tmp_path: Path) -> None:
     """A socket that has no room for its owner does not hide him: he is kept in the table."""
     with Agent(tmp_path, *scope.options, events="net.*") as agent:
-        assert scope.act(in_own_network, act, UID) > 10
+        assert scope.act(in_own_network, act, UID, connect_without_room) > 10
         agent.wait_for(b'{"event":"net.close"', 2)
         recording = agent.stop()
     assert len(recording.events) == 4
@@ -68,6 +77,39 @@ def test_a_socket_without_room_has_an_owner(scope: Scope, tmp_path: Path) -> Non
     kept_with_sockets = recording.ways["sock_state"].startswith("tp_btf/")
     faults = {"socket_storage"} if kept_with_sockets else set()
     assert recording.heartbeat.faults.keys() == faults
+
+
+def connect_while_room_comes(uid: int) -> float:
+    """The seconds it takes: the first SYN finds no place, and by the second the socket has room."""
+    become(uid)
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as client:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        first.connect(listener.getsockname())
+        keys = use_up_memory(client)
+        client.setblocking(False)
+        began = time.monotonic()
+        assert client.connect_ex(listener.getsockname()) == errno.EINPROGRESS
+        for number in range(min(keys, 10)):
+            set_key(client, number, 0)
+        listener.accept()[0].close()
+        await_writable(client)
+        took = time.monotonic() - began
+        listener.accept()[0].close()
+    return took
+
+
+def test_a_socket_that_gets_room_while_it_connects(scope: Scope, tmp_path: Path) -> None:
+    """What the table has of it counts, and not what is not yet kept with the socket."""
+    with Agent(tmp_path, *scope.options, events="net.*") as agent:
+        took = scope.act(in_own_network, act, UID, connect_while_room_comes)
+        agent.wait_for(b'{"event":"net.close"', 4)
+        recording = agent.stop()
+    assert {(e.comm, e.uid, e.owner_known) for e in recording.events} == {("attacker", UID, True)}
+    assert len(recording.of("net.connect")) == len(recording.of("net.accept")) == 2
+    assert len(recording.of("net.close")) == 4
+    slow = max(event.latency_ns for event in recording.of("net.connect"))
+    assert 0.5e9 < slow <= took * 1e9
 
 
 def connect_from(uid: int, port: int) -> None:

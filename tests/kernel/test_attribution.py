@@ -7,7 +7,6 @@ import ctypes
 import errno
 import os
 import select
-import shutil
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import pytest
 
-from tests.bpf_variant import ROOT, Variant
+from tests.bpf_variant import Variant
 from tests.conftest import Require
 from tests.kernel.agent import Agent, Recording
 from tests.kernel.roles import Role, in_own_network, netns_inode
@@ -454,7 +453,7 @@ def test_sockets_without_room_are_reported(calm_run: Run, require_kernel: Requir
     assert "connections_full" not in faults
 
 
-NO_STORAGE = ("bpf_sk_storage_delete(&sockets, sk)", "bpf_sk_storage_delete(&connections, sk)")
+NO_STORAGE = ("bpf_sk_storage_get(&sockets,", "bpf_sk_storage_get(&connections,")
 
 
 @pytest.fixture(scope="module")
@@ -462,10 +461,7 @@ def run_without_storage(cgroups: Path, tmp_path_factory: pytest.TempPathFactory)
     """As on kernels before 5.11: the programs that use the sockets' storage do not load."""
     directory = tmp_path_factory.mktemp("untyped")
     variant = Variant(directory / "variant", {"net.bpf.c": NO_STORAGE}, only=("core", "net"))
-    ignored = shutil.ignore_patterns("net.bpf.o", "__pycache__")
-    copied = variant.root / "streamer"
-    shutil.copytree(ROOT / "streamer", copied, ignore=ignored, dirs_exist_ok=True)
-    prefix = ("env", f"--chdir={variant.root}")
+    prefix = variant.with_streamer()
     with (
         Scope(cgroups) as scope,
         Run(directory / "agent", scope, config=CONFIG, prefix=prefix) as run,

@@ -25,7 +25,7 @@ from tests.bpf_variant import Change, Variant
 from tests.kernel.agent import ROOT, Agent
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
-from tests.kernel.system import open_missing
+from tests.kernel.system import kernel_knows, open_missing
 
 pytestmark = pytest.mark.kernel
 
@@ -83,7 +83,9 @@ def test_a_btf_file_instead_of_the_kernels(scope: Scope, tmp_path: Path) -> None
         scope.act(open_missing, "/no/", 10)
         recording = agent.stop()
     assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(10)]
-    assert {kind.status for kind in recording.manifest.kinds.values()} == {"full"}
+    lacking = {name for name, kind in recording.manifest.kinds.items() if kind.status != "full"}
+    # Only the kernel's own lets what was missed of a socket be found out when that is destroyed.
+    assert lacking == ({"net.close"} if kernel_knows("bpf_preempt_disable") else set())
 
 
 # ---------------------------------------------------------------- no BPF
