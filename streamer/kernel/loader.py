@@ -76,7 +76,7 @@ class Targets(NamedTuple):
             yield "rate"
 
 
-NOWHERE = Targets()
+NO_TARGETS: Mapping[str, Targets] = {}
 
 
 class _Attempt(NamedTuple):
@@ -130,13 +130,16 @@ class Loader:
         parent_is_agent: bool = False,
         sensors: Mapping[str, SensorInfo] = SENSORS,
         directory: str = OBJECTS,
+        targets: Mapping[str, Targets] = NO_TARGETS,
     ) -> None:
         """`parent_is_agent`: the process that started this one is the agent too, and no more
         observed than this one. `sensors` and their objects in `directory` are ours unless given.
+        `targets` are what a sensor's programs attach to, by its name.
         """
         self._parent_is_agent = parent_is_agent
         self._catalogue = sensors
         self._directory = directory
+        self._targets = targets
         self._btf: str | None = None
         self._core: Object | None = None
         self._shared: dict[str, Map] = {}
@@ -236,7 +239,7 @@ class Loader:
 
     # ------------------------------------------------------------ sensors
 
-    def load(self, sensor: str, options: Mapping[str, int], targets: Targets = NOWHERE) -> Loaded:
+    def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
         """Load a sensor's programs, the best way to each hook that loads; attach none.
 
         `options` are sizes of tables and settings that are on (1), by name.
@@ -248,7 +251,7 @@ class Loader:
             raise KernelError(f"there is no sensor {sensor}")
         if sensor in self._sensors or self._core is None:
             raise KernelError(f"{sensor} cannot be loaded now")
-        made = _Sensor(self._catalogue[sensor], options, targets)
+        made = _Sensor(self._catalogue[sensor], options, self._targets.get(sensor, Targets()))
         self._plan(made)
         try:
             self._load_together(made)

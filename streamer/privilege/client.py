@@ -15,7 +15,14 @@ from typing import Any
 
 from streamer import errors
 from streamer.errors import HelperGone, KernelError, StreamerError
-from streamer.kernel.loader import Attached, Loaded, ProgramState, last_possible_cpu
+from streamer.kernel.loader import (
+    NO_TARGETS,
+    Attached,
+    Loaded,
+    ProgramState,
+    Targets,
+    last_possible_cpu,
+)
 from streamer.privilege.channel import Channel, Message, MessageError
 from streamer.privilege.files import Appendable, NamedFile, own_descriptor
 from streamer.privilege.proc import Found
@@ -46,15 +53,19 @@ class HelperClient:
         """The helper's process id."""
         return self._process.pid
 
-    def set_up(self, files: Sequence[NamedFile]) -> None:
-        """Name the files, which ends the helper's start.
+    def set_up(
+        self, files: Sequence[NamedFile], targets: Mapping[str, Targets] = NO_TARGETS
+    ) -> None:
+        """Name the files, and what each sensor attaches to, which ends the helper's start.
 
         Raises:
             HelperGone: it did not start.
             StreamerError: what kept it from starting.
         """
         with self._lock:
-            self._send({"files": [list(file) for file in files]}, LOAD_SECONDS)
+            named = {sensor: list(one) for sensor, one in targets.items()}
+            message = {"files": [list(file) for file in files], "targets": named}
+            self._send(message, LOAD_SECONDS)
             self._receive(0)
 
     def ask(self, request: str, *, seconds: float = ANSWER_SECONDS, **parameters: Any) -> Any:

@@ -16,12 +16,12 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from streamer.errors import StreamerError
-from streamer.kernel.loader import Loader, ProgramState, ensure_tracefs, online_cpus
+from streamer.kernel.loader import Loader, ProgramState, Targets, ensure_tracefs, online_cpus
 from streamer.kernel.perf_event import open_sampling
 from streamer.privilege import capabilities, proc, seccomp
 from streamer.privilege.channel import Channel, Message, MessageError
@@ -298,7 +298,11 @@ def trim() -> None:
 # ---------------------------------------------------------------- the process
 
 
-def main(descriptor: int, make_loader: Callable[[], LoaderLike] | None = None) -> int:
+MakeLoader = Callable[[Mapping[str, Targets]], LoaderLike]
+"""A loader for sensors that attach to these targets, by the sensor's name."""
+
+
+def main(descriptor: int, make_loader: MakeLoader | None = None) -> int:
     """Run the helper on its end of the socketpair. The exit code of the process."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -320,23 +324,31 @@ def main(descriptor: int, make_loader: Callable[[], LoaderLike] | None = None) -
     return 0
 
 
-def _kernel_loader() -> LoaderLike:
+def _kernel_loader(targets: Mapping[str, Targets]) -> LoaderLike:
     ensure_tracefs()  # afterwards nothing can be mounted; what failed is found out again
-    return Loader(parent_is_agent=True)
+    return Loader(parent_is_agent=True, targets=targets)
 
 
-def _start(
-    channel: Channel, make_loader: Callable[[], LoaderLike]
-) -> tuple[Files, LoaderLike] | None:
-    """Take the list of files, and give up what is not needed. None: the worker was told why."""
+def _start(channel: Channel, make_loader: MakeLoader) -> tuple[Files, LoaderLike] | None:
+    """Take the lists of files and targets, and give up what is not needed.
+
+    None: the worker was told why.
+    """
     try:
         received = channel.receive()
         if received is None:
             return None
         named = [NamedFile(*one) for one in received[0]["files"]]
+        targets = {
+            sensor: Targets(tuple(interfaces), cgroup, rate)
+            for sensor, (interfaces, cgroup, rate) in received[0]["targets"].items()
+        }
         files = Files(named)
-        loader = make_loader()
-        confine(writes=any(file.use == "append" for file in named))
+        loader = make_loader(targets)
+        confine(
+            writes=any(file.use == "append" for file in named),
+            filters_packets=any(one.interfaces or one.cgroup for one in targets.values()),
+        )
         channel.send({"id": 0, "result": None, "more": False})
     except Exception as error:
         with suppress(OSError):
@@ -345,9 +357,9 @@ def _start(
     return files, loader
 
 
-def _needed(*, writes: bool) -> frozenset[int]:
+def _needed(*, writes: bool, filters_packets: bool) -> frozenset[int]:
     have = capabilities.effective()
-    needed = capabilities.needed_by_helper(have, writes=writes)
+    needed = capabilities.needed_by_helper(have, writes=writes, filters_packets=filters_packets)
     with capabilities.only(needed):
         # Debian's kernels have a level of kernel.perf_event_paranoid that in 5.10 only it passes.
         perf_events = _can_open_perf_events()
@@ -362,10 +374,11 @@ def _can_open_perf_events() -> bool:
     return True
 
 
-def confine(*, writes: bool) -> None:
+def confine(*, writes: bool, filters_packets: bool) -> None:
     """Keep the capabilities that the helper needs, and the system calls.
 
-    `writes`: there are files to append to, which may be any user's.
+    `writes`: there are files to append to, which may be any user's; `filters_packets`: there are
+    interfaces or cgroups to attach to.
 
     Raises:
         PrivilegeError: the kernel refused.
@@ -375,7 +388,7 @@ def confine(*, writes: bool) -> None:
     # Kernels before 5.11 count maps against it, and raising it takes another capability.
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
-    capabilities.limit_to(_needed(writes=writes))
+    capabilities.limit_to(_needed(writes=writes, filters_packets=filters_packets))
     capabilities.forgo_gains()
     capabilities.hide_memory()
     seccomp.install(helper_filter(os.getpid(), os.uname().machine))

@@ -17,34 +17,20 @@ import pytest
 
 from streamer.errors import KernelError
 from streamer.kernel.loader import OBJECTS, Loader, ProgramState, Targets
-from streamer.kernel.objects import SENSORS
-from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
+from streamer.privilege.capabilities import CAP_NET_ADMIN
+from streamer.privilege.client import RemoteLoader
+from streamer.privilege.loading import LoaderLike
+from streamer.privilege.split import start_helper
 from tests.bpf_variant import ROOT
 from tests.conftest import SET_UP, Require
 from tests.kernel.bpf_maps import look_up, possible_cpus
 from tests.kernel.pace import seconds
 from tests.kernel.roles import Role, in_own_network, leave_network
 from tests.kernel.scope import Scope
+from tests.kernel.targets_sensor import CATALOGUE, SENSOR
 
 pytestmark = pytest.mark.kernel
 
-SENSOR = "test_targets"
-CATALOGUE = {
-    "core": SENSORS["core"],
-    SENSOR: SensorInfo(
-        SENSOR,
-        (
-            ProgramInfo("on_packet", "packets", (), "", ("interface",)),
-            ProgramInfo("on_send", "sending", (), "", ("cgroup",)),
-            ProgramInfo("on_sample", "samples", (), "", ("rate",)),
-        ),
-        (
-            MapInfo("protocols", "", False, ("interface",)),
-            MapInfo("flows", "table:flows", False, ("cgroup",)),
-            MapInfo("samples", "", False, ("rate",)),
-        ),
-    ),
-}
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 EXPERIMENTAL = 0x88B5
 """An Ethernet protocol that nothing else uses."""
@@ -61,13 +47,46 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(place)
 
 
+HELPER = """
+import sys
+sys.path.append({root!r})
+from streamer.kernel.loader import Loader
+from streamer.privilege.helper import main
+from tests.kernel.targets_sensor import CATALOGUE
+def make_loader(targets):
+    return Loader(
+        parent_is_agent=True, sensors=CATALOGUE, directory={directory!r}, targets=targets
+    )
+sys.exit(main(int(sys.argv[1]), make_loader))
+"""
+
+
+def direct(directory: str, targets: Targets) -> LoaderLike:
+    return Loader(sensors=CATALOGUE, directory=directory, targets={SENSOR: targets})
+
+
+def through_a_helper(directory: str, targets: Targets) -> LoaderLike:
+    """The privileged helper, which knows this sensor."""
+    program = Path(directory, "helper.py")
+    program.write_text(HELPER.format(root=str(ROOT), directory=directory))
+    client = start_helper(str(program))
+    client.set_up([], {SENSOR: targets})
+    return RemoteLoader(client, [])
+
+
 class Sensing:
     """The sensor, loaded and attached to its targets."""
 
-    def __init__(self, directory: str, targets: Targets, options: dict[str, int] | None = None):
-        self.loader = Loader(sensors=CATALOGUE, directory=directory)
+    def __init__(
+        self,
+        directory: str,
+        targets: Targets,
+        options: dict[str, int] | None = None,
+        make: Callable[[str, Targets], LoaderLike] = direct,
+    ) -> None:
+        self.loader = make(directory, targets)
         self.loader.load_core({"critical": 4096, "bulk": 4096}, None)
-        self.loaded = self.loader.load(SENSOR, options or {}, targets)
+        self.loaded = self.loader.load(SENSOR, options or {})
         self.states = self.loader.attach(SENSOR).programs
 
     def read(self, name: str) -> dict[int, list[int]]:
@@ -297,4 +316,60 @@ def test_all_at_once(scope: Scope, directory: str) -> None:
     assert sensing.read("flows") == {port: [3, size]}
     with pytest.raises(KernelError, match="there is no map protocols"):
         sensing.read("protocols")
+    sensing.close()
+
+
+# ---------------------------------------------------------------- through the helper
+
+
+def helper_may_filter_packets() -> bool:
+    """By the capabilities of the helper that this process has started."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    (pid,) = (
+        one for one in children if Path(f"/proc/{one}/comm").read_text() == "streamer-helper\n"
+    )
+    status = dict(
+        line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
+    return bool(int(status["CapEff"], 16) >> CAP_NET_ADMIN & 1)
+
+
+def ask_for_frames(directory: str) -> dict[str, Any]:
+    make_pair()
+    targets = Targets(interfaces=("here",), rate=50)
+    sensing = Sensing(directory, targets, make=through_a_helper)
+    found: dict[str, Any] = {"capable": helper_may_filter_packets(), "states": sensing.states}
+    send_frames("there", 25)
+    wait_for_frames(sensing, 25)
+    found["held"] = [has_xdp(name) for name in ("here", "lo")]
+    sensing.close()
+    found["held after"] = [has_xdp(name) for name in ("here", "lo")]
+    return found
+
+
+def test_interfaces_named_to_the_helper(require: Require, directory: str) -> None:
+    """It was told of them before anything was loaded, and keeps what it takes to attach there."""
+    require(shutil.which("ip"), "ip (iproute2) is not installed")
+    found = Role("test", in_own_system, ask_for_frames, directory).result()
+    assert found["states"] == attached(
+        ("on_packet", "packets", "xdp"), ("on_sample", "samples", "perf_event")
+    )
+    assert found["capable"]
+    assert found["held"] == [True, False]
+    assert found["held after"] == [False, False]
+
+
+def test_a_cgroup_named_to_the_helper(scope: Scope, directory: str) -> None:
+    targets = Targets(cgroup=str(scope.path))
+    sensing = Sensing(directory, targets, {"flows": 64}, through_a_helper)
+    assert sensing.states == attached(("on_send", "sending", "cgroup_skb/egress"))
+    port, size = scope.act(in_own_network, send_datagrams, 12)
+    assert sensing.read("flows") == {port: [12, size]}
+    sensing.close()
+
+
+def test_a_helper_without_interfaces_cannot_filter_packets(directory: str) -> None:
+    sensing = Sensing(directory, Targets(rate=50), make=through_a_helper)
+    assert sensing.states == attached(("on_sample", "samples", "perf_event"))
+    assert not helper_may_filter_packets()
     sensing.close()

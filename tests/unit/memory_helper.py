@@ -70,4 +70,4 @@ class MemoryLoader:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), MemoryLoader))
+    sys.exit(main(int(sys.argv[1]), lambda targets: MemoryLoader()))
