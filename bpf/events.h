@@ -177,7 +177,7 @@ UNSEEN("opens through io_uring|system calls of 32-bit programs on a 64-bit kerne
 struct net_connect {
 	struct event_base base;
 	struct event_task task;
-	__u64 latency_ns AS("ns") DOC("time from the SYN to the result; 0 when no SYN was sent, or one of the two was not seen");
+	__u64 latency_ns AS("ns") DOC("time from the SYN to the result; 0 when no SYN was sent, or the SYN or the result was not seen");
 	__u32 errno DOC("error number, such as 111 (ECONNREFUSED); 0 when connected");
 	__u32 netns DOC("inode number of the network namespace");
 	__u16 local_port DOC("local port; 0 when none was bound");
@@ -210,7 +210,7 @@ UNSEEN("accepts through io_uring or by 32-bit programs");
 struct net_close {
 	struct event_base base;
 	struct event_task task;
-	__u64 duration_ns AS("ns") DOC("time from established to closed; 0 when it was established before the agent started, or unseen");
+	__u64 duration_ns AS("ns") DOC("time from established to closed; 0 when it was established before the agent started, or nobody saw it being established");
 	__u64 bytes_sent DOC("payload bytes sent, retransmissions not counted twice");
 	__u64 bytes_received DOC("payload bytes received in order");
 	__u32 errno DOC("error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close");

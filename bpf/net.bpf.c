@@ -37,7 +37,7 @@ struct connection {
 	__u64 listener;      /* key in `listeners`, while the owner is the one who listens; else 0 */
 	__u32 missed;        /* in `listeners`: another one's accept could not be kept */
 	__u8 direction;      /* enum net_direction */
-	__u8 state;          /* in `sockets`: to which the last change was that was seen; 0: none yet.
+	__u8 state;          /* in `sockets`: the state to which the last seen change led; 0: none yet.
 			      * A child begins with its listener's */
 	__u8 seen_by;        /* which of the twins saw that change first */
 	__u8 pad;
@@ -659,7 +659,7 @@ static __always_inline bool matters(int from, int to)
 	case TCP_ESTABLISHED:
 		return from == TCP_SYN_SENT || from == TCP_SYN_RECV;
 	case TCP_SYN_RECV:
-		return from == TCP_LISTEN; /* a new socket */
+		return from != TCP_SYN_SENT; /* a new socket; of a listener, or one just closed */
 	case TCP_CLOSE:
 		return true;
 	}
@@ -673,35 +673,25 @@ static __always_inline bool matters(int from, int to)
  * that it has been seen, by which the other knows. What interrupts one of them is handled by the other
  * alone. Where the kernel has no such guard, one program sees all, and the twin is not attached.
  *
- * From 7.0 on tasks can be preempted at the ends of both, one after the other: a third one's change is
- * seen by neither then. It shows at the next change of the same socket, or when that is destroyed.
+ * From 7.0 on tasks can be preempted at the ends of both, one after the other: another task's change is
+ * then seen by neither. That is noticed at the next change of that socket, or when it is destroyed.
  */
-
-/* The state to which the last change was that matters, before one from this state. */
-static __always_inline int last_before(int from)
-{
-	switch (from) {
-	case TCP_FIN_WAIT2:
-	case TCP_CLOSING:
-		return TCP_FIN_WAIT1;
-	case TCP_CLOSE_WAIT:
-		return TCP_ESTABLISHED;
-	}
-	return from;
-}
 
 /* Whether a change went unseen between the last one that was seen and this. */
 static __always_inline bool is_gap(int seen, int from)
 {
-	if (!seen || seen == last_before(from))
+	if (!seen || seen == from)
 		return false;
 	switch (from) {
 	case TCP_LISTEN: /* of a child, whose listener was being closed */
 		return seen != TCP_CLOSE;
 	case TCP_SYN_RECV: /* both ends sent a SYN */
 		return seen != TCP_SYN_SENT;
-	case TCP_CLOSE_WAIT: /* Fast Open */
-		return seen != TCP_SYN_RECV;
+	case TCP_CLOSE_WAIT: /* after SYN_RECV: Fast Open */
+		return seen != TCP_ESTABLISHED && seen != TCP_SYN_RECV;
+	case TCP_FIN_WAIT2:
+	case TCP_CLOSING:
+		return seen != TCP_FIN_WAIT1;
 	}
 	return true;
 }
@@ -715,20 +705,14 @@ static __always_inline void connect_late(struct sock *sk, struct connection *kep
 	kept->since_boot_ns = 0;
 }
 
-/* Whether this is the first of the twins to see this change. To the same state as before, but not seen
- * by the other, it is another one: what lay between was not seen. */
-static __always_inline bool first_with_socket(struct sock *sk, struct connection *kept, int from,
-					      int to, const __u32 me)
+/* Counts that changes went unseen, and does what can be done about it. */
+static __always_inline void mend_gap(struct sock *sk, struct connection *kept, int from)
 {
-	if (kept->state == to && kept->seen_by != me)
-		return false;
-	if (is_gap(kept->state, from)) {
-		count_fault(FAULT_CHANGE_UNSEEN);
-		/* Of a socket that was used again the addresses are other ones by now. */
-		if (kept->state == TCP_SYN_SENT && from != TCP_CLOSE && from != TCP_LISTEN)
-			connect_late(sk, kept);
-	}
-	return true;
+	count_fault(FAULT_CHANGE_UNSEEN);
+	if (from == TCP_SYN_SENT)
+		*kept = nothing; /* of what the socket was used for before */
+	else if (kept->state == TCP_SYN_SENT && from != TCP_CLOSE && from != TCP_LISTEN)
+		connect_late(sk, kept); /* else it was used again: the addresses are others by now */
 }
 
 /* Without anything kept with the socket, the twins leave notes for each other by CPU. */
@@ -760,22 +744,34 @@ static __always_inline __u64 change_of(volatile struct notes *here, struct sock 
 	return (here->address[me] << 8 | (from & 15) << 4 | (to & 15)) ^ ports << 32;
 }
 
-static __always_inline bool first_to_note(volatile struct notes *here, __u64 change,
-					  const __u32 me)
+/* Takes the note that the other has left of this change. False: there is none. */
+static __always_inline bool take_note(volatile struct notes *here, __u64 change, const __u32 me)
 {
-	const __u32 twin = 1 - me;
-	__u32 i, free = NOTES;
+	__u32 i;
 
 #pragma unroll
 	for (i = 0; i < NOTES; i++) {
-		if (here->changes[twin][i] == change) {
-			here->changes[twin][i] = 0;
-			return false;
-		}
+		if (here->changes[1 - me][i] != change)
+			continue;
+		here->changes[1 - me][i] = 0;
+		return true;
+	}
+	return false;
+}
+
+static __always_inline bool first_to_note(volatile struct notes *here, __u64 change,
+					  const __u32 me)
+{
+	__u32 i, free = NOTES;
+
+	if (take_note(here, change, me))
+		return false;
+#pragma unroll
+	for (i = 0; i < NOTES; i++) {
 		if (free == NOTES && !here->changes[me][i])
 			free = i;
 	}
-	if (here->busy[twin]) /* this interrupts it: it will not come to see */
+	if (here->busy[1 - me]) /* this interrupts it: it will not come to see */
 		return true;
 	if (free == NOTES)
 		free = here->next[me]++;
@@ -783,12 +779,24 @@ static __always_inline bool first_to_note(volatile struct notes *here, __u64 cha
 	return true;
 }
 
+/* Whether the other program has handled this change already. If it leads to the state that was noted,
+ * and this same program noted that, it is a new one: those in between were missed. */
+static __always_inline bool is_second(volatile struct notes *here, struct connection *kept,
+				      __u64 change, int to, const __u32 me)
+{
+	if (!kept)
+		return !first_to_note(here, change, me);
+	if (!kept->state) /* the socket may have got room for it just now */
+		return take_note(here, change, me);
+	return kept->state == to && kept->seen_by != me;
+}
+
 static __always_inline int sock_state(struct sock *sk, int from, int to, const __u32 me,
 				      const bool typed)
 {
 	struct connection *kept = NULL;
 	volatile struct notes *here;
-	bool first;
+	bool second;
 
 	if (!matters(from, to) || !is_tcp(sk))
 		return 0;
@@ -798,13 +806,15 @@ static __always_inline int sock_state(struct sock *sk, int from, int to, const _
 	if (typed)
 		kept = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	here->busy[me] = 1;
-	if (kept)
-		first = first_with_socket(sk, kept, from, to, me);
-	else
-		first = first_to_note(here, change_of(here, sk, from, to, me), me);
-	if (first)
+	second = is_second(here, kept, change_of(here, sk, from, to, me), to, me);
+	if (!second) {
+		if (kept && is_gap(kept->state, from))
+			mend_gap(sk, kept, from);
 		change_state(sk, from, to, typed);
-	if (first && kept) {
+		if (typed && !kept) /* handling it may have found room */
+			kept = bpf_sk_storage_get(&sockets, sk, NULL, 0);
+	}
+	if (kept && (!second || !kept->state)) {
 		kept->state = to;
 		kept->seen_by = me;
 	}
@@ -813,24 +823,26 @@ static __always_inline int sock_state(struct sock *sk, int from, int to, const _
 }
 
 /*
- * A socket that is destroyed has been closed, whether that was seen or not. Told is what can be: not the
- * end of a connect (connect() may have said it), nor that of a connection that its owner has cut off,
- * because then the socket has lost its addresses.
+ * A socket that is destroyed has been closed, whether that was seen or not. Reported as far as possible:
+ * not the end of a connect (connect() may have said it), nor that of a connection that its owner has cut
+ * off, because then the socket has lost its addresses. A close that was seen leaves nothing in the table.
  */
 static __always_inline int destroyed(struct sock *sk)
 {
 	struct connection *kept = bpf_sk_storage_get(&sockets, sk, NULL, 0);
-	__u8 seen = kept ? kept->state : 0;
 	bool has_peer = READ(struct sock, sk, __sk_common.skc_dport);
+	__u8 seen = kept ? kept->state : 0;
+	__u64 key = (__u64)sk;
 
-	if (seen == TCP_CLOSE || (!has_peer && (!seen || seen == TCP_LISTEN)))
+	if (!kept || !seen) {
+		if (!bpf_map_delete_elem(&connections, &key))
+			count_fault(FAULT_CHANGE_UNSEEN);
 		return 0;
-	if (!kept) /* where there is no room, all is in the table */
-		kept = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!kept)
+	}
+	if (seen == TCP_CLOSE || (seen == TCP_LISTEN && !has_peer))
 		return 0;
 	count_fault(FAULT_CHANGE_UNSEEN);
-	if (has_peer && seen && seen != TCP_LISTEN && seen != TCP_SYN_SENT)
+	if (has_peer && seen != TCP_LISTEN && seen != TCP_SYN_SENT)
 		change_state(sk, seen, TCP_CLOSE, TYPED);
 	else
 		forget(sk, TYPED);
@@ -875,7 +887,7 @@ ON_SOCK_STATE(on_sock_state_twin_untyped, "raw_tp/inet_sock_set_state", "sock_st
 
 #define ON_DESTROYED(name)                                                             \
 	SEC("tp_btf/tcp_destroy_sock") NEEDS(PREEMPTS) COMPLETES("net.close")          \
-	DOC("closes that neither of the two programs at them saw")                     \
+	DOC("closes that both programs on the hook of socket states missed")           \
 	int BPF_PROG(name, struct sock *sk)                                            \
 	{                                                                              \
 		return UNPREEMPTED(destroyed(sk));                                     \

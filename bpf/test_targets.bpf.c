@@ -2,7 +2,7 @@
 /*
  * For the tests: programs that attach to an interface, to a cgroup and to a sampling rate. They
  * write no records, but maps that the agent reads from time to time. Never packaged; what each
- * needs is said in tests/kernel/test_targets.py.
+ * needs is said in tests/kernel/targets_sensor.py.
  */
 #include "core/core.bpf.h"
 

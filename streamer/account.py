@@ -85,7 +85,7 @@ class KernelCounters:
 
 
 def faults(counters: mmap.mmap) -> dict[str, int]:
-    """What went wrong in the kernel beside numbered losses, by name, if it ever did."""
+    """What went wrong in the kernel apart from numbered losses, by name, if it ever did."""
     counts = struct.unpack_from(f"<{len(_FAULTS)}Q", counters)
     return {name: count for name, count in zip(_FAULTS, counts, strict=True) if count}
 

@@ -116,7 +116,7 @@ class FileOpen(TaskEvent, tag="file.open", gc=False):
 class NetConnect(TaskEvent, tag="net.connect", gc=False):
     """An outbound TCP connection was established or failed."""
 
-    latency_ns: Annotated[int, Meta(description="time from the SYN to the result; 0 when no SYN was sent, or one of the two was not seen")]
+    latency_ns: Annotated[int, Meta(description="time from the SYN to the result; 0 when no SYN was sent, or the SYN or the result was not seen")]
     errno: Annotated[int, Meta(description="error number, such as 111 (ECONNREFUSED); 0 when connected")]
     netns: Annotated[int, Meta(description="inode number of the network namespace")]
     local_port: Annotated[int, Meta(description="local port; 0 when none was bound")]
@@ -145,7 +145,7 @@ class NetAccept(TaskEvent, tag="net.accept", gc=False):
 class NetClose(TaskEvent, tag="net.close", gc=False):
     """An established TCP connection ended."""
 
-    duration_ns: Annotated[int, Meta(description="time from established to closed; 0 when it was established before the agent started, or unseen")]
+    duration_ns: Annotated[int, Meta(description="time from established to closed; 0 when it was established before the agent started, or nobody saw it being established")]
     bytes_sent: Annotated[int, Meta(description="payload bytes sent, retransmissions not counted twice")]
     bytes_received: Annotated[int, Meta(description="payload bytes received in order")]
     errno: Annotated[int, Meta(description="error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close")]
@@ -407,7 +407,7 @@ KINDS: dict[str, KindInfo] = {
     "net.connect": KindInfo("net.connect", NetConnect, "bulk", "An outbound TCP connection was established or failed.", (
         *_BASE_INFO,
         *_TASK_INFO,
-        FieldInfo("latency_ns", "integer", "time from the SYN to the result; 0 when no SYN was sent, or one of the two was not seen"),
+        FieldInfo("latency_ns", "integer", "time from the SYN to the result; 0 when no SYN was sent, or the SYN or the result was not seen"),
         FieldInfo("errno", "integer", "error number, such as 111 (ECONNREFUSED); 0 when connected"),
         FieldInfo("netns", "integer", "inode number of the network namespace"),
         FieldInfo("local_port", "integer", "local port; 0 when none was bound"),
@@ -434,7 +434,7 @@ KINDS: dict[str, KindInfo] = {
     "net.close": KindInfo("net.close", NetClose, "bulk", "An established TCP connection ended.", (
         *_BASE_INFO,
         *_TASK_INFO,
-        FieldInfo("duration_ns", "integer", "time from established to closed; 0 when it was established before the agent started, or unseen"),
+        FieldInfo("duration_ns", "integer", "time from established to closed; 0 when it was established before the agent started, or nobody saw it being established"),
         FieldInfo("bytes_sent", "integer", "payload bytes sent, retransmissions not counted twice"),
         FieldInfo("bytes_received", "integer", "payload bytes received in order"),
         FieldInfo("errno", "integer", "error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close"),

@@ -122,7 +122,7 @@ class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
     faults: Annotated[
         dict[str, int],
         Meta(
-            description="what else went wrong in the kernel, if it did: "
+            description="what went wrong in the kernel apart from numbered losses, if it did: "
             "tables that were full, memory that could not be read, changes that no program saw"
         ),
     ]

@@ -37,9 +37,10 @@ def pytest_configure() -> None:
     """In the background of a script SIGINT and SIGQUIT are ignored, and a test's programs would
     inherit that: some tests wait for them to end by these.
     """
-    for number in (signal.SIGINT, signal.SIGQUIT):
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+    for number, handler in usual.items():
         if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, handler)
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], Any]]:

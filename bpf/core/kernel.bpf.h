@@ -299,7 +299,7 @@ struct trace_event_raw_sys_exit {
 /* The registers of the task in user space, as the kernel keeps them on its stack. */
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs___user {
-	unsigned long di, si, dx, r10;
+	unsigned long di, si, dx, r10, ss;
 };
 #elif defined(__TARGET_ARCH_arm64)
 struct user_pt_regs___user {

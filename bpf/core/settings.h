@@ -60,7 +60,7 @@ struct cpu_counters {
 	__u64 pad[4];
 };
 
-/* What went wrong beside events that were lost with their numbers; counted, mapped read-only. */
+/* What went wrong apart from events whose numbers are missing; counted, mapped read-only. */
 enum fault {
 	FAULT_CONNECTIONS_FULL = 0,  /* the owner of a connection could not be kept: its table is full */
 	FAULT_SOCKET_STORAGE = 1,    /* a socket had no room for its owner, who went into that table */

@@ -113,7 +113,8 @@ class _Sensor:
         return [self.states[name] for name in names if name in self.states]
 
     def close(self) -> None:
-        for link in self.links:
+        # What finds out what another program has missed goes before that one.
+        for link in reversed(self.links):
             link.destroy()
         self.links = []
         for loaded in self.objects:

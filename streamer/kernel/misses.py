@@ -13,7 +13,8 @@ def missed_runs(sensors: Iterable[Attached]) -> dict[str, int]:
 
     It leaves one out that would run inside itself on its CPU, and from 5.12 on it counts that for
     raw tracepoints and for programs at functions (`recursion_misses` in fdinfo). Of two programs
-    at the same place each does what the other has to leave out: no miss.
+    at the same place each does what the other has to leave out: no miss. What both leave out
+    they find out themselves (`change_unseen` among the faults).
     """
     found = {}
     for programs, descriptors in sensors:

@@ -1,6 +1,6 @@
 """The sensor of test_targets.py, as a loader is told of it.
 
-Apart from the tests, because a helper, too, has it, and with Python's own modules alone.
+Apart from the tests, because a helper imports it too: from Python's own modules and ours alone.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_a_socket_without_room_has_an_owner(scope: Scope, tmp_path: Path) -> Non
     assert {(e.comm, e.uid, e.owner_known) for e in recording.events} == {("attacker", UID, True)}
     kept_with_sockets = recording.ways["sock_state"].startswith("tp_btf/")
     faults = {"socket_storage"} if kept_with_sockets else set()
-    assert recording.heartbeat.faults.keys() == faults
+    assert recording.heartbeat.faults.keys() - {"change_unseen"} == faults
 
 
 def connect_while_room_comes(uid: int) -> float:

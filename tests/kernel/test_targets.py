@@ -368,7 +368,7 @@ def test_a_cgroup_named_to_the_helper(scope: Scope, directory: str) -> None:
     sensing.close()
 
 
-def test_a_helper_without_interfaces_cannot_filter_packets(directory: str) -> None:
+def test_a_helper_without_interfaces_lacks_their_capability(directory: str) -> None:
     sensing = Sensing(directory, Targets(rate=50), make=through_a_helper)
     assert sensing.states == attached(("on_sample", "samples", "perf_event"))
     assert not helper_may_filter_packets()

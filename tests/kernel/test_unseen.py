@@ -17,6 +17,7 @@ import pytest
 from tests.bpf_variant import Variant
 from tests.conftest import Require
 from tests.kernel.agent import Agent, Recording
+from tests.kernel.pace import seconds
 from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope
 from tests.kernel.system import kernel_is, kernel_knows
@@ -44,7 +45,7 @@ CONDITION = "if (!matters(from, to) || !is_tcp(sk))\n		return 0;\n	here"
 UNSEEN = "change_unseen"
 TRANSFERS = [Transfer(10 + n, 20 + n, ("first", "last", "half")[n % 3]) for n in range(12)]
 CONNECTIONS = len(TRANSFERS)
-WAITED = 0.3
+WAITED = seconds(0.3)
 """Seconds between two connects of a socket."""
 
 
@@ -114,11 +115,11 @@ def test_the_begin_of_a_close_is_missed_at_its_end(blind: Blind) -> None:
 
 
 def test_a_connection_of_which_nothing_was_seen_is_counted(blind: Blind) -> None:
-    """The accepts are seen all the same: they are no changes of state."""
+    """The accepts are seen all the same, and what they leave tells that more was to come."""
     recording, seen = blind("true", lambda: [one._replace(closed=[]) for one in connect()])
     accepted = sum(len(one.taken) for one in seen)
     assert [type(event).__name__ for event in recording.events] == ["NetAccept"] * accepted
-    assert_counted(recording, 2 * CONNECTIONS)
+    assert_counted(recording, CONNECTIONS)
 
 
 def cut_off() -> list[Seen]:
@@ -211,7 +212,7 @@ def test_a_listener_is_whose_process_listens_now(blind: Blind) -> None:
 
 def test_notes_by_cpu_are_not_relied_on(record: Record) -> None:
     """A task may have changed its CPU between the two programs: each event comes once."""
-    notes = "first_to_note(here, change_of(here, sk, from, to, me), me)"
-    recording, seen = record(notes, f"{notes} || true", connect)
+    noted = "!first_to_note(here, change, me)"
+    recording, seen = record(noted, f"{noted} && false", connect)
     assert_seen(recording, *seen)
-    assert recording.heartbeat.faults == {}
+    assert recording.heartbeat.faults.keys() <= ({UNSEEN} if kernel_is(7, 0) else set())
