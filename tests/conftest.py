@@ -37,10 +37,10 @@ def pytest_configure() -> None:
     """In the background of a script SIGINT and SIGQUIT are ignored, and a test's programs would
     inherit that: some tests wait for them to end by these.
     """
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
-    for number, handler in usual.items():
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], Any]]:
