@@ -414,7 +414,10 @@ async def test_killed_broker_costs_no_event_and_no_duplicate(
         total = await producing
     assert ids(await read_back(mortal, topic)) == expected(0, total)
     assert sink.account.delivered == Counter({"file.open": total})
-    assert [status for status, _ in heard.statuses] == ["up", "down"] * 2 + ["up", "closed"]
+    *statuses, closed = (status for status, _ in heard.statuses)
+    downs = statuses.count("down")
+    assert downs >= 2  # more, where a slow broker takes longer than STALL_SECONDS
+    assert [*statuses, closed] == ["up", "down"] * downs + ["up", "closed"]
 
 
 async def test_absent_broker_at_start(mortal: KafkaBroker) -> None:
