@@ -34,8 +34,12 @@ setup() {
     need mvn maven
     say "fetching Kafka with Maven into $cache/kafka"
     rm -rf "$cache/kafka"
+    mkdir -p "$cache"
     mvn --batch-mode --quiet -Dstyle.color=never --file "$pom" dependency:copy-dependencies \
-        -DincludeScope=runtime "-DoutputDirectory=$cache/kafka" >/dev/null
+        -DincludeScope=runtime "-DoutputDirectory=$cache/kafka" >"$cache/maven.log" 2>&1 || {
+        cat "$cache/maven.log" >&2 # it tells of errors on its standard output
+        die "Maven could not fetch Kafka: see above"
+    }
     cp "$pom" "$stamp"
     say "Kafka is there"
 }
