@@ -39,7 +39,7 @@ PATHS = (
     "/var/log/nginx/access-{:02d}.log",
     "/srv/app/releases/current/static/css/site-{:02d}.css",
     "/proc/{:04d}/status",
-    "/home/deploy/.cache/pip/http/3/a/9/f/{:04d}",
+    "/opt/builder/.cache/pip/http/3/a/9/f/{:04d}",
 )
 
 

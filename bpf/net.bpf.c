@@ -33,7 +33,7 @@ struct owner {
 
 struct connection {
 	struct owner owner;
-	__u64 since_boot_ns; /* of the SYN, then of being established; 0: before the agent started */
+	__u64 since_boot_ns; /* of the SYN, then of being established; 0: nobody saw it */
 	__u64 listener;      /* key in `listeners`, while the owner is the one who listens; else 0 */
 	__u32 missed;        /* in `listeners`: another one's accept could not be kept */
 	__u8 direction;      /* enum net_direction */
@@ -782,13 +782,16 @@ static __always_inline bool first_to_note(volatile struct notes *here, __u64 cha
 /* Whether the other program has handled this change already. If it leads to the state that was noted,
  * and this same program noted that, it is a new one: those in between were missed. */
 static __always_inline bool is_second(volatile struct notes *here, struct connection *kept,
-				      __u64 change, int to, const __u32 me)
+				      struct sock *sk, int from, int to, const __u32 me)
 {
-	if (!kept)
-		return !first_to_note(here, change, me);
-	if (!kept->state) /* the socket may have got room for it just now */
+	__u64 change;
+
+	if (kept && kept->state)
+		return kept->state == to && kept->seen_by != me;
+	change = change_of(here, sk, from, to, me);
+	if (kept) /* the socket may have got room for it just now */
 		return take_note(here, change, me);
-	return kept->state == to && kept->seen_by != me;
+	return !first_to_note(here, change, me);
 }
 
 static __always_inline int sock_state(struct sock *sk, int from, int to, const __u32 me,
@@ -806,7 +809,7 @@ static __always_inline int sock_state(struct sock *sk, int from, int to, const _
 	if (typed)
 		kept = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	here->busy[me] = 1;
-	second = is_second(here, kept, change_of(here, sk, from, to, me), to, me);
+	second = is_second(here, kept, sk, from, to, me);
 	if (!second) {
 		if (kept && is_gap(kept->state, from))
 			mend_gap(sk, kept, from);

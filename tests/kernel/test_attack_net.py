@@ -21,6 +21,7 @@ from tests.brokers import free_port
 from tests.kernel.agent import Agent
 from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope
+from tests.kernel.system import kernel_is
 from tests.kernel.test_net import await_writable
 
 pytestmark = pytest.mark.kernel
@@ -75,8 +76,10 @@ def test_a_socket_without_room_has_an_owner(scope: Scope, tmp_path: Path) -> Non
     assert len(recording.events) == 4
     assert {(e.comm, e.uid, e.owner_known) for e in recording.events} == {("attacker", UID, True)}
     kept_with_sockets = recording.ways["sock_state"].startswith("tp_btf/")
-    faults = {"socket_storage"} if kept_with_sockets else set()
-    assert recording.heartbeat.faults.keys() - {"change_unseen"} == faults
+    expected = {"socket_storage"} if kept_with_sockets else set()
+    # From 7.0 on both programs at a change can be preempted, others' changes included.
+    faults = recording.heartbeat.faults.keys() - ({"change_unseen"} if kernel_is(7, 0) else set())
+    assert faults == expected
 
 
 def connect_while_room_comes(uid: int) -> float:
