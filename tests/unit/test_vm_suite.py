@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.vm.suite import Guest, Result, by_reason, read, report, run_nowhere, table
+from tests.vm.suite import (
+    MOST_STARTS,
+    NOT_FINISHED,
+    Guest,
+    Result,
+    by_reason,
+    read,
+    report,
+    run_all,
+    run_nowhere,
+    table,
+)
 
 PASSED = Result("test_a", "passed", 1.0, False, "")
 FAILED = Result("test_b", "failed", 1.0, False, "assert 1 == 2")
@@ -75,6 +86,35 @@ def test_exit_codes(guests: list[Guest], code: int, monkeypatch: pytest.MonkeyPa
 def test_no_test_at_all_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guest, "output", "")
     assert report([guest("7.2", [], 0)], None) == 1
+
+
+@pytest.mark.parametrize(
+    ("collected", "output", "starts"),
+    [
+        (0, f"kernels: 7.2 {NOT_FINISHED}: somewhere", MOST_STARTS),
+        (1, f"kernels: 7.2 {NOT_FINISHED}: somewhere", 1),  # after a test may have begun
+        (0, "ImportError", 1),
+    ],
+)
+def test_a_guest_that_dies_at_boot_is_started_again(
+    collected: int, output: str, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = guest("7.2", [], 1, collected)
+
+    def start(self: Guest) -> None:
+        self.starts += 1
+        self.status = None
+
+    def poll(self: Guest) -> Iterator[Result]:
+        self.status = 1
+        return iter(())
+
+    monkeypatch.setattr(Guest, "start", start)
+    monkeypatch.setattr(Guest, "poll", poll)
+    monkeypatch.setattr(Guest, "output", output)
+    run_all([made], 1)
+    assert made.starts == starts
+    assert made.failed
 
 
 def test_what_a_kernel_lacks_has_to_pass_on_another(tmp_path: Path) -> None:

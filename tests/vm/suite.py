@@ -77,6 +77,11 @@ def read(path: Path, offset: int = 0) -> tuple[list[Result], int, int]:
     return results, collected, offset + (len(whole) + 1 if whole else 0)
 
 
+MOST_STARTS = 3
+NOT_FINISHED = "did not finish; its console"
+"""What `tools/kernels.sh` says of a guest that left no exit code."""
+
+
 class Guest:
     """The tests on one kernel."""
 
@@ -86,6 +91,7 @@ class Guest:
         self.results: list[Result] = []
         self.collected = 0
         self.minutes = 0.0
+        self.starts = 0
         self.status: int | None = None
         self._place = BUILT / suite
         self._arguments = arguments
@@ -96,6 +102,8 @@ class Guest:
 
     def start(self) -> None:
         """Boot it. `poll` says when it has ended."""
+        self.starts += 1
+        self.status = None
         shutil.rmtree(self._place, ignore_errors=True)
         self._place.mkdir(parents=True)
         pytest = [sys.executable, "-m", "pytest", *PYTEST, *self._arguments]
@@ -128,6 +136,13 @@ class Guest:
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
+
+    @property
+    def died_at_boot(self) -> bool:
+        """Whether its kernel ended before a test was looked for, let alone begun: an emulated one
+        panics now and then while it changes its own code.
+        """
+        return self.status not in (None, 0) and not self.collected and NOT_FINISHED in self.output
 
     @property
     def output(self) -> str:
@@ -178,6 +193,9 @@ def run_all(guests: Sequence[Guest], at_once: int) -> None:
             for guest in running:
                 for result in guest.poll():
                     tell(guest, result)
+                if guest.died_at_boot and guest.starts < MOST_STARTS:
+                    say(guest, f"died at boot, starting again\n{guest.output[-1000:]}")
+                    guest.start()
             running = [guest for guest in running if guest.status is None]
     finally:
         for guest in running:
