@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from streamer.errors import PrivilegeError
 from streamer.privilege import drop
 from streamer.privilege.channel import MESSAGE_BYTES, MOST_DESCRIPTORS, Channel
 from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener
@@ -84,7 +85,7 @@ def start_helper(program: str = HELPER) -> HelperClient:
     """Run `program` with one end of a socketpair, and nothing else that is open here.
 
     Raises:
-        OSError: it cannot be run.
+        PrivilegeError: it cannot be run.
     """
     own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (own, other):
@@ -99,6 +100,10 @@ def start_helper(program: str = HELPER) -> HelperClient:
             pass_fds=(other.fileno(),),
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )
+    except OSError as error:
+        own.close()
+        reason = f"{sys.executable}: {error.strerror}"
+        raise PrivilegeError(f"the privileged helper cannot be started: {reason}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         other.close()

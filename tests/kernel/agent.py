@@ -196,6 +196,7 @@ class Agent:
         config: str = "",
         sinks: tuple[str, ...] | None = (),
         prefix: tuple[str, ...] = (),
+        python: str = sys.executable,
         program: tuple[str, ...] = ("-m", "streamer"),
         output: Path | None = None,
         pass_fds: tuple[int, ...] = (),
@@ -203,14 +204,14 @@ class Agent:
         """`config` is TOML, `sinks` are further ones, `prefix` is put before the command.
 
         Without any (None) the `config` has them all, that of `output` included. `program` is
-        what Python runs, `output` where the events go in place of `directory`.
+        what `python` runs, `output` where the events go in place of `directory`.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.output = output or directory / "events.ndjson"
         self._pass_fds = pass_fds
         self._stderr = directory / "stderr"
         (directory / "streamer.toml").write_text(config)
-        command = [*prefix, sys.executable, *program, "run", "--no-status"]
+        command = [*prefix, python, *program, "run", "--no-status"]
         command += ["--config", str(directory / "streamer.toml"), "--events", events]
         for sink in () if sinks is None else (f"file:{self.output}", *sinks):
             command += ["--sink", sink]

@@ -164,7 +164,12 @@ def test_a_user_with_two_capabilities(
     both = "+bpf,+perfmon"
     prefix = ("setpriv", *who, "--inh-caps", both, "--ambient-caps", both)
     with Agent(
-        directory, *scope.options, events="process.exec", prefix=prefix, program=public_copy
+        directory,
+        *scope.options,
+        events="process.exec",
+        prefix=prefix,
+        python=os.path.realpath(sys.executable),  # the environment may be below /root
+        program=public_copy,
     ) as agent:
         helper = agent.helper_pid
         statuses = [status_of(Path(f"/proc/{pid}")) for pid in (agent.pid, helper)]

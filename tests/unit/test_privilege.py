@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamer.errors import HelperGone, KernelError
+from streamer.errors import HelperGone, KernelError, PrivilegeError
 from streamer.kernel.loader import ProgramState
 from streamer.privilege.channel import MESSAGE_BYTES, Channel
 from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener, look_up
@@ -540,6 +540,15 @@ def test_a_helper_that_cannot_run(tmp_path: Path, capfd: pytest.CaptureFixture[s
     finally:
         client.close()
     assert "none.py" in capfd.readouterr().err
+
+
+def test_an_interpreter_that_cannot_be_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below a directory of another user's, say."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(PrivilegeError, match=r"cannot be started: .*/python: No such file"):
+        start_helper(PROGRAM)
 
 
 def test_answers_to_something_else() -> None:
