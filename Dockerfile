@@ -14,7 +14,7 @@ COPY . .
 # The C modules are optional for `pip install`, but not here.
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
     && /opt/streamer/bin/pip install --no-cache-dir --no-deps /wheels/*.whl \
-    && cd / && /opt/streamer/bin/python -c 'import streamer._records, streamer._record_batch'
+    && cd / && /opt/streamer/bin/python -c 'import streamer.ring._records, streamer.sinks.kafka._record_batch'
 
 # No compiler: the wheel carries the kernel programs and the C modules.
 FROM debian:bookworm-slim

@@ -46,11 +46,11 @@ lint: ## check style, types, and that generated files are up to date
 	$(PYTHON_BIN) -m ruff check
 	$(PYTHON_BIN) -m ruff format --check
 	$(PYTHON_BIN) -m mypy
-	$(PYTHON_BIN) -m streamer.gen --check
+	$(PYTHON_BIN) -m tools.gen --check
 
 gen: ## derive events.py, schemas/ and docs/ from bpf/events.h and the settings
 	@tools/setup.sh run
-	$(PYTHON_BIN) -m streamer.gen
+	$(PYTHON_BIN) -m tools.gen
 
 lock: ## pin the Python packages anew, with hashes
 	@tools/lock.sh $(ARGS)
@@ -67,6 +67,6 @@ brokers-stop: ## stop them
 	@tools/brokers.sh stop
 
 clean: ## remove all that was built; what was downloaded stays in .cache
-	rm -rf .venv build dist streamer/bpf streamer/*.so *.egg-info
+	rm -rf .venv build dist streamer/bpf streamer/ring/*.so streamer/sinks/kafka/*.so *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -49,11 +49,11 @@ setup(
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
     ext_modules=[
         Extension(
-            f"streamer.{name}",
-            [f"streamer/{name}.c"],
+            name,
+            [name.replace(".", "/") + ".c"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,  # each has a twin in Python, which is several times slower
         )
-        for name in ("_records", "_record_batch")
+        for name in ("streamer.ring._records", "streamer.sinks.kafka._record_batch")
     ],
 )

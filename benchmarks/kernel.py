@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.load import Load, Ring
+from streamer.config.settings import Filters, Rings, Settings
 from streamer.kernel import state
-from streamer.settings import Filters, Rings, Settings
 
 _EVENTS = 8192
 _OPENS = 10_000

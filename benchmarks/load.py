@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.measure import Shared
-from streamer.account import KernelCounters
+from streamer.agent.counters import KernelCounters
+from streamer.config.settings import Rings, Settings
 from streamer.kernel.contract import check_object
 from streamer.kernel.libbpf import Object
 from streamer.kernel.loader import Loader
 from streamer.kernel.objects import CONTRACT, KIND_END, SENSORS
 from streamer.kernel.state import KernelState, pack, size_of
-from streamer.settings import Rings, Settings
 
 OBJECT = Path(__file__).parent.parent / "build" / "bpf" / "bench.bpf.o"
 KINDS = ("file.open", "net.close")

@@ -24,7 +24,7 @@ import uvloop
 from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]
 
 from benchmarks.measure import Result, Stopwatch, Task, answer, say, task_of_argument
-from streamer.settings import KafkaSink
+from streamer.config.settings import KafkaSink
 
 _POLL = 0.01
 _SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -17,7 +17,7 @@ import msgspec
 from benchmarks.load import Load, Mix
 from benchmarks.measure import WARM_EVENTS, Result, Subject, Task, python_command
 from benchmarks.pipe_reader import Latencies
-from streamer.events import HEADER
+from streamer.events.kinds import HEADER
 
 ROOT = Path(__file__).parent.parent
 CONSUMER = ROOT / "build" / "bench_consumer"

@@ -16,14 +16,14 @@ import uvloop
 
 from benchmarks.load import KINDS, Counters
 from benchmarks.measure import Result, Shared, Stopwatch, Task, answer, say, task_of_argument
-from streamer.allocator import keep_freed_memory
-from streamer.batch import Batch
-from streamer.envelope import Envelope
+from streamer.agent.allocator import keep_freed_memory
+from streamer.agent.service import Service
+from streamer.config.settings import AnySink, FileSink, KafkaSink, Limits, MqttSink, Rings, Settings
+from streamer.config.settings import StdoutSink as StdoutSettings
+from streamer.events.batch import Batch
+from streamer.events.envelope import Envelope
 from streamer.kernel.state import Identity, KernelState, KindStatus, ProgramStatus
-from streamer.ringbuf_reader import RingReader, RingSource
-from streamer.service import Service
-from streamer.settings import AnySink, FileSink, KafkaSink, Limits, MqttSink, Rings, Settings
-from streamer.settings import StdoutSink as StdoutSettings
+from streamer.ring.reader import RingReader, RingSource
 from streamer.sinks.base import Sink
 from streamer.sinks.factory import make_sink
 from streamer.sinks.stdout import StdoutSink

@@ -17,8 +17,8 @@ from streamer import __version__
 from streamer.errors import ConfigError, StreamerError
 
 if TYPE_CHECKING:
-    from streamer.config import Overrides
-    from streamer.settings import Limits, Settings
+    from streamer.config.loading import Overrides
+    from streamer.config.settings import Limits, Settings
 
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as of a program that SIGINT ended."""
@@ -85,7 +85,7 @@ def _fill_standard_descriptors() -> None:
 
 
 def _failed(error: StreamerError) -> int:
-    from streamer.render import printable
+    from streamer.terminal.lines import printable
 
     print(f"streamer: {printable(str(error))}", file=sys.stderr)
     return error.exit_code
@@ -103,9 +103,9 @@ def plan(arguments: argparse.Namespace) -> Plan:
     Raises:
         ConfigError: the file or an argument cannot be used.
     """
-    from streamer.events import KINDS
-    from streamer.selection import select
-    from streamer.settings import Limits
+    from streamer.config.selection import select
+    from streamer.config.settings import Limits
+    from streamer.events.kinds import KINDS
 
     settings = _settings(arguments)
     limits = Limits(
@@ -118,13 +118,13 @@ def plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    from streamer.config import load, merge
+    from streamer.config.loading import load, merge
 
     return merge(load(arguments.config), _overrides(arguments))
 
 
 def _overrides(arguments: argparse.Namespace) -> Overrides:
-    from streamer.config import Overrides
+    from streamer.config.loading import Overrides
 
     given: dict[str, Any] = {
         name: value for name, value in vars(arguments).items() if value is not None
@@ -143,15 +143,15 @@ def _overrides(arguments: argparse.Namespace) -> Overrides:
 
 def _run(arguments: argparse.Namespace) -> int:
     chosen = plan(arguments)
-    from streamer.run import run_service
+    from streamer.agent.run import run_service
 
     return run_service(chosen.settings, chosen.kinds, chosen.limits)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     chosen = plan(arguments)
-    from streamer.cli_text import check_code, check_text, json_text
-    from streamer.kernel.check import report
+    from streamer.agent.check import report
+    from streamer.terminal.tables import check_code, check_text, json_text
 
     found = report(chosen.settings, chosen.kinds)
     print(json_text(found) if arguments.json else check_text(found))
@@ -159,7 +159,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _events(arguments: argparse.Namespace) -> int:
-    from streamer import cli_text as text
+    from streamer.terminal import tables as text
 
     known = text.all_kinds()
     chosen = [text.named(known, kind) for kind in arguments.kinds] or list(known.values())
@@ -173,8 +173,8 @@ def _events(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from streamer import cli_text as text
-    from streamer.config import schema
+    from streamer.config.loading import schema
+    from streamer.terminal import tables as text
 
     if arguments.name == "config":
         print(text.json_text(schema()))

@@ -4,7 +4,7 @@ StreamerError
 ├── ConfigError        exit 2: the configuration or command line
 ├── PrivilegeError     exit 3: missing capabilities
 ├── KernelError        exit 3: no BPF, no BTF, an object that does not load
-│   ├── ContractError  exit 3: the object and `events.py` disagree
+│   ├── ContractError  exit 3: the object and `events/kinds.py` disagree
 │   └── HelperGone     exit 3: the process that holds the privileges has ended
 └── SinkError          exit 4: a sink that cannot go on
 
@@ -39,7 +39,7 @@ class KernelError(StreamerError):
 
 
 class ContractError(KernelError):
-    """A record in the BPF object is laid out differently from the generated `events.py`."""
+    """A record in the BPF object is laid out differently from the generated `events/kinds.py`."""
 
 
 class HelperGone(KernelError):

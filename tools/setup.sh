@@ -206,12 +206,13 @@ build_bpf() {
 }
 
 install_streamer() {
-    local sources=(pyproject.toml setup.py streamer/__init__.py streamer/_record{s,_batch}.c)
-    if fresh streamer "${sources[@]}" && compgen -G 'streamer/_records.*.so' >/dev/null &&
-        compgen -G 'streamer/_record_batch.*.so' >/dev/null; then return; fi
+    local sources=(pyproject.toml setup.py streamer/__init__.py streamer/ring/_records.c
+        streamer/sinks/kafka/_record_batch.c)
+    if fresh streamer "${sources[@]}" && compgen -G 'streamer/ring/_records.*.so' >/dev/null &&
+        compgen -G 'streamer/sinks/kafka/_record_batch.*.so' >/dev/null; then return; fi
     step "compiling the C modules and installing streamer" pip_install --no-deps --no-build-isolation -e .
     # The build goes on without its C modules; here a compiler is known to be there.
-    step "trying the C modules" $venv/bin/python -c 'import streamer._records, streamer._record_batch'
+    step "trying the C modules" $venv/bin/python -c 'import streamer.ring._records, streamer.sinks.kafka._record_batch'
     done_with
 }
 

@@ -18,12 +18,11 @@ from streamer.errors import KernelError
 from streamer.kernel.libbpf import Link, Map, Object, Program, functions_of
 from streamer.kernel.objects import KIND_END, SENSORS
 from streamer.kernel.perf_event import open_sampling
-from streamer.kernel.tags import ProgramInfo, SensorInfo
+from streamer.kernel.tags import RINGS, ProgramInfo, SensorInfo
 
 OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
 KERNEL_BTF = "/sys/kernel/btf/vmlinux"
 CORE = "core"
-RINGS = ("critical", "bulk")
 _WHOAMI, _TRY_FUNCTION = "whoami", "try_function"
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")

@@ -17,25 +17,24 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from streamer.config.settings import Filters, Kernel, Rings, Settings
 from streamer.errors import HelperGone, KernelError
-from streamer.events import KINDS, RECORDS
+from streamer.events.kinds import KINDS, RECORDS
+from streamer.kernel import capabilities
 from streamer.kernel.contract import check_object
 from streamer.kernel.loader import (
     ATTACHED,
     CORE,
     FAILED,
     OBJECTS,
-    RINGS,
     Attached,
     Loader,
     ProgramState,
 )
+from streamer.kernel.loading import LoaderLike
 from streamer.kernel.misses import missed_runs
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
-from streamer.kernel.tags import ProgramInfo
-from streamer.privilege import capabilities
-from streamer.privilege.loading import LoaderLike
-from streamer.settings import Filters, Kernel, Rings, Settings
+from streamer.kernel.tags import RINGS, ProgramInfo
 
 _KEEP, _DROP = b"\x01", b"\x02"
 _MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filter_mode"]}

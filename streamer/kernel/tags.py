@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+RINGS = ("critical", "bulk")
+"""In the order of `RING_CRITICAL` and so on in `bpf/core/settings.h`."""
+
 
 class ProgramInfo(NamedTuple):
     """A BPF program.

@@ -7,7 +7,8 @@ import pwd
 from typing import NamedTuple
 
 from streamer.errors import ConfigError, PrivilegeError
-from streamer.privilege import capabilities, landlock, seccomp
+from streamer.kernel import capabilities
+from streamer.privilege import landlock, seccomp
 from streamer.privilege.policies import worker_filter
 
 

@@ -21,12 +21,13 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from streamer.errors import StreamerError
+from streamer.kernel import capabilities
 from streamer.kernel.loader import Loader, ProgramState, Targets, ensure_tracefs, online_cpus
+from streamer.kernel.loading import LoaderLike
 from streamer.kernel.perf_event import open_sampling
-from streamer.privilege import capabilities, proc, seccomp
+from streamer.privilege import proc, seccomp
 from streamer.privilege.channel import Channel, Message, MessageError
 from streamer.privilege.files import AppendTarget, NamedFile, open_read
-from streamer.privilege.loading import LoaderLike
 from streamer.privilege.policies import helper_filter
 from streamer.privilege.requests import Refused, parse
 

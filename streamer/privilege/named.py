@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from streamer.config.settings import AnySink, FileSink, KafkaSink, MqttSink, Settings, Tls
 from streamer.privilege.files import NamedFile, own_descriptor
-from streamer.settings import AnySink, FileSink, KafkaSink, MqttSink, Settings, Tls
 
 
 def named_files(settings: Settings) -> tuple[NamedFile, ...]:

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from streamer.config.settings import Settings
 from streamer.errors import PrivilegeError
 from streamer.privilege import drop
 from streamer.privilege.channel import MESSAGE_BYTES, MOST_DESCRIPTORS, Channel
 from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener
 from streamer.privilege.named import named_files
-from streamer.settings import Settings
 
 HELPER = os.path.join(os.path.dirname(__file__), "__main__.py")
 """The program that the helper runs."""

@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from streamer.batch import Batch
+from streamer.events.batch import Batch
 
 Status = Literal["starting", "up", "down", "closed"]
 

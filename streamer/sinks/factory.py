@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from streamer import settings
-from streamer.batch import Batch
+from streamer.config import settings
+from streamer.events.batch import Batch
 from streamer.privilege.files import DIRECT, Opener
 from streamer.sinks.base import Sink
 

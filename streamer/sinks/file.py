@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from streamer import settings as config
-from streamer.batch import Batch
+from streamer.config import settings as config
 from streamer.errors import HelperGone, SinkError
+from streamer.events.batch import Batch
 from streamer.privilege.files import DIRECT, Appendable, Opener
 from streamer.sinks.writer import WriterSink
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamer.batch import Batch, Event
+from streamer.events.batch import Batch, Event
 from streamer.sinks.base import Sink
 
 

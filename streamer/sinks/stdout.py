@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from streamer import settings as config
-from streamer.batch import Batch, Encoding
+from streamer.config import settings as config
 from streamer.errors import SinkError
+from streamer.events.batch import Batch, Encoding
 from streamer.sinks.writer import WriterSink
 
 

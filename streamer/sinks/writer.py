@@ -27,7 +27,7 @@ from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import TypeVar
 
-from streamer.batch import Batch
+from streamer.events.batch import Batch
 from streamer.sinks.base import Sink
 
 Buffer = bytes | memoryview

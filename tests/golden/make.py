@@ -14,11 +14,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from streamer.events import HEADER, KINDS, RECORDS
+from streamer.config.settings import Filters, Settings
+from streamer.events.kinds import HEADER, KINDS, RECORDS
 from streamer.kernel import state as kernel
 from streamer.kernel.state import KernelState
-from streamer.records_py import Decoder, Ring
-from streamer.settings import Filters, Settings
+from streamer.ring.records_py import Decoder, Ring
 from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, PLACE, Case, constants, published, save
 from tests.kernel.scope import Scope, cgroup_mount
 

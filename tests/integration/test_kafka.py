@@ -27,12 +27,13 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic  # type: ignore[import-untyped]
 from aiokafka.protocol.admin import CreateAclsRequest  # type: ignore[import-untyped]
 
-from streamer.batch import Batch
+from streamer.config.settings import KafkaSink as Settings
+from streamer.config.settings import Sasl, Tls
 from streamer.errors import ConfigError
-from streamer.settings import KafkaSink as Settings
-from streamer.settings import Sasl, Tls
-from streamer.sinks import kafka, kafka_client
-from streamer.sinks.kafka import KafkaSink
+from streamer.events.batch import Batch
+from streamer.sinks.kafka import client
+from streamer.sinks.kafka import sink as kafka_sink
+from streamer.sinks.kafka.sink import KafkaSink
 from tests.brokers import KafkaBroker, free_port
 from tests.recorder import Recorder
 
@@ -360,7 +361,7 @@ async def test_refused_times_are_named(broker: KafkaBroker) -> None:
 async def test_missing_topic_is_named_and_waited_for(
     mortal: KafkaBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka_client, "TOPIC_SECONDS", 0.5)
+    monkeypatch.setattr(client, "TOPIC_SECONDS", 0.5)
     topic = next(topics)
     sink, heard = make(mortal.address, topic)
     async with started(sink):
@@ -385,7 +386,7 @@ async def test_killed_broker_costs_no_event_and_no_duplicate(
     mortal: KafkaBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL in mid-stream, twice, and a new start on the same data."""
-    monkeypatch.setattr(kafka, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(kafka_sink, "STALL_SECONDS", 0.5)
     topic = next(topics)
     await create(mortal, topic)
     sink, heard = make(mortal.address, topic, batch_bytes=16384, linger_ms=2)
@@ -465,7 +466,7 @@ async def test_cluster_that_moved_is_found_through_the_bootstrap_servers(
     mortal: KafkaBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A producer knows only the brokers it met: when all have moved it is replaced."""
-    monkeypatch.setattr(kafka, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(kafka_sink, "STALL_SECONDS", 0.5)
     topic, before, after = next(topics), mortal.port, free_port()
     await create(mortal, topic)
     sink, heard = make(f"127.0.0.1:{before},127.0.0.1:{after}", topic, request_timeout_seconds=1)

@@ -21,11 +21,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from streamer import settings
-from streamer.batch import Batch
+from streamer.config import settings
 from streamer.errors import ConfigError
+from streamer.events.batch import Batch
 from streamer.sinks.base import Sink
-from streamer.sinks.mqtt import MqttSink
+from streamer.sinks.mqtt.sink import MqttSink
 from tests.brokers import MosquittoBroker, free_port
 from tests.recorder import Recorder
 

@@ -20,8 +20,8 @@ from typing import Any, Self
 
 import msgspec
 
-from streamer.events import KINDS
-from streamer.stream_events import STREAM_KINDS, StreamHeartbeat, StreamLoss, StreamManifest
+from streamer.events.kinds import KINDS
+from streamer.events.stream import STREAM_KINDS, StreamHeartbeat, StreamLoss, StreamManifest
 from tests.kernel.pace import seconds
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -24,8 +24,8 @@ from functools import partial
 from typing import Any
 
 from streamer import cli
-from streamer.batch import Batch
-from streamer.service import Service
+from streamer.agent.service import Service
+from streamer.events.batch import Batch
 
 _SYSTEM_CALLS: Mapping[str, Mapping[str, int]] = {
     "x86_64": {

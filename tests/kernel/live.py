@@ -11,13 +11,13 @@ from typing import Any, Self
 
 import msgspec
 
-from streamer.account import KernelCounters
-from streamer.envelope import Envelope
+from streamer.agent.counters import KernelCounters
+from streamer.config.settings import Filters, Settings
+from streamer.events.envelope import Envelope
+from streamer.events.stream import KindCounts
 from streamer.kernel import state
 from streamer.kernel.loader import OBJECTS
-from streamer.ringbuf_reader import RingSource
-from streamer.settings import Filters, Settings
-from streamer.stream_events import KindCounts
+from streamer.ring.reader import RingSource
 from tests.kernel.agent import kind_of
 from tests.kernel.bpf_maps import HeldMap, maps_of
 from tests.kernel.scope import Scope

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from streamer.config.settings import Settings
 from streamer.errors import ContractError, KernelError
-from streamer.events import KINDS
+from streamer.events.kinds import KINDS
 from streamer.kernel import state
 from streamer.kernel.loader import OBJECTS, Loader
 from streamer.kernel.state import KindStatus
-from streamer.settings import Settings
 from tests.bpf_variant import Change, Variant
 from tests.kernel.agent import ROOT, Agent
 from tests.kernel.pace import seconds

@@ -47,7 +47,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = Variant(directory, changes, ("core", "process"), sensor)
     ours = shutil.ignore_patterns("bpf", "__pycache__")
     shutil.copytree(ROOT / "streamer", made.root / "streamer", ignore=ours, dirs_exist_ok=True)
-    subprocess.run([sys.executable, "-m", "streamer.gen"], cwd=made.root, check=True)
+    subprocess.run([sys.executable, "-m", "tools.gen"], cwd=made.root, check=True)
     return made.root
 
 

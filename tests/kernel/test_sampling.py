@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from streamer.stream_events import KindCounts
+from streamer.events.stream import KindCounts
 from tests.kernel.agent import Agent, Recording
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import open_missing

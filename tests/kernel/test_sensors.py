@@ -16,15 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from streamer.config.settings import Kernel, Rings, Settings
 from streamer.errors import KernelError
-from streamer.events import KINDS
-from streamer.gen.sensors import read_sensor
+from streamer.events.kinds import KINDS
 from streamer.kernel.btf import Btf
 from streamer.kernel.loader import Attached, Loader, ProgramState, last_possible_cpu
 from streamer.kernel.misses import missed_runs
 from streamer.kernel.objects import KIND_END, SENSORS
 from streamer.kernel.tags import SensorInfo
-from streamer.settings import Kernel, Rings, Settings
 from tests.bpf_variant import Variant
 from tests.conftest import Require
 from tests.kernel.agent import ROOT, Agent
@@ -33,6 +32,7 @@ from tests.kernel.live import Live
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import kernel_knows, open_missing
+from tools.gen.sensors import read_sensor
 
 pytestmark = pytest.mark.kernel
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from streamer.config.settings import Filters, Kernel, Settings
 from streamer.errors import KernelError
-from streamer.settings import Filters, Kernel, Settings
 from tests.brokers import free_port
 from tests.kernel.agent import kind_of
 from tests.kernel.live import Live

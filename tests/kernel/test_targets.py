@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from streamer.errors import KernelError
+from streamer.kernel.capabilities import CAP_NET_ADMIN
 from streamer.kernel.loader import OBJECTS, Loader, ProgramState, Targets
-from streamer.privilege.capabilities import CAP_NET_ADMIN
+from streamer.kernel.loading import LoaderLike
 from streamer.privilege.client import RemoteLoader
-from streamer.privilege.loading import LoaderLike
 from streamer.privilege.split import start_helper
 from tests.bpf_variant import ROOT
 from tests.conftest import SET_UP, Require

@@ -6,15 +6,15 @@ import mmap
 import struct
 from collections.abc import Mapping
 
-from streamer.account import KernelCounters, LossLedger, faults
-from streamer.events import KINDS
-from streamer.gaps import Loss
-from streamer.kernel.loader import RINGS
+from streamer.agent.counters import KernelCounters, LossLedger, faults
+from streamer.agent.reports import account_line
+from streamer.events.kinds import KINDS
+from streamer.events.stream import CpuMark, KindCounts
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS
 from streamer.kernel.state import size_of
-from streamer.reports import account_line
+from streamer.kernel.tags import RINGS
+from streamer.ring.gaps import Loss
 from streamer.sinks.memory import MemorySink
-from streamer.stream_events import CpuMark, KindCounts
 
 RING_OF = {kind: info.ring for kind, info in KINDS.items()}
 AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}

@@ -15,13 +15,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from streamer import __version__, cli, cli_text
+from streamer import __version__, cli
 from streamer.cli import Plan, main, plan
+from streamer.config.settings import FileSink, Filters, KafkaSink, Limits, Settings, StdoutSink
 from streamer.errors import ConfigError
-from streamer.events import KINDS
-from streamer.kernel.check import CheckReport
-from streamer.settings import FileSink, Filters, KafkaSink, Limits, Settings, StdoutSink
-from streamer.stream_events import STREAM_KINDS
+from streamer.events.kinds import KINDS
+from streamer.events.stream import STREAM_KINDS
+from streamer.kernel.report import CheckReport
+from streamer.terminal import tables
 
 COMMANDS = ("run", "check", "events", "schema")
 DEFAULT = frozenset(kind for kind in KINDS if kind.startswith(("process.", "net.")))
@@ -70,7 +71,7 @@ def test_help_loads_nothing_but_argparse() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     loaded = set(done.stderr.split())
     assert "streamer.cli" in loaded
-    assert not loaded & {"msgspec", "asyncio", "uvloop", "aiokafka", "streamer.settings"}
+    assert not loaded & {"msgspec", "asyncio", "uvloop", "aiokafka", "streamer.config.settings"}
 
 
 # ----------------------------------------------------------------------- what `run` comes to
@@ -249,7 +250,7 @@ def test_events_of_a_kind_shows_every_field(kind: str, capsys: pytest.CaptureFix
     assert main(["events", kind]) == 0
     head, *unseen, table = capsys.readouterr().out.split("\n\n")
     columns, *rows = table.splitlines()
-    info = cli_text.all_kinds()[kind]
+    info = tables.all_kinds()[kind]
     assert head.startswith(f"{kind} ({info.ring}, ")
     assert unseen == ([f"Never observed: {'; '.join(info.unseen)}."] if info.unseen else [])
     assert columns.split() == ["field", "type", "meaning"]
@@ -267,8 +268,8 @@ def test_events_of_a_kind_shows_every_field(kind: str, capsys: pytest.CaptureFix
     ],
 )
 def test_events_of_a_kind_says_when_it_is_on(kind: str, when: str) -> None:
-    info = cli_text.all_kinds()[kind]
-    assert cli_text.kind_text(info).startswith(f"{kind} ({when}): {info.doc}\n\n")
+    info = tables.all_kinds()[kind]
+    assert tables.kind_text(info).startswith(f"{kind} ({when}): {info.doc}\n\n")
 
 
 def test_events_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -354,11 +355,11 @@ def report(**statuses: str) -> CheckReport:
 )
 def test_how_check_ends(statuses: dict[str, str], code: int) -> None:
     asked = frozenset({"process.exec", "net.close"})
-    assert cli_text.check_code(report(**statuses), asked) == code
+    assert tables.check_code(report(**statuses), asked) == code
 
 
 def test_the_report_of_check_for_people() -> None:
-    text = cli_text.check_text(report(process_exec="full", net_close="missing"))
+    text = tables.check_text(report(process_exec="full", net_close="missing"))
     assert text == (
         "kernel Linux 6.1.0 x86_64: not everything can be observed\n"
         "\n"

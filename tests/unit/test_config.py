@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from msgspec import inspect
 
-from streamer import config, config_docs, config_words, events
-from streamer.config import Overrides, load, merge, parse_sink
-from streamer.errors import ConfigError
-from streamer.selection import DEFAULT_EVENTS, select
-from streamer.settings import (
+from streamer.config import loading as config
+from streamer.config import messages, reference
+from streamer.config.loading import Overrides, load, merge, parse_sink
+from streamer.config.selection import DEFAULT_EVENTS, select
+from streamer.config.settings import (
     FileSink,
     Filters,
     KafkaSink,
@@ -27,6 +27,8 @@ from streamer.settings import (
     StdoutSink,
     Tls,
 )
+from streamer.errors import ConfigError
+from streamer.events import kinds as events
 
 KINDS = ("process.exec", "process.fork", "process.exit", "file.open", "net.connect", "net.close")
 ROOT_KEYS = (
@@ -340,7 +342,7 @@ def test_a_file_is_not_needed(file: Path) -> None:
 
 
 def test_a_file_sets_what_it_names_and_nothing_else(file: Path) -> None:
-    file.write_text(config_docs.EXAMPLE)
+    file.write_text(reference.EXAMPLE)
     assert load(file) == Settings(
         events=("default", "file.open"),
         filters=Filters(exclude_comms=("node_exporter",), path_prefixes=("/etc", "/usr")),
@@ -617,20 +619,20 @@ def _tables(table: inspect.StructType) -> list[inspect.StructType]:
     inner = [
         part
         for field in table.fields
-        for node in (field.type, config_words.item(field.type))
+        for node in (field.type, messages.item(field.type))
         if node is not None
-        for part in config_words.structs(node)
+        for part in messages.structs(node)
     ]
     return [table, *(deep for part in inner for deep in _tables(part))]
 
 
 def test_every_setting_is_documented_with_its_limits_default_and_meaning() -> None:
     page = config.documentation()
-    (root,) = config_words.structs(config_words.type_of(Settings))
+    (root,) = messages.structs(messages.type_of(Settings))
     for table in _tables(root):
         for field in table.fields:
-            assert config_docs.meaning(field), f"{table.cls.__name__}.{field.name} needs a doc()"
-            assert f"| `{field.encode_name}` | {config_words.allowed(field.type)} |" in page
+            assert reference.meaning(field), f"{table.cls.__name__}.{field.name} needs a doc()"
+            assert f"| `{field.encode_name}` | {messages.allowed(field.type)} |" in page
 
 
 def test_the_page_names_every_sink_and_section() -> None:
@@ -643,8 +645,8 @@ def test_the_page_names_every_sink_and_section() -> None:
 
 
 def test_the_example_of_the_page_is_toml() -> None:
-    assert f"```toml\n{config_docs.EXAMPLE}```" in config.documentation()
-    assert tomllib.loads(config_docs.EXAMPLE)["sinks"][1]["type"] == "file"
+    assert f"```toml\n{reference.EXAMPLE}```" in config.documentation()
+    assert tomllib.loads(reference.EXAMPLE)["sinks"][1]["type"] == "file"
 
 
 def test_the_json_schema_closes_every_table_and_carries_the_meanings() -> None:

@@ -7,8 +7,8 @@ import logging
 import msgspec
 import pytest
 
-from streamer.batch import Batch
-from streamer.fanout import Fanout, Policy, policy_of
+from streamer.agent.fanout import Fanout, Policy, policy_of
+from streamer.events.batch import Batch
 from streamer.sinks.memory import MemorySink
 
 

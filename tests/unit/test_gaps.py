@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.gaps import GapTracker, Loss
+from streamer.ring.gaps import GapTracker, Loss
 
 GRACE = 100
 LATER = 1000

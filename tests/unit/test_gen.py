@@ -16,15 +16,16 @@ from typing import Any
 
 import pytest
 
-from streamer import _records, events, records_py
 from streamer.errors import ContractError
-from streamer.gen.files import outputs
-from streamer.gen.sensors import read_sensor
+from streamer.events import kinds as events
 from streamer.kernel import objects
 from streamer.kernel.btf import Btf
 from streamer.kernel.contract import compare, contract_of
+from streamer.ring import _records, records_py
 from tests.bpf_variant import EVERY_RECORD, ROOT, Change, Variant, example_of_a_kind
 from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, Case, constants, load, published
+from tools.gen.files import outputs
+from tools.gen.sensors import read_sensor
 
 LAST_OF_EXIT = (
     '	__u8 core_dumped AS("bool") DOC("whether a core was dumped");\n	__u8 pad[7] HIDDEN;\n'
@@ -44,7 +45,7 @@ def variant(tmp_path: Path) -> Make:
 
 def generate(made: Variant, *options: str) -> subprocess.CompletedProcess[str]:
     """The command that derives everything, for another source tree."""
-    command = [sys.executable, "-m", "streamer.gen", "--objects", str(made.objects)]
+    command = [sys.executable, "-m", "tools.gen", "--objects", str(made.objects)]
     command += ["--root", str(made.root), *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -59,7 +60,7 @@ def refusal(made: Variant) -> str:
     return line
 
 
-def generated(made: Variant, place: str = "streamer/events.py") -> ModuleType:
+def generated(made: Variant, place: str = "streamer/events/kinds.py") -> ModuleType:
     """A module that was generated for another source tree."""
     name = "streamer_of_a_test_" + Path(place).stem
     spec = importlib.util.spec_from_file_location(name, made.root / place)
@@ -168,7 +169,7 @@ def test_a_second_run_writes_nothing(with_answer: Variant) -> None:
 
 def test_check_names_every_stale_file_and_writes_none(with_answer: Variant) -> None:
     root = with_answer.root
-    stale = [root / "streamer/events.py", root / "streamer/kernel/objects.py"]
+    stale = [root / "streamer/events/kinds.py", root / "streamer/kernel/objects.py"]
     stale += [root / "docs/events.md", root / "schemas/net.close.json"]
     for path in stale[:3]:
         path.write_text(path.read_text() + "\n# changed by hand\n")
@@ -325,7 +326,7 @@ def test_the_privileged_process_imports_little() -> None:
     )
     loaded = set(ended.stdout.split())
     assert "streamer.kernel.tags" in loaded
-    assert not loaded & {"msgspec", "streamer.events", "streamer.layout", "asyncio"}
+    assert not loaded & {"msgspec", "streamer.events.kinds", "streamer.events.layout", "asyncio"}
 
 
 SOURCE = """// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from streamer import _records, records_py
-from streamer.events import HEADER, KINDS, RECORDS
+from streamer.events.kinds import HEADER, KINDS, RECORDS
 from streamer.kernel.objects import CONTRACT
+from streamer.ring import _records, records_py
 from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, PLACE, Case, constants, load, published
 
 CASES = load()

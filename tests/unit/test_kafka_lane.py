@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.batch import Batch
-from streamer.sinks.kafka import backoff
-from streamer.sinks.kafka_client import partition_of
-from streamer.sinks.kafka_lane import Lane, Piece, split
+from streamer.events.batch import Batch
+from streamer.sinks.kafka.client import partition_of
+from streamer.sinks.kafka.queue import Lane, Piece, split
+from streamer.sinks.kafka.sink import backoff
 
 
 class FileOpen(msgspec.Struct, tag_field="event", tag="file.open"):

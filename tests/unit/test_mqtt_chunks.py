@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from streamer.batch import Batch
 from streamer.errors import ConfigError
-from streamer.sinks.chunks import Chunk, ChunkQueue, cut
-from streamer.sinks.mqtt import MAX_TRIES, expand_topic, retry_delay, verdict
-from streamer.sinks.mqtt_connection import (
+from streamer.events.batch import Batch
+from streamer.sinks.mqtt.chunks import Chunk, ChunkQueue, cut
+from streamer.sinks.mqtt.connection import (
     PackedProperties,
     code_name,
     content_properties,
     packet_size,
     user_property,
 )
+from streamer.sinks.mqtt.sink import MAX_TRIES, expand_topic, retry_delay, verdict
 
 
 class Exec(msgspec.Struct, tag_field="event", tag="process.exec"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from msgspec import inspect
 
-from streamer.credentials import read_secret, ssl_context
+from streamer.config.settings import FileSink, KafkaSink, MqttSink, Sasl, Settings, StdoutSink, Tls
 from streamer.errors import ConfigError
 from streamer.privilege.drop import account_of
 from streamer.privilege.files import (
@@ -23,7 +23,7 @@ from streamer.privilege.files import (
     read_all,
 )
 from streamer.privilege.named import named_files
-from streamer.settings import FileSink, KafkaSink, MqttSink, Sasl, Settings, StdoutSink, Tls
+from streamer.sinks.credentials import read_secret, ssl_context
 
 # ---------------------------------------------------------------- which they are
 

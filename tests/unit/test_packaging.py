@@ -23,8 +23,8 @@ import uvloop
 from packaging.requirements import Requirement
 
 import streamer
-from streamer.config import load
-from streamer.settings import KafkaSink, MqttSink
+from streamer.config.loading import load
+from streamer.config.settings import KafkaSink, MqttSink
 from tests.vm import suite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,10 +208,10 @@ def test_the_wheel_carries_programs_and_module_and_no_sources(wheel: Path) -> No
     names = zipfile.ZipFile(wheel).namelist()
     package = {name for name in names if name.startswith("streamer/")}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    modules = {f"streamer/_record{end}" for end in (f"s{suffix}", f"_batch{suffix}")}
+    modules = {f"streamer/{m}{suffix}" for m in ("ring/_records", "sinks/kafka/_record_batch")}
     assert {*OBJECTS, "streamer/py.typed"} | modules <= package
     assert {name for name in package if name.startswith("streamer/bpf/")} == OBJECTS
-    assert {"streamer/_records.pyi", "streamer/_record_batch.pyi"} <= package
+    assert {"streamer/ring/_records.pyi", "streamer/sinks/kafka/_record_batch.pyi"} <= package
     assert not {name for name in names if name.endswith((".c", ".h", ".pyc"))}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"streamer"}
 
@@ -265,7 +265,7 @@ def test_the_installed_wheel_runs_without_a_compiler(wheel: Path, tmp_path: Path
     listed = run(command, "events", cwd=tmp_path, environ=alone)
     assert (listed.returncode, listed.stderr) == (0, "")
     assert "process.exec" in listed.stdout
-    script = "import streamer.records as r; print(r.COMPILED, r.__file__)"
+    script = "import streamer.ring.records as r; print(r.COMPILED, r.__file__)"
     located = run(python, "-c", script, cwd=tmp_path, environ=alone)
     assert located.stdout.startswith(f"True {installed}"), located.stderr
 
@@ -278,11 +278,11 @@ def test_without_a_c_compiler_the_wheel_has_the_slower_reader(
     command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, copy)
     built = run(*command, environ={"CC": "false"})
     assert built.returncode == 0, built.stderr
-    for module in ("streamer._records", "streamer._record_batch"):
+    for module in ("streamer.ring._records", "streamer.sinks.kafka._record_batch"):
         assert f"without {module} streamer is slower" in built.stdout + built.stderr
     (path,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(path).extractall(unpacked)
-    script = "import streamer.records as r; print(r.COMPILED, r.__file__)"
+    script = "import streamer.ring.records as r; print(r.COMPILED, r.__file__)"
     found = run(sys.executable, "-c", script, cwd=unpacked, environ={"PYTHONPATH": str(unpacked)})
     assert found.stdout.startswith(f"False {unpacked}"), found.stderr
 

@@ -7,7 +7,7 @@ from aiokafka.record.memory_records import MemoryRecords  # type: ignore[import-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.sinks.record_batch import CODECS, Records, lay_out, lay_out_py, record_batch
+from streamer.sinks.kafka.record_batch import CODECS, Records, lay_out, lay_out_py, record_batch
 
 # From before 1970 to as far as 64 bits of nanoseconds go.
 times = st.integers(-(1 << 62), (1 << 63) - 1)

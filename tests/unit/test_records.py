@@ -19,8 +19,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from streamer import _records, records, records_py
-from streamer.layout import FieldLayout, RecordLayout
+from streamer.events.layout import FieldLayout, RecordLayout
+from streamer.ring import _records, records, records_py
 from tests.unit.ring import (
     DATA_OFFSET,
     DISCARD,

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer import _records, records_py
+from streamer.ring import _records, records_py
 from tests.unit.ring import BUSY, DATA_OFFSET, DISCARD, Reserved, SimulatedRing, ring_step
 from tests.unit.test_records import (
     CONSTANTS,

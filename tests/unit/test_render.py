@@ -17,10 +17,9 @@ from typing import Any, get_origin, get_type_hints
 import msgspec
 import pytest
 
-from streamer import events, render
-from streamer.batch import Batch
-from streamer.render import Rates, Renderer, StatusLine, printable, status_text
-from streamer.stream_events import (
+from streamer.events import kinds as events
+from streamer.events.batch import Batch
+from streamer.events.stream import (
     KindCounts,
     KindReport,
     SinkCounts,
@@ -28,6 +27,8 @@ from streamer.stream_events import (
     StreamLoss,
     StreamManifest,
 )
+from streamer.terminal import lines as render
+from streamer.terminal.lines import Rates, Renderer, StatusLine, printable, status_text
 
 COMMON = {"time_ns": 1_800_000_000_123_456_789, "pid": 42, "uid": 1000, "comm": "bash"}
 

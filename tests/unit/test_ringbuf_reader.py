@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 import pytest
 
-from streamer.batch import Batch
-from streamer.gaps import GapTracker
+from streamer.events.batch import Batch
 from streamer.kernel.objects import CONTRACT
-from streamer.ringbuf_reader import LOOKS_IN_VAIN, RingReader
+from streamer.ring.gaps import GapTracker
+from streamer.ring.reader import LOOKS_IN_VAIN, RingReader
 
 INTERVAL_MS = 2
 WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}

@@ -287,7 +287,8 @@ def test_numbers_are_those_of_the_headers(machine: str, require: Require) -> Non
 
 INSTALLED = """
 import ctypes, errno, os, socket, sys, threading
-from streamer.privilege import capabilities, seccomp
+from streamer.privilege import seccomp
+from streamer.kernel import capabilities
 from streamer.privilege.policies import worker_filter
 ready, go = threading.Event(), threading.Event()
 results = []

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer import settings
-from streamer.batch import Batch
+from streamer.config import settings
 from streamer.errors import SinkError
+from streamer.events.batch import Batch
 from streamer.sinks.base import Sink
 from streamer.sinks.file import FileSink
 from streamer.sinks.stdout import StdoutSink

@@ -1,0 +1,117 @@
+"""The account: what the kernel produced, and what became of it."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections import Counter
+from collections.abc import Mapping
+
+from streamer.events.kinds import RECORDS
+from streamer.events.stream import CpuMark, KindCounts
+from streamer.kernel.objects import CONTRACT, KIND_END
+from streamer.kernel.state import size_of
+from streamer.kernel.tags import RINGS
+from streamer.ring.gaps import Loss
+
+_AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}
+_CPU_BYTES = size_of("cpu_counters")
+_PER_KIND = struct.Struct("<4Q")  # struct kind_counters
+_FIELDS = tuple(name for name, _, _ in CONTRACT["kind_counters"])
+assert _FIELDS == ("produced", "filtered", "shed", "lost")
+_LOST = _FIELDS.index("lost")
+_FAULTS = tuple(
+    name.removeprefix("FAULT_").lower()
+    for name, _, _ in CONTRACT["enum fault"]
+    if name != "FAULT_END"
+)
+
+
+class KernelCounters:
+    """Reads the counters of every CPU and kind from the mapped arrays."""
+
+    def __init__(self, counters: mmap.mmap, kind_counters: mmap.mmap, cpus: int) -> None:
+        """`counters` holds a `struct cpu_counters` per CPU, `kind_counters` a
+        `struct kind_counters` per kind and CPU.
+        """
+        self._counters = counters
+        self._kind_counters = kind_counters
+        self.cpus = cpus
+
+    def of_kind(self, number: int) -> tuple[int, ...]:
+        """Produced, filtered, shed and lost of a kind, on all CPUs."""
+        rows = [self._row(cpu, number) for cpu in range(self.cpus)]
+        return tuple(map(sum, zip(*rows, strict=True)))
+
+    def lost(self, cpu: int) -> dict[str, int]:
+        """Lost on one CPU, per kind that lost any."""
+        rows = ((layout.kind, self._row(cpu, n)[_LOST]) for n, layout in RECORDS.items())
+        return {kind: lost for kind, lost in rows if lost}
+
+    def kinds(self, read: Mapping[str, int]) -> dict[str, KindCounts]:
+        """The counts of every kind that was produced; `read` is what came out of the rings."""
+        found = {}
+        for number, layout in RECORDS.items():
+            counts = self.of_kind(number)
+            if any(counts):
+                found[layout.kind] = KindCounts(
+                    **dict(zip(_FIELDS, counts, strict=True)), read=read.get(layout.kind, 0)
+                )
+        return found
+
+    def marks(self, passed: Mapping[tuple[str, int], int]) -> list[CpuMark]:
+        """Sequence per ring and CPU that has any; `passed` is the reader's."""
+        marks = []
+        for cpu in range(self.cpus):
+            seqs, skipped = self._rings(cpu, "seq"), self._rings(cpu, "skipped")
+            for i, ring in enumerate(RINGS):
+                if seqs[i]:
+                    read = passed.get((ring, cpu), 0)
+                    marks.append(CpuMark(ring, cpu, seqs[i], read, skipped[i]))
+        return marks
+
+    def seqs(self) -> dict[str, list[int]]:
+        """Per ring, the last sequence number taken on each CPU."""
+        rows = [self._rings(cpu, "seq") for cpu in range(self.cpus)]
+        return {ring: [row[i] for row in rows] for i, ring in enumerate(RINGS)}
+
+    def _row(self, cpu: int, number: int) -> tuple[int, ...]:
+        at = (cpu * KIND_END + number) * _PER_KIND.size
+        return _PER_KIND.unpack_from(self._kind_counters, at)
+
+    def _rings(self, cpu: int, name: str) -> tuple[int, ...]:
+        at = cpu * _CPU_BYTES + _AT[name]
+        return struct.unpack_from(f"<{len(RINGS)}Q", self._counters, at)
+
+
+def faults(counters: mmap.mmap) -> dict[str, int]:
+    """What went wrong in the kernel apart from numbered losses, by name, if it ever did."""
+    counts = struct.unpack_from(f"<{len(_FAULTS)}Q", counters)
+    return {name: count for name, count in zip(_FAULTS, counts, strict=True) if count}
+
+
+class LossLedger:
+    """Tells which kinds a gap was made of, from the kernel's counters of failed reserves."""
+
+    def __init__(self, counters: KernelCounters, rings: Mapping[str, str]) -> None:
+        """`rings`: the ring that each kind travels in."""
+        self._counters = counters
+        self._rings = rings
+        self._told: dict[int, Counter[str]] = {}
+
+    def kinds(self, ring: str, loss: Loss) -> dict[str, int]:
+        """Counts per kind for a loss, as far as they are known; they add up to at most its count.
+
+        Each failed reserve that the kernel counted is attributed to one loss only.
+        """
+        told = self._told.setdefault(loss.cpu, Counter())
+        found: dict[str, int] = {}
+        room = loss.count
+        for kind, lost in self._counters.lost(loss.cpu).items():
+            if self._rings[kind] == ring and room:
+                part = min(lost - told[kind], room)
+                if part > 0:
+                    found[kind] = part
+                    told[kind] += part
+                    room -= part
+        return found

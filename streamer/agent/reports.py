@@ -1,0 +1,235 @@
+"""The agent's own records: what is observed, the account so far, and every loss."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+import msgspec
+
+from streamer import __version__
+from streamer.agent.counters import KernelCounters, LossLedger, faults
+from streamer.config.settings import Filters
+from streamer.events.envelope import Envelope
+from streamer.events.kinds import KINDS
+from streamer.events.stream import (
+    KindCounts,
+    KindReport,
+    ProgramReport,
+    ReaderCounts,
+    SinkCounts,
+    StreamHeartbeat,
+    StreamLoss,
+    StreamManifest,
+)
+from streamer.kernel.state import KernelState
+from streamer.ring.reader import RingReader
+from streamer.sinks.base import Sink
+
+_UNREAD = "not read when the agent stopped; those in kinds found no room in the kernel"
+
+
+class Reporter:
+    """Makes the records of the stream from the state of kernel, reader and sinks."""
+
+    def __init__(
+        self, envelope: Envelope, kernel: KernelState, reader: RingReader, filters: Filters
+    ) -> None:
+        """`filters` are named in the manifest."""
+        self._envelope = envelope
+        self._kernel = kernel
+        self._reader = reader
+        self._filters = filters
+        self._counters = KernelCounters(kernel.counters, kernel.kind_counters, kernel.cpus)
+        self._ledger = LossLedger(self._counters, {k: info.ring for k, info in KINDS.items()})
+        self._undecodable_told = 0
+        self._missed_told: Counter[str] = Counter()
+        self._started = time.monotonic()
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the reporter was made."""
+        return time.monotonic() - self._started
+
+    def counts(self, read: Mapping[str, int]) -> dict[str, KindCounts]:
+        """The counts per kind; `read` are the events that came out of the rings."""
+        return self._counters.kinds(read)
+
+    @property
+    def missed_runs(self) -> int:
+        """Runs of programs that the kernel left out, as far as they were told."""
+        return self._missed_told.total()
+
+    def manifest(self, kinds: Iterable[str], sinks: Iterable[Sink]) -> StreamManifest:
+        """What is observed of `kinds`, and how."""
+        system = os.uname()
+        return self._envelope.record(
+            StreamManifest,
+            agent=__version__,
+            agent_pid=os.getpid(),
+            initial_mntns=self._kernel.identity.initial_mntns,
+            kernel=system.release,
+            machine=system.machine,
+            cpus=self._kernel.cpus,
+            rings=dict(self._kernel.ring_bytes),
+            kinds={
+                kind: KindReport(state.status, state.reason, KINDS[kind].unseen)
+                for kind, state in self._kernel.coverage(frozenset(kinds)).items()
+            },
+            programs=[
+                ProgramReport(p.name, p.sensor, p.hook, p.way, p.kinds, p.status, p.reason)
+                for p in self._kernel.statuses
+            ],
+            filters=filters_in_force(self._filters),
+            sinks=[sink.name for sink in sinks],
+        )
+
+    def heartbeat(self, read: Mapping[str, int], sinks: Iterable[Sink]) -> StreamHeartbeat:
+        """The account so far."""
+        passed = {
+            (source.name, cpu): source.ring.next_seq(cpu) - 1
+            for source in self._reader.sources
+            for cpu in range(self._kernel.cpus)
+        }
+        return self._envelope.record(
+            StreamHeartbeat,
+            uptime_seconds=round(self.uptime, 3),
+            kinds=self.counts(read),
+            cpus=self._counters.marks(passed),
+            sinks={sink.name: sink_counts(sink) for sink in sinks},
+            reader=self._reader_counts(),
+            faults=faults(self._kernel.faults),
+            missed=self._kernel.missed(),
+        )
+
+    def losses(self, *, final: bool = False) -> list[StreamLoss]:
+        """What was lost in the kernel or in the decoder, and not told yet.
+
+        With `final`, also what is still in the rings: nobody will read it.
+        """
+        seqs = self._counters.seqs()
+        more = self._reader.drain_once()
+        if final or not (more or self._reader.paused or self._reader.done):
+            self._reader.look_for_tails(seqs, final=final)
+        unread = {source.name for source in self._reader.sources if final and source.ring.pending}
+        return [*self._kernel_losses(unread, final=final), *self._undecodable()]
+
+    def missed(self) -> list[StreamLoss]:
+        """Runs of programs that the kernel left out, and that were not told yet."""
+        now = Counter(self._kernel.missed())
+        new, self._missed_told = now - self._missed_told, now
+        return [
+            self._envelope.record(
+                StreamLoss,
+                stage="kernel",
+                count=runs,
+                kinds={},
+                reason=f"{name} was not run, its CPU was running a program already: "
+                "each may have been an event",
+            )
+            for name, runs in new.items()
+        ]
+
+    def dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> StreamLoss:
+        """Events that a sink gave up."""
+        return self._envelope.record(
+            StreamLoss,
+            stage="sink",
+            count=sum(kinds.values()),
+            kinds=dict(kinds),
+            sink=sink.name,
+            reason=reason,
+        )
+
+    def _kernel_losses(self, unread: set[str], *, final: bool) -> Iterator[StreamLoss]:
+        for ring, loss in self._reader.losses(final=final):
+            kinds = self._ledger.kinds(ring, loss)
+            stopped = ring in unread and sum(kinds.values()) < loss.count
+            yield self._envelope.record(
+                StreamLoss,
+                stage="stop" if stopped else "kernel",
+                count=loss.count,
+                kinds=kinds,
+                ring=ring,
+                cpu=loss.cpu,
+                seq_from=loss.first,
+                seq_to=loss.last,
+                reason=_UNREAD if stopped else "no room in the kernel",
+            )
+
+    def _undecodable(self) -> Iterator[StreamLoss]:
+        counts = self._reader_counts()
+        refused = counts.unknown_kind + counts.short_record
+        if refused > self._undecodable_told:
+            count, self._undecodable_told = refused - self._undecodable_told, refused
+            yield self._envelope.record(
+                StreamLoss,
+                stage="decode",
+                count=count,
+                kinds={},
+                reason="records of unknown kind, or shorter than their kind",
+            )
+
+    def _reader_counts(self) -> ReaderCounts:
+        decoders = [source.decoder for source in self._reader.sources]
+        return ReaderCounts(
+            unknown_kind=sum(d.unknown_kind for d in decoders),
+            short_record=sum(d.short_record for d in decoders),
+            invalid_utf8=sum(d.invalid_utf8 for d in decoders),
+            truncated=sum(d.truncated for d in decoders),
+            incomplete=sum(d.incomplete for d in decoders),
+            pauses=self._reader.pauses,
+        )
+
+
+def filters_in_force(filters: Filters) -> dict[str, list[str]]:
+    """The filters that are set, as strings."""
+    return {
+        name: [str(value) for value in values]
+        for name, values in msgspec.structs.asdict(filters).items()
+        if values
+    }
+
+
+def sink_counts(sink: Sink) -> SinkCounts:
+    """A sink's account in totals."""
+    account = sink.account
+    return SinkCounts(
+        received=account.received.total(),
+        delivered=account.delivered.total(),
+        dropped=account.dropped.total(),
+        pending=account.pending,
+        pending_bytes=sink.watermarks.held,
+        status=sink.status,
+    )
+
+
+def account_line(
+    kinds: Mapping[str, KindCounts], sinks: Iterable[Sink], seconds: float, missed: int = 0
+) -> str:
+    """What was produced and what became of it, in one line. Stream records are not counted.
+
+    `missed` are runs of programs that the kernel left out.
+    """
+    produced, filtered, shed, lost, read = (
+        sum(getattr(counts, name) for counts in kinds.values())
+        for name in ("produced", "filtered", "shed", "lost", "read")
+    )
+    parts = [f"{produced:,} events in {seconds:.1f} s"]
+    for sink in sinks:
+        delivered, dropped = (
+            sum(n for kind, n in counter.items() if not kind.startswith("stream."))
+            for counter in (sink.account.delivered, sink.account.dropped)
+        )
+        parts.append(f"{sink.name} {delivered:,} delivered, {dropped:,} dropped")
+    parts.append(f"{filtered:,} filtered, {lost:,} lost")
+    if shed:
+        parts.append(f"{shed:,} shed")
+    unread = produced - filtered - shed - lost - read
+    if unread:
+        parts.append(f"{unread:,} not read")
+    if missed:
+        parts.append(f"{missed:,} times a program was not run")
+    return "; ".join(parts)

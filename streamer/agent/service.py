@@ -1,0 +1,238 @@
+"""One run of the agent: attach, stream, and end with everything accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable
+from contextlib import suppress
+
+from streamer.agent.fanout import Fanout, policy_of
+from streamer.agent.reports import Reporter, account_line
+from streamer.config.settings import Limits, Settings
+from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
+from streamer.events.batch import Batch
+from streamer.events.envelope import Envelope
+from streamer.kernel.state import KernelState
+from streamer.ring.reader import RingReader, RingSource
+from streamer.sinks.base import Sink
+from streamer.terminal.lines import Rates, StatusLine, status_text
+
+_log = logging.getLogger("streamer")
+
+
+class Service:
+    """Wires rings, reader, sinks and reports together, and sees them through a run."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        kinds: frozenset[str],
+        limits: Limits,
+        sinks: list[Sink],
+        kernel: KernelState,
+        *,
+        status_line: StatusLine | None = None,
+    ) -> None:
+        """`kernel` is loaded and not attached; `sinks` are in the order of `settings.sinks`.
+
+        Raises:
+            OSError: a ring cannot be mapped.
+        """
+        self._settings = settings
+        self._kinds = kinds
+        self._limits = limits
+        self._kernel = kernel
+        self._status_line = status_line
+        self._stop = asyncio.Event()
+        self._read: Counter[str] = Counter()
+        self._error: StreamerError | None = None
+        envelope = Envelope(settings.host)
+        self.reader = RingReader(
+            [
+                RingSource(name, fd, kernel.ring_bytes[name], envelope)
+                for name, fd in kernel.ring_fds.items()
+            ],
+            kernel.reader_state,
+            on_batch=self._on_batch,
+            on_error=self._on_error,
+            poll_interval_ms=settings.rings.poll_interval_ms,
+            drain_records=settings.rings.drain_records,
+            max_events=limits.max_events,
+        )
+        chosen = settings.sinks
+        self.fanout = Fanout(
+            [
+                (sink, policy_of(one.on_full, len(chosen)))
+                for sink, one in zip(sinks, chosen, strict=True)
+            ],
+            pause=self.reader.pause,
+            resume=self.reader.resume,
+            closed=self.stop,
+        )
+        self._reporter = Reporter(envelope, kernel, self.reader, settings.filters)
+
+    @property
+    def ended_quietly(self) -> bool:
+        """Whether it ended because whoever read stdout went away."""
+        sinks = self.fanout.sinks
+        return not self.fanout.failures and all(s.status == "closed" for s in sinks)
+
+    def stop(self) -> None:
+        """Ask the service to end; it drains, flushes and reports first."""
+        self._stop.set()
+
+    def fail(self, error: StreamerError) -> None:
+        """End the service, in order as far as that is possible; `run` then raises `error`."""
+        if self._error is None:
+            self._error = error
+        self.stop()
+
+    def reopen(self) -> None:
+        """Let every sink open anew what it opened by name."""
+        for sink in self.fanout.sinks:
+            sink.reopen()
+
+    async def run(self) -> str:
+        """Stream until stopped. Returns the account in one line.
+
+        Raises:
+            KernelError: nothing could be attached, or the rings cannot be read.
+            SinkError: a sink that no retry can mend, or no sink is left.
+            StreamerError: what `fail` was told.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            self._kernel.detach()
+            self.fanout.stopping = True
+            await self._stop_sinks(0)
+            raise
+        quiet = False
+        try:
+            await self._stream()
+            quiet = self.ended_quietly
+        finally:
+            self._kernel.detach()
+            await self._finish()
+        if self._error is not None:
+            _log.info(self._account())
+            raise self._error
+        if self.fanout.failures and not any(map(self.fanout.is_open, self.fanout.sinks)):
+            raise SinkError("no sink is left: " + "; ".join(self.fanout.failures))
+        return "" if quiet else self._account()
+
+    def _account(self) -> str:
+        reporter = self._reporter
+        counts = reporter.counts(self._read)
+        return account_line(counts, self.fanout.sinks, reporter.uptime, reporter.missed_runs)
+
+    async def _start(self) -> None:
+        for sink in self.fanout.sinks:
+            try:
+                await sink.start()
+            except ConfigError as error:
+                raise ConfigError(f"{sink.name}: {error}") from None
+        self._attach()
+        names = ", ".join(sink.name for sink in self.fanout.sinks)
+        _log.info("streaming %s to %s; Ctrl-C ends it", ", ".join(sorted(self._kinds)), names)
+        self.fanout.tell([self._reporter.manifest(self._kinds, self.fanout.sinks)])
+        self.reader.start()
+
+    def _attach(self) -> None:
+        self._kernel.attach()
+        coverage = self._kernel.coverage(self._kinds)
+        for kind, state in coverage.items():
+            if state.status != "full":
+                how = "observed in part" if state.status == "partial" else "not observed"
+                _log.warning("%s is %s: %s", kind, how, state.reason)
+        if all(state.status == "missing" for state in coverage.values()):
+            raise KernelError("none of the events asked for can be observed on this kernel")
+
+    async def _stream(self) -> None:
+        """Until asked to stop, the time is over, or a defect ends one of the tasks."""
+        work: list[Awaitable[object]] = [self._stop.wait(), self._every_second()]
+        if self._status_line is not None:
+            work.append(self._draw_status(self._status_line))
+        tasks = [asyncio.ensure_future(one) for one in work]
+        try:
+            limit = self._limits.duration_seconds
+            done, _ = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # a defect: let it be seen
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._status_line is not None:
+                self._status_line.close()
+
+    async def _every_second(self) -> None:
+        every = self._settings.heartbeat_seconds
+        next_heartbeat = time.monotonic() + every
+        while True:
+            await asyncio.sleep(1)
+            self.reader.refresh_clock()
+            self._tell_losses()
+            if time.monotonic() >= next_heartbeat:
+                next_heartbeat = max(next_heartbeat + every, time.monotonic())
+                self.fanout.tell(self._reporter.missed())
+                self.fanout.tell_ready(self._reporter.heartbeat(self._read, self.fanout.sinks))
+
+    async def _draw_status(self, line: StatusLine) -> None:
+        before, then = 0, time.monotonic()
+        rate = 0.0
+        while True:
+            await asyncio.sleep(0.25)
+            now, total = time.monotonic(), self._read.total()
+            if now - then >= 1:
+                rate, before, then = (total - before) / (now - then), total, now
+            delivered = max(s.account.delivered.total() for s in self.fanout.sinks)
+            lost = sum(counts.lost for counts in self._reporter.counts({}).values())
+            note = "paused" if self.reader.paused else ""
+            line.draw(status_text(Rates(rate, delivered, self.fanout.filled, lost, note)))
+
+    def _on_batch(self, batch: Batch) -> None:
+        self._read.update(batch.kinds)
+        self.fanout.submit(batch)
+        if self.reader.done:
+            self.stop()
+
+    def _on_error(self, error: Exception) -> None:
+        self.fail(KernelError(f"the events cannot be read: {error}"))
+
+    def _tell_losses(self, *, final: bool = False) -> None:
+        self.fanout.tell(self._reporter.losses(final=final))
+        for sink, reason, kinds in self.fanout.take_dropped(final=final):
+            self.fanout.tell_one(sink, [self._reporter.dropped(sink, kinds, reason)])
+
+    async def _finish(self) -> None:
+        """Drain what the detached programs left, tell the last losses, flush the sinks."""
+        grace = self._settings.grace_seconds
+        deadline = time.monotonic() + grace
+        self.reader.stop()
+        try:
+            if any(sink.account.pending and sink.status != "up" for sink in self.fanout.sinks):
+                _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
+            # Half for reading what is left, so that there is time to deliver it.
+            await self._drain_rest(time.monotonic() + grace / 2)
+            self._tell_losses(final=True)
+            self.fanout.tell(self._reporter.missed())
+            self.reader.close()
+            self.fanout.tell([self._reporter.heartbeat(self._read, self.fanout.sinks)])
+        finally:
+            self.reader.close()
+            self.fanout.stopping = True
+            await self._stop_sinks(max(deadline - time.monotonic(), 0.1))
+
+    async def _drain_rest(self, deadline: float) -> None:
+        while time.monotonic() < deadline and not self.reader.done:
+            if not self.reader.drain_once() and not self.reader.paused:
+                return
+            await asyncio.sleep(0.01 if self.reader.paused else 0)
+
+    async def _stop_sinks(self, grace: float) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*(sink.stop(grace) for sink in self.fanout.sinks))

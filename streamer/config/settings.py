@@ -1,0 +1,353 @@
+"""The shape of the configuration: every setting, its type, its limits and its default.
+
+`loading.py` fills these from TOML and the command line; `tools.gen` derives
+`schemas/config.schema.json` and `docs/configuration.md` from them. All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+Encoding = Literal["json", "msgpack"]
+OnFull = Literal["auto", "pause", "drop"]
+
+
+def doc(text: str) -> Meta:
+    """What a setting means: one line, for the JSON Schema and `docs/configuration.md`."""
+    return Meta(description=text)
+
+
+def form(pattern: str, allowed: str) -> Meta:
+    """A string of the form `pattern` (an unanchored search), which `allowed` says in words."""
+    return Meta(pattern=pattern, extra={"allowed": allowed})
+
+
+PositiveSeconds = Annotated[float, Meta(gt=0, le=3600)]
+HeartbeatSeconds = Annotated[float, Meta(ge=1, le=3600)]
+RingBytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
+CriticalBytes = Annotated[int, Meta(ge=1 << 16, le=1 << 30)]
+MANY = Meta(max_length=512)  # two lists share a map of 1024
+BudgetBytes = Annotated[int, Meta(ge=1 << 16, le=1 << 32)]
+Pid = Annotated[int, Meta(ge=1, le=1 << 22)]
+Uid = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Comm = Annotated[str, Meta(min_length=1, max_length=15)]
+CgroupId = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+PathPrefix = Annotated[
+    str,
+    Meta(min_length=1, max_length=255),
+    form("^/", "an absolute path of at most 255 bytes"),
+]
+ExePath = Annotated[
+    str, Meta(min_length=1, max_length=4095), form("^/", "an absolute path of a file")
+]
+Text = Annotated[str, Meta(min_length=1)]
+HostName = Annotated[
+    str, form("^[A-Za-z0-9._-]{1,253}$", "a name of letters, digits, '.', '_' and '-'")
+]
+EnvName = Annotated[str, form("^[A-Za-z_][A-Za-z0-9_]*$", "the name of an environment variable")]
+FileMode = Annotated[str, form("^0[0-7]{3}$", 'an octal mode such as "0640"')]
+
+
+class Section(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Base of every section: unknown keys are errors."""
+
+
+class Rings(Section, frozen=True, kw_only=True):
+    """Ring buffers between the kernel and the reader. Sizes are powers of two."""
+
+    critical_bytes: Annotated[
+        CriticalBytes, doc("Ring of `process.*`: a power of two, a multiple of the page size.")
+    ] = 4 << 20
+    bulk_bytes: Annotated[
+        RingBytes, doc("Ring of `file.*` and `net.*`: likewise. It fills while a sink is down.")
+    ] = 16 << 20
+    poll_interval_ms: Annotated[
+        int, Meta(ge=1, le=1000), doc("How often the rings are looked at between wake-ups.")
+    ] = 10
+    drain_records: Annotated[
+        int, Meta(ge=1, le=65536), doc("Most records read in one turn of the event loop.")
+    ] = 512
+
+
+class Kernel(Section, frozen=True, kw_only=True):
+    """How the kernel is observed."""
+
+    connections: Annotated[
+        int,
+        Meta(ge=1024, le=1 << 22),
+        doc(
+            "Room for the owners of connections that cannot be kept with their sockets: of those "
+            "that another process accepts than listens, of sockets whose user has used up their "
+            "memory, and on kernels before 5.11 of all."
+        ),
+    ] = 65536
+    open_latency: Annotated[
+        bool,
+        doc("Whether `file.open` says how long the call took: that needs a hook at its start too."),
+    ] = False
+    sample: Annotated[
+        dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
+        doc("Kinds of which only one in so many events is reported, its `weight` that number."),
+    ] = field(default_factory=dict)
+
+
+class Filters(Section, frozen=True, kw_only=True):
+    """Which events the kernel keeps. An empty list keeps all; `exclude_*` wins over its twin.
+
+    Ports are local or remote ones, and apply to `net.*`; `exclude_ports` are those of the service
+    alone, because a client chooses its own. Path prefixes apply to `file.*`, to paths as the
+    process's mount namespace has them: in one of his own, a user gives files other paths.
+
+    What a process is, it may choose. It takes any name (`exclude_comms`), and who may run an
+    executable can run code of his own in it, with a preloaded library or a debugger
+    (`exclude_exes`). Only `exclude_cgroups` and `exclude_uids` hold against a user who wants to
+    hide, as long as he may not enter those cgroups. What cannot be judged is kept: a connection
+    whose owner is not known, a path that was cut or that asks for something through `..`.
+    """
+
+    pids: Annotated[tuple[Pid, ...], MANY, doc("Keep these process ids only.")] = ()
+    exclude_pids: Annotated[tuple[Pid, ...], MANY, doc("Leave out these process ids.")] = ()
+    uids: Annotated[tuple[Uid, ...], MANY, doc("Keep these real user ids only.")] = ()
+    exclude_uids: Annotated[tuple[Uid, ...], MANY, doc("Leave out these real user ids.")] = ()
+    comms: Annotated[
+        tuple[Comm, ...], MANY, doc("Keep tasks of these names only (at most 15 bytes each).")
+    ] = ()
+    exclude_comms: Annotated[
+        tuple[Comm, ...],
+        MANY,
+        doc("Leave out tasks of these names. Any process can take any name: no protection."),
+    ] = ()
+    exes: Annotated[
+        tuple[ExePath, ...],
+        MANY,
+        doc(
+            "Keep processes that run one of these files only, whatever path they ran it by. "
+            "Kernels before 6.16 do not say what it was at the end: they keep every "
+            "`process.exit`."
+        ),
+    ] = ()
+    exclude_exes: Annotated[
+        tuple[ExePath, ...],
+        MANY,
+        doc("Leave out processes that run one of these files (by device and inode, at the start)."),
+    ] = ()
+    cgroups: Annotated[
+        tuple[CgroupId, ...],
+        MANY,
+        doc(
+            "Keep these cgroups and all below them only, by id: the inode number of a cgroup v2 "
+            "directory."
+        ),
+    ] = ()
+    exclude_cgroups: Annotated[
+        tuple[CgroupId, ...], MANY, doc("Leave out these cgroups and all below them.")
+    ] = ()
+    ports: Annotated[tuple[Port, ...], MANY, doc("Keep connections of these ports only.")] = ()
+    exclude_ports: Annotated[
+        tuple[Port, ...], MANY, doc("Leave out connections to these ports, seen from either end.")
+    ] = ()
+    path_prefixes: Annotated[
+        tuple[PathPrefix, ...], MANY, doc("Keep files whose path begins with one of these only.")
+    ] = ()
+    exclude_path_prefixes: Annotated[
+        tuple[PathPrefix, ...],
+        MANY,
+        doc(
+            "Leave out files whose path begins with one of these, in the initial mount namespace: "
+            "opened ones that are in a directory, and ones that are not there."
+        ),
+    ] = ()
+
+
+class Tls(Section, frozen=True, kw_only=True):
+    """TLS towards a broker. Without `ca_file` the system's certificates are trusted."""
+
+    ca_file: Annotated[Text | None, doc("PEM file of the authorities to trust.")] = None
+    cert_file: Annotated[Text | None, doc("PEM file of the client's certificate.")] = None
+    key_file: Annotated[
+        Text | None, doc("PEM file of its key, where `cert_file` does not hold it.")
+    ] = None
+    key_password_env: Annotated[
+        EnvName | None, doc("Environment variable that holds the password of the key.")
+    ] = None
+    key_password_file: Annotated[Text | None, doc("File that holds the password of the key.")] = (
+        None
+    )
+    verify_hostname: Annotated[
+        bool, doc("Whether the certificate must be for the broker's host name.")
+    ] = True
+
+
+class Sasl(Section, frozen=True, kw_only=True):
+    """SASL towards Kafka. The password comes from an environment variable or a file."""
+
+    mechanism: Annotated[
+        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"], doc("How the password is proved.")
+    ] = "SCRAM-SHA-512"
+    username: Annotated[Text, doc("User name.")]
+    password_env: Annotated[
+        EnvName | None, doc("Environment variable that holds the password.")
+    ] = None
+    password_file: Annotated[Text | None, doc("File that holds the password.")] = None
+
+
+class SinkCommon(Section, tag_field="type", frozen=True, kw_only=True):
+    """What every sink has. `on_full = "auto"` pauses reading for an only sink, and drops (and
+    accounts) for one of several, so that a dead sink does not stall the others.
+    """
+
+    encoding: Annotated[Encoding, doc("How events are encoded.")] = "json"
+    budget_bytes: Annotated[
+        BudgetBytes, doc("Most bytes held for the sink before reading pauses or events drop.")
+    ] = 32 << 20
+    on_full: Annotated[
+        OnFull,
+        doc(
+            "What a full budget does: `pause` reading, or `drop` and account; "
+            "`auto` pauses for an only sink, and drops for one of several."
+        ),
+    ] = "auto"
+
+
+class StdoutSink(SinkCommon, tag="stdout", frozen=True, kw_only=True):
+    """Events on standard output: readable on a terminal, NDJSON elsewhere."""
+
+    encoding: Annotated[
+        Encoding | Literal["auto"],
+        doc("`auto` is readable on a terminal, and JSON elsewhere."),
+    ] = "auto"  # type: ignore[assignment]
+    color: Annotated[
+        Literal["auto", "always", "never"],
+        doc("Colour of the readable form; `auto` only on a terminal and without `NO_COLOR`."),
+    ] = "auto"
+
+
+class FileSink(SinkCommon, tag="file", frozen=True, kw_only=True):
+    """Events appended to a file."""
+
+    path: Annotated[Text, doc("The file; made when it is not there.")]
+    mode: Annotated[FileMode, doc("Permissions of a file that is made.")] = "0640"
+
+
+class KafkaSink(SinkCommon, tag="kafka", frozen=True, kw_only=True):
+    """Events in Kafka: idempotent, acks=all, keyed by host.
+
+    `topic` may contain `{category}` (`process`, `file`, `net`, `stream`) for a topic each.
+    """
+
+    bootstrap: Annotated[
+        tuple[Text, ...], Meta(min_length=1), doc("Brokers to begin with, each `host:port`.")
+    ]
+    topic: Annotated[
+        str,
+        Meta(min_length=1, max_length=249),
+        doc("Topic: letters, digits, `.`, `_`, `-` and the placeholder `{category}`."),
+    ] = "kernel-events"
+    client_id: Annotated[Text, doc("Name shown in the brokers' logs and quotas.")] = "streamer"
+    compression: Annotated[
+        Literal["none", "gzip", "snappy", "lz4", "zstd"], doc("Codec of the record batches.")
+    ] = "zstd"
+    batch_bytes: Annotated[
+        int, Meta(ge=1024, le=16 << 20), doc("Size at which a record batch is sent.")
+    ] = 512 << 10
+    linger_ms: Annotated[
+        int, Meta(ge=0, le=60000), doc("Longest wait for a record batch to fill.")
+    ] = 50
+    request_timeout_seconds: Annotated[
+        PositiveSeconds, doc("Longest wait for an answer of a broker.")
+    ] = 30.0
+    tls: Annotated[Tls | None, doc("TLS, when the table is there, even if empty.")] = None
+    sasl: Annotated[Sasl | None, doc("SASL, when the table is there.")] = None
+
+
+class MqttSink(SinkCommon, tag="mqtt", frozen=True, kw_only=True):
+    """Events in MQTT v5 at QoS 1, several to a message.
+
+    `topic` may contain `{category}` and `{host}`.
+    """
+
+    host: Annotated[Text, doc("Host name or address of the broker.")]
+    port: Annotated[Port, doc("Its port; 8883 is usual with TLS.")] = 1883
+    topic: Annotated[
+        str,
+        Meta(min_length=1, max_length=1024),
+        doc("Topic, with the placeholders `{category}` and `{host}`."),
+    ] = "kernel/{host}/{category}"
+    client_id: Annotated[
+        Text | None, doc("Client identifier; without one it is made from the host's name.")
+    ] = None
+    username: Annotated[Text | None, doc("User name.")] = None
+    password_env: Annotated[
+        EnvName | None, doc("Environment variable that holds the password.")
+    ] = None
+    password_file: Annotated[Text | None, doc("File that holds the password.")] = None
+    keepalive_seconds: Annotated[
+        int, Meta(ge=5, le=65535), doc("Longest silence before the client pings.")
+    ] = 30
+    batch_events: Annotated[int, Meta(ge=1, le=10000), doc("Most events in a message.")] = 200
+    linger_ms: Annotated[int, Meta(ge=0, le=60000), doc("Longest wait for a message to fill.")] = 50
+    max_inflight: Annotated[
+        int, Meta(ge=1, le=20), doc("Most messages sent and not acknowledged yet.")
+    ] = 20
+    timeout_seconds: Annotated[
+        PositiveSeconds, doc("Longest wait for an answer of the broker.")
+    ] = 30.0
+    tls: Annotated[Tls | None, doc("TLS, when the table is there, even if empty.")] = None
+
+
+class MemorySink(SinkCommon, tag="memory", frozen=True, kw_only=True):
+    """Events kept in memory, for tests."""
+
+
+AnySink = StdoutSink | FileSink | KafkaSink | MqttSink | MemorySink
+
+
+class Settings(Section, frozen=True, kw_only=True):
+    """The whole configuration. Every setting has a default."""
+
+    events: Annotated[
+        tuple[Text, ...],
+        doc(
+            "Kinds to stream, as globs such as `net.*`; `default` is the default set, and a "
+            "leading `-` or `!` takes kinds away. Empty means `default`."
+        ),
+    ] = ()
+    host: Annotated[
+        HostName | None, doc("Name of this host in the events; without one, the kernel's.")
+    ] = None
+    btf: Annotated[
+        Text | None, doc("BTF file of the running kernel, where the kernel offers none.")
+    ] = None
+    format: Annotated[Literal["native"], doc("Shape of the published events.")] = "native"
+    heartbeat_seconds: Annotated[
+        HeartbeatSeconds, doc("Time between two `stream.heartbeat` events.")
+    ] = 10.0
+    grace_seconds: Annotated[
+        PositiveSeconds, doc("Longest wait, when stopping, for the sinks to deliver the rest.")
+    ] = 10.0
+    user: Annotated[
+        Text,
+        doc("Who the process that reads events and talks to brokers becomes; it is never root."),
+    ] = "nobody"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], doc("Least severity that is logged.")
+    ] = "info"
+    rings: Annotated[Rings, doc("Ring buffers.")] = field(default_factory=Rings)
+    kernel: Annotated[Kernel, doc("How the kernel is observed.")] = field(default_factory=Kernel)
+    filters: Annotated[Filters, doc("Filters, applied in the kernel.")] = field(
+        default_factory=Filters
+    )
+    sinks: Annotated[
+        tuple[AnySink, ...], doc("Where events go. Without one, standard output.")
+    ] = ()
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """When a run ends by itself, and whether it may draw a status line."""
+
+    duration_seconds: float | None = None
+    max_events: int | None = None
+    status: bool = True

@@ -1,0 +1,451 @@
+"""GENERATED from bpf/events.h by `make gen`: do not edit.
+
+One Struct per kind of event, as it is published, and the layout table of its record.
+"""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from streamer.events.layout import FieldInfo, FieldLayout, KindInfo, RecordLayout
+
+SCHEMA_VERSION = 2
+"""The published `schema`: raised when a field changes its meaning."""
+
+
+class Event(Struct, tag_field="event", gc=False):
+    """What every event begins with."""
+
+    schema: Annotated[int, Meta(description="version of the meaning of the fields")]
+    id: Annotated[str, Meta(description="unique and stable id: run, ring, cpu, seq")]
+    time_ns: Annotated[int, Meta(description="when it happened, nanoseconds since the epoch")]
+    boot_ns: Annotated[int, Meta(description="nanoseconds since boot, suspend included, when the event happened")]
+    host: Annotated[str, Meta(description="name of the host")]
+    boot_id: Annotated[str, Meta(description="the kernel's random id of this boot")]
+    ring: Annotated[str, Meta(description="ring that carried it: critical or bulk")]
+    seq: Annotated[int, Meta(description="sequence number in this ring on this CPU; a missing number is a lost event")]
+    cpu: Annotated[int, Meta(description="CPU that wrote the record")]
+    weight: Annotated[int, Meta(description="how many events this one stands for: more than 1 when its kind is sampled")]
+    truncated: Annotated[tuple[str, ...], Meta(description="names of the strings that were cut, or could not be read to their end; mostly empty")]
+    incomplete: Annotated[bool, Meta(description="whether a read in the kernel failed, so that a field is 0 or empty that need not be")]
+    invalid_utf8: Annotated[bool, Meta(description="whether bytes that are not UTF-8 were replaced by U+FFFD")]
+
+
+class TaskEvent(Event, gc=False):
+    """What every event of a task begins with."""
+
+    start_boot_ns: Annotated[int, Meta(description="when the process started, nanoseconds since boot: with `pid`, identifies it")]
+    cgroup_id: Annotated[int, Meta(description="id of the task's cgroup in the unified (v2) hierarchy")]
+    pid: Annotated[int, Meta(description="process id (thread group id) in the initial pid namespace")]
+    tid: Annotated[int, Meta(description="thread id in the initial pid namespace")]
+    ppid: Annotated[int, Meta(description="process id of the parent")]
+    uid: Annotated[int, Meta(description="real user id")]
+    gid: Annotated[int, Meta(description="real group id")]
+    pidns: Annotated[int, Meta(description="inode number of the process's pid namespace")]
+    ns_pid: Annotated[int, Meta(description="process id in that namespace")]
+    comm: Annotated[str, Meta(description="name of the task, at most 15 bytes")]
+
+
+class ProcessExec(TaskEvent, tag="process.exec", gc=False):
+    """A process executed a new program."""
+
+    start_time_ns: Annotated[int, Meta(description="when the process started, ns since the epoch")]
+    exe_inode: Annotated[int, Meta(description="inode number of the file that runs")]
+    exe_dev: Annotated[int, Meta(description="device of its file system, as stat() gives it")]
+    exe_nlink: Annotated[int, Meta(description="hard links to it; 0 when it is deleted")]
+    exe_mntns: Annotated[int, Meta(description="inode number of the mount namespace that `exe` is a path in; 0 when its mount is in none")]
+    cwd_mntns: Annotated[int, Meta(description="the same of `cwd`")]
+    parent_exe_mntns: Annotated[int, Meta(description="the same of `parent_exe`")]
+    euid: Annotated[int, Meta(description="effective user id after the exec")]
+    auid: Annotated[int, Meta(description="audit (login) user id; 4294967295 when none was set")]
+    argc: Annotated[int, Meta(description="number of arguments, also when `argv` was cut")]
+    exe: Annotated[str, Meta(description="absolute path of the file that runs: the interpreter, for a script")]
+    argv: Annotated[list[str], Meta(description="the arguments")]
+    cmdline: Annotated[str, Meta(description="the arguments joined by single spaces")]
+    cwd: Annotated[str, Meta(description="working directory")]
+    parent_exe: Annotated[str, Meta(description="absolute path of the parent's executable; empty for a kernel thread")]
+    filename: Annotated[str, Meta(description="path that was asked to be executed, as given: the script, for a script")]
+    interp: Annotated[str, Meta(description="path of the interpreter that the script names, as given; empty for what is no script")]
+    exe_mntns_initial: Annotated[bool, Meta(description="whether `exe_mntns` is the initial mount namespace")]
+    cwd_mntns_initial: Annotated[bool, Meta(description="whether `cwd_mntns` is")]
+    parent_exe_mntns_initial: Annotated[bool, Meta(description="whether `parent_exe_mntns` is")]
+    exe_deleted: Annotated[bool, Meta(description="whether the file that runs has been deleted: `exe` is where it was")]
+    exe_memfd: Annotated[bool, Meta(description="whether it is a memory file, in no directory at all")]
+    parent_comm: Annotated[str, Meta(description="name of the parent")]
+
+
+class ProcessFork(TaskEvent, tag="process.fork", gc=False):
+    """A process created a child process (new threads are not reported). `pid` is who did it."""
+
+    child_start_boot_ns: Annotated[int, Meta(description="when the child started, nanoseconds since boot")]
+    child_start_time_ns: Annotated[int, Meta(description="the same, ns since the epoch")]
+    child_pid: Annotated[int, Meta(description="process id of the child")]
+    child_ppid: Annotated[int, Meta(description="process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT")]
+    child_pidns: Annotated[int, Meta(description="inode number of the child's pid namespace")]
+    child_ns_pid: Annotated[int, Meta(description="process id of the child in that namespace")]
+
+
+class ProcessExit(TaskEvent, tag="process.exit", gc=False):
+    """The last thread of a process ended."""
+
+    start_time_ns: Annotated[int, Meta(description="when the process started, ns since the epoch")]
+    duration_ns: Annotated[int, Meta(description="how long the process lived")]
+    exit_code: Annotated[int, Meta(description="argument of exit(), 0 to 255; 0 when a signal ended the process")]
+    signal: Annotated[int, Meta(description="signal that ended the process; 0 when it exited")]
+    core_dumped: Annotated[bool, Meta(description="whether a core was dumped")]
+
+
+class FileOpen(TaskEvent, tag="file.open", gc=False):
+    """A call of open, creat, openat or openat2 returned."""
+
+    latency_ns: Annotated[int, Meta(description="time the system call took; 0 unless `open_latency` is configured")]
+    inode: Annotated[int, Meta(description="inode number of the file; 0 when the open failed")]
+    dev: Annotated[int, Meta(description="device of its file system, as stat() gives it; 0 when the open failed")]
+    fd: Annotated[int, Meta(description="file descriptor; -1 when the open failed")]
+    errno: Annotated[int, Meta(description="error number; 0 when the open succeeded")]
+    flags: Annotated[int, Meta(description="open flags as passed (O_*)")]
+    mode: Annotated[int, Meta(description="permissions asked for a new file; 0 when none could be created")]
+    mntns: Annotated[int, Meta(description="inode number of the mount namespace that `path` is a path in; 0 when its mount is in none")]
+    path: Annotated[str, Meta(description="absolute path: as opened, symbolic links resolved; of a failed open, or of a file that is in no directory, as asked, behind cwd or dirfd")]
+    mntns_initial: Annotated[bool, Meta(description="whether `mntns` is the initial mount namespace")]
+
+
+class NetConnect(TaskEvent, tag="net.connect", gc=False):
+    """An outbound TCP connection was established or failed."""
+
+    latency_ns: Annotated[int, Meta(description="time from the SYN to the result; 0 when no SYN was sent, or the SYN or the result was not seen")]
+    errno: Annotated[int, Meta(description="error number, such as 111 (ECONNREFUSED); 0 when connected")]
+    netns: Annotated[int, Meta(description="inode number of the network namespace")]
+    local_port: Annotated[int, Meta(description="local port; 0 when none was bound")]
+    remote_port: Annotated[int, Meta(description="remote port")]
+    ip_version: Annotated[int, Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    direction: Annotated[str, Meta(description="always outbound")]
+    owner_known: Annotated[bool, Meta(description="whether the task is the owner of the socket; where it is not known, pid is 0")]
+    local_addr: Annotated[str, Meta(description="local address")]
+    remote_addr: Annotated[str, Meta(description="remote address")]
+
+
+class NetAccept(TaskEvent, tag="net.accept", gc=False):
+    """A process accepted an inbound TCP connection."""
+
+    fd: Annotated[int, Meta(description="file descriptor of the accepted connection")]
+    netns: Annotated[int, Meta(description="inode number of the network namespace")]
+    local_port: Annotated[int, Meta(description="local port")]
+    remote_port: Annotated[int, Meta(description="remote port")]
+    ip_version: Annotated[int, Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    direction: Annotated[str, Meta(description="always inbound")]
+    owner_known: Annotated[bool, Meta(description="always true: the task is the one that accepted")]
+    local_addr: Annotated[str, Meta(description="local address")]
+    remote_addr: Annotated[str, Meta(description="remote address")]
+
+
+class NetClose(TaskEvent, tag="net.close", gc=False):
+    """An established TCP connection ended."""
+
+    duration_ns: Annotated[int, Meta(description="time from established to closed; 0 when it was established before the agent started, or nobody saw it being established")]
+    bytes_sent: Annotated[int, Meta(description="payload bytes sent, retransmissions not counted twice")]
+    bytes_received: Annotated[int, Meta(description="payload bytes received in order")]
+    errno: Annotated[int, Meta(description="error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close")]
+    netns: Annotated[int, Meta(description="inode number of the network namespace")]
+    local_port: Annotated[int, Meta(description="local port")]
+    remote_port: Annotated[int, Meta(description="remote port")]
+    ip_version: Annotated[int, Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    direction: Annotated[str, Meta(description="who opened it; unknown when established before the agent started")]
+    owner_known: Annotated[bool, Meta(description="whether the task is the owner of the socket; where it is not known, pid is 0")]
+    local_addr: Annotated[str, Meta(description="local address")]
+    remote_addr: Annotated[str, Meta(description="remote address")]
+
+
+HEADER: dict[str, int] = {"boot_ns": 0, "seq": 8, "size": 16, "kind": 24, "cpu": 26, "skipped": 28, "cut": 30, "header_size": 32}
+"""Where the reader finds what it needs of a record, in its base."""
+
+_BASE = (
+    FieldLayout("schema", "const", 0, 'schema'),
+    FieldLayout("id", "id", 0, None),
+    FieldLayout("time_ns", "time", 0, None),
+    FieldLayout("boot_ns", "ns", 0, None),
+    FieldLayout("host", "const", 0, 'host'),
+    FieldLayout("boot_id", "const", 0, 'boot_id'),
+    FieldLayout("ring", "const", 0, 'ring'),
+    FieldLayout("seq", "ns", 8, None),
+    FieldLayout("cpu", "u16", 26, None),
+    FieldLayout("weight", "u32", 20, None),
+)
+
+_MARKS = (
+    FieldLayout("incomplete", "flag", 31, 1),
+    FieldLayout("invalid_utf8", "invalid_utf8", 0, None),
+)
+
+_TASK = (
+    FieldLayout("start_boot_ns", "u64", 32, None),
+    FieldLayout("cgroup_id", "u64", 40, None),
+    FieldLayout("pid", "u32", 48, None),
+    FieldLayout("tid", "u32", 52, None),
+    FieldLayout("ppid", "u32", 56, None),
+    FieldLayout("uid", "u32", 60, None),
+    FieldLayout("gid", "u32", 64, None),
+    FieldLayout("pidns", "u32", 68, None),
+    FieldLayout("ns_pid", "u32", 72, None),
+    FieldLayout("comm", "cstr", 80, 16),
+)
+
+RECORDS: dict[int, RecordLayout] = {
+    1: RecordLayout("process.exec", ProcessExec, 184, 37048, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ('exe', 'argv', 'cwd', 'parent_exe', 'filename', 'interp')),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("start_time_ns", "boottime", 96, None),
+        FieldLayout("exe_inode", "u64", 104, None),
+        FieldLayout("exe_dev", "u32", 112, None),
+        FieldLayout("exe_nlink", "u32", 116, None),
+        FieldLayout("exe_mntns", "u32", 120, None),
+        FieldLayout("cwd_mntns", "u32", 124, None),
+        FieldLayout("parent_exe_mntns", "u32", 128, None),
+        FieldLayout("euid", "u32", 132, None),
+        FieldLayout("auid", "u32", 136, None),
+        FieldLayout("argc", "u32", 140, None),
+        FieldLayout("exe", "str", 144, None),
+        FieldLayout("argv", "argv", 146, None),
+        FieldLayout("cmdline", "line", 146, None),
+        FieldLayout("cwd", "str", 148, None),
+        FieldLayout("parent_exe", "str", 150, None),
+        FieldLayout("filename", "str", 152, None),
+        FieldLayout("interp", "str", 154, None),
+        FieldLayout("exe_mntns_initial", "bool", 156, None),
+        FieldLayout("cwd_mntns_initial", "bool", 157, None),
+        FieldLayout("parent_exe_mntns_initial", "bool", 158, None),
+        FieldLayout("exe_deleted", "bool", 159, None),
+        FieldLayout("exe_memfd", "bool", 160, None),
+        FieldLayout("parent_comm", "cstr", 168, 16),
+    )),
+    2: RecordLayout("process.fork", ProcessFork, 128, 128, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("child_start_boot_ns", "u64", 96, None),
+        FieldLayout("child_start_time_ns", "boottime", 104, None),
+        FieldLayout("child_pid", "u32", 112, None),
+        FieldLayout("child_ppid", "u32", 116, None),
+        FieldLayout("child_pidns", "u32", 120, None),
+        FieldLayout("child_ns_pid", "u32", 124, None),
+    )),
+    3: RecordLayout("process.exit", ProcessExit, 128, 128, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("start_time_ns", "boottime", 96, None),
+        FieldLayout("duration_ns", "ns", 104, None),
+        FieldLayout("exit_code", "u32", 112, None),
+        FieldLayout("signal", "u32", 116, None),
+        FieldLayout("core_dumped", "bool", 120, None),
+    )),
+    16: RecordLayout("file.open", FileOpen, 144, 8336, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ('path',)),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("latency_ns", "ns", 96, None),
+        FieldLayout("inode", "u64", 104, None),
+        FieldLayout("dev", "u32", 112, None),
+        FieldLayout("fd", "s32", 116, None),
+        FieldLayout("errno", "u32", 120, None),
+        FieldLayout("flags", "u32", 124, None),
+        FieldLayout("mode", "u32", 128, None),
+        FieldLayout("mntns", "u32", 132, None),
+        FieldLayout("path", "str", 136, None),
+        FieldLayout("mntns_initial", "bool", 138, None),
+    )),
+    32: RecordLayout("net.connect", NetConnect, 152, 152, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("latency_ns", "ns", 96, None),
+        FieldLayout("errno", "u32", 104, None),
+        FieldLayout("netns", "u32", 108, None),
+        FieldLayout("local_port", "u16", 112, None),
+        FieldLayout("remote_port", "u16", 114, None),
+        FieldLayout("ip_version", "u8", 116, None),
+        FieldLayout("direction", "names", 117, ('unknown', 'outbound', 'inbound')),
+        FieldLayout("owner_known", "bool", 118, None),
+        FieldLayout("local_addr", "ip", 120, 116),
+        FieldLayout("remote_addr", "ip", 136, 116),
+    )),
+    33: RecordLayout("net.accept", NetAccept, 144, 144, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("fd", "u32", 96, None),
+        FieldLayout("netns", "u32", 100, None),
+        FieldLayout("local_port", "u16", 104, None),
+        FieldLayout("remote_port", "u16", 106, None),
+        FieldLayout("ip_version", "u8", 108, None),
+        FieldLayout("direction", "names", 109, ('unknown', 'outbound', 'inbound')),
+        FieldLayout("owner_known", "bool", 110, None),
+        FieldLayout("local_addr", "ip", 112, 108),
+        FieldLayout("remote_addr", "ip", 128, 108),
+    )),
+    34: RecordLayout("net.close", NetClose, 168, 168, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("duration_ns", "ns", 96, None),
+        FieldLayout("bytes_sent", "u64", 104, None),
+        FieldLayout("bytes_received", "u64", 112, None),
+        FieldLayout("errno", "u32", 120, None),
+        FieldLayout("netns", "u32", 124, None),
+        FieldLayout("local_port", "u16", 128, None),
+        FieldLayout("remote_port", "u16", 130, None),
+        FieldLayout("ip_version", "u8", 132, None),
+        FieldLayout("direction", "names", 133, ('unknown', 'outbound', 'inbound')),
+        FieldLayout("owner_known", "bool", 134, None),
+        FieldLayout("local_addr", "ip", 136, 132),
+        FieldLayout("remote_addr", "ip", 152, 132),
+    )),
+}
+"""The layout of each kind's records, by number."""
+
+_BASE_INFO = (
+    FieldInfo("schema", "integer", "version of the meaning of the fields"),
+    FieldInfo("id", "string", "unique and stable id: run, ring, cpu, seq"),
+    FieldInfo("time_ns", "integer", "when it happened, nanoseconds since the epoch"),
+    FieldInfo("boot_ns", "integer", "nanoseconds since boot, suspend included, when the event happened"),
+    FieldInfo("host", "string", "name of the host"),
+    FieldInfo("boot_id", "string", "the kernel's random id of this boot"),
+    FieldInfo("ring", "string", "ring that carried it: critical or bulk"),
+    FieldInfo("seq", "integer", "sequence number in this ring on this CPU; a missing number is a lost event"),
+    FieldInfo("cpu", "integer", "CPU that wrote the record"),
+    FieldInfo("weight", "integer", "how many events this one stands for: more than 1 when its kind is sampled"),
+    FieldInfo("truncated", "array of strings", "names of the strings that were cut, or could not be read to their end; mostly empty"),
+    FieldInfo("incomplete", "boolean", "whether a read in the kernel failed, so that a field is 0 or empty that need not be"),
+    FieldInfo("invalid_utf8", "boolean", "whether bytes that are not UTF-8 were replaced by U+FFFD"),
+)
+
+_TASK_INFO = (
+    FieldInfo("start_boot_ns", "integer", "when the process started, nanoseconds since boot: with `pid`, identifies it"),
+    FieldInfo("cgroup_id", "integer", "id of the task's cgroup in the unified (v2) hierarchy"),
+    FieldInfo("pid", "integer", "process id (thread group id) in the initial pid namespace"),
+    FieldInfo("tid", "integer", "thread id in the initial pid namespace"),
+    FieldInfo("ppid", "integer", "process id of the parent"),
+    FieldInfo("uid", "integer", "real user id"),
+    FieldInfo("gid", "integer", "real group id"),
+    FieldInfo("pidns", "integer", "inode number of the process's pid namespace"),
+    FieldInfo("ns_pid", "integer", "process id in that namespace"),
+    FieldInfo("comm", "string", "name of the task, at most 15 bytes"),
+)
+
+KINDS: dict[str, KindInfo] = {
+    "process.exec": KindInfo("process.exec", ProcessExec, "critical", "A process executed a new program.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("start_time_ns", "integer", "when the process started, ns since the epoch"),
+        FieldInfo("exe_inode", "integer", "inode number of the file that runs"),
+        FieldInfo("exe_dev", "integer", "device of its file system, as stat() gives it"),
+        FieldInfo("exe_nlink", "integer", "hard links to it; 0 when it is deleted"),
+        FieldInfo("exe_mntns", "integer", "inode number of the mount namespace that `exe` is a path in; 0 when its mount is in none"),
+        FieldInfo("cwd_mntns", "integer", "the same of `cwd`"),
+        FieldInfo("parent_exe_mntns", "integer", "the same of `parent_exe`"),
+        FieldInfo("euid", "integer", "effective user id after the exec"),
+        FieldInfo("auid", "integer", "audit (login) user id; 4294967295 when none was set"),
+        FieldInfo("argc", "integer", "number of arguments, also when `argv` was cut"),
+        FieldInfo("exe", "string", "absolute path of the file that runs: the interpreter, for a script"),
+        FieldInfo("argv", "array of strings", "the arguments"),
+        FieldInfo("cmdline", "string", "the arguments joined by single spaces"),
+        FieldInfo("cwd", "string", "working directory"),
+        FieldInfo("parent_exe", "string", "absolute path of the parent's executable; empty for a kernel thread"),
+        FieldInfo("filename", "string", "path that was asked to be executed, as given: the script, for a script"),
+        FieldInfo("interp", "string", "path of the interpreter that the script names, as given; empty for what is no script"),
+        FieldInfo("exe_mntns_initial", "boolean", "whether `exe_mntns` is the initial mount namespace"),
+        FieldInfo("cwd_mntns_initial", "boolean", "whether `cwd_mntns` is"),
+        FieldInfo("parent_exe_mntns_initial", "boolean", "whether `parent_exe_mntns` is"),
+        FieldInfo("exe_deleted", "boolean", "whether the file that runs has been deleted: `exe` is where it was"),
+        FieldInfo("exe_memfd", "boolean", "whether it is a memory file, in no directory at all"),
+        FieldInfo("parent_comm", "string", "name of the parent"),
+    ), ()),
+    "process.fork": KindInfo("process.fork", ProcessFork, "critical", "A process created a child process (new threads are not reported). `pid` is who did it.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("child_start_boot_ns", "integer", "when the child started, nanoseconds since boot"),
+        FieldInfo("child_start_time_ns", "integer", "the same, ns since the epoch"),
+        FieldInfo("child_pid", "integer", "process id of the child"),
+        FieldInfo("child_ppid", "integer", "process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT"),
+        FieldInfo("child_pidns", "integer", "inode number of the child's pid namespace"),
+        FieldInfo("child_ns_pid", "integer", "process id of the child in that namespace"),
+    ), ()),
+    "process.exit": KindInfo("process.exit", ProcessExit, "critical", "The last thread of a process ended.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("start_time_ns", "integer", "when the process started, ns since the epoch"),
+        FieldInfo("duration_ns", "integer", "how long the process lived"),
+        FieldInfo("exit_code", "integer", "argument of exit(), 0 to 255; 0 when a signal ended the process"),
+        FieldInfo("signal", "integer", "signal that ended the process; 0 when it exited"),
+        FieldInfo("core_dumped", "boolean", "whether a core was dumped"),
+    ), ()),
+    "file.open": KindInfo("file.open", FileOpen, "bulk", "A call of open, creat, openat or openat2 returned.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("latency_ns", "integer", "time the system call took; 0 unless `open_latency` is configured"),
+        FieldInfo("inode", "integer", "inode number of the file; 0 when the open failed"),
+        FieldInfo("dev", "integer", "device of its file system, as stat() gives it; 0 when the open failed"),
+        FieldInfo("fd", "integer", "file descriptor; -1 when the open failed"),
+        FieldInfo("errno", "integer", "error number; 0 when the open succeeded"),
+        FieldInfo("flags", "integer", "open flags as passed (O_*)"),
+        FieldInfo("mode", "integer", "permissions asked for a new file; 0 when none could be created"),
+        FieldInfo("mntns", "integer", "inode number of the mount namespace that `path` is a path in; 0 when its mount is in none"),
+        FieldInfo("path", "string", "absolute path: as opened, symbolic links resolved; of a failed open, or of a file that is in no directory, as asked, behind cwd or dirfd"),
+        FieldInfo("mntns_initial", "boolean", "whether `mntns` is the initial mount namespace"),
+    ), ("opens through io_uring", "system calls of 32-bit programs on a 64-bit kernel", "open_by_handle_at")),
+    "net.connect": KindInfo("net.connect", NetConnect, "bulk", "An outbound TCP connection was established or failed.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("latency_ns", "integer", "time from the SYN to the result; 0 when no SYN was sent, or the SYN or the result was not seen"),
+        FieldInfo("errno", "integer", "error number, such as 111 (ECONNREFUSED); 0 when connected"),
+        FieldInfo("netns", "integer", "inode number of the network namespace"),
+        FieldInfo("local_port", "integer", "local port; 0 when none was bound"),
+        FieldInfo("remote_port", "integer", "remote port"),
+        FieldInfo("ip_version", "integer", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("direction", "string", "always outbound"),
+        FieldInfo("owner_known", "boolean", "whether the task is the owner of the socket; where it is not known, pid is 0"),
+        FieldInfo("local_addr", "string", "local address"),
+        FieldInfo("remote_addr", "string", "remote address"),
+    ), ("connects through io_uring or by 32-bit programs that fail before a SYN is sent",)),
+    "net.accept": KindInfo("net.accept", NetAccept, "bulk", "A process accepted an inbound TCP connection.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("fd", "integer", "file descriptor of the accepted connection"),
+        FieldInfo("netns", "integer", "inode number of the network namespace"),
+        FieldInfo("local_port", "integer", "local port"),
+        FieldInfo("remote_port", "integer", "remote port"),
+        FieldInfo("ip_version", "integer", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("direction", "string", "always inbound"),
+        FieldInfo("owner_known", "boolean", "always true: the task is the one that accepted"),
+        FieldInfo("local_addr", "string", "local address"),
+        FieldInfo("remote_addr", "string", "remote address"),
+    ), ("accepts through io_uring or by 32-bit programs",)),
+    "net.close": KindInfo("net.close", NetClose, "bulk", "An established TCP connection ended.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("duration_ns", "integer", "time from established to closed; 0 when it was established before the agent started, or nobody saw it being established"),
+        FieldInfo("bytes_sent", "integer", "payload bytes sent, retransmissions not counted twice"),
+        FieldInfo("bytes_received", "integer", "payload bytes received in order"),
+        FieldInfo("errno", "integer", "error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close"),
+        FieldInfo("netns", "integer", "inode number of the network namespace"),
+        FieldInfo("local_port", "integer", "local port"),
+        FieldInfo("remote_port", "integer", "remote port"),
+        FieldInfo("ip_version", "integer", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("direction", "string", "who opened it; unknown when established before the agent started"),
+        FieldInfo("owner_known", "boolean", "whether the task is the owner of the socket; where it is not known, pid is 0"),
+        FieldInfo("local_addr", "string", "local address"),
+        FieldInfo("remote_addr", "string", "remote address"),
+    ), ()),
+}
+"""What each kind is, for people."""

@@ -1,0 +1,267 @@
+"""Drains the rings on the event loop.
+
+A timer looks at every ring; a wake-up from the kernel, which comes only when a ring is filling
+fast or the reader sleeps, is answered sooner. Each callback drains a bounded number of records
+and goes back to the loop, so that the sinks get their turn. A paused reader leaves the records
+in the rings, where the kernel counts what no longer fits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import struct
+from collections.abc import Callable, Iterator, Mapping
+
+from streamer.events.batch import Batch
+from streamer.events.envelope import Envelope, clock_offset_ns
+from streamer.events.kinds import HEADER, RECORDS
+from streamer.kernel.objects import CONTRACT
+from streamer.kernel.tags import RINGS
+from streamer.ring.gaps import GapTracker, Loss
+from streamer.ring.records import Decoder, Ring
+
+LOOKS_IN_VAIN = 5
+"""Looks at empty rings before the reader goes to sleep: at moderate rates it had better not."""
+
+_WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}
+_WAKE_WORD = struct.Struct("<I")  # struct reader_state is one for each ring
+_FOREVER = 1 << 64
+_POSITION = struct.Struct("<Q")
+
+
+class RingSource:
+    """One ring: its mapping, its decoder and its gaps."""
+
+    def __init__(self, name: str, fd: int, size: int, envelope: Envelope) -> None:
+        """Map the ring `fd` with a data area of `size` bytes."""
+        self.name = name
+        self.fd = fd
+        page = mmap.PAGESIZE
+        self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._producer = mmap.mmap(
+            fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
+        )
+        self.ring = Ring(self._consumer, self._producer, page)
+        constants, prefix = envelope.constants(name), envelope.id_prefix(name)
+        self.decoder = Decoder(HEADER, RECORDS, constants, prefix)
+        self.decoder.clock_offset_ns = clock_offset_ns()
+        self.gaps = GapTracker()
+        self.more = False
+
+    @property
+    def produced(self) -> int:
+        """Bytes that were ever reserved in the ring."""
+        return int(_POSITION.unpack_from(self._producer)[0])
+
+    @property
+    def consumed(self) -> int:
+        """Bytes that were ever read from the ring."""
+        return int(_POSITION.unpack_from(self._consumer)[0])
+
+
+class RingReader:
+    """Drains all rings, the most important first, and hands on what it reads.
+
+    Awake, it looks every `poll_interval_ms`. After some looks in vain it tells the programs that
+    it sleeps, and the next event wakes it.
+    """
+
+    def __init__(
+        self,
+        sources: list[RingSource],
+        state: mmap.mmap,
+        *,
+        on_batch: Callable[[Batch], None],
+        on_error: Callable[[Exception], None],
+        poll_interval_ms: int,
+        drain_records: int,
+        max_events: int | None = None,
+    ) -> None:
+        """`state` is the mapped `struct reader_state`.
+
+        `on_batch` gets the events of each drain, and may call `pause`. `on_error` gets what
+        makes further reading impossible, and is called once. After `max_events` the reader
+        is `done`, and what is left stays in the rings.
+        """
+        self.sources = sources
+        self.paused = False
+        self.pauses = 0
+        self.done = max_events == 0
+        self._left = max_events
+        self._state = state
+        self._on_batch = on_batch
+        self._on_error = on_error
+        self._interval = poll_interval_ms / 1000
+        self._drain_records = drain_records
+        self._looks_in_vain = 0
+        self._looks = False
+        self._armed: set[RingSource] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._soon: asyncio.Handle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def start(self) -> None:
+        """Begin reading."""
+        self._looks = True
+        self._wake()
+
+    def stop(self) -> None:
+        """Stop looking by itself; `drain_once` still works, until `close`."""
+        self._looks = False
+        self._halt()
+
+    def close(self) -> None:
+        """Never read again, whatever a sink may still ask for."""
+        self.done = True
+        self.stop()
+
+    def pause(self) -> None:
+        """Leave the records in the rings until `resume`."""
+        if not self.paused:
+            self.paused = True
+            self.pauses += 1
+            self._halt()
+
+    def resume(self) -> None:
+        """Read on."""
+        self.paused = False
+        self._wake()
+
+    def drain_once(self) -> bool:
+        """One bounded drain of each ring that has records. Whether any has more."""
+        try:
+            return self._drain_each()
+        except Exception as error:  # whatever it is: it would come again at every look
+            self.close()
+            self._on_error(error)
+            return False
+
+    def _drain_each(self) -> bool:
+        read = False
+        for source in self.sources:
+            if self.paused or self.done:
+                return False
+            read |= self._drain(source)
+        more = any(source.more for source in self.sources)
+        # Who drains by the way may have taken the record that would have woken the reader.
+        if (read or more) and self._timer is None:
+            self._wake()
+        return more
+
+    def _drain(self, source: RingSource) -> bool:
+        """One drain of one ring. Whether there was any record."""
+        before = source.ring.records
+        most = self._drain_records if self._left is None else min(self._drain_records, self._left)
+        events, kinds, gaps, more, _ = source.ring.drain(source.decoder, most)
+        source.more = more
+        if self._left is not None:
+            self._left -= len(events)
+            self.done = self._left == 0
+        if gaps:
+            source.gaps.feed(gaps, self._now_ns())
+        if events:
+            self._looks_in_vain = 0
+            self._on_batch(Batch(events, kinds))
+        return source.ring.records != before
+
+    def _now_ns(self) -> int:
+        return int(self._loop.time() * 1e9)
+
+    def _wake(self) -> None:
+        if self.paused or self.done or not self._looks:
+            return
+        self._looks_in_vain = 0
+        self._drain_soon()
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._interval, self._tick)
+
+    def _halt(self) -> None:
+        for handle in (self._timer, self._soon):
+            if handle is not None:
+                handle.cancel()
+        self._timer = self._soon = None
+        for source in self.sources:
+            self._disarm(source)
+
+    def _tick(self) -> None:
+        this = self._timer
+        self._looks_in_vain += 1
+        if self._soon is None:  # else the next drain is on its way
+            self._continue()
+        if self._timer is not this:  # halted in the meantime, and perhaps woken again
+            return
+        # One look more after the programs were asked to wake it: one may just have missed that.
+        sleeps = self._looks_in_vain > LOOKS_IN_VAIN and len(self._armed) == len(self.sources)
+        self._timer = None if sleeps else self._loop.call_later(self._interval, self._tick)
+        self._arm(_WAKE["WAKE_ANY" if self._looks_in_vain >= LOOKS_IN_VAIN else "WAKE_FULL"])
+
+    def _continue(self) -> None:
+        self._soon = None
+        if self.drain_once() and self._looks:
+            self._drain_soon()
+
+    def _drain_soon(self) -> None:
+        if self._soon is None:
+            self._soon = self._loop.call_soon(self._continue)
+
+    def _arm(self, wake: int) -> None:
+        """Ask to be woken for rings that are empty now.
+
+        Epoll reports a ring for as long as it holds anything: a ring that is written all the time,
+        or whose first record is not finished, would keep the loop spinning. So after each wake-up
+        the timer alone looks, until it finds the ring empty.
+        """
+        for source in self.sources:
+            if source in self._armed:
+                self._ask(source, wake)
+            elif not source.ring.pending:
+                self._armed.add(source)
+                self._ask(source, wake)
+                self._loop.add_reader(source.fd, self._woken, source)
+
+    def _woken(self, source: RingSource) -> None:
+        self._disarm(source)
+        self._wake()
+
+    def _disarm(self, source: RingSource) -> None:
+        if source in self._armed:
+            self._armed.discard(source)
+            self._ask(source, _WAKE["WAKE_NEVER"])
+            self._loop.remove_reader(source.fd)
+
+    def _ask(self, source: RingSource, wake: int) -> None:
+        _WAKE_WORD.pack_into(self._state, _WAKE_WORD.size * RINGS.index(source.name), wake)
+
+    def refresh_clock(self) -> None:
+        """Use the offset between the clocks as it is now."""
+        offset = clock_offset_ns()
+        for source in self.sources:
+            source.decoder.clock_offset_ns = offset
+
+    def look_for_tails(self, kernel_seqs: Mapping[str, list[int]], *, final: bool = False) -> None:
+        """Note records that were numbered before the rings were found empty, and did not come.
+
+        `kernel_seqs`: per ring, the last number taken on each CPU, read before the last drain.
+        With `final`, what is still in the rings will not come either.
+        """
+        now = self._now_ns()
+        for source in self.sources:
+            if source.ring.pending and not final:
+                continue
+            for cpu, taken in enumerate(kernel_seqs[source.name]):
+                expected = source.ring.next_seq(cpu)
+                if expected <= taken:
+                    source.gaps.tail(cpu, expected, taken, now)
+
+    def losses(self, *, final: bool = False) -> Iterator[tuple[str, Loss]]:
+        """Ring and range of every loss that is certain now; with `final`, of every open gap."""
+        for source in self.sources:
+            losses = source.gaps.expire(
+                _FOREVER if final else self._now_ns(),
+                source.ring.next_seq,
+                produced=source.produced,
+                consumed=_FOREVER if final else source.consumed,
+            )
+            for loss in losses:
+                yield source.name, loss

@@ -1,0 +1,794 @@
+"""The ring reader in plain Python: the oracle of the compiled `_records.c`, and its fallback.
+
+The format of a ring is the kernel's (kernel/bpf/ringbuf.c). Positions are u64 that only ever
+grow; masked with the size of the data area they are offsets into it. Each record follows a
+u32 with its length, a BUSY bit while it is being written and a DISCARD bit when it was given
+up, and a u32 that is the kernel's own; the whole is rounded up to 8 bytes. The data area is
+mapped twice in a row, so no record is ever split. Hosts are little-endian and of 64 bits.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import math
+import socket
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from operator import itemgetter
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+
+from streamer.events.layout import HEADER_FIELDS, MAX_STRINGS, FieldLayout, RecordLayout
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+RING_HEADER = 8
+BUSY = 1 << 31
+DISCARD = 1 << 30
+LENGTH_MASK = DISCARD - 1
+MAX_RECORD = 1 << 30
+U64 = (1 << 64) - 1
+
+Gap: TypeAlias = tuple[Literal["missing", "late", "skipped"], int, int, int]
+"""An anomaly of the sequence: `("missing", cpu, first, last)`, numbers that were passed over;
+`("late", cpu, seq, seq)`, a number that had been passed over or was seen before; and
+`("skipped", cpu, n, n)`, after the former two: the record's base says that the `n` numbers
+before it were given up, so that they are no losses."""
+
+_WIDTHS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_INTEGERS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "s32": "i", "s64": "q", "ns": "Q"}
+
+
+class Drained(NamedTuple):
+    """What one drain gave.
+
+    `events` are Structs in the order of the ring, `kinds` counts them per dotted kind. `more`
+    says that the drain stopped at its limit of records, `busy` that it stopped at a record
+    that is still being written; with neither, the ring was empty.
+    """
+
+    events: list[Any]
+    kinds: dict[str, int]
+    gaps: tuple[Gap, ...]
+    more: bool
+    busy: bool
+
+
+# ------------------------------------------------------------------ words of a record
+
+
+class _Word(NamedTuple):
+    """Bytes at a fixed offset of a record, with their `struct` code."""
+
+    offset: int
+    code: str
+
+    @property
+    def end(self) -> int:
+        return self.offset + struct.calcsize(f"<{self.code}")
+
+
+_Words = tuple[Any, ...]
+
+
+def _layers(words: Iterable[_Word]) -> list[list[_Word]]:
+    """The words in as few lists as possible, such that those of a list do not overlap."""
+    layers: list[list[_Word]] = []
+    for word in sorted(set(words)):
+        for layer in layers:
+            if layer[-1].end <= word.offset:
+                layer.append(word)
+                break
+        else:
+            layers.append([word])
+    return layers
+
+
+def _struct_of(layer: list[_Word]) -> struct.Struct:
+    parts, end = ["<"], 0
+    for word in layer:
+        parts.append(f"{word.offset - end}x{word.code}")
+        end = word.end
+    return struct.Struct("".join(parts))
+
+
+class _WordReader:
+    """Reads all words of a record in few calls; `index` says where each is in the result."""
+
+    def __init__(self, words: Iterable[_Word]) -> None:
+        layers = _layers(words)
+        self._structs = [_struct_of(layer) for layer in layers]
+        self.index = {word: index for index, word in enumerate(chain(*layers))}
+
+    def read(self, record: bytes) -> _Words:
+        words: _Words = ()
+        for layer in self._structs:
+            words += layer.unpack_from(record)
+        return words
+
+
+# ------------------------------------------------------------------ what each op does
+
+
+class _Cursor:
+    """What is carried from one field of a record to the next."""
+
+    __slots__ = (
+        "argv", "clock", "cut", "incomplete", "invalid", "position", "record", "truncated"
+    )  # fmt: skip
+
+    def __init__(self, record: bytes, position: int, clock: int, cut: int) -> None:
+        self.record = record
+        self.position = position
+        self.clock = clock
+        self.cut = cut
+        self.argv: list[str] = []
+        self.invalid = False
+        self.truncated = False
+        self.incomplete = False
+
+    def text(self, raw: bytes, whole_end: bool = True) -> str:
+        """The text of `raw`, without what is left of a character that was cut at its end."""
+        try:
+            return codecs.utf_8_decode(raw, "strict", whole_end)[0]
+        except UnicodeDecodeError:
+            self.invalid = True
+            return codecs.utf_8_decode(raw, "replace", whole_end)[0]
+
+    def take(self, size: int) -> bytes:
+        start = self.position
+        self.position += size
+        return self.record[start : self.position]
+
+    def take_str(self, size: int, bit: int) -> str:
+        raw, cut = self.take(size), self.cut & bit != 0
+        return self.text(_without_cut_start(raw) if cut else raw, not cut)
+
+    def take_argv(self, size: int, bit: int) -> list[str]:
+        raw, cut = self.take(size), self.cut & bit != 0
+        # The last argument, and only that, may have been cut, unless its NUL is there.
+        *whole, last = raw.split(b"\0")
+        self.argv = [self.text(part) for part in whole]
+        if last:
+            self.argv.append(self.text(last, not cut))
+        return self.argv
+
+    def mark_cut(self, choices: tuple[tuple[str, ...], ...], bits: int) -> tuple[str, ...]:
+        names = choices[bits & (len(choices) - 1)]
+        self.truncated = self.truncated or bool(names)
+        return names
+
+    def mark_flag(self, flag: bool) -> bool:
+        self.incomplete = self.incomplete or flag
+        return flag
+
+
+def _without_cut_start(raw: bytes) -> bytes:
+    """Without bytes at the start that continue a character; a character has at most three."""
+    start = 0
+    while start < min(len(raw), 3) and raw[start] & 0xC0 == 0x80:
+        start += 1
+    return raw[start:]
+
+
+_Read = Callable[[_Words, _Cursor], Any]
+
+
+class _Op(NamedTuple):
+    """How a field is read: `make`, given where its words are, makes the function that does it.
+
+    Without `make` the value is the word itself. Ops run by `stage`: a line needs the argv, and
+    the mark of what was replaced needs all strings.
+    """
+
+    words: tuple[_Word, ...]
+    make: Callable[..., _Read] | None
+    stage: int = 0
+
+
+def _ip_text(address: bytes, version: int) -> str:
+    if version == 4:
+        return socket.inet_ntop(socket.AF_INET, address[:4])
+    return socket.inet_ntop(socket.AF_INET6, address) if version == 6 else ""
+
+
+def _read_bool(at: int) -> _Read:
+    return lambda words, cursor: words[at] != 0
+
+
+def _read_cstr(at: int) -> _Read:
+    return lambda words, cursor: cursor.text(words[at].partition(b"\0")[0])
+
+
+def _read_ip(address: int, version: int) -> _Read:
+    return lambda words, cursor: _ip_text(words[address], words[version])
+
+
+def _read_name(names: tuple[str, ...]) -> Callable[[int], _Read]:
+    known = len(names)
+    return lambda at: lambda words, cursor: names[words[at] if words[at] < known else 0]
+
+
+def _read_str(bit: int) -> Callable[[int], _Read]:
+    return lambda at: lambda words, cursor: cursor.take_str(words[at], bit)
+
+
+def _read_argv(bit: int) -> Callable[[int], _Read]:
+    return lambda at: lambda words, cursor: cursor.take_argv(words[at], bit)
+
+
+def _read_line() -> _Read:
+    return lambda words, cursor: " ".join(cursor.argv)
+
+
+def _read_constant(value: object) -> Callable[[], _Read]:
+    return lambda: lambda words, cursor: value
+
+
+def _read_id(prefix: str) -> Callable[[int, int], _Read]:
+    return lambda cpu, seq: lambda words, cursor: f"{prefix}-{words[cpu]}-{words[seq]}"
+
+
+def _read_time(at: int) -> _Read:
+    return lambda words, cursor: (words[at] + cursor.clock) & U64
+
+
+def _read_cut(names: tuple[str, ...]) -> Callable[[int], _Read]:
+    choices = tuple(
+        tuple(name for i, name in enumerate(names) if mask >> i & 1)
+        for mask in range(1 << len(names))
+    )
+    return lambda at: lambda words, cursor: cursor.mark_cut(choices, words[at])
+
+
+def _read_flag(mask: int) -> Callable[[int], _Read]:
+    return lambda at: lambda words, cursor: cursor.mark_flag(words[at] & mask != 0)
+
+
+def _read_invalid_utf8() -> _Read:
+    return lambda words, cursor: cursor.invalid
+
+
+# ------------------------------------------------------------------ from layout to plan
+
+
+def _between(low: int, number: int, high: int, what: str) -> int:
+    if not low <= number <= high:
+        raise ValueError(f"{what} is {number!r}, not {low} to {high}")
+    return number
+
+
+class _Header:
+    """Words of a record's base, checked."""
+
+    def __init__(self, offsets: Mapping[str, int]) -> None:
+        self.size = _between(0, offsets["header_size"], MAX_RECORD, "header: header_size")
+        self.words = {
+            name: self._word(name, offsets[name], width) for name, width in HEADER_FIELDS.items()
+        }
+
+    def _word(self, name: str, offset: int, width: int) -> _Word:
+        _between(0, offset, self.size - width, f"header: {name}")
+        return _Word(offset, _WIDTHS[width])
+
+    def getter(self, *names: str) -> Callable[[bytes], tuple[int, ...]]:
+        """A function that reads these words of a record that is at least a base long."""
+        words = [self.words[name] for name in names]
+        reader = _WordReader(words)
+        pick = itemgetter(*(reader.index[word] for word in words))
+        return lambda record: pick(reader.read(record))
+
+
+class _Context(NamedTuple):
+    """What the fields of a layout are read with."""
+
+    header: _Header
+    constants: Mapping[str, object]
+    id_prefix: str
+    strings: tuple[str, ...] = ()
+
+
+class _Field(NamedTuple):
+    """A field with its place, for messages, and the size of its record, for checks."""
+
+    layout: FieldLayout
+    where: str
+    size: int
+
+    def word(self, code: str, offset: int | None = None) -> _Word:
+        word = _Word(self.layout.offset if offset is None else offset, code)
+        _between(0, word.offset, self.size - (word.end - word.offset), f"{self.where}: offset")
+        return word
+
+    def names(self, least: int, most: float = math.inf) -> tuple[str, ...]:
+        names: Any = self.layout.argument
+        fits = isinstance(names, tuple) and len(names) >= least
+        if not (fits and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{self.where}: names are {names!r}, not a tuple of str")
+        if len(names) > most:
+            raise ValueError(f"{self.where}: names are {names!r}, more than {most}")
+        return tuple(names)
+
+
+def _op_of(field: _Field, context: _Context) -> _Op:
+    op, argument = field.layout.op, field.layout.argument
+    if op in _INTEGERS:
+        return _Op((field.word(_INTEGERS[op]),), None)
+    match op:
+        case "bool":
+            return _Op((field.word("B"),), _read_bool)
+        case "cstr":
+            length = _between(1, argument, field.size, f"{field.where}: length")
+            return _Op((field.word(f"{length}s"),), _read_cstr)
+        case "ip":
+            return _Op((field.word("16s"), field.word("B", argument)), _read_ip)
+        case "names":
+            return _Op((field.word("B"),), _read_name(field.names(1)))
+        case "boottime":
+            return _Op((field.word("Q"),), _read_time)
+        case "flag":
+            mask = _between(1, argument, 255, f"{field.where}: mask")
+            return _Op((field.word("B"),), _read_flag(mask))
+        case "cut":
+            return _Op((field.word("B"),), _read_cut(field.names(0, MAX_STRINGS)))
+    if op not in _STRINGS:
+        return _op_without_word(field, context)
+    bit = 1 << context.strings.index(field.layout.name)
+    return _Op((field.word("H"),), _STRINGS[op](bit))
+
+
+_STRINGS: dict[str, Callable[[int], Callable[[int], _Read]]] = {
+    "str": _read_str,
+    "argv": _read_argv,
+}
+
+
+def _op_without_word(field: _Field, context: _Context) -> _Op:
+    header = context.header.words
+    match field.layout.op:
+        case "line":
+            return _Op((), _read_line, stage=1)
+        case "const":
+            return _Op((), _read_constant(context.constants[field.layout.argument]))
+        case "id":
+            return _Op((header["cpu"], header["seq"]), _read_id(context.id_prefix))
+        case "time":
+            return _Op((header["boot_ns"],), _read_time)
+        case "invalid_utf8":
+            return _Op((), _read_invalid_utf8, stage=2)
+    raise ValueError(f"{field.where}: unknown op {field.layout.op!r}")
+
+
+def _check_struct(layout: RecordLayout) -> None:
+    """Refuses a class that the compiled reader could not make without calling it."""
+    cls: object = layout.struct
+    names = tuple(field.name for field in layout.fields)
+    if not (isinstance(cls, type) and issubclass(cls, msgspec.Struct)):
+        trouble = "not a Struct"
+    elif cls.__struct_config__.gc:
+        trouble = "a Struct without gc=False"
+    elif cls.__struct_fields__ != names:
+        trouble = "a Struct with other fields than the layout"
+    elif hasattr(cls, "__post_init__"):
+        trouble = "a Struct with __post_init__"
+    else:
+        return
+    raise TypeError(f"{layout.kind}: {cls!r} is {trouble}")
+
+
+def _strings_of(layout: RecordLayout) -> tuple[str, ...]:
+    return tuple(field.name for field in layout.fields if field.op in _STRINGS)
+
+
+def _check_strings(layout: RecordLayout) -> None:
+    ops, count = [field.op for field in layout.fields], len(_strings_of(layout))
+    if "line" in ops and ops.count("argv") != 1:
+        raise ValueError(f"{layout.kind}: a line of {ops.count('argv')} argv")
+    if count > MAX_STRINGS:
+        raise ValueError(f"{layout.kind}: {count} strings, more than {MAX_STRINGS}")
+    for field in layout.fields:
+        if field.op == "cut" and len(field.argument) != count:
+            names = len(field.argument)
+            raise ValueError(f"{layout.kind}: a cut of {names} names and {count} strings")
+
+
+def _maker(cls: type[msgspec.Struct]) -> Callable[[list[Any]], Any]:
+    """A function that makes a Struct of all its values."""
+    positional = len(cls.__match_args__)
+    names = cls.__struct_fields__[positional:]  # keyword-only fields follow the others
+    if not names:
+        return lambda values: cls(*values)
+    return lambda values: cls(
+        *values[:positional], **dict(zip(names, values[positional:], strict=True))
+    )
+
+
+class _Plan:
+    """How the records of one kind are decoded."""
+
+    def __init__(self, layout: RecordLayout, context: _Context) -> None:
+        _check_struct(layout)
+        self.kind = layout.kind
+        self.size = _between(context.header.size, layout.size, MAX_RECORD, f"{layout.kind}: size")
+        context = context._replace(strings=_strings_of(layout))
+        ops = [
+            _op_of(_Field(field, f"{layout.kind}.{field.name}", self.size), context)
+            for field in layout.fields
+        ]
+        _check_strings(layout)
+        self._make = _maker(layout.struct)
+        self._cut = context.header.words["cut"]
+        self._set_readers(ops, layout)
+
+    def _set_readers(self, ops: list[_Op], layout: RecordLayout) -> None:
+        words = [self._cut, *(word for op in ops for word in op.words)]
+        self._words = _WordReader(words)
+        index = self._words.index
+        self._lengths = [
+            index[op.words[0]]
+            for op, field in zip(ops, layout.fields, strict=True)
+            if field.op in _STRINGS
+        ]
+        self._plain = [None if op.make else index[op.words[0]] for op in ops]
+        readers = [
+            (op.stage, slot, op.make(*(index[word] for word in op.words)))
+            for slot, op in enumerate(ops)
+            if op.make
+        ]
+        readers.sort(key=itemgetter(0, 1))
+        self._readers = [(slot, read) for _, slot, read in readers]
+
+    def decode(self, record: bytes, clock: int) -> tuple[Any, _Cursor] | None:
+        """The event and what was noticed; None when its strings run past the record's end."""
+        words = self._words.read(record)
+        if self.size + sum(words[at] for at in self._lengths) > len(record):
+            return None
+        cursor = _Cursor(record, self.size, clock, words[self._words.index[self._cut]])
+        values = [None if at is None else words[at] for at in self._plain]
+        for slot, read in self._readers:
+            values[slot] = read(words, cursor)
+        return self._make(values), cursor
+
+
+class Decoder:
+    """Makes Structs of records, as the layouts say.
+
+    A record is refused, and counted, when its kind is unknown, or when it ends before its
+    fixed part or its strings do; it ends where its base says, or where the ring does if
+    that is sooner. A string that is not UTF-8 is decoded with U+FFFD for what is not, the
+    event says so in its `invalid_utf8` field, and is counted once. What a cut left of a
+    character is left off. Times are taken modulo 2^64, so that they can be encoded whatever a
+    record holds.
+    """
+
+    def __init__(
+        self,
+        header: Mapping[str, int],
+        layouts: Mapping[int, RecordLayout],
+        constants: Mapping[str, object],
+        id_prefix: str,
+    ) -> None:
+        """Compile the layouts.
+
+        Args:
+            header: byte offsets of `layout.HEADER_FIELDS`, and `header_size` in bytes.
+            layouts: how records are read, by the number of their kind (0 to 65535).
+            constants: values of `const` fields, shared by all events.
+            id_prefix: begins the `id` of each event; ASCII.
+
+        Raises:
+            TypeError: a class that cannot be made as its layout says: not a Struct with
+                `gc=False`, without `__post_init__` and with exactly the layout's fields.
+            ValueError: an unknown op, or an offset or size outside the record.
+            KeyError: an offset of the header or a constant that is not there.
+        """
+        if not id_prefix.isascii():
+            raise ValueError(f"id_prefix {id_prefix!r} is not ASCII")
+        self.header = _Header(header)
+        self._clock_offset_ns = 0
+        self._unknown_kind = self._short_record = self._invalid_utf8 = 0
+        self._truncated = self._incomplete = 0
+        self._kind_and_size = self.header.getter("kind", "size")
+        self.sequence_of = self.header.getter("cpu", "seq", "skipped")
+        context = _Context(self.header, constants, id_prefix)
+        self._plans = {
+            _between(0, number, 65535, "layouts: kind"): _Plan(layout, context)
+            for number, layout in layouts.items()
+        }
+
+    @property
+    def clock_offset_ns(self) -> int:
+        """Nanoseconds to add to time since boot to get time since the epoch; s64."""
+        return self._clock_offset_ns
+
+    @clock_offset_ns.setter
+    def clock_offset_ns(self, value: int) -> None:
+        if not -(1 << 63) <= value < 1 << 63:
+            raise OverflowError("clock_offset_ns is not an s64")
+        self._clock_offset_ns = value
+
+    @property
+    def unknown_kind(self) -> int:
+        """Records refused because no layout has their kind."""
+        return self._unknown_kind
+
+    @property
+    def short_record(self) -> int:
+        """Records refused because they end before their fields do."""
+        return self._short_record
+
+    @property
+    def invalid_utf8(self) -> int:
+        """Events with a string in which U+FFFD replaced bytes."""
+        return self._invalid_utf8
+
+    @property
+    def truncated(self) -> int:
+        """Events with a string that was cut, as `cut` says."""
+        return self._truncated
+
+    @property
+    def incomplete(self) -> int:
+        """Events with a `flag` that is set."""
+        return self._incomplete
+
+    def decode(self, record: ReadableBuffer, /) -> Any:
+        """The event of one record; None when it was refused, which is counted."""
+        decoded = self.decode_kind(bytes(record))
+        return None if decoded is None else decoded[1]
+
+    def decode_kind(self, record: bytes) -> tuple[str, Any] | None:
+        """The dotted kind and the event of one record; None when it was refused."""
+        if len(record) < self.header.size:
+            self._short_record += 1
+            return None
+        kind, size = self._kind_and_size(record)
+        plan = self._plans.get(kind)
+        if plan is None:
+            self._unknown_kind += 1
+            return None
+        size = min(size, len(record))
+        decoded = plan.decode(record[:size], self._clock_offset_ns) if size >= plan.size else None
+        if decoded is None:
+            self._short_record += 1
+            return None
+        event, cursor = decoded
+        self._invalid_utf8 += cursor.invalid
+        self._truncated += cursor.truncated
+        self._incomplete += cursor.incomplete
+        return plan.kind, event
+
+
+# ------------------------------------------------------------------ the ring
+
+
+class _Fence:
+    """Keeps what is read before a call ahead of what is read or written after it.
+
+    x86-64 does that anyway. arm64 does not, and plain Python has no acquire and release but
+    those of a lock: to let go of it and take it again orders everything around both.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._lock.acquire()
+
+    def __call__(self) -> None:
+        self._lock.release()
+        self._lock.acquire()
+
+
+class _Sequence:
+    """Follows the sequence numbers of each CPU, which start at 1."""
+
+    __slots__ = ("_expected",)
+
+    def __init__(self) -> None:
+        self._expected: dict[int, int] = {}
+
+    def expected(self, cpu: int) -> int:
+        return self._expected.get(cpu, 1)
+
+    def follow(self, cpu: int, seq: int, skipped: int) -> list[Gap]:
+        """The anomalies that a record shows."""
+        gaps: list[Gap] = []
+        expected = self.expected(cpu)
+        if seq > expected:
+            gaps.append(("missing", cpu, expected, seq - 1))
+        if seq < expected:
+            gaps.append(("late", cpu, seq, seq))
+        else:
+            self._expected[cpu] = (seq + 1) & U64
+        if skipped > 0:
+            gaps.append(("skipped", cpu, skipped, skipped))
+        return gaps
+
+
+class _Slice(NamedTuple):
+    """A record in the data area; `discarded` ones have no content. `end` is a position."""
+
+    offset: int
+    length: int
+    discarded: bool
+    end: int
+
+
+class Ring:
+    """The consumer of one BPF ring buffer. There must be only one per ring."""
+
+    def __init__(
+        self, consumer: WriteableBuffer, producer: ReadableBuffer, data_offset: int = 4096
+    ) -> None:
+        """Take the mapped pages of a ring; `close` lets go of them.
+
+        Args:
+            consumer: the consumer's page: at least 8 bytes, its u64 position first. Writable.
+            producer: `data_offset` bytes, the producer's u64 position first, then the data
+                area twice. Its size must be a power of two.
+            data_offset: where the data area begins, in bytes; a multiple of 8.
+
+        Raises:
+            ValueError: a buffer of another shape.
+            BufferError, TypeError: a consumer's page that is not writable.
+        """
+        if data_offset < RING_HEADER or data_offset % 8:
+            raise ValueError("data_offset is not a positive multiple of 8")
+        # A ctypes integer stores all 8 bytes at once, which struct.pack_into does not.
+        self._consumer: ctypes.c_uint64 | None = ctypes.c_uint64.from_buffer(consumer)
+        self._producer = memoryview(producer)
+        twice = self._producer.nbytes - data_offset
+        if twice < 2 * RING_HEADER or twice & (twice - 1):
+            raise ValueError("producer does not hold a power of two of data, twice")
+        self._data_offset = data_offset
+        self._size = twice // 2
+        self._fence = _Fence()
+        self._sequence = _Sequence()
+        self._records = self._discarded = 0
+        self._draining = False
+
+    @property
+    def pending(self) -> int:
+        """Bytes between the consumer's and the producer's position."""
+        consumed = self._page().value
+        return (self._producer_position() - consumed) & U64
+
+    @property
+    def records(self) -> int:
+        """Records consumed that were not discarded, refused ones included."""
+        return self._records
+
+    @property
+    def discarded(self) -> int:
+        """Records consumed that the producer had discarded."""
+        return self._discarded
+
+    def next_seq(self, cpu: int, /) -> int:
+        """The sequence number that the next record of `cpu` (0 to 65535) should have."""
+        return self._sequence.expected(_between(0, cpu, 65535, "cpu"))
+
+    def close(self) -> None:
+        """Let go of both buffers, so that they can be unmapped. Harmless when called twice."""
+        if self._draining:
+            raise RuntimeError("the ring is being drained")
+        self._consumer = None
+        self._producer.release()
+
+    def drain(self, decoder: Decoder, max_records: int, /) -> Drained:
+        """Consume and decode up to `max_records` records, discarded ones included.
+
+        A record that cannot be consumed does not take the ones before it along: the drain ends
+        before it, with `more`, and the next one raises.
+
+        Raises:
+            ValueError: a ring whose positions or lengths make no sense ("corrupt ring …"), or
+                one that was closed. Nothing has been consumed.
+            MemoryError: no room for an event. Nothing has been lost: calling again goes on.
+        """
+        if max_records < 1:
+            raise ValueError(f"max_records is {max_records}, not at least 1")
+        page = self._page()
+        if self._draining:
+            raise RuntimeError("the ring is being drained")
+        self._draining = True
+        try:
+            return self._drain(decoder, max_records, page)
+        finally:
+            self._draining = False
+
+    def _drain(self, decoder: Decoder, limit: int, page: ctypes.c_uint64) -> Drained:
+        walked, more, busy = self._walk(page.value, limit)
+        self._fence()
+        drained = Drained([], {}, (), more, busy)
+        gaps: list[Gap] = []
+        for index, found in enumerate(walked):
+            try:
+                self._take(decoder, found, drained, gaps)
+            except MemoryError:
+                if index == 0:
+                    raise
+                del walked[index:]
+                drained = drained._replace(more=True, busy=False)
+                break
+        self._fence()
+        if walked:
+            page.value = walked[-1].end
+        return drained._replace(gaps=tuple(gaps))
+
+    def _take(self, decoder: Decoder, found: _Slice, drained: Drained, gaps: list[Gap]) -> None:
+        if found.discarded:
+            self._discarded += 1
+            return
+        start = self._data_offset + found.offset
+        record = bytes(self._producer[start : start + found.length])
+        decoded = decoder.decode_kind(record)
+        self._records += 1
+        if len(record) >= decoder.header.size:
+            gaps += self._sequence.follow(*decoder.sequence_of(record))
+        if decoded is not None:
+            kind, event = decoded
+            drained.events.append(event)
+            drained.kinds[kind] = drained.kinds.get(kind, 0) + 1
+
+    def _walk(self, start: int, limit: int) -> tuple[list[_Slice], bool, bool]:
+        """The records to consume, and whether there are more, and whether the next is busy."""
+        walked: list[_Slice] = []
+        position = end = start
+        try:
+            while True:
+                if position == end:
+                    end = self._end(position)
+                    if position == end:
+                        return walked, False, False
+                if len(walked) == limit:
+                    return walked, True, False
+                found = self._find(position, (end - position) & U64)
+                if found is None:
+                    return walked, False, True
+                walked.append(found)
+                position = found.end
+        except ValueError:
+            if not walked:
+                raise
+            return walked, True, False
+
+    def _end(self, position: int) -> int:
+        end = self._producer_position()
+        self._fence()
+        if (end - position) & U64 > self._size or position % 8:
+            raise ValueError(
+                f"corrupt ring: consumer at {position}, producer at {end}, size {self._size}"
+            )
+        return end
+
+    def _find(self, position: int, pending: int) -> _Slice | None:
+        """The record at a position; None when it is busy."""
+        offset = position & (self._size - 1)
+        (word,) = struct.unpack_from("@I", self._producer, self._data_offset + offset)
+        if word & BUSY:
+            return None
+        length = word & LENGTH_MASK
+        step = (RING_HEADER + length + 7) & ~7
+        if step > pending:
+            raise ValueError(
+                f"corrupt ring: a record of {length} bytes at {position}, "
+                f"where {pending} are pending"
+            )
+        end = (position + step) & U64
+        return _Slice(offset + RING_HEADER, length, bool(word & DISCARD), end)
+
+    def _page(self) -> ctypes.c_uint64:
+        if self._consumer is None:
+            raise ValueError("the ring is closed")
+        return self._consumer
+
+    def _producer_position(self) -> int:
+        # In the machine's own format, struct copies all 8 bytes at once.
+        position: int = struct.unpack_from("@Q", self._producer)[0]
+        return position

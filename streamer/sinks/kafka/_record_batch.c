@@ -1,0 +1,261 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The records of a Kafka record batch, laid out in one go.
+ *
+ * `_record_batch.pyi` documents what Python sees; `record_batch.py` is the same in plain Python
+ * and the oracle of this file in the tests. The format is that of Kafka's documentation ("Message
+ * Format"): each record is its length, attributes, timestamp and offset less those of the first
+ * record, key, value and number of headers, with lengths and differences as zigzag varints.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdint.h>
+#include <string.h>
+
+enum {
+	VARINT_MOST = 10,
+	/* Length, attributes, two differences, length of the value, number of headers. */
+	OVERHEAD_MOST = 4 * VARINT_MOST + 2,
+};
+static const int64_t NS_PER_MS = 1000000;
+
+struct key {
+	uint8_t *bytes; /* with its length before it */
+	size_t size;
+};
+
+struct batch {
+	struct key key;
+	uint8_t *at; /* where the next record goes */
+	Py_ssize_t count;
+	int64_t first_ms, last_ms; /* last: the latest */
+};
+
+static inline uint64_t zigzag(int64_t value)
+{
+	return (uint64_t)value << 1 ^ (uint64_t)(value >> 63);
+}
+
+static inline size_t varint_size(int64_t value)
+{
+	uint64_t rest = zigzag(value) | 1;
+	return (size_t)(63 - __builtin_clzll(rest)) / 7 + 1;
+}
+
+static inline uint8_t *put_varint(uint8_t *at, int64_t value)
+{
+	uint64_t rest = zigzag(value);
+	for (; rest >= 0x80; rest >>= 7)
+		*at++ = (uint8_t)(rest | 0x80);
+	*at++ = (uint8_t)rest;
+	return at;
+}
+
+static inline int64_t floor_ms(int64_t ns)
+{
+	return ns / NS_PER_MS - (ns % NS_PER_MS < 0);
+}
+
+static void put_record(struct batch *batch, const char *value, size_t size, int64_t time_ms)
+{
+	if (batch->count == 0)
+		batch->first_ms = batch->last_ms = time_ms;
+	if (time_ms > batch->last_ms)
+		batch->last_ms = time_ms;
+	int64_t since = time_ms - batch->first_ms;
+	size_t length = 1 + varint_size(since) + varint_size(batch->count) + batch->key.size +
+			varint_size((int64_t)size) + size + 1;
+	uint8_t *at = put_varint(batch->at, (int64_t)length);
+	*at++ = 0; /* attributes */
+	at = put_varint(at, since);
+	at = put_varint(at, batch->count);
+	memcpy(at, batch->key.bytes, batch->key.size);
+	at = put_varint(at + batch->key.size, (int64_t)size);
+	memcpy(at, value, size);
+	at += size;
+	*at++ = 0; /* headers */
+	batch->at = at;
+	batch->count++;
+}
+
+/* The time of record `i` of a piece in milliseconds; negative with an exception when it is none.
+ * Only an int will do: what else there is runs code of its own, which could change the lists. */
+static inline int64_t time_at(PyObject *times, Py_ssize_t i)
+{
+	PyObject *number = PyList_GET_ITEM(times, i);
+	if (!PyLong_Check(number)) {
+		PyErr_Format(PyExc_TypeError, "a time is %R, not an int", number);
+		return -1;
+	}
+	return floor_ms(PyLong_AsLongLong(number));
+}
+
+static int mismatch(void)
+{
+	PyErr_SetString(PyExc_ValueError, "a piece has not as many records as times");
+	return -1;
+}
+
+static int put_lines(struct batch *batch, PyObject *lines, PyObject *times)
+{
+	const char *at = PyBytes_AS_STRING(lines), *end = at + PyBytes_GET_SIZE(lines);
+	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(times); i++) {
+		const char *newline = memchr(at, '\n', (size_t)(end - at));
+		if (newline == NULL)
+			return mismatch();
+		int64_t time_ms = time_at(times, i);
+		if (time_ms < 0 && PyErr_Occurred())
+			return -1;
+		put_record(batch, at, (size_t)(newline - at), time_ms);
+		at = newline + 1;
+	}
+	return at == end ? 0 : mismatch();
+}
+
+static int put_list(struct batch *batch, PyObject *records, PyObject *times)
+{
+	if (PyList_GET_SIZE(records) != PyList_GET_SIZE(times))
+		return mismatch();
+	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(times); i++) {
+		PyObject *record = PyList_GET_ITEM(records, i);
+		int64_t time_ms = time_at(times, i);
+		if (time_ms < 0 && PyErr_Occurred())
+			return -1;
+		put_record(batch, PyBytes_AS_STRING(record), (size_t)PyBytes_GET_SIZE(record),
+			   time_ms);
+	}
+	return 0;
+}
+
+/* Bytes of the records themselves; -1 with an exception. */
+static Py_ssize_t data_size(PyObject *data)
+{
+	if (PyBytes_Check(data))
+		return PyBytes_GET_SIZE(data);
+	Py_ssize_t size = 0;
+	for (Py_ssize_t i = 0; PyList_Check(data) && i < PyList_GET_SIZE(data); i++) {
+		PyObject *record = PyList_GET_ITEM(data, i);
+		if (!PyBytes_Check(record)) {
+			size = -1;
+			break;
+		}
+		size += PyBytes_GET_SIZE(record);
+	}
+	if (size < 0 || !PyList_Check(data)) {
+		PyErr_SetString(PyExc_TypeError, "the records of a piece are neither bytes of lines "
+						 "nor a list of bytes");
+		return -1;
+	}
+	return size;
+}
+
+/* More than enough for all records; -1 with an exception. */
+static Py_ssize_t room_for(PyObject *pieces, size_t key_size)
+{
+	Py_ssize_t room = 0;
+	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(pieces); i++) {
+		PyObject *piece = PyList_GET_ITEM(pieces, i);
+		if (!PyTuple_Check(piece) || PyTuple_GET_SIZE(piece) < 2 ||
+		    !PyList_Check(PyTuple_GET_ITEM(piece, 1))) {
+			PyErr_SetString(PyExc_TypeError,
+					"a piece is not a tuple of records and a list of times");
+			return -1;
+		}
+		Py_ssize_t size = data_size(PyTuple_GET_ITEM(piece, 0));
+		if (size < 0)
+			return -1;
+		Py_ssize_t count = PyList_GET_SIZE(PyTuple_GET_ITEM(piece, 1));
+		room += size + count * (Py_ssize_t)(OVERHEAD_MOST + key_size);
+	}
+	if (room > INT32_MAX) {
+		PyErr_SetString(PyExc_ValueError, "a record batch of more than 2 GiB");
+		return -1;
+	}
+	return room;
+}
+
+static int put_pieces(struct batch *batch, PyObject *pieces)
+{
+	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(pieces); i++) {
+		PyObject *piece = PyList_GET_ITEM(pieces, i);
+		PyObject *data = PyTuple_GET_ITEM(piece, 0), *times = PyTuple_GET_ITEM(piece, 1);
+		int result = PyBytes_Check(data) ? put_lines(batch, data, times) :
+						   put_list(batch, data, times);
+		if (result < 0)
+			return -1;
+	}
+	return 0;
+}
+
+static PyObject *lay_out(struct batch *batch, PyObject *pieces)
+{
+	Py_ssize_t room = room_for(pieces, batch->key.size);
+	PyObject *body = room < 0 ? NULL : PyBytes_FromStringAndSize(NULL, room);
+	if (body == NULL)
+		return NULL;
+	uint8_t *start = (uint8_t *)PyBytes_AS_STRING(body);
+	batch->at = start;
+	if (put_pieces(batch, pieces) < 0) {
+		Py_DECREF(body);
+		return NULL;
+	}
+	if (_PyBytes_Resize(&body, batch->at - start) < 0)
+		return NULL;
+	return Py_BuildValue("(NnLL)", body, batch->count, (long long)batch->first_ms,
+			     (long long)batch->last_ms);
+}
+
+static int set_key(struct key *key, PyObject *bytes)
+{
+	size_t size = (size_t)PyBytes_GET_SIZE(bytes);
+	key->bytes = PyMem_Malloc(VARINT_MOST + size);
+	if (key->bytes == NULL) {
+		PyErr_NoMemory();
+		return -1;
+	}
+	uint8_t *at = put_varint(key->bytes, (int64_t)size);
+	memcpy(at, PyBytes_AS_STRING(bytes), size);
+	key->size = (size_t)(at - key->bytes) + size;
+	return 0;
+}
+
+static PyObject *records(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+	if (count != 2 || !PyList_Check(args[0]) || !PyBytes_Check(args[1])) {
+		PyErr_SetString(PyExc_TypeError, "records() takes a list of pieces and a key");
+		return NULL;
+	}
+	struct batch batch = {0};
+	if (set_key(&batch.key, args[1]) < 0)
+		return NULL;
+	PyObject *result = lay_out(&batch, args[0]);
+	PyMem_Free(batch.key.bytes);
+	return result;
+}
+
+static PyMethodDef methods[] = {
+	{"records", (PyCFunction)(void (*)(void))records, METH_FASTCALL, PyDoc_STR(
+		"records(pieces, key, /)\n--\n\n"
+		"The records of all pieces as one: bytes, count, first and latest time.")},
+	{NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot slots[] = {
+	{0, NULL},
+};
+
+static struct PyModuleDef module_def = {
+	PyModuleDef_HEAD_INIT,
+	.m_name = "streamer.sinks.kafka._record_batch",
+	.m_doc = PyDoc_STR("The records of a Kafka record batch, laid out in one go."),
+	.m_methods = methods,
+	.m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__record_batch(void);
+
+PyMODINIT_FUNC PyInit__record_batch(void)
+{
+	return PyModuleDef_Init(&module_def);
+}

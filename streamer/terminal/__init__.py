@@ -1,0 +1,1 @@
+"""For people: readable lines, tables and the status line."""

@@ -1,0 +1,1 @@
+"""What the build and the developers need, and no installed agent."""

@@ -1,0 +1,92 @@
+"""Which files are derived, and from what."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from streamer.errors import ContractError
+from streamer.kernel.btf import Btf
+from streamer.kernel.contract import Layout, contract_of, difference, dotted, kind_end, kind_names
+from streamer.kernel.tags import SensorInfo
+from tools.gen.documents import events_page, pretty, schemas
+from tools.gen.model import read_model
+from tools.gen.modules import events_module, objects_module
+from tools.gen.sensors import read_sensor
+
+_SUFFIX = ".bpf.o"
+_CORE = "core"
+
+
+def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
+    """Each generated file and its text, of the objects in a directory; the modules come first,
+    since the others come from them.
+
+    Raises:
+        ContractError: objects that are missing or of different sources, or a definition that
+            makes no sense.
+    """
+    found = _read(objects)
+    model = read_model(found[_CORE])
+    source = events_module(model)
+    yield root / "streamer" / "events" / "kinds.py", source
+    yield root / "streamer" / "kernel" / "objects.py", _objects_module(found)
+    events = _execute(source)
+    kinds: dict[str, type] = {kind: info.struct for kind, info in events.KINDS.items()}
+    # Imported only now: these import the modules, which may have been stale until this moment.
+    from streamer.config import loading
+    from streamer.events.stream import STREAM_KINDS
+    from streamer.terminal.tables import stream_kind
+
+    own = STREAM_KINDS
+    for name, text in schemas(kinds | own).items():
+        yield root / "schemas" / name, text
+    yield root / "schemas" / "config.schema.json", pretty(loading.schema())
+    yield (
+        root / "docs" / "events.md",
+        events_page(model, [stream_kind(kind, struct) for kind, struct in own.items()]),
+    )
+    yield root / "docs" / "configuration.md", loading.documentation()
+
+
+def _read(directory: Path) -> dict[str, Btf]:
+    """The BTF of every object by its name, `core` first; all hold the same contract."""
+    paths = {path.name.removesuffix(_SUFFIX): path for path in directory.glob(f"*{_SUFFIX}")}
+    core, contract = _read_one(paths.pop(_CORE, directory / f"{_CORE}{_SUFFIX}"))
+    found = {_CORE: core}
+    for name, path in sorted(paths.items()):
+        found[name], own = _read_one(path)
+        trouble = difference(own, contract, f"{_CORE}{_SUFFIX}")
+        if trouble is not None:
+            raise ContractError(f"{path} is of other sources than {_CORE}{_SUFFIX}: {trouble}")
+    return found
+
+
+def _read_one(path: Path) -> tuple[Btf, dict[str, Layout]]:
+    btf = Btf.of_object(path)
+    try:
+        return btf, contract_of(btf)
+    except ContractError as error:
+        raise ContractError(f"{path}: {error}") from None
+
+
+def _objects_module(found: dict[str, Btf]) -> str:
+    core = found[_CORE]
+    sensors: list[SensorInfo] = []
+    for name, btf in found.items():
+        sensors.append(read_sensor(name, btf, sensors[0] if sensors else None))
+    numbers = {dotted(name): number for name, number in kind_names(core).items()}
+    return objects_module(contract_of(core), numbers, kind_end(core), sensors)
+
+
+def _execute(source: str) -> ModuleType:
+    spec = importlib.util.spec_from_loader("streamer_events_generated", loader=None)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    # The annotations of the Structs are looked up in their module.
+    sys.modules[module.__name__] = module
+    exec(compile(source, "kinds.py", "exec"), module.__dict__)
+    return module

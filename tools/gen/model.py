@@ -1,0 +1,276 @@
+"""What is published of each record, read from the structs of `bpf/events.h`."""
+
+from __future__ import annotations
+
+import keyword
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from streamer.errors import ContractError
+from streamer.events.layout import HEADER_FIELDS, MAX_STRINGS
+from streamer.kernel.btf import Btf, Member, Type
+from streamer.kernel.contract import dotted, kind_names
+
+_PYTHON_TYPES = {"cstr": "str", "ip": "str", "names": "str", "str": "str", "line": "str"}
+_PYTHON_TYPES |= {"argv": "list[str]", "cut": "tuple[str, ...]"}
+_PYTHON_TYPES |= {"bool": "bool", "flag": "bool", "invalid_utf8": "bool"}
+_PYTHON_TYPES |= {"id": "str", "const": "str"}
+
+# What the decoder reads for each way to publish a field, in bytes; others have any size.
+_SIZES = {"bool": 1, "names": 1, "ns": 8, "boottime": 8, "ip": 16, "str": 2, "argv": 2}
+
+
+class Field(NamedTuple):
+    """A published field: its layout in the record, its type and its meaning."""
+
+    name: str
+    op: str
+    offset: int
+    argument: object
+    doc: str
+
+    @property
+    def type(self) -> str:
+        """The field's Python type."""
+        return "int" if self.name == "schema" else _PYTHON_TYPES.get(self.op, "int")
+
+
+class Base(NamedTuple):
+    """What every event begins with: `head`, then `cut` with the record's strings, then `marks`."""
+
+    head: tuple[Field, ...]
+    cut: Field
+    marks: tuple[Field, ...]
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """All of them, in order."""
+        return (*self.head, self.cut, *self.marks)
+
+
+class Record(NamedTuple):
+    """A kind: its number, names, ring, meaning and own fields.
+
+    `size` is that of the fixed part, `max_size` with the longest strings, in bytes.
+    """
+
+    number: int
+    name: str
+    ring: str
+    doc: str
+    unseen: tuple[str, ...]
+    size: int
+    max_size: int
+    has_task: bool
+    fields: tuple[Field, ...]
+
+    @property
+    def kind(self) -> str:
+        """The published kind, such as `process.exec`."""
+        return dotted(self.name)
+
+    @property
+    def class_name(self) -> str:
+        """The Struct's name, such as `ProcessExec`."""
+        return "".join(part.capitalize() for part in self.name.split("_"))
+
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """Names of the strings in `data`, in its order."""
+        return tuple(field.name for field in self.fields if field.op in ("str", "argv"))
+
+
+class Model(NamedTuple):
+    """All that is generated from. `header` is where the reader finds what it needs."""
+
+    version: int
+    header: dict[str, int]
+    base: Base
+    task: tuple[Field, ...]
+    records: tuple[Record, ...]
+
+
+def read_model(btf: Btf) -> Model:
+    """The model of an object.
+
+    Raises:
+        ContractError: a struct or field that cannot be published, with its name.
+    """
+    header, base, task = _header(btf), _base(btf), _task(btf)
+    return Model(
+        version=btf.constant("event_schema", "SCHEMA_VERSION"),
+        header=header,
+        base=base,
+        task=task,
+        records=tuple(_record(btf, name, n, base, task) for name, n in kind_names(btf).items()),
+    )
+
+
+def _header(btf: Btf) -> dict[str, int]:
+    _, struct = btf.structure("event_base")
+    members = {m.name: m for m in struct.members}
+    for name, width in HEADER_FIELDS.items():
+        if name not in members or btf.size_of(members[name].type_id) != width:
+            raise ContractError(f"event_base.{name} must be there and have {width} bytes")
+    return {name: members[name].offset for name in HEADER_FIELDS} | {"header_size": struct.size}
+
+
+def _base(btf: Btf) -> Base:
+    """Fields made by the decoder, and the base's own."""
+    own, at = _published(btf, "event_base"), _offsets(btf, "event_base")
+    names = ("boot_ns", "seq", "cpu", "weight")
+    missing = [name for name in names if name not in own] + [
+        n for n in ("cut", "flags") if n not in at
+    ]
+    if missing:
+        raise ContractError(f"event_base.{missing[0]} must be there and be published")
+    head = (
+        Field("schema", "const", 0, "schema", "version of the meaning of the fields"),
+        Field("id", "id", 0, None, "unique and stable id: run, ring, cpu, seq"),
+        Field("time_ns", "time", 0, None, "when it happened, nanoseconds since the epoch"),
+        own.pop("boot_ns"),
+        Field("host", "const", 0, "host", "name of the host"),
+        Field("boot_id", "const", 0, "boot_id", "the kernel's random id of this boot"),
+        Field("ring", "const", 0, "ring", "ring that carried it: critical or bulk"),
+        *(own.pop(name) for name in names[1:]),
+        *own.values(),
+    )
+    doc = "names of the strings that were cut, or could not be read to their end; mostly empty"
+    cut = Field("truncated", "cut", at["cut"], (), doc)
+    mask = btf.constant("event_flags", "FLAG_INCOMPLETE")
+    doc = "whether a read in the kernel failed, so that a field is 0 or empty that need not be"
+    incomplete = Field("incomplete", "flag", at["flags"], mask, doc)
+    doc = "whether bytes that are not UTF-8 were replaced by U+FFFD"
+    return Base(head, cut, (incomplete, Field("invalid_utf8", "invalid_utf8", 0, None, doc)))
+
+
+def _task(btf: Btf) -> tuple[Field, ...]:
+    """Fields of the task block, at their offsets in a record: it follows the base."""
+    _, base = btf.structure("event_base")
+    fields = _published(btf, "event_task").values()
+    return tuple(field._replace(offset=field.offset + base.size) for field in fields)
+
+
+def _published(btf: Btf, name: str) -> dict[str, Field]:
+    type_id, struct = btf.structure(name)
+    _check_padding(btf, struct)
+    return {f.name: f for m in struct.members for f in _fields(btf, type_id, m)}
+
+
+def _offsets(btf: Btf, name: str) -> dict[str, int]:
+    return {m.name: m.offset for m in btf.structure(name)[1].members}
+
+
+def _record(btf: Btf, name: str, number: int, base: Base, task: tuple[Field, ...]) -> Record:
+    type_id, struct = btf.structure(name)
+    ring, doc = btf.tag(type_id, "ring"), btf.tag(type_id, "doc")
+    if ring is None or doc is None:
+        raise ContractError(f"struct {name} needs RING and DOC")
+    if f"RING_{ring.upper()}" not in btf.enum("event_ring"):
+        raise ContractError(f'struct {name}: RING("{ring}"), which is none of enum event_ring')
+    if not _is(btf, struct, 0, "base"):
+        raise ContractError(f"struct {name} must begin with `struct event_base base`")
+    has_task = _is(btf, struct, 1, "task")
+    _check_padding(btf, struct)
+    own = struct.members[2 if has_task else 1 :]
+    fields = tuple(f for m in own for f in _fields(btf, type_id, m))
+    _check_names(name, [f.name for f in (*base.fields, *(task if has_task else ()), *fields)])
+    unseen = btf.tag(type_id, "unseen")
+    missing = tuple(unseen.split("|")) if unseen else ()
+    size = _fixed_size(struct)
+    record = Record(number, name, ring, doc, missing, size, struct.size, has_task, fields)
+    _check_strings(record)
+    return record
+
+
+def _is(btf: Btf, struct: Type, index: int, block: str) -> bool:
+    """Whether the member at that place is `struct event_BLOCK BLOCK`."""
+    if len(struct.members) <= index:
+        return False
+    member = struct.members[index]
+    return member.name == block and btf.resolve(member.type_id).name == f"event_{block}"
+
+
+def _check_names(struct: str, names: list[str]) -> None:
+    """Names become attributes of a class and keys of one flat object."""
+    for name, count in Counter(names).items():
+        if keyword.iskeyword(name) or not name.isidentifier():
+            raise ContractError(f"struct {struct}: {name!r} cannot be the name of a field")
+        if count > 1 or name == "event":
+            raise ContractError(f"struct {struct}: {name} is published twice")
+
+
+def _check_strings(record: Record) -> None:
+    count = len(record.strings)
+    if count > MAX_STRINGS:
+        raise ContractError(f"struct {record.name}: {count} strings, more than {MAX_STRINGS}")
+    if count and record.size == record.max_size:
+        raise ContractError(f"struct {record.name}: strings, and no `data` at its end")
+
+
+def _check_padding(btf: Btf, struct: Type) -> None:
+    """Refuse bytes without a name: nothing would say what they hold."""
+    expected = 0
+    for member in struct.members:
+        if member.offset != expected:
+            raise ContractError(f"struct {struct.name}: padding before {member.name} needs a name")
+        expected += btf.size_of(member.type_id)
+    if expected != struct.size:
+        raise ContractError(f"struct {struct.name}: padding at the end needs a name")
+
+
+def _fixed_size(struct: Type) -> int:
+    last = struct.members[-1]
+    return last.offset if last.name == "data" else struct.size
+
+
+def _fields(btf: Btf, type_id: int, member: Member) -> Iterator[Field]:
+    struct = btf.types[type_id]
+    shown, _, argument = (btf.tag(type_id, "as", member.index) or "").partition(":")
+    if shown == "hidden":
+        return
+    doc = btf.tag(type_id, "doc", member.index)
+    if doc is None:
+        raise ContractError(f"struct {struct.name}: {member.name} needs DOC (or HIDDEN)")
+    try:
+        yield from _shown(btf, struct, member, shown, argument, doc)
+    except (KeyError, ValueError):
+        where = f"struct {struct.name}: {member.name}"
+        raise ContractError(f'{where}: cannot publish as "{shown}:{argument}"') from None
+
+
+def _shown(
+    btf: Btf, struct: Type, member: Member, shown: str, argument: str, doc: str
+) -> Iterator[Field]:
+    name, offset, size = member.name, member.offset, btf.size_of(member.type_id)
+    if size != _SIZES.get(shown, size):
+        raise ValueError(size)
+    match shown:
+        case "":
+            yield Field(name, _integer(btf, member), offset, None, doc)
+        case "bool" | "ns" | "boottime":
+            yield Field(name, shown, offset, None, doc)
+        case "cstr":
+            yield Field(name, "cstr", offset, size, doc)
+        case "ip":
+            version = {m.name: m.offset for m in struct.members}[argument]
+            yield Field(name, "ip", offset, version, doc)
+        case "names":
+            yield Field(name, "names", offset, tuple(argument.split(",")), doc)
+        case "str":
+            yield Field(argument, "str", offset, None, doc)
+        case "argv":
+            array, line = argument.split(",")
+            array_doc, _, line_doc = doc.partition("|")
+            yield Field(array, "argv", offset, None, array_doc)
+            yield Field(line, "line", offset, None, line_doc)
+        case _:
+            raise ValueError(shown)
+
+
+def _integer(btf: Btf, member: Member) -> str:
+    op = f"{'s' if btf.is_signed(member.type_id) else 'u'}{8 * btf.size_of(member.type_id)}"
+    if not btf.is_integer(member.type_id) or op not in ("u8", "u16", "u32", "u64", "s32", "s64"):
+        raise ValueError(op)
+    return op

@@ -1,0 +1,181 @@
+"""The text of the generated modules, `events/kinds.py` and `kernel/objects.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+from streamer.kernel.contract import Layout
+from streamer.kernel.tags import SensorInfo
+from tools.gen.model import Field, Model, Record
+
+_EVENTS_HEAD = '''"""GENERATED from bpf/events.h by `make gen`: do not edit.
+
+One Struct per kind of event, as it is published, and the layout table of its record.
+"""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from streamer.events.layout import FieldInfo, FieldLayout, KindInfo, RecordLayout
+
+SCHEMA_VERSION = {version}
+"""The published `schema`: raised when a field changes its meaning."""
+'''
+
+_OBJECTS_HEAD = '''"""GENERATED from bpf/ by `make gen`: do not edit.
+
+What the compiled objects hold, for whoever loads them and reads their maps. Imports little: the
+privileged process needs it.
+"""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
+'''
+
+_WORDS = {"int": "integer", "str": "string", "bool": "boolean"}
+_WORDS |= {"list[str]": "array of strings", "tuple[str, ...]": "array of strings"}
+
+
+def words_of(field: Field) -> str:
+    """A field's type in words, as JSON has it."""
+    return _WORDS[field.type]
+
+
+# ------------------------------------------------------------------ events.py
+
+
+def events_module(model: Model) -> str:
+    """The text of `streamer/events/kinds.py`."""
+    parts = [_EVENTS_HEAD.format(version=model.version), *_bases(model)]
+    parts += [_struct(record) for record in model.records]
+    parts += ["\n".join(_tables(model))]
+    return "\n\n".join(parts)
+
+
+def _bases(model: Model) -> Iterator[str]:
+    head = 'class Event(Struct, tag_field="event", gc=False):\n'
+    yield head + '    """What every event begins with."""\n\n' + _attributes(model.base.fields)
+    head = "class TaskEvent(Event, gc=False):\n"
+    yield head + '    """What every event of a task begins with."""\n\n' + _attributes(model.task)
+
+
+def _struct(record: Record) -> str:
+    base = "TaskEvent" if record.has_task else "Event"
+    head = f'class {record.class_name}({base}, tag="{record.kind}", gc=False):\n'
+    return head + f"    {_docstring(record.doc)}\n\n" + _attributes(record.fields)
+
+
+def _attributes(fields: tuple[Field, ...]) -> str:
+    if not fields:
+        return "    pass\n"
+    return "".join(
+        f"    {f.name}: Annotated[{f.type}, Meta(description={_quoted(f.doc)})]\n" for f in fields
+    )
+
+
+def _tables(model: Model) -> Iterator[str]:
+    yield f"HEADER: dict[str, int] = {json.dumps(model.header)}"
+    yield '"""Where the reader finds what it needs of a record, in its base."""\n'
+    blocks = {"_BASE": model.base.head, "_MARKS": model.base.marks, "_TASK": model.task}
+    for name, fields in blocks.items():
+        yield from (f"{name} = (", *(f"    {_layout(field)}" for field in fields), ")\n")
+    yield "RECORDS: dict[int, RecordLayout] = {"
+    for record in model.records:
+        yield from _record_layout(model, record)
+    yield from ("}", '"""The layout of each kind\'s records, by number."""\n')
+    blocks = {"_BASE_INFO": model.base.fields, "_TASK_INFO": model.task}
+    for name, fields in blocks.items():
+        yield from (f"{name} = (", *(f"    {_info(field)}" for field in fields), ")\n")
+    yield "KINDS: dict[str, KindInfo] = {"
+    for record in model.records:
+        yield from _kind_info(record)
+    yield from ("}", '"""What each kind is, for people."""\n')
+
+
+def _record_layout(model: Model, record: Record) -> Iterator[str]:
+    head = f'{record.number}: RecordLayout("{record.kind}", {record.class_name}'
+    yield f"    {head}, {record.size}, {record.max_size}, ("
+    yield "        *_BASE,"
+    yield f"        {_layout(model.base.cut._replace(argument=record.strings))}"
+    yield "        *_MARKS,"
+    if record.has_task:
+        yield "        *_TASK,"
+    yield from (f"        {_layout(field)}" for field in record.fields)
+    yield "    )),"
+
+
+def _kind_info(record: Record) -> Iterator[str]:
+    head = f'"{record.kind}": KindInfo("{record.kind}", {record.class_name}'
+    yield f'    {head}, "{record.ring}", {_quoted(record.doc)}, ('
+    yield "        *_BASE_INFO,"
+    if record.has_task:
+        yield "        *_TASK_INFO,"
+    yield from (f"        {_info(field)}" for field in record.fields)
+    yield f"    ), {_strings(record.unseen)}),"
+
+
+def _layout(field: Field) -> str:
+    return f'FieldLayout("{field.name}", "{field.op}", {field.offset}, {field.argument!r}),'
+
+
+def _info(field: Field) -> str:
+    return f'FieldInfo("{field.name}", "{words_of(field)}", {_quoted(field.doc)}),'
+
+
+# ------------------------------------------------------------------ objects.py
+
+
+def objects_module(
+    contract: dict[str, Layout],
+    kind_numbers: dict[str, int],
+    end: int,
+    sensors: Iterable[SensorInfo],
+) -> str:
+    """The text of `streamer/kernel/objects.py`."""
+    lines = [_OBJECTS_HEAD, "CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {"]
+    lines += [f'    "{name}": {layout!r},' for name, layout in contract.items()]
+    lines += ["}", '"""Every shared struct: its members with offset and size in bytes; and']
+    lines += ['every shared enum: its names with their numbers, and 0."""\n']
+    lines += [f"KIND_NUMBERS: dict[str, int] = {json.dumps(kind_numbers)}"]
+    lines += ['"""The number of each kind."""\n', f"KIND_END = {end}"]
+    lines += ['"""What is kept by kind has so many entries for each CPU."""\n']
+    lines += ["SENSORS: dict[str, SensorInfo] = {"]
+    for sensor in sensors:
+        lines += _sensor(sensor)
+    lines += ["}", '"""The objects by name: their programs and maps."""\n']
+    return "\n".join(lines)
+
+
+def _sensor(sensor: SensorInfo) -> Iterator[str]:
+    yield f'    "{sensor.name}": SensorInfo("{sensor.name}", ('
+    for program in sensor.programs:
+        names = f'"{program.name}", "{program.hook}", {_strings(program.kinds)}'
+        covers, needs = _quoted(program.covers), _strings(program.needs)
+        reports = "" if program.reports else ", False"
+        yield f"        ProgramInfo({names}, {covers}, {needs}{reports}),"
+    yield "    ), ("
+    for one in sensor.maps:
+        needs = _strings(one.needs)
+        yield f'        MapInfo("{one.name}", "{one.sized}", {one.shared}, {needs}),'
+    yield "    )),"
+
+
+def _strings(values: Sequence[str]) -> str:
+    inner = ", ".join(map(_quoted, values))
+    return f"({inner},)" if len(values) == 1 else f"({inner})"
+
+
+def _docstring(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"""{escaped}"""'
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
