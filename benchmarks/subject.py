@@ -17,7 +17,7 @@ import uvloop
 from benchmarks.load import KINDS, Counters
 from benchmarks.measure import Result, Shared, Stopwatch, Task, answer, say, task_of_argument
 from streamer.agent.allocator import keep_freed_memory
-from streamer.agent.service import Service
+from streamer.agent.service import Outcome, Service
 from streamer.config.settings import AnySink, FileSink, KafkaSink, Limits, MqttSink, Rings, Settings
 from streamer.config.settings import StdoutSink as StdoutSettings
 from streamer.events.batch import Batch
@@ -93,7 +93,10 @@ async def decoded(task: Task) -> Result:
     """The rings drained to Structs, which are counted and let go."""
     count, rings, envelope = Count(), Rings(), Envelope()
     reader = RingReader(
-        [RingSource(name, fd, size, envelope) for name, (fd, size) in task.shared.rings.items()],
+        [
+            RingSource(name, fd, size, envelope, task.shared.cpus)
+            for name, (fd, size) in task.shared.rings.items()
+        ],
         mmap.mmap(task.shared.reader_fd, mmap.PAGESIZE),
         on_batch=count.add,
         on_error=_fail,
@@ -164,7 +167,7 @@ async def served(task: Task) -> Result:
         await running
 
 
-async def _timed(task: Task, sink: Sink, running: asyncio.Task[str]) -> Result:
+async def _timed(task: Task, sink: Sink, running: asyncio.Task[Outcome]) -> Result:
     """What a service costs in a time that the benchmark fills as it likes."""
     await asyncio.sleep(1)
     watch, before = Stopwatch(), delivered(sink)
@@ -173,12 +176,12 @@ async def _timed(task: Task, sink: Sink, running: asyncio.Task[str]) -> Result:
     return watch.result(delivered(sink) - before)
 
 
-async def _delivered(sink: Sink, events: int, running: asyncio.Task[str]) -> None:
+async def _delivered(sink: Sink, events: int, running: asyncio.Task[Outcome]) -> None:
     while delivered(sink) < events:
         await _next(running)
 
 
-async def _next(running: asyncio.Task[str]) -> None:
+async def _next(running: asyncio.Task[Outcome]) -> None:
     await asyncio.sleep(_POLL)
     if running.done():
         raise RuntimeError(f"the service ended: {running.result()}")

@@ -8,6 +8,8 @@ StreamerError
 │   └── HelperGone     exit 3: the process that holds the privileges has ended
 └── SinkError          exit 4: a sink that cannot go on
 
+A run that ends in order, but could not deliver all that it had read, ends with exit code 5.
+
 Exceptions of libraries are translated into these once, where the library is called.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from streamer.events.batch import Spans
 from streamer.sinks.base import Listener, Sink, Status
 
 
@@ -29,5 +30,5 @@ class Recorder(Listener):
     def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
         self.statuses.append((status, reason))
 
-    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
+    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         self.drops.append((dict(kinds), reason))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from streamer.events.batch import Batch
-from streamer.events.stream import StreamRecord
+from streamer.agent.losses import LossBook, LossLog, Lost
+from streamer.events.batch import Batch, Spans
+from streamer.events.kinds import KINDS
+from streamer.events.stream import StreamLoss, StreamRecord
 from streamer.sinks.base import Listener, Sink, Status
 
 Policy = Literal["pause", "drop"]
 _log = logging.getLogger("streamer")
+
+_CRITICAL = frozenset(kind for kind, info in KINDS.items() if info.ring == "critical")
+_CRITICAL_SHARE = 5 / 4
+"""Of its budget, what a sink may hold before it loses critical events as well."""
 
 
 def policy_of(on_full: str, sinks: int) -> Policy:
@@ -32,50 +38,119 @@ class Fanout(Listener):
         pause: Callable[[], None],
         resume: Callable[[], None],
         closed: Callable[[], None],
+        loss_record: Callable[[Lost, Sink], StreamLoss],
     ) -> None:
-        """`pause` and `resume` act on the reader; `closed` is called when no sink is left."""
+        """`pause` and `resume` act on the reader; `closed` is called when no sink is left.
+
+        `loss_record` makes a loss that a sink is to be told into a record for it.
+        """
         self.sinks = [sink for sink, _ in sinks]
+        self.ending = False
         self.stopping = False
         self.failures: list[str] = []
+        self.log = LossLog()
         self._policies = dict(sinks)
         self._pause = pause
         self._resume = resume
         self._closed = closed
         self._down: set[Sink] = set()
         self._broken: set[Sink] = set()
-        self._owed: dict[Sink, dict[str, Counter[str]]] = {}
+        self._loss_record = loss_record
+        self._owed = {sink: LossBook() for sink in self.sinks}
+        self._trouble: dict[Sink, str] = {}
+        self._given_up: Counter[str] = Counter()
+        self._told: dict[Sink, deque[Lost]] = {sink: deque() for sink in self.sinks}
         for sink in self.sinks:
             sink.listener = self
 
     def submit(self, batch: Batch) -> None:
-        """Give the batch to every sink that is open; one that may drop and is full loses it."""
+        """Give the batch to every sink that is open; one that may drop and is full loses it.
+
+        What is critical is lost last: for that a sink has a quarter of its budget more.
+        """
         for sink in self.sinks:
             if sink.watermarks.full and self._policies[sink] == "drop":
-                self._refuse(sink, batch.kinds, f"no room, sink {sink.status}")
+                self._squeeze(sink, batch)
             else:
+                self._pay(sink)
                 self._give(sink, batch)
 
-    def tell(self, records: Sequence[StreamRecord]) -> None:
-        """Give the agent's own records to every sink, also to one that is full.
+    def _squeeze(self, sink: Sink, batch: Batch) -> None:
+        reason = f"no room, sink {sink.status}"
+        if sink.watermarks.held >= _CRITICAL_SHARE * sink.watermarks.high:
+            self._refuse(sink, batch.kinds, reason, batch.spans)
+            return
+        critical = batch.only(_CRITICAL)
+        rest = {k: n for k, n in batch.kinds.items() if k not in critical.kinds}
+        if critical:
+            self._give(sink, critical)
+        if rest:
+            self._refuse(sink, rest, reason, batch.spans)
 
-        They say what a consumer has not got, so they may take a sink to twice its budget.
-        """
-        for sink in self.sinks if records else ():
-            self.tell_one(sink, records)
-
-    def tell_one(self, sink: Sink, records: Sequence[StreamRecord]) -> None:
-        """The same for one sink."""
-        batch = Batch(list(records))
-        if sink.watermarks.held > 2 * sink.watermarks.high:
-            self._refuse(sink, batch.kinds, "no room")
-        else:
-            self._give(sink, batch)
+    def tell(self, record: StreamRecord) -> None:
+        """Give a record of the agent's own to every sink, also to one that is full."""
+        for sink in self.sinks:
+            self._give(sink, Batch([record]))
 
     def tell_ready(self, record: StreamRecord) -> None:
-        """Give a record that can wait, such as a heartbeat, to the sinks that are not full."""
+        """Give one that can be left out, such as a heartbeat, to the sinks that are not full."""
         for sink in self.sinks:
             if not sink.watermarks.full:
-                self.tell_one(sink, [record])
+                self._give(sink, Batch([record]))
+
+    def lose(self, lost: Iterable[Lost]) -> None:
+        """Note losses that every sink has to be told, see `pay`."""
+        for one in lost:
+            for book in self._owed.values():
+                book.add(one)
+
+    def pay(self, *, final: bool = False) -> None:
+        """Tell the sinks what they have not got: those with room, or with `final` all.
+
+        What a full sink is not told stays owed, merged.
+        """
+        for sink in self.sinks:
+            if final or not sink.watermarks.full:
+                self._pay(sink)
+
+    def _pay(self, sink: Sink) -> None:
+        if not self._owed[sink] or not self.is_open(sink):
+            return
+        lost = self._owed[sink].take()
+        self._settle(sink)
+        self._told[sink] += lost
+        self._give(sink, Batch([self._loss_record(one, sink) for one in lost]))
+
+    def _settle(self, sink: Sink) -> None:
+        """Forget what it was told and has delivered: a sink delivers them in order."""
+        told = self._told[sink]
+        account = sink.account
+        under_way = account.received["stream.loss"] - account.delivered["stream.loss"]
+        while len(told) > under_way:
+            told.popleft()
+
+    def untold(self, sink: Sink) -> list[Lost]:
+        """What the sink was never told, or never delivered."""
+        self._settle(sink)
+        for one in self._told[sink]:
+            self._owed[sink].add(one)
+        self._told[sink].clear()
+        return self._owed[sink].take()
+
+    def discard(self, reason: str) -> None:
+        """Let every sink drop what waits; each is then owed that loss."""
+        for sink in self.sinks:
+            trouble = self._trouble.get(sink, "")
+            sink.discard(f"{reason}; {trouble}" if trouble else reason)
+
+    def undelivered(self) -> str:
+        """What the sinks gave up since the end began, and why; empty if nothing."""
+        return "; ".join(f"{count:,} events to {what}" for what, count in self._given_up.items())
+
+    @property
+    def pending(self) -> bool:
+        """Whether any open sink still has something to deliver."""
+        return any(sink.account.pending for sink in self.sinks if self.is_open(sink))
 
     def is_open(self, sink: Sink) -> bool:
         """Whether the sink still takes events."""
@@ -83,7 +158,7 @@ class Fanout(Listener):
 
     def _give(self, sink: Sink, batch: Batch) -> None:
         if not self.is_open(sink):
-            self._refuse(sink, batch.kinds, "closed")
+            self._refuse(sink, batch.kinds, "closed", batch.spans)
             return
         before = sink.account.received.copy()
         try:
@@ -92,13 +167,13 @@ class Fanout(Listener):
             _log.exception("%s failed and gets no more events", sink.name)
             self._broken.add(sink)
             taken = sink.account.received - before
-            self._refuse(sink, Counter(batch.kinds) - taken, "failed")
+            self._refuse(sink, Counter(batch.kinds) - taken, "failed", batch.spans)
             self._fail(sink, f"{type(error).__name__}: {error}")
 
-    def _refuse(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
+    def _refuse(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         sink.account.received.update(kinds)
         sink.account.dropped.update(kinds)
-        self.sink_dropped(sink, kinds, reason)
+        self.sink_dropped(sink, kinds, reason, spans)
 
     def _fail(self, sink: Sink, reason: str) -> None:
         if not sink.ends_quietly or sink in self._broken:
@@ -133,6 +208,10 @@ class Fanout(Listener):
 
     def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
         """See `Listener`."""
+        if status == "down":
+            self._trouble[sink] = f"{status}: {reason}"
+        elif status == "up":
+            self._trouble.pop(sink, None)
         if self.stopping:
             return
         quiet = status == "closed" and sink.ends_quietly
@@ -150,19 +229,13 @@ class Fanout(Listener):
         self._down.discard(sink)
         return logging.INFO if recovered else logging.DEBUG
 
-    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
+    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         """See `Listener`."""
         # A lost loss record must not make another one, for ever; the heartbeat counts it.
         events = {kind: n for kind, n in kinds.items() if not kind.startswith("stream.")}
         if events:
-            self._owed.setdefault(sink, {}).setdefault(reason, Counter()).update(events)
-
-    def take_dropped(self, *, final: bool = False) -> Iterator[tuple[Sink, str, dict[str, int]]]:
-        """Sink, reason and counts of drops not told yet, for sinks with room to be told.
-
-        With `final`, for all that are open.
-        """
-        for sink in [s for s in self._owed if self.is_open(s)]:
-            if final or not sink.watermarks.full:
-                for reason, kinds in self._owed.pop(sink).items():
-                    yield sink, reason, dict(kinds)
+            lost = Lost.of_sink(events, reason, spans)
+            self._owed[sink].add(lost)
+            self.log.add([lost], sink.name)
+            if self.ending and not sink.ends_quietly:
+                self._given_up[f"{sink.name}: {reason}"] += lost.count

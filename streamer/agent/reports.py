@@ -11,14 +11,17 @@ import msgspec
 
 from streamer import __version__
 from streamer.agent.counters import KernelCounters, LossLedger, faults
+from streamer.agent.losses import Lost
 from streamer.config.settings import Filters
 from streamer.events.envelope import Envelope
 from streamer.events.kinds import KINDS
 from streamer.events.stream import (
     KindCounts,
     KindReport,
+    PreviousRun,
     ProgramReport,
     ReaderCounts,
+    SeqRange,
     SinkCounts,
     StreamHeartbeat,
     StreamLoss,
@@ -62,8 +65,10 @@ class Reporter:
         """Runs of programs that the kernel left out, as far as they were told."""
         return self._missed_told.total()
 
-    def manifest(self, kinds: Iterable[str], sinks: Iterable[Sink]) -> StreamManifest:
-        """What is observed of `kinds`, and how."""
+    def manifest(
+        self, kinds: Iterable[str], sinks: Iterable[Sink], previous: PreviousRun | None
+    ) -> StreamManifest:
+        """What is observed of `kinds`, and how; and the run before."""
         system = os.uname()
         return self._envelope.record(
             StreamManifest,
@@ -84,6 +89,7 @@ class Reporter:
             ],
             filters=filters_in_force(self._filters),
             sinks=[sink.name for sink in sinks],
+            previous=previous,
         )
 
     def heartbeat(self, read: Mapping[str, int], sinks: Iterable[Sink]) -> StreamHeartbeat:
@@ -104,25 +110,24 @@ class Reporter:
             missed=self._kernel.missed(),
         )
 
-    def losses(self, *, final: bool = False) -> list[StreamLoss]:
-        """What was lost in the kernel or in the decoder, and not told yet.
+    def seqs(self) -> dict[str, list[int]]:
+        """Per ring, the last sequence number taken on each CPU."""
+        return self._counters.seqs()
+
+    def losses(self, *, final: bool = False) -> list[Lost]:
+        """What was lost in the kernel or in the decoder since the last time.
 
         With `final`, also what is still in the rings: nobody will read it.
         """
-        seqs = self._counters.seqs()
-        more = self._reader.drain_once()
-        if final or not (more or self._reader.paused or self._reader.done):
-            self._reader.look_for_tails(seqs, final=final)
         unread = {source.name for source in self._reader.sources if final and source.ring.pending}
         return [*self._kernel_losses(unread, final=final), *self._undecodable()]
 
-    def missed(self) -> list[StreamLoss]:
-        """Runs of programs that the kernel left out, and that were not told yet."""
+    def missed(self) -> list[Lost]:
+        """Runs of programs that the kernel left out since the last time."""
         now = Counter(self._kernel.missed())
         new, self._missed_told = now - self._missed_told, now
         return [
-            self._envelope.record(
-                StreamLoss,
+            Lost(
                 stage="kernel",
                 count=runs,
                 kinds={},
@@ -132,40 +137,43 @@ class Reporter:
             for name, runs in new.items()
         ]
 
-    def dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> StreamLoss:
-        """Events that a sink gave up."""
+    def loss_record(self, lost: Lost, sink: Sink) -> StreamLoss:
+        """A loss as the sink is told it."""
+        in_kernel = lost.ring is not None
         return self._envelope.record(
             StreamLoss,
-            stage="sink",
-            count=sum(kinds.values()),
-            kinds=dict(kinds),
-            sink=sink.name,
-            reason=reason,
+            stage=lost.stage,
+            count=lost.count,
+            kinds=dict(lost.kinds),
+            ring=lost.ring,
+            cpu=lost.cpu,
+            seq_from=lost.ranges[0].seq_from if in_kernel else None,
+            seq_to=lost.ranges[-1].seq_to if in_kernel else None,
+            sink=sink.name if lost.stage == "sink" else None,
+            reason=lost.reason,
+            ranges=list(lost.ranges),
         )
 
-    def _kernel_losses(self, unread: set[str], *, final: bool) -> Iterator[StreamLoss]:
+    def _kernel_losses(self, unread: set[str], *, final: bool) -> Iterator[Lost]:
         for ring, loss in self._reader.losses(final=final):
             kinds = self._ledger.kinds(ring, loss)
             stopped = ring in unread and sum(kinds.values()) < loss.count
-            yield self._envelope.record(
-                StreamLoss,
+            yield Lost(
                 stage="stop" if stopped else "kernel",
+                reason=_UNREAD if stopped else "no room in the kernel",
                 count=loss.count,
                 kinds=kinds,
+                ranges=(SeqRange(ring, loss.cpu, loss.first, loss.last),),
                 ring=ring,
                 cpu=loss.cpu,
-                seq_from=loss.first,
-                seq_to=loss.last,
-                reason=_UNREAD if stopped else "no room in the kernel",
             )
 
-    def _undecodable(self) -> Iterator[StreamLoss]:
+    def _undecodable(self) -> Iterator[Lost]:
         counts = self._reader_counts()
         refused = counts.unknown_kind + counts.short_record
         if refused > self._undecodable_told:
             count, self._undecodable_told = refused - self._undecodable_told, refused
-            yield self._envelope.record(
-                StreamLoss,
+            yield Lost(
                 stage="decode",
                 count=count,
                 kinds={},

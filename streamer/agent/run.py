@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
+import select
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from typing import NamedTuple
 
 import msgspec
 import uvloop
 
 from streamer.agent.allocator import keep_freed_memory
-from streamer.agent.service import Service
+from streamer.agent.run_file import RunFile
+from streamer.agent.service import Outcome, Service
 from streamer.config.settings import Limits, Settings, StdoutSink
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.batch import Batch
+from streamer.events.stream import PreviousRun
 from streamer.kernel import capabilities, state
 from streamer.privilege.split import Split
 from streamer.sinks.base import Sink
@@ -25,6 +31,7 @@ from streamer.sinks.factory import Render, make_sink
 from streamer.terminal.lines import Renderer, StatusLine, printable, same_terminal, wants_color
 
 INTERRUPTED = 130
+UNDELIVERED = 5
 _log = logging.getLogger("streamer")
 
 
@@ -42,53 +49,77 @@ def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> in
     _log.setLevel(settings.log_level.upper())
     _log.addHandler(handler := _LogHandler(line))
     try:
-        account = _split_and_run(settings, kinds, limits, line)
+        outcome = _split_and_run(settings, kinds, limits, line)
     finally:
         _log.removeHandler(handler)
-    if account:
+    undelivered = f"not delivered: {outcome.undelivered}" if outcome.undelivered else ""
+    for said in filter(None, (undelivered, outcome.account)):
         # A reader that closed the pipe may have closed stderr with it.
         with suppress(OSError):
-            print(f"streamer: {account}", file=sys.stderr, flush=True)
-    return 0
+            print(f"streamer: {printable(said)}", file=sys.stderr, flush=True)
+    return UNDELIVERED if undelivered else 0
 
 
 def _split_and_run(
     settings: Settings, kinds: frozenset[str], limits: Limits, line: StatusLine | None
-) -> str:
+) -> Outcome:
     capabilities.require()
-    split = Split(settings)
-    try:
+    with contextlib.ExitStack() as stack:
+        split = Split(settings)
+        stack.callback(split.close)
         kernel = state.load(settings, kinds, split.loader)
-        try:
-            split.drop()
-            return uvloop.run(_run(settings, kinds, limits, line, split, kernel))
-        finally:
-            kernel.close()
-    finally:
-        split.close()
+        stack.callback(kernel.close)
+        terminal = stack.enter_context(_controlling_terminal())
+        notes = RunFile.open(settings.state_file) if settings.state_file else None
+        if notes is not None:
+            stack.callback(notes.close)
+        split.drop()
+        given = Surroundings(line, split, kernel, terminal, notes)
+        return uvloop.run(_run(settings, kinds, limits, given))
+
+
+class Surroundings(NamedTuple):
+    """What a run has from before its privileges were given up.
+
+    `terminal` is the controlling terminal, if there is one, and `notes` where the runs on this
+    host leave a note for the next one.
+    """
+
+    line: StatusLine | None
+    split: Split
+    kernel: state.KernelState
+    terminal: int | None
+    notes: RunFile | None
 
 
 async def _run(
-    settings: Settings,
-    kinds: frozenset[str],
-    limits: Limits,
-    line: StatusLine | None,
-    split: Split,
-    kernel: state.KernelState,
-) -> str:
+    settings: Settings, kinds: frozenset[str], limits: Limits, given: Surroundings
+) -> Outcome:
     host = settings.host or os.uname().nodename
-    render = _render(settings, line)
-    sinks = [make_sink(one, host, render, split.opener) for one in settings.sinks]
+    render = _render(settings, given.line)
+    sinks = [make_sink(one, host, render, given.split.opener) for one in settings.sinks]
     names = [sink.name for sink in sinks]
     if len(set(names)) < len(names):
         raise ConfigError(f"sinks: found the same one twice among {', '.join(names)}")
     try:
-        service = _service(settings, kinds, limits, sinks, kernel, line, split)
-        _handle_signals(service, split)
-        _watch_helper(service, split)
+        previous = given.notes.read() if given.notes is not None else None
+        service = _service(settings, kinds, limits, sinks, given, previous)
+        _handle_signals(service, given)
+        _watch_helper(service, given.split)
+        return await _noted(service, given.notes)
+    finally:
+        given.split.client.unwatch(asyncio.get_running_loop())
+
+
+async def _noted(service: Service, notes: RunFile | None) -> Outcome:
+    """Run the service; what stands in the note meanwhile is true if it is killed."""
+    if notes is None:
+        return await service.run()
+    notes.write(service.note())
+    try:
         return await service.run()
     finally:
-        split.client.unwatch(asyncio.get_running_loop())
+        notes.write(service.note())
 
 
 def _service(
@@ -96,14 +127,35 @@ def _service(
     kinds: frozenset[str],
     limits: Limits,
     sinks: list[Sink],
-    kernel: state.KernelState,
-    line: StatusLine | None,
-    split: Split,
+    given: Surroundings,
+    previous: PreviousRun | None,
 ) -> Service:
     try:
-        return Service(settings, kinds, limits, sinks, kernel, status_line=line)
+        return Service(
+            settings,
+            kinds,
+            limits,
+            sinks,
+            given.kernel,
+            status_line=given.line,
+            previous=previous,
+        )
     except OSError as error:
         raise KernelError(f"the rings cannot be mapped: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _controlling_terminal() -> Iterator[int | None]:
+    """The terminal that a SIGHUP can come from. Opened by name, which the worker cannot do."""
+    try:
+        fd = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:  # there is none
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -170,19 +222,34 @@ def _watch_helper(service: Service, split: Split) -> None:
     split.client.watch(asyncio.get_running_loop(), gone)
 
 
-def _handle_signals(service: Service, split: Split) -> None:
+def _handle_signals(service: Service, given: Surroundings) -> None:
     loop = asyncio.get_running_loop()
     asked = False
 
-    def on_signal() -> None:
+    def stop() -> None:
         nonlocal asked
         if asked:  # twice: at once, without draining
-            split.client.farewell()
+            given.split.client.farewell()
             os._exit(INTERRUPTED)
         asked = True
         service.stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            loop.add_signal_handler(number, on_signal)
+    def hang_up() -> None:
+        # A terminal that is closed sends two, and means what one says.
+        if given.terminal is not None and _hung_up(given.terminal):
+            service.stop()
+        else:
+            service.reopen()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background sets it
+            loop.add_signal_handler(number, stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
     loop.add_signal_handler(signal.SIGUSR1, service.reopen)
+
+
+def _hung_up(terminal: int) -> bool:
+    poll = select.poll()
+    poll.register(terminal, 0)
+    return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))

@@ -7,20 +7,35 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable
-from contextlib import suppress
+from typing import Literal, NamedTuple
 
+from streamer import __version__
 from streamer.agent.fanout import Fanout, policy_of
 from streamer.agent.reports import Reporter, account_line
 from streamer.config.settings import Limits, Settings
 from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
+from streamer.events.stream import PreviousRun, StreamManifest, UntoldLoss
 from streamer.kernel.state import KernelState
 from streamer.ring.reader import RingReader, RingSource
 from streamer.sinks.base import Sink
 from streamer.terminal.lines import Rates, StatusLine, status_text
 
 _log = logging.getLogger("streamer")
+
+_MANIFEST_SECONDS = 3600.0
+"""How often the manifest is repeated: whoever begins to read a topic later needs it as well."""
+
+_DELIVERING = 0.75
+"""Of the grace period, for delivering what is held; the rest is for telling what was not."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: its account in one line, and what was not delivered, if anything."""
+
+    account: str
+    undelivered: str
 
 
 class Service:
@@ -35,8 +50,11 @@ class Service:
         kernel: KernelState,
         *,
         status_line: StatusLine | None = None,
+        previous: PreviousRun | None = None,
     ) -> None:
         """`kernel` is loaded and not attached; `sinks` are in the order of `settings.sinks`.
+
+        `previous` is the run before, for the manifest.
 
         Raises:
             OSError: a ring cannot be mapped.
@@ -49,10 +67,13 @@ class Service:
         self._stop = asyncio.Event()
         self._read: Counter[str] = Counter()
         self._error: StreamerError | None = None
-        envelope = Envelope(settings.host)
+        self._previous = previous
+        self._started_ns = time.time_ns()
+        self._finished = False
+        self.envelope = envelope = Envelope(settings.host)
         self.reader = RingReader(
             [
-                RingSource(name, fd, kernel.ring_bytes[name], envelope)
+                RingSource(name, fd, kernel.ring_bytes[name], envelope, kernel.cpus)
                 for name, fd in kernel.ring_fds.items()
             ],
             kernel.reader_state,
@@ -62,6 +83,7 @@ class Service:
             drain_records=settings.rings.drain_records,
             max_events=limits.max_events,
         )
+        self._reporter = Reporter(envelope, kernel, self.reader, settings.filters)
         chosen = settings.sinks
         self.fanout = Fanout(
             [
@@ -71,8 +93,8 @@ class Service:
             pause=self.reader.pause,
             resume=self.reader.resume,
             closed=self.stop,
+            loss_record=self._reporter.loss_record,
         )
-        self._reporter = Reporter(envelope, kernel, self.reader, settings.filters)
 
     @property
     def ended_quietly(self) -> bool:
@@ -95,8 +117,8 @@ class Service:
         for sink in self.fanout.sinks:
             sink.reopen()
 
-    async def run(self) -> str:
-        """Stream until stopped. Returns the account in one line.
+    async def run(self) -> Outcome:
+        """Stream until stopped.
 
         Raises:
             KernelError: nothing could be attached, or the rings cannot be read.
@@ -109,6 +131,7 @@ class Service:
             self._kernel.detach()
             self.fanout.stopping = True
             await self._stop_sinks(0)
+            self._finished = True
             raise
         quiet = False
         try:
@@ -122,7 +145,30 @@ class Service:
             raise self._error
         if self.fanout.failures and not any(map(self.fanout.is_open, self.fanout.sinks)):
             raise SinkError("no sink is left: " + "; ".join(self.fanout.failures))
-        return "" if quiet else self._account()
+        if quiet:
+            return Outcome("", "")
+        return Outcome(self._account(), self.fanout.undelivered())
+
+    def note(self) -> PreviousRun:
+        """For the run that comes after this one, which has ended or may be killed."""
+        untold = [
+            UntoldLoss(
+                sink.name, one.stage, one.count, dict(one.kinds), one.reason, list(one.ranges)
+            )
+            for sink in self.fanout.sinks
+            for one in (self.fanout.untold(sink) if self._finished else ())
+        ]
+        ended: Literal["delivered", "undelivered", "killed"] = "killed"
+        if self._finished:
+            ended = "undelivered" if untold or self.fanout.undelivered() else "delivered"
+        return PreviousRun(
+            run_id=self.envelope.run_id,
+            boot_id=self.envelope.boot_id,
+            agent=__version__,
+            started_ns=self._started_ns,
+            ended=ended,
+            untold=untold,
+        )
 
     def _account(self) -> str:
         reporter = self._reporter
@@ -138,8 +184,11 @@ class Service:
         self._attach()
         names = ", ".join(sink.name for sink in self.fanout.sinks)
         _log.info("streaming %s to %s; Ctrl-C ends it", ", ".join(sorted(self._kinds)), names)
-        self.fanout.tell([self._reporter.manifest(self._kinds, self.fanout.sinks)])
+        self.fanout.tell(self._manifest())
         self.reader.start()
+
+    def _manifest(self) -> StreamManifest:
+        return self._reporter.manifest(self._kinds, self.fanout.sinks, self._previous)
 
     def _attach(self) -> None:
         self._kernel.attach()
@@ -172,14 +221,18 @@ class Service:
     async def _every_second(self) -> None:
         every = self._settings.heartbeat_seconds
         next_heartbeat = time.monotonic() + every
+        next_manifest = time.monotonic() + _MANIFEST_SECONDS
         while True:
             await asyncio.sleep(1)
             self.reader.refresh_clock()
-            self._tell_losses()
+            self._lose()
             if time.monotonic() >= next_heartbeat:
                 next_heartbeat = max(next_heartbeat + every, time.monotonic())
-                self.fanout.tell(self._reporter.missed())
+                self.fanout.lose(self._reporter.missed())
                 self.fanout.tell_ready(self._reporter.heartbeat(self._read, self.fanout.sinks))
+            if time.monotonic() >= next_manifest:
+                next_manifest += _MANIFEST_SECONDS
+                self.fanout.tell_ready(self._manifest())
 
     async def _draw_status(self, line: StatusLine) -> None:
         before, then = 0, time.monotonic()
@@ -203,29 +256,55 @@ class Service:
     def _on_error(self, error: Exception) -> None:
         self.fail(KernelError(f"the events cannot be read: {error}"))
 
-    def _tell_losses(self, *, final: bool = False) -> None:
-        self.fanout.tell(self._reporter.losses(final=final))
-        for sink, reason, kinds in self.fanout.take_dropped(final=final):
-            self.fanout.tell_one(sink, [self._reporter.dropped(sink, kinds, reason)])
+    def _lose(self, *, final: bool = False) -> None:
+        """Find out what was lost, and tell it the sinks that have room."""
+        seqs = self._reporter.seqs()  # before the drain: what was numbered by then is in the rings
+        more = self.reader.drain_once()
+        if final or not (more or self.reader.paused or self.reader.done):
+            self.reader.look_for_tails(seqs, final=final)
+        lost = self._reporter.losses(final=final)
+        if final:
+            lost += self._reporter.missed()
+        self.fanout.lose(lost)
+        self.fanout.log.add(lost)
+        self.fanout.pay(final=final)
+        self._log_losses()
+
+    def _log_losses(self) -> None:
+        for line in self.fanout.log.lines(time.monotonic()):
+            _log.warning(line)
 
     async def _finish(self) -> None:
-        """Drain what the detached programs left, tell the last losses, flush the sinks."""
+        """Drain what the detached programs left, deliver, and tell what could not be delivered."""
         grace = self._settings.grace_seconds
-        deadline = time.monotonic() + grace
+        begun = time.monotonic()
+        self.fanout.ending = True
         self.reader.stop()
         try:
             if any(sink.account.pending and sink.status != "up" for sink in self.fanout.sinks):
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
             # Half for reading what is left, so that there is time to deliver it.
-            await self._drain_rest(time.monotonic() + grace / 2)
-            self._tell_losses(final=True)
-            self.fanout.tell(self._reporter.missed())
+            await self._drain_rest(begun + grace / 2)
+            self._lose(final=True)
             self.reader.close()
-            self.fanout.tell([self._reporter.heartbeat(self._read, self.fanout.sinks)])
+            await self._deliver(begun + grace * _DELIVERING)
+            self.fanout.discard("not delivered when the agent stopped")
+            self.fanout.pay(final=True)
+            self.fanout.tell(self._reporter.heartbeat(self._read, self.fanout.sinks))
         finally:
             self.reader.close()
             self.fanout.stopping = True
-            await self._stop_sinks(max(deadline - time.monotonic(), 0.1))
+            await self._stop_sinks(max(begun + grace - time.monotonic(), 0.1))
+            self._log_losses()
+            self._finished = True
+
+    async def _deliver(self, deadline: float) -> None:
+        """Wait for the sinks. What they cannot deliver by then is told in the rest of the grace.
+
+        Otherwise the last losses would queue behind a backlog, and be dropped with it.
+        """
+        while self.fanout.pending and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     async def _drain_rest(self, deadline: float) -> None:
         while time.monotonic() < deadline and not self.reader.done:
@@ -234,5 +313,4 @@ class Service:
             await asyncio.sleep(0.01 if self.reader.paused else 0)
 
     async def _stop_sinks(self, grace: float) -> None:
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*(sink.stop(grace) for sink in self.fanout.sinks))
+        await asyncio.gather(*(sink.stop(grace) for sink in self.fanout.sinks))

@@ -44,6 +44,9 @@ ExePath = Annotated[
     str, Meta(min_length=1, max_length=4095), form("^/", "an absolute path of a file")
 ]
 Text = Annotated[str, Meta(min_length=1)]
+StateFile = Annotated[
+    str, Meta(max_length=4095), form("^(/|$)", "an absolute path, or empty for none")
+]
 HostName = Annotated[
     str, form("^[A-Za-z0-9._-]{1,253}$", "a name of letters, digits, '.', '_' and '-'")
 ]
@@ -332,6 +335,13 @@ class Settings(Section, frozen=True, kw_only=True):
         Text,
         doc("Who the process that reads events and talks to brokers becomes; it is never root."),
     ] = "nobody"
+    state_file: Annotated[
+        StateFile,
+        doc(
+            "Where a run leaves a note for the next one, which is in its manifest: how it ended, "
+            "and which losses it could not tell. Empty: nowhere."
+        ),
+    ] = "/var/lib/streamer/run.json"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], doc("Least severity that is logged.")
     ] = "info"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
 
 Encoding = Literal["json", "msgpack"]
 Event = msgspec.Struct
+
+Spans = Mapping[tuple[str, int], tuple[int, int]]
+"""Per ring and CPU, the first and the last sequence number: events are somewhere between them."""
+NO_SPANS: Spans = MappingProxyType({})
 
 _JSON = msgspec.json.Encoder()
 _MSGPACK = msgspec.msgpack.Encoder()
@@ -25,6 +30,17 @@ def category_of(kind: str) -> str:
     return kind.partition(".")[0]
 
 
+def join_spans(one: Spans, other: Spans) -> Spans:
+    """What covers both."""
+    if not one or not other:
+        return one or other
+    joined = dict(one)
+    for place, (first, last) in other.items():
+        known = joined.get(place, (first, last))
+        joined[place] = (min(first, known[0]), max(last, known[1]))
+    return joined
+
+
 class Batch:
     """Some events in order, with their count per kind.
 
@@ -32,11 +48,20 @@ class Batch:
     A batch is never changed after it was made.
     """
 
-    __slots__ = ("_lines", "_parts", "_records", "events", "kinds")
+    __slots__ = ("_lines", "_parts", "_records", "events", "kinds", "spans")
 
-    def __init__(self, events: list[Any], kinds: dict[str, int] | None = None) -> None:
-        """Wrap `events`; `kinds` is their count per dotted kind, counted here when not given."""
+    def __init__(
+        self,
+        events: list[Any],
+        kinds: dict[str, int] | None = None,
+        spans: Spans = NO_SPANS,
+    ) -> None:
+        """Wrap `events`; `kinds` is their count per dotted kind, counted here when not given.
+
+        `spans` say which numbers they may have, for whoever cannot deliver them.
+        """
         self.events = events
+        self.spans = spans
         self.kinds: dict[str, int] = count_kinds(events) if kinds is None else kinds
         self._records: dict[Encoding, list[bytes]] = {}
         self._lines: dict[Encoding, bytes] = {}
@@ -82,7 +107,22 @@ class Batch:
             if cls not in part_of:
                 part_of[cls] = parts[category_of(kind_of(event))]
             part_of[cls].append(event)
-        return {category: Batch(events) for category, events in parts.items()}
+        return {category: Batch(events, spans=self.spans) for category, events in parts.items()}
+
+    def only(self, kinds: Container[str]) -> Batch:
+        """The events of these kinds, in order; itself where it has no others."""
+        wanted = {kind: count for kind, count in self.kinds.items() if kind in kinds}
+        if len(wanted) == len(self.kinds):
+            return self
+        chosen: dict[type, bool] = {}
+        events: list[Event] = []
+        for event in self.events if wanted else ():
+            cls = type(event)
+            if cls not in chosen:
+                chosen[cls] = kind_of(event) in kinds
+            if chosen[cls]:
+                events.append(event)
+        return Batch(events, wanted, self.spans)
 
 
 def count_kinds(events: Iterable[Event]) -> dict[str, int]:

@@ -51,8 +51,45 @@ class ProgramReport(Struct, gc=False):
     reason: Annotated[str, Meta(description="why it failed; empty if it did not")]
 
 
+class SeqRange(Struct, gc=False):
+    """Sequence numbers of one ring and CPU."""
+
+    ring: Annotated[str, Meta(description="critical or bulk")]
+    cpu: Annotated[int, Meta(description="CPU")]
+    seq_from: Annotated[int, Meta(description="first")]
+    seq_to: Annotated[int, Meta(description="last")]
+
+
+class UntoldLoss(Struct, gc=False):
+    """A loss that a sink of the run before was not told: as in `stream.loss`."""
+
+    sink: Annotated[str, Meta(description="name of the sink that was not told")]
+    stage: Annotated[str, Meta(description="kernel, decode, sink or stop")]
+    count: Annotated[int, Meta(description="how many")]
+    kinds: Annotated[dict[str, int], Meta(description="how many per kind, where that is known")]
+    reason: Annotated[str, Meta(description="in words")]
+    ranges: Annotated[list[SeqRange], Meta(description="where the missing numbers are")]
+
+
+class PreviousRun(Struct, gc=False):
+    """The run before on this host."""
+
+    run_id: Annotated[str, Meta(description="its id")]
+    boot_id: Annotated[str, Meta(description="the boot that it was in")]
+    agent: Annotated[str, Meta(description="version of the agent")]
+    started_ns: Annotated[int, Meta(description="when it began, nanoseconds since the epoch")]
+    ended: Annotated[
+        Literal["delivered", "undelivered", "killed"],
+        Meta(
+            description="delivered: all that it read was delivered or told as lost; undelivered: "
+            "see `untold`; killed: it did not get to its end, and what it held is lost"
+        ),
+    ]
+    untold: Annotated[list[UntoldLoss], Meta(description="losses that it could not tell")]
+
+
 class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
-    """What is observed, what is not, and why. Sent when the agent starts."""
+    """What is observed, what is not, and why. Sent when the agent starts, and every hour."""
 
     agent: Annotated[str, Meta(description="version of the agent")]
     agent_pid: Annotated[int, Meta(description="process id of the agent")]
@@ -67,6 +104,10 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
     programs: Annotated[list[ProgramReport], Meta(description="the BPF programs")]
     filters: Annotated[dict[str, list[str]], Meta(description="filters in force in the kernel")]
     sinks: Annotated[list[str], Meta(description="where the events go, without secrets")]
+    previous: Annotated[
+        PreviousRun | None,
+        Meta(description="the run before, if it left a note in `state_file`"),
+    ] = None
 
 
 class KindCounts(Struct, gc=False):
@@ -133,7 +174,10 @@ class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
 
 
 class StreamLoss(StreamRecord, tag="stream.loss", gc=False):
-    """Events that happened and will not come, and where they were lost."""
+    """Events that happened and will not come, and where they were lost.
+
+    What was lost for one reason since the last such record is one record.
+    """
 
     stage: Annotated[
         Literal["kernel", "decode", "sink", "stop"],
@@ -146,10 +190,21 @@ class StreamLoss(StreamRecord, tag="stream.loss", gc=False):
     kinds: Annotated[dict[str, int], Meta(description="how many per kind, where that is known")]
     ring: Annotated[str | None, Meta(description="critical or bulk, if in the kernel")] = None
     cpu: Annotated[int | None, Meta(description="CPU, if in the kernel")] = None
-    seq_from: Annotated[int | None, Meta(description="first missing sequence number")] = None
-    seq_to: Annotated[int | None, Meta(description="last missing sequence number")] = None
+    seq_from: Annotated[
+        int | None, Meta(description="first missing sequence number, if in the kernel")
+    ] = None
+    seq_to: Annotated[
+        int | None, Meta(description="last missing sequence number, if in the kernel")
+    ] = None
     sink: Annotated[str | None, Meta(description="name of the sink, of a loss there")] = None
     reason: Annotated[str, Meta(description="in words")] = ""
+    ranges: Annotated[
+        list[SeqRange],
+        Meta(
+            description="where the missing numbers are: all of these, or, if they are more than "
+            "`count`, so many of them"
+        ),
+    ] = []
 
 
 STREAM_KINDS: dict[str, type[StreamRecord]] = {

@@ -11,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import attrgetter
 
-from streamer.events.batch import Batch
+from streamer.events.batch import Batch, Event, Spans, join_spans
 from streamer.events.envelope import Envelope, clock_offset_ns
 from streamer.events.kinds import HEADER, RECORDS
 from streamer.kernel.objects import CONTRACT
 from streamer.kernel.tags import RINGS
 from streamer.ring.gaps import GapTracker, Loss
-from streamer.ring.records import Decoder, Ring
+from streamer.ring.records import Decoder, Gap, Ring
 
 LOOKS_IN_VAIN = 5
 """Looks at empty rings before the reader goes to sleep: at moderate rates it had better not."""
@@ -27,14 +29,15 @@ LOOKS_IN_VAIN = 5
 _WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}
 _WAKE_WORD = struct.Struct("<I")  # struct reader_state is one for each ring
 _FOREVER = 1 << 64
+_boot_ns = attrgetter("boot_ns")
 _POSITION = struct.Struct("<Q")
 
 
 class RingSource:
     """One ring: its mapping, its decoder and its gaps."""
 
-    def __init__(self, name: str, fd: int, size: int, envelope: Envelope) -> None:
-        """Map the ring `fd` with a data area of `size` bytes."""
+    def __init__(self, name: str, fd: int, size: int, envelope: Envelope, cpus: int) -> None:
+        """Map the ring `fd` with a data area of `size` bytes; `cpus` may write to it."""
         self.name = name
         self.fd = fd
         page = mmap.PAGESIZE
@@ -48,6 +51,20 @@ class RingSource:
         self.decoder.clock_offset_ns = clock_offset_ns()
         self.gaps = GapTracker()
         self.more = False
+        self._next = [1] * cpus
+
+    def passed(self, gaps: Iterable[Gap]) -> Spans:
+        """The numbers of what was drained since the last time; `gaps` came with it."""
+        spans = {}
+        for cpu, before in enumerate(self._next):
+            after = self.ring.next_seq(cpu)
+            if after > before:
+                spans[self.name, cpu] = (before, after - 1)
+                self._next[cpu] = after
+        for what, cpu, seq, _ in gaps:
+            if what == "late":
+                spans = dict(join_spans(spans, {(self.name, cpu): (seq, seq)}))
+        return spans
 
     @property
     def produced(self) -> int:
@@ -138,19 +155,25 @@ class RingReader:
             return False
 
     def _drain_each(self) -> bool:
+        if self.paused or self.done:
+            return False
         read = False
+        found: list[Batch] = []
         for source in self.sources:
-            if self.paused or self.done:
-                return False
-            read |= self._drain(source)
+            read |= self._drain(source, found)
+        if found:
+            self._looks_in_vain = 0
+            self._on_batch(in_time_order(found))
         more = any(source.more for source in self.sources)
         # Who drains by the way may have taken the record that would have woken the reader.
         if (read or more) and self._timer is None:
             self._wake()
         return more
 
-    def _drain(self, source: RingSource) -> bool:
-        """One drain of one ring. Whether there was any record."""
+    def _drain(self, source: RingSource, found: list[Batch]) -> bool:
+        """One drain of one ring, which adds to `found`. Whether there was any record."""
+        if self.done:
+            return False
         before = source.ring.records
         most = self._drain_records if self._left is None else min(self._drain_records, self._left)
         events, kinds, gaps, more, _ = source.ring.drain(source.decoder, most)
@@ -161,8 +184,7 @@ class RingReader:
         if gaps:
             source.gaps.feed(gaps, self._now_ns())
         if events:
-            self._looks_in_vain = 0
-            self._on_batch(Batch(events, kinds))
+            found.append(Batch(events, kinds, source.passed(gaps)))
         return source.ring.records != before
 
     def _now_ns(self) -> int:
@@ -265,3 +287,29 @@ class RingReader:
             )
             for loss in losses:
                 yield source.name, loss
+
+
+def in_time_order(batches: list[Batch]) -> Batch:
+    """One batch of what was found in one look at all rings, by the time of the events.
+
+    Those of one ring stay in their order, which is that of their numbers on each CPU.
+    """
+    first, *others = batches
+    for other in others:
+        kinds = first.kinds | other.kinds  # a kind has one ring
+        events = _merge(first.events, other.events)
+        first = Batch(events, kinds, join_spans(first.spans, other.spans))
+    return first
+
+
+def _merge(one: list[Event], other: list[Event]) -> list[Event]:
+    # Not sorted: two of one CPU whose times are equal, or not in order, have to keep theirs.
+    few, many = sorted((one, other), key=len)
+    merged: list[Event] = []
+    at = 0
+    for event in few:
+        here = bisect(many, _boot_ns(event), at, key=_boot_ns)
+        merged += many[at:here]
+        merged.append(event)
+        at = here
+    return merged + many[at:]

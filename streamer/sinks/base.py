@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from streamer.events.batch import Batch
+from streamer.events.batch import NO_SPANS, Batch, Spans
 
 Status = Literal["starting", "up", "down", "closed"]
 
@@ -78,8 +78,8 @@ class Listener:
     def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
         """The sink came up, went down or closed for good; called on changes only."""
 
-    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str) -> None:
-        """Events were given up, counted per kind."""
+    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
+        """Events were given up, counted per kind; `spans` say which, as far as that is known."""
 
 
 class Sink(ABC):
@@ -119,6 +119,12 @@ class Sink(ABC):
         Never hangs and never raises; calling it twice is harmless.
         """
 
+    def discard(self, reason: str) -> None:  # noqa: B027 - what is delivered at once never waits
+        """Drop what waits and has not begun to be delivered: there is no time left for it.
+
+        What is submitted next, the account that names it, then has the rest of the time.
+        """
+
     def reopen(self) -> None:  # noqa: B027 - most sinks have nothing to open
         """Open anew what was opened by name: whoever rotates files asks for it."""
 
@@ -131,9 +137,11 @@ class Sink(ABC):
         self.account.delivered.update(kinds)
         self._release(size)
 
-    def _dropped(self, kinds: Mapping[str, int], size: int, reason: str) -> None:
+    def _dropped(
+        self, kinds: Mapping[str, int], size: int, reason: str, spans: Spans = NO_SPANS
+    ) -> None:
         self.account.dropped.update(kinds)
-        self.listener.sink_dropped(self, kinds, reason)
+        self.listener.sink_dropped(self, kinds, reason, spans)
         self._release(size)
 
     def _release(self, size: int) -> None:

@@ -38,7 +38,11 @@ class MemorySink(Sink):
         """Deliver the rest, unless it is to be held, in which case it is dropped."""
         if not self.hold:
             self.release()
+        self.discard("stopped")
+        self._set_status("closed")
+
+    def discard(self, reason: str) -> None:
+        """Drop everything held."""
         held, self._held = self._held, []
         for batch in held:
-            self._dropped(batch.kinds, len(batch.lines("json")), "stopped")
-        self._set_status("closed")
+            self._dropped(batch.kinds, len(batch.lines("json")), reason, batch.spans)

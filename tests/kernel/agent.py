@@ -210,7 +210,8 @@ class Agent:
         self.output = output or directory / "events.ndjson"
         self._pass_fds = pass_fds
         self._stderr = directory / "stderr"
-        (directory / "streamer.toml").write_text(config)
+        note = f'state_file = "{directory / "run.json"}"\n'  # no setting of a table, so it is first
+        (directory / "streamer.toml").write_text(note + config)
         command = [*prefix, python, *program, "run", "--no-status"]
         command += ["--config", str(directory / "streamer.toml"), "--events", events]
         for sink in () if sinks is None else (f"file:{self.output}", *sinks):

@@ -43,7 +43,7 @@ class Live:
         self.state = state.load(wanted, kinds, directory=directory)
         envelope = Envelope()
         self._sources = [
-            RingSource(name, fd, self.state.ring_bytes[name], envelope)
+            RingSource(name, fd, self.state.ring_bytes[name], envelope, self.state.cpus)
             for name, fd in self.state.ring_fds.items()
         ]
         self._counters = KernelCounters(

@@ -33,7 +33,7 @@ from streamer.events import kinds as events
 KINDS = ("process.exec", "process.fork", "process.exit", "file.open", "net.connect", "net.close")
 ROOT_KEYS = (
     "btf, events, filters, format, grace_seconds, heartbeat_seconds, host, kernel, "
-    "log_level, rings, sinks, user"
+    "log_level, rings, sinks, state_file, user"
 )
 SINKS = '"stdout", "file", "kafka", "mqtt", "memory"'
 PAGE = mmap.PAGESIZE

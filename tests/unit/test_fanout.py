@@ -8,11 +8,19 @@ import msgspec
 import pytest
 
 from streamer.agent.fanout import Fanout, Policy, policy_of
+from streamer.agent.losses import MOST_RANGES, Lost
 from streamer.events.batch import Batch
+from streamer.events.envelope import Envelope
+from streamer.events.stream import SeqRange, StreamLoss
+from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
 
 
 class Event(msgspec.Struct, tag_field="event", tag="test.event", gc=False):
+    text: str
+
+
+class Exec(msgspec.Struct, tag_field="event", tag="process.exec", gc=False):
     text: str
 
 
@@ -28,6 +36,18 @@ class Calls:
             pause=lambda: self.made.append("pause"),
             resume=lambda: self.made.append("resume"),
             closed=lambda: self.made.append("closed"),
+            loss_record=self.loss_record,
+        )
+
+    def loss_record(self, lost: Lost, sink: Sink) -> StreamLoss:
+        return Envelope("here").record(
+            StreamLoss,
+            stage=lost.stage,
+            count=lost.count,
+            kinds=dict(lost.kinds),
+            sink=sink.name,
+            reason=lost.reason,
+            ranges=list(lost.ranges),
         )
 
 
@@ -128,22 +148,127 @@ async def test_a_full_sink_that_drops_stalls_nobody() -> None:
     dead.release()
     fanout.submit(batch())
     dead.release()
-    assert (len(dead.events), dead.account.dropped.total()) == (5, 6)
+    events = [event for event in dead.events if isinstance(event, Event)]
+    assert (len(events), dead.account.dropped.total()) == (5, 6)
     assert_balanced(dead, alive)
 
 
+def losses(sink: MemorySink) -> list[StreamLoss]:
+    return [event for event in sink.events if isinstance(event, StreamLoss)]
+
+
 async def test_drops_are_told_once_there_is_room() -> None:
-    """To the sink that lost them, per reason, and once."""
+    """To the sink that lost them, in one record per reason, and once."""
     dead, alive = await opened("dead", hold=True), await opened("alive")
     fanout = Calls().fanout((dead, "drop"), (alive, "drop"))
-    for _ in range(7):
-        fanout.submit(batch())
-    assert list(fanout.take_dropped()) == []
+    for n in range(7):
+        fanout.submit(Batch([Event("x" * 1000)], spans={("bulk", 1): (n, n)}))
+    fanout.pay()
     dead.release()
-    ((sink, reason, kinds),) = fanout.take_dropped()
-    assert (sink, kinds) == (dead, {"test.event": 3})
-    assert "no room" in reason
-    assert list(fanout.take_dropped()) == []
+    assert losses(dead) == []
+    fanout.pay()
+    dead.release()
+    fanout.pay()
+    dead.release()
+    (loss,) = losses(dead)
+    assert (loss.count, loss.kinds, loss.stage) == (3, {"test.event": 3}, "sink")
+    assert "no room" in loss.reason
+    assert loss.ranges == [SeqRange("bulk", 1, 4, 6)]
+    assert losses(alive) == []
+
+
+async def test_a_debt_is_paid_before_the_next_events() -> None:
+    """Also where nobody asks for it: a sink may be full at every such moment."""
+    sink = await opened("slow", hold=True)
+    fanout = Calls().fanout((sink, "drop"))
+    for _ in range(5):
+        fanout.submit(batch())
+    sink.release()
+    fanout.submit(batch())
+    sink.release()
+    assert [type(event).__name__ for event in sink.events] == ["Event"] * 4 + [
+        "StreamLoss",
+        "Event",
+    ]
+
+
+async def test_what_a_full_sink_is_not_told_stays_owed() -> None:
+    """Thousands of losses of the kernel become one record for each of its CPUs, all exact."""
+    sink, other = await opened("full", hold=True), await opened("other")
+    fanout = Calls().fanout((sink, "drop"), (other, "drop"))
+    for _ in range(4):
+        fanout.submit(batch())
+    for second in range(1000):
+        for cpu in (0, 1):
+            seqs = (SeqRange("bulk", cpu, 10 * second, 10 * second + 4),)
+            lost = Lost("kernel", "no room", 5, {"file.open": 5}, seqs, "bulk", cpu)
+            fanout.lose([lost])
+        fanout.pay()
+    assert len(losses(other)) == 2000
+    assert sink.watermarks.held < sink.watermarks.high + 1000
+    sink.release()
+    fanout.pay()
+    sink.release()
+    told = losses(sink)
+    assert [loss.count for loss in told] == [5000, 5000]
+    for loss in told:
+        assert len(loss.ranges) <= MOST_RANGES
+        assert (loss.ranges[0].seq_from, loss.ranges[-1].seq_to) == (0, 9994)
+    assert sum(loss.count for loss in losses(other)) == 10_000
+
+
+async def test_a_lost_loss_record_makes_no_other() -> None:
+    sink = await opened("one", hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    fanout.lose([Lost("kernel", "no room", 5, {"file.open": 5})])
+    fanout.pay()
+    sink.discard("stopped")
+    fanout.pay()
+    assert sink.account.dropped == {"stream.loss": 1}
+    assert sink.account.pending == 0
+
+
+async def test_what_was_never_told_is_known_in_the_end() -> None:
+    """Owed, or told and not delivered; and not what was delivered."""
+    sink = await opened("one", hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    fanout.lose([Lost("kernel", "first", 1, {})])
+    fanout.pay()
+    sink.release()
+    fanout.lose([Lost("kernel", "second", 2, {})])
+    fanout.pay()
+    sink.discard("stopped")
+    fanout.lose([Lost("kernel", "third", 3, {})])
+    assert {(lost.reason, lost.count) for lost in fanout.untold(sink)} == {
+        ("second", 2),
+        ("third", 3),
+    }
+    assert fanout.untold(sink) == []
+
+
+async def test_critical_events_are_lost_last() -> None:
+    """A full sink that drops still takes them, until a quarter more is held."""
+    sink = await opened("full", hold=True)
+    fanout = Calls().fanout((sink, "drop"))
+    for _ in range(4):
+        fanout.submit(batch())
+    for _ in range(3):
+        fanout.submit(Batch([Event("x" * 1000), Exec("y" * 500), Event("x" * 1000)]))
+    assert sink.account.dropped == {"test.event": 6, "process.exec": 1}
+    sink.release()
+    assert [type(event) for event in sink.events] == [Event] * 4 + [Exec] * 2
+
+
+async def test_what_was_given_up_in_the_end_has_its_reason() -> None:
+    sink, gone = await opened("slow", hold=True), await opened("gone", hold=True)
+    gone.ends_quietly = True
+    fanout = Calls().fanout((sink, "pause"), (gone, "pause"))
+    sink._set_status("down", "refused")
+    fanout.submit(batch())
+    assert fanout.undelivered() == ""
+    fanout.ending = True
+    fanout.discard("stopped")
+    assert fanout.undelivered() == "1 events to slow: stopped; down: refused"
 
 
 async def test_a_closed_sink_is_no_reason_to_wait() -> None:

@@ -72,7 +72,8 @@ def test_every_file_of_a_configuration_is_named() -> None:
         ("/t/mqtt", "read", 0),
     }
     assert len(set(named)) == len(named)
-    assert set(file_settings(inspect.type_info(Settings))) == {
+    # Opened before the split, and kept open.
+    assert set(file_settings(inspect.type_info(Settings))) - {"state_file"} == {
         "btf",
         "ca_file",
         "cert_file",

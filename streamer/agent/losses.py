@@ -1,0 +1,176 @@
+"""Losses that were not told yet: merged, so that they take bounded memory however many they are.
+
+Pure bookkeeping: time is handed in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from streamer.events.batch import Spans
+from streamer.events.stream import SeqRange
+
+Stage = Literal["kernel", "decode", "sink", "stop"]
+
+MOST_RANGES = 64
+"""Ranges of one loss, unless it has more rings and CPUs: about 5 kB of a record."""
+
+MOST_REASONS = 32
+"""Losses that are not of one ring and CPU. A reason can quote a broker, and never be the same."""
+
+OTHER_REASONS = "further reasons"
+
+LOG_SECONDS = 60.0
+"""How often losses that go on are logged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Events that were lost in one place for one reason. `ring` and `cpu`: if in the kernel."""
+
+    stage: Stage
+    reason: str
+    count: int
+    kinds: Mapping[str, int]
+    ranges: tuple[SeqRange, ...] = ()
+    ring: str | None = None
+    cpu: int | None = None
+
+    @classmethod
+    def of_sink(cls, kinds: Mapping[str, int], reason: str, spans: Spans) -> Lost:
+        """What a sink gave up."""
+        ranges = tuple(SeqRange(*place, *span) for place, span in spans.items())
+        return cls("sink", reason, sum(kinds.values()), kinds, ranges)
+
+
+@dataclass(slots=True)
+class _Entry:
+    count: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    ranges: list[SeqRange] = field(default_factory=list)
+
+
+_Key = tuple[Stage, str | None, int | None, str]
+
+
+class LossBook:
+    """Adds up losses by place and reason until they are taken."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._entries: dict[_Key, _Entry] = {}
+        self._reasons = 0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self._entries)
+
+    def add(self, lost: Lost) -> None:
+        """Merge a loss with those before."""
+        key = self._key(lost)
+        entry = self._entries.setdefault(key, _Entry())
+        entry.count += lost.count
+        entry.kinds.update(lost.kinds)
+        entry.ranges += lost.ranges
+        if len(entry.ranges) > 2 * MOST_RANGES:
+            entry.ranges = merged(entry.ranges)
+
+    def take(self) -> list[Lost]:
+        """All of them; the book is empty afterwards."""
+        entries, self._entries, self._reasons = self._entries, {}, 0
+        return [
+            Lost(stage, reason, entry.count, entry.kinds, tuple(merged(entry.ranges)), ring, cpu)
+            for (stage, ring, cpu, reason), entry in entries.items()
+        ]
+
+    def _key(self, lost: Lost) -> _Key:
+        key = lost.stage, lost.ring, lost.cpu, lost.reason
+        if lost.ring is None and key not in self._entries:
+            if self._reasons >= MOST_REASONS:
+                return lost.stage, None, None, OTHER_REASONS
+            self._reasons += 1
+        return key
+
+
+def merged(ranges: Iterable[SeqRange], most: int = MOST_RANGES) -> list[SeqRange]:
+    """The same numbers in few ranges, in order; where they are too many, with what is between.
+
+    At most `most` of them, or one for each ring and CPU if these are more.
+    """
+    joined: list[SeqRange] = []
+    for one in sorted(ranges, key=lambda r: (r.ring, r.cpu, r.seq_from)):
+        if joined and _gap(joined[-1], one) <= 0:
+            joined[-1] = _cover(joined[-1], one)
+        else:
+            joined.append(one)
+    gaps = sorted(gap for pair in pairwise(joined) if (gap := _gap(*pair)) < _ELSEWHERE)
+    spare = len(joined) - most
+    if spare <= 0 or not gaps:
+        return joined
+    return _bridge(joined, gaps[min(spare, len(gaps)) - 1])
+
+
+_ELSEWHERE = float("inf")
+
+
+def _gap(one: SeqRange, other: SeqRange) -> float:
+    """How many numbers are between a range and a later one of the same ring and CPU."""
+    if (one.ring, one.cpu) != (other.ring, other.cpu):
+        return _ELSEWHERE
+    return other.seq_from - one.seq_to - 1
+
+
+def _cover(one: SeqRange, other: SeqRange) -> SeqRange:
+    return SeqRange(one.ring, one.cpu, one.seq_from, max(one.seq_to, other.seq_to))
+
+
+def _bridge(ranges: list[SeqRange], most: float) -> list[SeqRange]:
+    """Join what has at most so many numbers between."""
+    joined = ranges[:1]
+    for one in ranges[1:]:
+        if _gap(joined[-1], one) <= most:
+            joined[-1] = _cover(joined[-1], one)
+        else:
+            joined.append(one)
+    return joined
+
+
+class LossLog:
+    """Turns losses into few lines of a log: the first at once, then what came since, as a rate."""
+
+    def __init__(self) -> None:
+        """Nothing was logged yet."""
+        self._since: dict[str, float] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, lost: Iterable[Lost], where: str = "") -> None:
+        """Count losses; `where` is the name of the sink that had them."""
+        for one in lost:
+            ring = f" of {one.ring}" if one.ring else ""
+            place = where or {"kernel": f"the kernel{ring}", "decode": "the decoder"}.get(
+                one.stage, "the rings"
+            )
+            what = f"lost in {place}: {one.reason}"
+            if what not in self._counts and len(self._counts) >= 2 * MOST_REASONS:
+                what = f"lost: {OTHER_REASONS}"
+            self._counts[what] += one.count
+
+    def lines(self, now: float) -> list[str]:
+        """What is to be logged at `now`, in seconds."""
+        found = []
+        for what, count in list(self._counts.items()):
+            since = self._since.get(what)
+            if since is not None and now - since < LOG_SECONDS:
+                continue
+            goes_on = since is not None and now - since < 2 * LOG_SECONDS
+            rate = f", {count / (now - since):,.1f}/s," if since is not None and goes_on else ""
+            found.append(f"{count:,} events{rate} {what}")
+            self._since[what] = now
+            del self._counts[what]
+        if len(self._since) > 2 * MOST_REASONS:
+            self._since = {w: t for w, t in self._since.items() if now - t < LOG_SECONDS}
+        return found

@@ -1,0 +1,127 @@
+"""Losses that are merged: few records, bounded memory, and no number that is not there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamer.agent.losses import (
+    LOG_SECONDS,
+    MOST_RANGES,
+    MOST_REASONS,
+    OTHER_REASONS,
+    LossBook,
+    LossLog,
+    Lost,
+    merged,
+)
+from streamer.events.stream import SeqRange
+
+RANGES = st.lists(
+    st.builds(
+        lambda ring, cpu, first, width: SeqRange(ring, cpu, first, first + width),
+        st.sampled_from(["critical", "bulk"]),
+        st.integers(0, 2),
+        st.integers(1, 300),
+        st.integers(0, 9),
+    ),
+    max_size=60,
+)
+
+
+def numbers(ranges: list[SeqRange]) -> dict[tuple[str, int], set[int]]:
+    found: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for one in ranges:
+        found[one.ring, one.cpu] |= set(range(one.seq_from, one.seq_to + 1))
+    return found
+
+
+@given(RANGES)
+def test_merged_ranges_have_the_same_numbers(ranges: list[SeqRange]) -> None:
+    joined = merged(ranges, most=1000)
+    assert numbers(joined) == numbers(ranges)
+    assert sum(one.seq_to - one.seq_from + 1 for one in joined) == sum(
+        map(len, numbers(ranges).values())
+    )
+
+
+@given(RANGES, st.integers(1, 20))
+def test_too_many_ranges_are_joined_where_least_is_between(
+    ranges: list[SeqRange], most: int
+) -> None:
+    joined = merged(ranges, most)
+    exact = numbers(ranges)
+    assert len(joined) <= max(most, len(exact))
+    found = numbers(joined)
+    assert all(exact[place] <= found[place] for place in exact)
+    # The ends are never moved outwards.
+    for place, seqs in found.items():
+        assert (min(seqs), max(seqs)) == (min(exact[place]), max(exact[place]))
+
+
+def test_a_loss_in_the_kernel_is_merged_by_ring_and_cpu() -> None:
+    book = LossBook()
+    assert not book
+    for seq in range(1, 3001):
+        for ring, cpu in (("bulk", 0), ("bulk", 1), ("critical", 0)):
+            where = (SeqRange(ring, cpu, 2 * seq, 2 * seq),)
+            book.add(Lost("kernel", "no room", 1, {"file.open": 1}, where, ring, cpu))
+    assert book
+    taken = book.take()
+    assert {(lost.ring, lost.cpu): lost.count for lost in taken} == {
+        ("bulk", 0): 3000,
+        ("bulk", 1): 3000,
+        ("critical", 0): 3000,
+    }
+    for lost in taken:
+        assert lost.kinds == {"file.open": 3000}
+        assert len(lost.ranges) <= MOST_RANGES
+        assert (lost.ranges[0].seq_from, lost.ranges[-1].seq_to) == (2, 6000)
+    assert not book
+    assert book.take() == []
+
+
+def test_reasons_without_end_take_bounded_room() -> None:
+    """Each may quote a broker. What does not get its own line is counted all the same."""
+    book = LossBook()
+    for number in range(1000):
+        book.add(Lost("sink", f"refused: {number}", 2, {"file.open": 2}))
+    taken = book.take()
+    assert len(taken) == MOST_REASONS + 1
+    assert sum(lost.count for lost in taken) == 2000
+    assert taken[-1].reason == OTHER_REASONS
+    for number in range(MOST_REASONS):  # and all have room again
+        book.add(Lost("sink", f"again: {number}", 1, {}))
+    assert OTHER_REASONS not in {lost.reason for lost in book.take()}
+
+
+def test_losses_are_logged_at_once_and_then_as_a_rate() -> None:
+    log = LossLog()
+    lost = Lost("kernel", "no room", 10, {}, ring="bulk", cpu=0)
+    log.add([lost])
+    assert log.lines(100.0) == ["10 events lost in the kernel of bulk: no room"]
+    for second in range(int(LOG_SECONDS) - 1):
+        log.add([lost])
+        assert log.lines(101.0 + second) == []
+    log.add([lost])
+    assert log.lines(100.0 + LOG_SECONDS) == [
+        "600 events, 10.0/s, lost in the kernel of bulk: no room"
+    ]
+    assert log.lines(300.0) == []
+    log.add([Lost("sink", "refused", 1, {})], "kafka://one")
+    log.add([lost])
+    assert log.lines(1000.0) == [
+        "1 events lost in kafka://one: refused",
+        "10 events lost in the kernel of bulk: no room",
+    ]
+
+
+def test_reasons_without_end_fill_no_log() -> None:
+    log = LossLog()
+    for number in range(1000):
+        log.add([Lost("sink", str(number), 1, {})], "one")
+    lines = log.lines(1.0)
+    assert len(lines) <= 2 * MOST_REASONS + 1
+    assert sum(int(line.split()[0]) for line in lines) == 1000
