@@ -116,21 +116,21 @@ class Recording:
     def check(self) -> None:
         """Nothing is missing, nothing is twice, and every event is in the account."""
         self._check_ids()
-        self._check_sequence()
+        self.check_sequence()
         self._check_account()
 
     def _check_ids(self) -> None:
         assert len({event.id for event in self.all}) == len(self.all)
         assert len({event.boot_id for event in self.all}) == 1
 
-    def _check_sequence(self) -> None:
+    def check_sequence(self) -> None:
         """Delivered and lost numbers are disjoint, and together all that were taken."""
         taken: dict[tuple[str, int], list[int]] = {}
         for event in self._published:
             assert event.id.endswith(f"-{event.ring}-{event.cpu}-{event.seq}")
             taken.setdefault((event.ring, event.cpu), []).append(event.seq)
-        for ring, cpu, lost in self._lost_numbers():
-            taken.setdefault((ring, cpu), []).extend(lost)
+        for place, lost in self._lost_numbers():
+            taken.setdefault(place, []).extend(lost)
         marks = {(mark.ring, mark.cpu): mark for mark in self.heartbeat.cpus}
         assert taken.keys() <= marks.keys()
         for place, mark in marks.items():
@@ -139,14 +139,14 @@ class Recording:
             if not mark.skipped:
                 assert numbers == list(range(1, mark.seq + 1))
 
-    def _lost_numbers(self) -> Iterator[tuple[str, int, range]]:
+    def _lost_numbers(self) -> Iterator[tuple[tuple[str, int], range]]:
         for loss in self.losses:
             if loss.stage == "kernel":
-                assert loss.ring is not None
-                assert loss.cpu is not None
-                assert loss.seq_from is not None
-                assert loss.seq_to is not None
-                yield loss.ring, loss.cpu, range(loss.seq_from, loss.seq_to + 1)
+                first, last = loss.ranges[0], loss.ranges[-1]
+                assert (loss.seq_from, loss.seq_to) == (first.seq_from, last.seq_to)
+                for one in loss.ranges:
+                    assert (one.ring, one.cpu) == (loss.ring, loss.cpu)
+                    yield (one.ring, one.cpu), range(one.seq_from, one.seq_to + 1)
 
     def _check_account(self) -> None:
         delivered = Counter(kind_of(event) for event in self._published)
