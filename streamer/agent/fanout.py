@@ -215,6 +215,8 @@ class Fanout(Listener):
         if self.stopping:
             return
         quiet = status == "closed" and sink.ends_quietly
+        if quiet:
+            self.log.forget(sink.name)
         level = logging.DEBUG if quiet else self._level(sink, status)
         _log.log(level, "%s is %s%s", sink.name, status, f": {reason}" if reason else "")
         if status == "closed":
@@ -236,6 +238,7 @@ class Fanout(Listener):
         if events:
             lost = Lost.of_sink(events, reason, spans)
             self._owed[sink].add(lost)
-            self.log.add([lost], sink.name)
+            if not (sink.ends_quietly and sink.status == "closed"):
+                self.log.add([lost], sink.name)
             if self.ending and not sink.ends_quietly:
                 self._given_up[f"{sink.name}: {reason}"] += lost.count

@@ -159,6 +159,11 @@ class LossLog:
                 what = f"lost: {OTHER_REASONS}"
             self._counts[what] += one.count
 
+    def forget(self, where: str) -> None:
+        """Nothing is to be said of a place any more: it ended as it should."""
+        for what in [what for what in self._counts if what.startswith(f"lost in {where}: ")]:
+            del self._counts[what]
+
     def lines(self, now: float) -> list[str]:
         """What is to be logged at `now`, in seconds."""
         found = []

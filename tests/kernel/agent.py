@@ -29,6 +29,7 @@ ALL = "*"
 START_SECONDS = seconds(60)
 HOST_NETNS = os.stat("/proc/self/ns/net").st_ino
 STOP_SECONDS = seconds(60)
+UNDELIVERED = 5
 TYPES: dict[str, type] = {kind: info.struct for kind, info in KINDS.items()} | STREAM_KINDS
 DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(cls, strict=True) for kind, cls in TYPES.items()
@@ -273,11 +274,13 @@ class Agent:
         output = self.output.read_bytes() if self.output.exists() else b""
         return Recording(output, self.stderr, returncode)
 
-    def stop(self, number: signal.Signals = signal.SIGTERM, *, check: bool = True) -> Recording:
-        """End it, and check its account unless told not to."""
+    def stop(
+        self, number: signal.Signals = signal.SIGTERM, *, check: bool = True, code: int = 0
+    ) -> Recording:
+        """End it, and check its exit code, and its account unless told not to."""
         self.send(number)
         recording = self.wait()
-        assert recording.returncode == 0, recording.stderr
+        assert recording.returncode == code, recording.stderr
         if check:
             recording.check()
         return recording

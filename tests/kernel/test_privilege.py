@@ -23,7 +23,7 @@ from streamer.kernel.objects import SENSORS
 from streamer.privilege.client import HelperClient, RemoteLoader
 from streamer.privilege.split import start_helper
 from tests.brokers import free_port
-from tests.kernel.agent import ROOT, Agent, Recording
+from tests.kernel.agent import ROOT, UNDELIVERED, Agent, Recording
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
@@ -96,7 +96,7 @@ def test_what_the_worker_has(scope: Scope, tmp_path: Path) -> None:
         assert os.readlink(f"/proc/{agent.pid}/fd/0") == "/dev/null"
         assert os.stat(f"/proc/{agent.pid}/stat").st_uid == 0  # as of processes not dumpable
         scope.act(open_some)
-        recording = agent.stop(check=False)
+        recording = agent.stop(check=False, code=UNDELIVERED)
     assert len(recording.events) == 2 * OPENS
 
 
@@ -197,7 +197,7 @@ def test_memory(scope: Scope, tmp_path: Path) -> None:
         scope.act(open_some)
         agent.wait_for(b'{"event":"file.open"', OPENS)
         worker, helper = private_bytes(agent.pid), private_bytes(agent.helper_pid)
-        agent.stop(check=False)
+        agent.stop(check=False, code=UNDELIVERED)
     assert helper < 15 << 20
     assert worker + helper < 150 << 20
 
@@ -239,7 +239,7 @@ def test_the_worker_is_killed(scope: Scope, tmp_path: Path) -> None:
     assert agent.stderr.splitlines()[-1] == ORPHANED
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_both(scope: Scope, tmp_path: Path, number: signal.Signals) -> None:
     """As a terminal or a service manager sends it: the worker decides, and nothing is lost."""
     with Agent(tmp_path, *scope.options, events="file.open") as agent:
@@ -248,6 +248,17 @@ def test_a_signal_to_both(scope: Scope, tmp_path: Path, number: signal.Signals) 
         os.kill(helper, number)
         recording = agent.stop(number)
         await_end_of(helper)
+    assert len(recording.events) == OPENS
+
+
+def test_a_hangup_of_no_terminal_ends_neither(scope: Scope, tmp_path: Path) -> None:
+    """A service manager sends it for files to be opened anew."""
+    with Agent(tmp_path, *scope.options, events="file.open") as agent:
+        for pid in (agent.helper_pid, agent.pid):
+            os.kill(pid, signal.SIGHUP)
+            os.kill(pid, signal.SIGHUP)
+        scope.act(open_some)
+        recording = agent.stop()
     assert len(recording.events) == OPENS
 
 
@@ -392,7 +403,7 @@ def test_code_that_only_root_can_read(
     ) as agent:
         scope.act(open_some)
         agent.wait_for(b'{"event":"file.open"', OPENS)
-        recording = agent.stop(check=False)
+        recording = agent.stop(check=False, code=UNDELIVERED if sink != "file" else 0)
     assert len(recording.events) == OPENS
     unexpected = [
         line

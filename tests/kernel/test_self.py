@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.brokers import MosquittoBroker
-from tests.kernel.agent import Agent, Recording
+from tests.kernel.agent import UNDELIVERED, Agent, Recording
 from tests.kernel.roles import enter_netns, netns_inode, two_namespaces
 from tests.kernel.scope import Scope
 from tests.kernel.unprivileged import CLONE_NEWNET, UID, become, own_namespaces
@@ -109,7 +109,7 @@ def test_nobody_hides_behind_the_addresses_of_the_agent(scope: Scope, tmp_path: 
             connection, (_, own) = broker.accept()
             theirs = scope.act(take_the_agents_addresses, own, port)
             agent.wait_for(b'{"event":"net.close"', 2)
-            recording = agent.stop()
+            recording = agent.stop(code=UNDELIVERED)
         connection.close()
     ports = own, port
     found = Counter((type(e).__name__, e.local_port, e.remote_port) for e in recording.events)
