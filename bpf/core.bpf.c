@@ -19,8 +19,8 @@ static __always_inline __u32 mntns_of_init(struct task_struct *task)
 
 /* Never attached: the agent's privileged process, the child of the other one, runs it in itself.
  * So it learns both pids as the hooks see them, whatever pid namespace the agent is in. */
-SEC("raw_tp/streamer_whoami")
-int whoami(void *ctx)
+SEC("raw_tp/streamer_learn_pids")
+int learn_pids(void *ctx)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	struct identity *identity = ONLY_ENTRY(identities);

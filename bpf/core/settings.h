@@ -38,7 +38,7 @@ struct kind_settings {
 	__u32 sample; /* report one in so many; 0 and 1: all */
 };
 
-/* Written by the program `whoami` before anything is attached. */
+/* Written by the program `learn_pids` before anything is attached. */
 struct identity {
 	__u32 agent_pids[AGENT_PIDS]; /* of both processes of the agent, as the hooks see them */
 	__u32 initial_mntns;          /* inode number of the mount namespace of the host's init */

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from streamer.agent.losses import LossBook, LossLog, Lost
+from streamer.agent.losses import LossLog, Lost, Owed
 from streamer.events.batch import Batch, Spans
 from streamer.events.kinds import KINDS
 from streamer.events.stream import StreamLoss, StreamRecord
@@ -56,10 +56,9 @@ class Fanout(Listener):
         self._down: set[Sink] = set()
         self._broken: set[Sink] = set()
         self._loss_record = loss_record
-        self._owed = {sink: LossBook() for sink in self.sinks}
+        self._owed = {sink: Owed() for sink in self.sinks}
         self._trouble: dict[Sink, str] = {}
         self._given_up: Counter[str] = Counter()
-        self._told: dict[Sink, deque[Lost]] = {sink: deque() for sink in self.sinks}
         for sink in self.sinks:
             sink.listener = self
 
@@ -72,7 +71,7 @@ class Fanout(Listener):
             if sink.watermarks.full and self._policies[sink] == "drop":
                 self._squeeze(sink, batch)
             else:
-                self._pay(sink)
+                self._publish_owed(sink)
                 self._give(sink, batch)
 
     def _squeeze(self, sink: Sink, batch: Batch) -> None:
@@ -87,55 +86,41 @@ class Fanout(Listener):
         if rest:
             self._refuse(sink, rest, reason, batch.spans)
 
-    def tell(self, record: StreamRecord) -> None:
+    def publish(self, record: StreamRecord) -> None:
         """Give a record of the agent's own to every sink, also to one that is full."""
         for sink in self.sinks:
             self._give(sink, Batch([record]))
 
-    def tell_ready(self, record: StreamRecord) -> None:
+    def publish_if_room(self, record: StreamRecord) -> None:
         """Give one that can be left out, such as a heartbeat, to the sinks that are not full."""
         for sink in self.sinks:
             if not sink.watermarks.full:
                 self._give(sink, Batch([record]))
 
     def lose(self, lost: Iterable[Lost]) -> None:
-        """Note losses that every sink has to be told, see `pay`."""
+        """Note losses that every sink has to be told, see `publish_owed`."""
         for one in lost:
-            for book in self._owed.values():
-                book.add(one)
+            for owed in self._owed.values():
+                owed.add(one)
 
-    def pay(self, *, final: bool = False) -> None:
+    def publish_owed(self, *, final: bool = False) -> None:
         """Tell the sinks what they have not got: those with room, or with `final` all.
 
         What a full sink is not told stays owed, merged.
         """
         for sink in self.sinks:
             if final or not sink.watermarks.full:
-                self._pay(sink)
+                self._publish_owed(sink)
 
-    def _pay(self, sink: Sink) -> None:
+    def _publish_owed(self, sink: Sink) -> None:
         if not self._owed[sink] or not self.is_open(sink):
             return
-        lost = self._owed[sink].take()
-        self._settle(sink)
-        self._told[sink] += lost
+        lost = self._owed[sink].take(_under_way(sink))
         self._give(sink, Batch([self._loss_record(one, sink) for one in lost]))
-
-    def _settle(self, sink: Sink) -> None:
-        """Forget what it was told and has delivered: a sink delivers them in order."""
-        told = self._told[sink]
-        account = sink.account
-        under_way = account.received["stream.loss"] - account.delivered["stream.loss"]
-        while len(told) > under_way:
-            told.popleft()
 
     def untold(self, sink: Sink) -> list[Lost]:
         """What the sink was never told, or never delivered."""
-        self._settle(sink)
-        for one in self._told[sink]:
-            self._owed[sink].add(one)
-        self._told[sink].clear()
-        return self._owed[sink].take()
+        return self._owed[sink].untold(_under_way(sink))
 
     def discard(self, reason: str) -> None:
         """Let every sink drop what waits; each is then owed that loss."""
@@ -242,3 +227,8 @@ class Fanout(Listener):
                 self.log.add([lost], sink.name)
             if self.ending and not sink.ends_quietly:
                 self._given_up[f"{sink.name}: {reason}"] += lost.count
+
+
+def _under_way(sink: Sink) -> int:
+    """Loss records that it took and has not delivered."""
+    return sink.account.received["stream.loss"] - sink.account.delivered["stream.loss"]

@@ -5,7 +5,7 @@ Pure bookkeeping: time is handed in.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -94,6 +94,42 @@ class LossBook:
                 return lost.stage, None, None, OTHER_REASONS
             self._reasons += 1
         return key
+
+
+class Owed:
+    """What one sink has to be told, and what it was told and has not delivered yet."""
+
+    def __init__(self) -> None:
+        """Nothing."""
+        self._book = LossBook()
+        self._told: deque[Lost] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self._book)
+
+    def add(self, lost: Lost) -> None:
+        """It has to be told this as well."""
+        self._book.add(lost)
+
+    def take(self, under_way: int) -> list[Lost]:
+        """What it is told now; of what it was told before, so many are not delivered."""
+        self._settle(under_way)
+        lost = self._book.take()
+        self._told += lost
+        return lost
+
+    def untold(self, under_way: int) -> list[Lost]:
+        """What it was never told, or never delivered; nothing is owed afterwards."""
+        self._settle(under_way)
+        while self._told:
+            self._book.add(self._told.popleft())
+        return self._book.take()
+
+    def _settle(self, under_way: int) -> None:
+        # A sink delivers in order, so the first ones have been.
+        while len(self._told) > under_way:
+            self._told.popleft()
 
 
 def merged(ranges: Iterable[SeqRange], most: int = MOST_RANGES) -> list[SeqRange]:

@@ -184,7 +184,7 @@ class Service:
         self._attach()
         names = ", ".join(sink.name for sink in self.fanout.sinks)
         _log.info("streaming %s to %s; Ctrl-C ends it", ", ".join(sorted(self._kinds)), names)
-        self.fanout.tell(self._manifest())
+        self.fanout.publish(self._manifest())
         self.reader.start()
 
     def _manifest(self) -> StreamManifest:
@@ -229,10 +229,10 @@ class Service:
             if time.monotonic() >= next_heartbeat:
                 next_heartbeat = max(next_heartbeat + every, time.monotonic())
                 self.fanout.lose(self._reporter.missed())
-                self.fanout.tell_ready(self._reporter.heartbeat(self._read, self.fanout.sinks))
+                self.fanout.publish_if_room(self._reporter.heartbeat(self._read, self.fanout.sinks))
             if time.monotonic() >= next_manifest:
                 next_manifest += _MANIFEST_SECONDS
-                self.fanout.tell_ready(self._manifest())
+                self.fanout.publish_if_room(self._manifest())
 
     async def _draw_status(self, line: StatusLine) -> None:
         before, then = 0, time.monotonic()
@@ -267,7 +267,7 @@ class Service:
             lost += self._reporter.missed()
         self.fanout.lose(lost)
         self.fanout.log.add(lost)
-        self.fanout.pay(final=final)
+        self.fanout.publish_owed(final=final)
         self._log_losses()
 
     def _log_losses(self) -> None:
@@ -289,8 +289,8 @@ class Service:
             self.reader.close()
             await self._deliver(begun + grace * _DELIVERING)
             self.fanout.discard("not delivered when the agent stopped")
-            self.fanout.pay(final=True)
-            self.fanout.tell(self._reporter.heartbeat(self._read, self.fanout.sinks))
+            self.fanout.publish_owed(final=True)
+            self.fanout.publish(self._reporter.heartbeat(self._read, self.fanout.sinks))
         finally:
             self.reader.close()
             self.fanout.stopping = True

@@ -23,7 +23,7 @@ from streamer.kernel.tags import RINGS, ProgramInfo, SensorInfo
 OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
 KERNEL_BTF = "/sys/kernel/btf/vmlinux"
 CORE = "core"
-_WHOAMI, _TRY_FUNCTION = "whoami", "try_function"
+_LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
@@ -172,7 +172,7 @@ class Loader:
             for ring in RINGS:
                 core.maps[ring].resize(rings[ring])
             for program in core.programs.values():
-                program.autoload(program.name == _WHOAMI)
+                program.autoload(program.name == _LEARN_PIDS)
             core.load()
             self._find_out_who(core)
             self._functions = self._known_functions()
@@ -184,7 +184,7 @@ class Loader:
         return {name: found.fd for name, found in self._shared.items()}
 
     def _find_out_who(self, core: Object) -> None:
-        if core.programs[_WHOAMI].run():
+        if core.programs[_LEARN_PIDS].run():
             raise OSError(errno.EFAULT, "the agent cannot be told from others")
         if self._parent_is_agent:
             return

@@ -163,12 +163,12 @@ async def test_drops_are_told_once_there_is_room() -> None:
     fanout = Calls().fanout((dead, "drop"), (alive, "drop"))
     for n in range(7):
         fanout.submit(Batch([Event("x" * 1000)], spans={("bulk", 1): (n, n)}))
-    fanout.pay()
+    fanout.publish_owed()
     dead.release()
     assert losses(dead) == []
-    fanout.pay()
+    fanout.publish_owed()
     dead.release()
-    fanout.pay()
+    fanout.publish_owed()
     dead.release()
     (loss,) = losses(dead)
     assert (loss.count, loss.kinds, loss.stage) == (3, {"test.event": 3}, "sink")
@@ -203,11 +203,11 @@ async def test_what_a_full_sink_is_not_told_stays_owed() -> None:
             seqs = (SeqRange("bulk", cpu, 10 * second, 10 * second + 4),)
             lost = Lost("kernel", "no room", 5, {"file.open": 5}, seqs, "bulk", cpu)
             fanout.lose([lost])
-        fanout.pay()
+        fanout.publish_owed()
     assert len(losses(other)) == 2000
     assert sink.watermarks.held < sink.watermarks.high + 1000
     sink.release()
-    fanout.pay()
+    fanout.publish_owed()
     sink.release()
     told = losses(sink)
     assert [loss.count for loss in told] == [5000, 5000]
@@ -221,9 +221,9 @@ async def test_a_lost_loss_record_makes_no_other() -> None:
     sink = await opened("one", hold=True)
     fanout = Calls().fanout((sink, "pause"))
     fanout.lose([Lost("kernel", "no room", 5, {"file.open": 5})])
-    fanout.pay()
+    fanout.publish_owed()
     sink.discard("stopped")
-    fanout.pay()
+    fanout.publish_owed()
     assert sink.account.dropped == {"stream.loss": 1}
     assert sink.account.pending == 0
 
@@ -233,10 +233,10 @@ async def test_what_was_never_told_is_known_in_the_end() -> None:
     sink = await opened("one", hold=True)
     fanout = Calls().fanout((sink, "pause"))
     fanout.lose([Lost("kernel", "first", 1, {})])
-    fanout.pay()
+    fanout.publish_owed()
     sink.release()
     fanout.lose([Lost("kernel", "second", 2, {})])
-    fanout.pay()
+    fanout.publish_owed()
     sink.discard("stopped")
     fanout.lose([Lost("kernel", "third", 3, {})])
     assert {(lost.reason, lost.count) for lost in fanout.untold(sink)} == {
