@@ -9,15 +9,22 @@ may have been paused); it gives back what arrives meanwhile, and only then count
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 GRACE_NS = 500_000_000
 """How long a record may be late. An interrupt takes microseconds; a preempted task up to this."""
 
+MOST_GAPS = 64
+"""Gaps of one CPU that wait, before they are joined."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Sequence numbers of one CPU that will not come. `count` excludes numbers never used."""
+    """Sequence numbers of one CPU that will not come.
+
+    `count` of those from `first` to `last`: it excludes numbers never used, and where many gaps
+    were joined, what came between them.
+    """
 
     cpu: int
     first: int
@@ -25,23 +32,32 @@ class Loss:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Gap:
-    cpu: int
     first: int
     last: int
+    missing: int  # fewer than from first to last where gaps were joined
     due_ns: int
     tail: bool
     mark: int | None = None  # position of the ring when it was due
 
+    @property
+    def exact(self) -> bool:
+        return self.missing == self.last - self.first + 1
+
 
 class GapTracker:
-    """Gaps of one ring, on every CPU."""
+    """Gaps of one ring, on every CPU.
 
-    def __init__(self, grace_ns: int = GRACE_NS) -> None:
-        """`grace_ns`: how long to wait for a record that is late."""
+    Where a CPU has very many that wait, the newest are joined: an overload can make one for each
+    record that is read.
+    """
+
+    def __init__(self, grace_ns: int = GRACE_NS, most: int = MOST_GAPS) -> None:
+        """`grace_ns`: how long to wait for a record that is late; `most` gaps of each CPU wait."""
         self._grace_ns = grace_ns
-        self._gaps: list[_Gap] = []
+        self._most = most
+        self._gaps: dict[int, list[_Gap]] = {}
         self._unused: dict[int, int] = {}
         self._told: dict[int, int] = {}
 
@@ -58,7 +74,7 @@ class GapTracker:
     def tail(self, cpu: int, first: int, last: int, now_ns: int) -> None:
         """Numbers taken in the kernel, of which an empty ring showed no record."""
         first = max(first, self._told.get(cpu, 0) + 1)
-        if not any(gap.tail and gap.cpu == cpu for gap in self._gaps):
+        if not any(gap.tail for gap in self._gaps.get(cpu, ())):
             self._open(cpu, first, last, now_ns, tail=True)
 
     def expire(
@@ -69,38 +85,62 @@ class GapTracker:
         `next_seq(cpu)` is the number that the ring expects; `produced` and `consumed` are the
         positions up to which it has been written and read, in bytes.
         """
-        gaps, self._gaps = self._gaps, []
-        for gap in gaps:
-            if gap.mark is None and gap.due_ns <= now_ns:
-                gap = replace(gap, mark=produced)
-            if gap.mark is None or gap.mark > consumed:
-                self._gaps.append(gap)
-                continue
-            loss = self._settle(gap, next_seq)
-            if loss is not None:
-                yield loss
+        for cpu, gaps in self._gaps.items():
+            waiting = []
+            for gap in gaps:
+                if gap.mark is None and gap.due_ns <= now_ns:
+                    gap.mark = produced
+                if gap.mark is None or gap.mark > consumed:
+                    waiting.append(gap)
+                    continue
+                loss = self._settle(cpu, gap, next_seq)
+                if loss is not None:
+                    yield loss
+            gaps[:] = waiting
 
     def _open(self, cpu: int, first: int, last: int, now_ns: int, tail: bool = False) -> None:
-        if first <= last:
-            self._gaps.append(_Gap(cpu, first, last, now_ns + self._grace_ns, tail))
+        if first > last:
+            return
+        gaps = self._gaps.setdefault(cpu, [])
+        due_ns = now_ns + self._grace_ns
+        newest = gaps[-1] if len(gaps) >= self._most else None
+        if newest is None or tail or newest.tail or newest.mark is not None:
+            gaps.append(_Gap(first, last, last - first + 1, due_ns, tail))
+            return
+        newest.last = last
+        newest.missing += last - first + 1
+        newest.due_ns = due_ns
 
     def _fill(self, cpu: int, seq: int) -> None:
-        for i, gap in enumerate(self._gaps):
-            if gap.cpu == cpu and not gap.tail and gap.first <= seq <= gap.last:
-                parts = (replace(gap, last=seq - 1), replace(gap, first=seq + 1))
-                self._gaps[i : i + 1] = [part for part in parts if part.first <= part.last]
+        gaps = self._gaps.get(cpu, [])
+        for i, gap in enumerate(gaps):
+            if not gap.tail and gap.first <= seq <= gap.last:
+                gaps[i : i + 1] = _without(gap, seq)
                 return
 
-    def _settle(self, gap: _Gap, next_seq: Callable[[int], int]) -> Loss | None:
-        first = gap.first
+    def _settle(self, cpu: int, gap: _Gap, next_seq: Callable[[int], int]) -> Loss | None:
+        first, missing = gap.first, gap.missing
         if gap.tail:
             # What the ring has passed since then has come, or is a gap of its own.
-            first = max(first, next_seq(gap.cpu))
+            first = max(first, next_seq(cpu))
             if first > gap.last:
                 return None
-            self._told[gap.cpu] = gap.last
-        missing = gap.last - first + 1
-        unused = min(missing, self._unused.get(gap.cpu, 0))
+            missing = gap.last - first + 1
+            self._told[cpu] = gap.last
+        unused = min(missing, self._unused.get(cpu, 0))
         if unused:
-            self._unused[gap.cpu] -= unused
-        return Loss(gap.cpu, first, gap.last, missing - unused) if missing > unused else None
+            self._unused[cpu] -= unused
+        return Loss(cpu, first, gap.last, missing - unused) if missing > unused else None
+
+
+def _without(gap: _Gap, seq: int) -> list[_Gap]:
+    """What is left of a gap when one of its numbers came after all."""
+    if not gap.exact:
+        gap.missing -= 1
+        return [gap] if gap.missing else []
+    parts = (gap.first, seq - 1), (seq + 1, gap.last)
+    return [
+        _Gap(first, last, last - first + 1, gap.due_ns, gap.tail, gap.mark)
+        for first, last in parts
+        if first <= last
+    ]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.ring.gaps import GapTracker, Loss
+from streamer.ring.gaps import MOST_GAPS, GapTracker, Loss
 
 GRACE = 100
 LATER = 1000
@@ -15,8 +15,8 @@ LATER = 1000
 class Line:
     """A ring of one CPU, as a reader sees it: numbers in the order in which they come."""
 
-    def __init__(self, cpu: int = 0) -> None:
-        self.tracker = GapTracker(GRACE)
+    def __init__(self, cpu: int = 0, most: int = MOST_GAPS) -> None:
+        self.tracker = GapTracker(GRACE, most)
         self.cpu = cpu
         self.expected = 1
 
@@ -183,8 +183,8 @@ def test_records_after_a_tail_that_was_told() -> None:
 class Simulation:
     """A kernel that gives out numbers, and a reader that gets some of them, some of them late."""
 
-    def __init__(self) -> None:
-        self.line = Line()
+    def __init__(self, most: int = MOST_GAPS) -> None:
+        self.line = Line(most=most)
         self.now = 0
         self.taken = 0
         self.read: list[int] = []
@@ -237,3 +237,27 @@ def test_read_and_lost_are_disjoint_and_all(steps: list[str]) -> None:
     lost = [seq for one in made.losses for seq in range(one.first, one.last + 1)]
     assert sorted(made.read + lost) == list(range(1, made.taken + 1))
     assert all(one.count == one.last - one.first + 1 for one in made.losses)
+
+
+@given(st.lists(st.sampled_from(["keep", "lose", "delay", "look", "settle"]), max_size=80))
+def test_gaps_that_were_joined_have_the_right_count(steps: list[str]) -> None:
+    """Where only few may wait, ranges cover what came between; their counts are exact."""
+    made = Simulation(most=2)
+    for step in steps:
+        made.step(step)
+    made.settle()
+    made.settle()
+    assert sum(one.count for one in made.losses) + len(made.read) == made.taken
+    covered = {seq for one in made.losses for seq in range(one.first, one.last + 1)}
+    assert set(range(1, made.taken + 1)) - set(made.read) <= covered
+
+
+def test_an_overload_takes_bounded_room() -> None:
+    """Every other record lost: a few losses, and every number counted."""
+    line = Line()
+    line.read(*range(2, 200_001, 2))
+    assert sum(map(len, line.tracker._gaps.values())) <= MOST_GAPS
+    losses = line.losses()
+    assert len(losses) <= MOST_GAPS
+    assert sum(one.count for one in losses) == 100_000
+    assert (losses[0].first, losses[-1].last) == (1, 199_999)
