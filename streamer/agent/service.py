@@ -27,6 +27,9 @@ _log = logging.getLogger("streamer")
 _MANIFEST_SECONDS = 3600.0
 """How often the manifest is repeated: whoever begins to read a topic later needs it as well."""
 
+_MOST_UNTOLD = 256
+"""Losses in a note. A broker that is away for many runs in a row costs the oldest."""
+
 _DELIVERING = 0.75
 """Of the grace period, for delivering what is held; the rest is for telling what was not."""
 
@@ -153,7 +156,13 @@ class Service:
         """For the run that comes after this one, which has ended or may be killed."""
         untold = [
             UntoldLoss(
-                sink.name, one.stage, one.count, dict(one.kinds), one.reason, list(one.ranges)
+                self.envelope.run_id,
+                sink.name,
+                one.stage,
+                one.count,
+                dict(one.kinds),
+                one.reason,
+                list(one.ranges),
             )
             for sink in self.fanout.sinks
             for one in (self.fanout.untold(sink) if self._finished else ())
@@ -167,8 +176,17 @@ class Service:
             agent=__version__,
             started_ns=self._started_ns,
             ended=ended,
-            untold=untold,
+            untold=[*self._still_untold(), *untold][-_MOST_UNTOLD:],
         )
+
+    def _still_untold(self) -> list[UntoldLoss]:
+        """What the manifest tells of earlier runs, for sinks that it has not reached."""
+        reached = {
+            sink.name: sink.account.delivered["stream.manifest"] > 0 for sink in self.fanout.sinks
+        }
+        anywhere = any(reached.values())
+        earlier = self._previous.untold if self._previous is not None else []
+        return [one for one in earlier if not reached.get(one.sink, anywhere)]
 
     def _account(self) -> str:
         reporter = self._reporter

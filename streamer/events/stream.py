@@ -61,8 +61,9 @@ class SeqRange(Struct, gc=False):
 
 
 class UntoldLoss(Struct, gc=False):
-    """A loss that a sink of the run before was not told: as in `stream.loss`."""
+    """A loss that a sink was not told by the run that had it: as in `stream.loss`."""
 
+    run_id: Annotated[str, Meta(description="id of that run: the one before, or an earlier one")]
     sink: Annotated[str, Meta(description="name of the sink that was not told")]
     stage: Annotated[str, Meta(description="kernel, decode, sink or stop")]
     count: Annotated[int, Meta(description="how many")]
@@ -85,7 +86,10 @@ class PreviousRun(Struct, gc=False):
             "see `untold`; killed: it did not get to its end, and what it held is lost"
         ),
     ]
-    untold: Annotated[list[UntoldLoss], Meta(description="losses that it could not tell")]
+    untold: Annotated[
+        list[UntoldLoss],
+        Meta(description="losses that it could not tell, and those that it could not hand on"),
+    ]
 
 
 class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):

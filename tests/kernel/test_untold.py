@@ -165,6 +165,36 @@ def test_of_two_agents_the_first_leaves_a_note(scope: Scope, tmp_path: Path) -> 
     assert note_of(tmp_path).run_id == recording.manifest.run_id
 
 
+def test_what_could_not_be_told_is_handed_on(scope: Scope, tmp_path: Path) -> None:
+    """Through runs that reach nobody, until one does."""
+    port = free_port()
+    config = f"""grace_seconds = 0.3
+[[sinks]]
+type = "kafka"
+bootstrap = ["127.0.0.1:{port}"]
+topic = "events"
+"""
+    (tmp_path / "dead.toml").write_text(f'state_file = "{tmp_path}/run.json"\n{config}')
+    command = [*STREAMER, *scope.options, "--config", str(tmp_path / "dead.toml")]
+    for count in (1, 2):
+        with (
+            (tmp_path / "stderr").open("wb") as stderr,
+            subprocess.Popen(command, cwd=ROOT, stderr=stderr) as ended,
+        ):
+            wait_for(tmp_path / "stderr", b"streaming")
+            scope.act(open_some, count)
+            ended.send_signal(signal.SIGTERM)
+            assert ended.wait(seconds(60)) == 5
+    with Agent(tmp_path, *scope.options, events="file.open") as agent:
+        manifest = agent.stop().manifest
+    assert manifest.previous is not None
+    lost = [one for one in manifest.previous.untold if one.stage == "sink"]
+    assert [one.count for one in lost] == [1, 2]
+    assert len({one.run_id for one in lost}) == 2
+    assert lost[-1].run_id == manifest.previous.run_id
+    assert note_of(tmp_path).untold == []
+
+
 def test_a_full_disk(scope: Scope, tmp_path: Path) -> None:
     """Nothing can be told there: the exit code and the next run say so."""
     disk = tmp_path / "disk"
@@ -209,7 +239,7 @@ def test_a_closed_terminal_ends_it_in_order(scope: Scope, tmp_path: Path) -> Non
         command, cwd=ROOT, stdin=its, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         os.close(its)
-        wait_for_manifest(tmp_path / "events")
+        wait_for(tmp_path / "events", b"stream.manifest")
         os.kill(process.pid, signal.SIGHUP)  # the terminal is there: this opens the file anew
         scope.act(open_some, 500)
         os.close(ours)
@@ -222,8 +252,8 @@ def test_a_closed_terminal_ends_it_in_order(scope: Scope, tmp_path: Path) -> Non
     assert note_of(tmp_path).ended == "delivered"
 
 
-def wait_for_manifest(path: Path) -> None:
+def wait_for(path: Path, marker: bytes) -> None:
     deadline = time.monotonic() + seconds(60)
-    while not path.exists() or b"stream.manifest" not in path.read_bytes():
+    while not path.exists() or marker not in path.read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.02)
