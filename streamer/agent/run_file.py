@@ -10,15 +10,44 @@ import errno
 import fcntl
 import logging
 import os
+from collections import Counter
 
 import msgspec
 
-from streamer.events.stream import PreviousRun
+from streamer.events.stream import PreviousRun, UntoldLoss
 
 MOST_BYTES = 1 << 20
 """A note is smaller; what is not was not written by this agent."""
 
+EARLIER = "several, of this run and runs before it"
+
+MOST_UNTOLD = 256
+"""Losses in a note, before those of the oldest runs are added up."""
+
 _log = logging.getLogger("streamer")
+
+
+def bounded(untold: list[UntoldLoss], most: int = MOST_UNTOLD) -> list[UntoldLoss]:
+    """The same losses in at most `most` entries, and one for each sink and stage.
+
+    A sink that is away for many runs in a row is told the oldest as a sum.
+    """
+    if len(untold) <= most:
+        return untold
+    sums: dict[tuple[str, str], UntoldLoss] = {}
+    for one in untold[:-most]:
+        found = sums.get((one.sink, one.stage))
+        count, kinds = (found.count, found.kinds) if found is not None else (0, {})
+        sums[one.sink, one.stage] = UntoldLoss(
+            run_id=one.run_id,
+            sink=one.sink,
+            stage=one.stage,
+            count=count + one.count,
+            kinds=dict(Counter(kinds) + Counter(one.kinds)),
+            reason=EARLIER,
+            ranges=[],
+        )
+    return [*sums.values(), *untold[-most:]]
 
 
 class RunFile:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from streamer import __version__
 from streamer.agent.fanout import Fanout, policy_of
 from streamer.agent.reports import Reporter, account_line
+from streamer.agent.run_file import bounded
 from streamer.config.settings import Limits, Settings
 from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.events.batch import Batch
@@ -26,9 +27,6 @@ _log = logging.getLogger("streamer")
 
 _MANIFEST_SECONDS = 3600.0
 """How often the manifest is repeated: whoever begins to read a topic later needs it as well."""
-
-_MOST_UNTOLD = 256
-"""Losses in a note. A broker that is away for many runs in a row costs the oldest."""
 
 _DELIVERING = 0.75
 """Of the grace period, for delivering what is held; the rest is for telling what was not."""
@@ -176,7 +174,7 @@ class Service:
             agent=__version__,
             started_ns=self._started_ns,
             ended=ended,
-            untold=[*self._still_untold(), *untold][-_MOST_UNTOLD:],
+            untold=bounded([*self._still_untold(), *untold]),
         )
 
     def _still_untold(self) -> list[UntoldLoss]:
