@@ -44,7 +44,7 @@
 
 /* Raised when a field changes its meaning. New fields and kinds do not raise it. */
 enum event_schema {
-	SCHEMA_VERSION = 2,
+	SCHEMA_VERSION = 3,
 };
 
 enum event_kind {

@@ -77,9 +77,9 @@ class Reporter:
             initial_mntns=self._kernel.identity.initial_mntns,
             kernel=system.release,
             machine=system.machine,
-            cpus=self._kernel.cpus,
-            rings=dict(self._kernel.ring_bytes),
-            kinds={
+            cpu_count=self._kernel.cpus,
+            ring_bytes=dict(self._kernel.ring_bytes),
+            coverage={
                 kind: KindReport(state.status, state.reason, KINDS[kind].unseen)
                 for kind, state in self._kernel.coverage(frozenset(kinds)).items()
             },
@@ -102,9 +102,9 @@ class Reporter:
         return self._envelope.record(
             StreamHeartbeat,
             uptime_seconds=round(self.uptime, 3),
-            kinds=self.counts(read),
-            cpus=self._counters.marks(passed),
-            sinks={sink.name: sink_counts(sink) for sink in sinks},
+            counts=self.counts(read),
+            marks=self._counters.marks(passed),
+            sink_counts={sink.name: sink_counts(sink) for sink in sinks},
             reader=self._reader_counts(),
             faults=faults(self._kernel.faults),
             missed=self._kernel.missed(),

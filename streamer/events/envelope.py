@@ -57,13 +57,15 @@ class Envelope:
     def record(self, cls: type[_Record], **fields: Any) -> _Record:
         """A record of the stream itself, of now."""
         boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        seq = next(self._numbers)
         return cls(
             schema=SCHEMA_VERSION,
-            id=f"{self.run_id}-stream-{next(self._numbers)}",
+            id=f"{self.run_id}-stream-{seq}",
             time_ns=boot_ns + clock_offset_ns(),
             boot_ns=boot_ns,
             host=self.host,
             boot_id=self.boot_id,
             run_id=self.run_id,
+            seq=seq,
             **fields,
         )

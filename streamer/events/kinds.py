@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from streamer.events.layout import FieldInfo, FieldLayout, KindInfo, RecordLayout
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The published `schema`: raised when a field changes its meaning."""
 
 

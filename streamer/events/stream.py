@@ -11,7 +11,12 @@ from msgspec import Meta, Struct
 
 
 class StreamRecord(Struct, tag_field="event", gc=False):
-    """What every record of the stream begins with."""
+    """What every record of the stream begins with.
+
+    The agent makes them, so they have no `ring` and `cpu` of their own: those of a `stream.loss`
+    are where the loss was. Their `seq` numbers all of one run, whichever sink they are for: one
+    that a sink alone was told is missing in the others.
+    """
 
     schema: Annotated[int, Meta(description="version of the meaning of the fields")]
     id: Annotated[str, Meta(description="unique and stable id: run, `stream`, number")]
@@ -20,6 +25,10 @@ class StreamRecord(Struct, tag_field="event", gc=False):
     host: Annotated[str, Meta(description="name of the host")]
     boot_id: Annotated[str, Meta(description="the kernel's random id of this boot")]
     run_id: Annotated[str, Meta(description="id of this run of the agent: how each `id` begins")]
+    seq: Annotated[
+        int,
+        Meta(ge=1, description="running number of the run's own records, the end of `id`"),
+    ]
 
 
 class KindReport(Struct, gc=False):
@@ -102,9 +111,9 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
     ]
     kernel: Annotated[str, Meta(description="release of the running kernel")]
     machine: Annotated[str, Meta(description="architecture")]
-    cpus: Annotated[int, Meta(description="CPUs that the kernel may bring up")]
-    rings: Annotated[dict[str, int], Meta(description="size of each ring in bytes")]
-    kinds: Annotated[dict[str, KindReport], Meta(description="coverage per kind asked for")]
+    cpu_count: Annotated[int, Meta(description="CPUs that the kernel may bring up")]
+    ring_bytes: Annotated[dict[str, int], Meta(description="size of each ring in bytes")]
+    coverage: Annotated[dict[str, KindReport], Meta(description="how far each kind asked for is observed")]
     programs: Annotated[list[ProgramReport], Meta(description="the BPF programs")]
     filters: Annotated[dict[str, list[str]], Meta(description="filters in force in the kernel")]
     sinks: Annotated[list[str], Meta(description="where the events go, without secrets")]
@@ -160,9 +169,9 @@ class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
     """The account so far. Per kind: produced = read + filtered + shed + lost + in flight."""
 
     uptime_seconds: Annotated[float, Meta(description="since the agent attached")]
-    kinds: Annotated[dict[str, KindCounts], Meta(description="events per kind")]
-    cpus: Annotated[list[CpuMark], Meta(description="sequence per ring and CPU")]
-    sinks: Annotated[dict[str, SinkCounts], Meta(description="events per sink")]
+    counts: Annotated[dict[str, KindCounts], Meta(description="events per kind")]
+    marks: Annotated[list[CpuMark], Meta(description="sequence per ring and CPU")]
+    sink_counts: Annotated[dict[str, SinkCounts], Meta(description="events per sink")]
     reader: Annotated[ReaderCounts, Meta(description="the reader's own counters")]
     faults: Annotated[
         dict[str, int],

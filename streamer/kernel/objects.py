@@ -27,7 +27,7 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "net_connect": (('base', 0, 32), ('task', 32, 64), ('latency_ns', 96, 8), ('errno', 104, 4), ('netns', 108, 4), ('local_port', 112, 2), ('remote_port', 114, 2), ('ip_version', 116, 1), ('direction', 117, 1), ('owner_known', 118, 1), ('pad', 119, 1), ('local_addr', 120, 16), ('remote_addr', 136, 16)),
     "net_accept": (('base', 0, 32), ('task', 32, 64), ('fd', 96, 4), ('netns', 100, 4), ('local_port', 104, 2), ('remote_port', 106, 2), ('ip_version', 108, 1), ('direction', 109, 1), ('owner_known', 110, 1), ('pad', 111, 1), ('local_addr', 112, 16), ('remote_addr', 128, 16)),
     "net_close": (('base', 0, 32), ('task', 32, 64), ('duration_ns', 96, 8), ('bytes_sent', 104, 8), ('bytes_received', 112, 8), ('errno', 120, 4), ('netns', 124, 4), ('local_port', 128, 2), ('remote_port', 130, 2), ('ip_version', 132, 1), ('direction', 133, 1), ('owner_known', 134, 1), ('pad', 135, 1), ('local_addr', 136, 16), ('remote_addr', 152, 16)),
-    "enum event_schema": (('SCHEMA_VERSION', 2, 0),),
+    "enum event_schema": (('SCHEMA_VERSION', 3, 0),),
     "enum event_kind": (('KIND_PROCESS_EXEC', 1, 0), ('KIND_PROCESS_FORK', 2, 0), ('KIND_PROCESS_EXIT', 3, 0), ('KIND_FILE_OPEN', 16, 0), ('KIND_NET_CONNECT', 32, 0), ('KIND_NET_ACCEPT', 33, 0), ('KIND_NET_CLOSE', 34, 0), ('KIND_END', 35, 0)),
     "enum event_ring": (('RING_CRITICAL', 0, 0), ('RING_BULK', 1, 0), ('RING_END', 2, 0)),
     "enum event_flags": (('FLAG_INCOMPLETE', 1, 0),),

@@ -246,23 +246,23 @@ def _latency(nanoseconds: int) -> Iterator[Segment]:
 
 
 def _manifest(event: StreamManifest) -> Iterator[Segment]:
-    full = [kind for kind, report in event.kinds.items() if report.status == "full"]
-    yield Segment(f"observing {len(full)} of {len(event.kinds)} kinds fully")
-    yield Segment(f" on {event.kernel} {event.machine}, {event.cpus} CPUs", "dim")
-    for kind, report in event.kinds.items():
+    full = [kind for kind, report in event.coverage.items() if report.status == "full"]
+    yield Segment(f"observing {len(full)} of {len(event.coverage)} kinds fully")
+    yield Segment(f" on {event.kernel} {event.machine}, {event.cpu_count} CPUs", "dim")
+    for kind, report in event.coverage.items():
         if report.status != "full":
             yield Segment(f"; {kind} {report.status}: {report.reason}", "yellow")
 
 
 def _heartbeat(event: StreamHeartbeat) -> Iterator[Segment]:
     produced, filtered, lost = (
-        sum(getattr(counts, name) for counts in event.kinds.values())
+        sum(getattr(counts, name) for counts in event.counts.values())
         for name in ("produced", "filtered", "lost")
     )
     yield Segment(f"up {duration(int(event.uptime_seconds * 1e9))}, {produced:,} events")
     yield Segment(f", {filtered:,} filtered", "dim")
     yield Segment(f", {lost:,} lost", "red" if lost else "dim")
-    for name, sink in event.sinks.items():
+    for name, sink in event.sink_counts.items():
         yield Segment(f"; {name} {sink.delivered:,} delivered", "dim")
         if sink.dropped:
             yield Segment(f", {sink.dropped:,} dropped", "red")

@@ -12,7 +12,7 @@ FILE = Path(__file__).parent / "records.json"
 PLACE = Path("/tmp/streamer-golden")
 CLOCK_OFFSET_NS = 1_700_000_000_000_000_000
 CONSTANTS = {
-    "schema": 2,
+    "schema": 3,
     "host": "golden",
     "boot_id": "00000000-0000-0000-0000-000000000000",
 }

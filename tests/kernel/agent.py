@@ -111,7 +111,7 @@ class Recording:
         return self.stderr.splitlines()[-1]
 
     def filtered(self, kind: str) -> int:
-        counts = self.heartbeat.kinds.get(kind)
+        counts = self.heartbeat.counts.get(kind)
         return counts.filtered if counts else 0
 
     def check(self) -> None:
@@ -123,6 +123,8 @@ class Recording:
     def _check_ids(self) -> None:
         assert len({event.id for event in self.all}) == len(self.all)
         assert len({event.boot_id for event in self.all}) == 1
+        own = [event for event in self.all if kind_of(event).startswith("stream.")]
+        assert all(event.id == f"{event.run_id}-stream-{event.seq}" for event in own)
 
     def check_sequence(self) -> None:
         """Delivered and lost numbers are disjoint, and together all that were taken."""
@@ -132,7 +134,7 @@ class Recording:
             taken.setdefault((event.ring, event.cpu), []).append(event.seq)
         for place, lost in self._lost_numbers():
             taken.setdefault(place, []).extend(lost)
-        marks = {(mark.ring, mark.cpu): mark for mark in self.heartbeat.cpus}
+        marks = {(mark.ring, mark.cpu): mark for mark in self.heartbeat.marks}
         assert taken.keys() <= marks.keys()
         for place, mark in marks.items():
             numbers = sorted(taken.get(place, []))
@@ -156,19 +158,19 @@ class Recording:
             lost.update(loss.kinds)
             assert loss.count == sum(loss.kinds.values())
         assert self.skipped == sum(self.heartbeat.missed.values())
-        counts = self.heartbeat.kinds
+        counts = self.heartbeat.counts
         for kind in delivered | lost:
             assert kind in counts
         for kind, found in counts.items():
             assert found.produced == found.read + found.filtered + found.shed + found.lost, kind
             assert found.read == delivered[kind], kind
             assert found.lost == lost[kind], kind
-        for sink in self.heartbeat.sinks.values():
+        for sink in self.heartbeat.sink_counts.values():
             assert sink.received == sink.delivered + sink.dropped + sink.pending
         self._check_account_line(delivered.total(), lost.total())
 
     def _check_account_line(self, delivered: int, lost: int) -> None:
-        counts = self.heartbeat.kinds.values()
+        counts = self.heartbeat.counts.values()
         produced = sum(found.produced for found in counts)
         filtered = sum(found.filtered for found in counts)
         line = self.account

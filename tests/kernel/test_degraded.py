@@ -83,7 +83,7 @@ def test_a_btf_file_instead_of_the_kernels(scope: Scope, tmp_path: Path) -> None
         scope.act(open_missing, "/no/", 10)
         recording = agent.stop()
     assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(10)]
-    lacking = {name for name, kind in recording.manifest.kinds.items() if kind.status != "full"}
+    lacking = {name for name, kind in recording.manifest.coverage.items() if kind.status != "full"}
     # Only the kernel's own lets what was missed of a socket be found out when that is destroyed.
     assert lacking == ({"net.close"} if kernel_knows("bpf_preempt_disable") else set())
 
@@ -144,7 +144,7 @@ def test_without_tracefs(scope: Scope, tmp_path: Path, at_functions: bool) -> No
     ):
         scope.act(connect_and_run, listener.getsockname())
         recording = agent.stop()
-    kinds = recording.manifest.kinds
+    kinds = recording.manifest.coverage
     lost = {} if at_functions else WITHOUT_TRACEFS
     expected = dict.fromkeys(KINDS, "full") | lost
     assert {name: kind.status for name, kind in kinds.items()} == expected

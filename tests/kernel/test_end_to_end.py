@@ -54,7 +54,7 @@ def test_kafka_and_mqtt_get_what_was_done(scope: Scope, tmp_path: Path) -> None:
             assert received(output, lines[-1]) == lines
         assert by_kcat(kafka) == lines
     assert [event.argv for event in recording.events] == commands
-    assert {sink.dropped for sink in recording.heartbeat.sinks.values()} == {0}
+    assert {sink.dropped for sink in recording.heartbeat.sink_counts.values()} == {0}
 
 
 def test_a_killed_kafka_costs_no_event(scope: Scope, tmp_path: Path) -> None:

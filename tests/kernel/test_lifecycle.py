@@ -39,9 +39,9 @@ def test_a_signal_drains_and_reports(scope: Scope, tmp_path: Path, number: signa
         scope.act(open_some)
         recording = agent.stop(number)
     assert len(recording.events) == OPENS
-    (sink,) = recording.heartbeat.sinks.values()
+    (sink,) = recording.heartbeat.sink_counts.values()
     assert (sink.dropped, sink.status) == (0, "up")
-    produced = recording.heartbeat.kinds["file.open"].produced
+    produced = recording.heartbeat.counts["file.open"].produced
     assert recording.account.startswith(f"streamer: {produced:,} events in ")
     assert f"; file:{agent.output} {OPENS} delivered, 0 dropped; " in recording.account
     assert recording.account.endswith(f"{produced - OPENS:,} filtered, 0 lost")
@@ -84,7 +84,7 @@ def test_a_limit_of_events_is_exact(scope: Scope, tmp_path: Path) -> None:
         recording = agent.wait()
     assert recording.returncode == 0
     assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(7)]
-    assert recording.heartbeat.kinds["file.open"].read == 7
+    assert recording.heartbeat.counts["file.open"].read == 7
     assert " 7 delivered, 0 dropped; " in recording.account
 
 
@@ -106,7 +106,7 @@ def test_heartbeats_while_it_runs(scope: Scope, tmp_path: Path) -> None:
         recording = agent.stop()
     beats = recording.of("stream.heartbeat")
     assert len(beats) >= 3
-    assert beats[-2].kinds["file.open"].read == OPENS
+    assert beats[-2].counts["file.open"].read == OPENS
     assert [beat.boot_ns for beat in beats] == sorted(beat.boot_ns for beat in beats)
 
 

@@ -96,7 +96,7 @@ def assert_all_accounted(recording: Recording, opens: int) -> None:
     for loss in recording.losses:
         assert loss.kinds == {"file.open": loss.count}
         assert (loss.stage, loss.reason) == ("kernel", "no room in the kernel")
-    assert recording.heartbeat.kinds["file.open"].lost == lost
+    assert recording.heartbeat.counts["file.open"].lost == lost
     assert len({loss.cpu for loss in recording.losses}) == len(os.sched_getaffinity(0))
 
 

@@ -76,8 +76,8 @@ def test_events_of_a_new_kind(scope: Scope, tree: Path, tmp_path: Path) -> None:
         scope.act(change_directory)
         records = recorded(agent)
     manifest, heartbeat = records[0], records[-1]
-    assert manifest["kinds"].keys() == {KIND, "process.exec"}
-    assert {kind["status"] for kind in manifest["kinds"].values()} == {"full"}
+    assert manifest["coverage"].keys() == {KIND, "process.exec"}
+    assert {kind["status"] for kind in manifest["coverage"].values()} == {"full"}
     sensors = {program["sensor"] for program in manifest["programs"]}
     assert sensors == {"chdir", "process"}
     events = [record for record in records if not record["event"].startswith("stream.")]
@@ -86,10 +86,10 @@ def test_events_of_a_new_kind(scope: Scope, tree: Path, tmp_path: Path) -> None:
     assert numbers == [0] * GOOD + [errno.EBADF] * BAD
     assert {event["cgroup_id"] for event in events} == {scope.id}
     for kind, read in ((KIND, GOOD + BAD), ("process.exec", GOOD)):
-        counts = heartbeat["kinds"][kind]
+        counts = heartbeat["counts"][kind]
         assert (counts["read"], counts["lost"], counts["shed"]) == (read, 0, 0)
         assert counts["produced"] == read + counts["filtered"]
-    assert heartbeat["kinds"].keys() == {KIND, "process.exec"}
+    assert heartbeat["counts"].keys() == {KIND, "process.exec"}
 
 
 def test_losses_of_a_new_kind(scope: Scope, tree: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_losses_of_a_new_kind(scope: Scope, tree: Path, tmp_path: Path) -> None:
     assert 0 < delivered < GOOD + BAD
     assert delivered + sum(loss["count"] for loss in lost) == GOOD + BAD
     assert all(loss["kinds"] == {KIND: loss["count"]} for loss in lost)
-    assert records[-1]["kinds"][KIND]["lost"] == GOOD + BAD - delivered
+    assert records[-1]["counts"][KIND]["lost"] == GOOD + BAD - delivered
 
 
 def test_the_command_knows_it(tree: Path) -> None:

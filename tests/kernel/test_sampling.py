@@ -42,7 +42,7 @@ class Sampled(NamedTuple):
     recording: Recording
 
     def counts(self, kind: str) -> KindCounts:
-        return self.recording.heartbeat.kinds[kind]
+        return self.recording.heartbeat.counts[kind]
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_brokers_that_ask_for_secrets(
         values = in_kafka(stored)
     assert values == agent.output.read_bytes().splitlines()
     assert len(recording.events) == 3 * OPENS
-    for sink in recording.heartbeat.sinks.values():
+    for sink in recording.heartbeat.sink_counts.values():
         assert sink.dropped == 0
     assert "Traceback" not in recording.stderr
     assert "late import" not in recording.stderr

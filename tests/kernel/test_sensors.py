@@ -624,6 +624,6 @@ def test_the_log_says_so(scope: Scope, tmp_path: Path) -> None:
     config = "[rings]\nbulk_bytes = 4096\n"
     with Agent(tmp_path, *scope.options, events="file.open", config=config) as agent:
         recording = agent.stop()
-    reason = recording.manifest.kinds["file.open"].reason
+    reason = recording.manifest.coverage["file.open"].reason
     assert reason.startswith("a record can have up to ")
     assert f"streamer: file.open is observed in part: {reason}\n" in agent.stderr

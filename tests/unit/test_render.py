@@ -289,7 +289,7 @@ def test_a_manifest_says_what_is_not_observed() -> None:
         "net.close": KindReport("partial", "no bytes", ("odd ones",)),
         "file.open": KindReport("missing", "no tracepoint", ()),
     }
-    manifest = filled(StreamManifest, kinds=kinds, kernel="6.1.0", machine="x86_64", cpus=2)
+    manifest = filled(StreamManifest, coverage=kinds, kernel="6.1.0", machine="x86_64", cpu_count=2)
     assert lines(manifest) == (
         "08:00:00.123 stream.manifest observing 1 of 3 kinds fully on 6.1.0 x86_64, 2 CPUs; "
         "net.close partial: no bytes; file.open missing: no tracepoint\n"
@@ -300,8 +300,8 @@ def test_a_heartbeat_is_the_account_in_short() -> None:
     heartbeat = filled(
         StreamHeartbeat,
         uptime_seconds=20.0,
-        kinds={"a": KindCounts(10_000, 1, 0, 0, 2), "b": KindCounts(5, 1, 0, 3, 0)},
-        sinks={
+        counts={"a": KindCounts(10_000, 1, 0, 0, 2), "b": KindCounts(5, 1, 0, 3, 0)},
+        sink_counts={
             "stdout:": SinkCounts(9, 8, 7, 0, 0, "up"),
             "file:x": SinkCounts(9, 9, 0, 0, 0, "up"),
         },
