@@ -41,12 +41,13 @@ test-kernels: ## the kernel's tests on stock Debian kernels 5.10 to 7.2 in virtu
 	@exec $(PYTHON_BIN) -m tests.vm.suite $(KERNELS:%=--kernel %) --minutes $(MINUTES) \
 		$(HOST:%=--host %) -- $(ARGS)
 
-lint: ## check style, types, and that generated files are up to date
+lint: ## check style, types, generated files, and that released schemas still hold
 	@tools/setup.sh dev
 	$(PYTHON_BIN) -m ruff check
 	$(PYTHON_BIN) -m ruff format --check
 	$(PYTHON_BIN) -m mypy
 	$(PYTHON_BIN) -m tools.gen --check
+	$(PYTHON_BIN) -m tools.schemas
 
 gen: ## derive events.py, schemas/ and docs/ from bpf/events.h and the settings
 	@tools/setup.sh run

@@ -10,6 +10,10 @@
  *                      and then `task` if its events have a task. Its RING says what it travels in.
  *   UNSEEN("A|B")      on a struct: what is never observed of its kind, whatever the kernel.
  *   DOC("...")         what the field (or kind) means, with units.
+ *   RANGE("A..B")      its values, where they are fewer than the C type has; -1.. has no end
+ *   AMONG("A,B,...")   the same, as a list
+ *   OPTIONAL           left out by releases before the one that brought it: every field that is
+ *                      added to a kind after its release
  *   AS("...")          how the field is published, where a plain integer is not it:
  *     hidden           not published
  *     bool             true or false
@@ -35,8 +39,15 @@
 #define DOC(text) __attribute__((btf_decl_tag("doc:" text)))
 #define AS(text) __attribute__((btf_decl_tag("as:" text)))
 #define RING(name) __attribute__((btf_decl_tag("ring:" name)))
+#define RANGE(text) __attribute__((btf_decl_tag("range:" text)))
+#define AMONG(text) __attribute__((btf_decl_tag("among:" text)))
+#define OPTIONAL __attribute__((btf_decl_tag("optional:")))
 #define UNSEEN(what) __attribute__((btf_decl_tag("unseen:" what)))
 #define HIDDEN AS("hidden")
+
+/* What Linux has at most, on any machine: PID_MAX_LIMIT and MAX_ERRNO. */
+#define PID RANGE("0..4194304")
+#define ERRNO RANGE("0..4095")
 
 #define COMM_LEN 16
 #define PATH_LEN 4096
@@ -79,9 +90,9 @@ enum net_direction {
 /* What every record begins with. */
 struct event_base {
 	__u64 boot_ns AS("ns") DOC("nanoseconds since boot, suspend included, when the event happened");
-	__u64 seq AS("ns") DOC("sequence number in this ring on this CPU; a missing number is a lost event");
+	__u64 seq AS("ns") RANGE("1..") DOC("sequence number in this ring on this CPU; a missing number is a lost event");
 	__u32 size HIDDEN DOC("bytes of this record");
-	__u32 weight DOC("how many events this one stands for: more than 1 when its kind is sampled");
+	__u32 weight RANGE("1..1048576") DOC("how many events this one stands for: more than 1 when its kind is sampled");
 	__u16 kind HIDDEN DOC("enum event_kind");
 	__u16 cpu DOC("CPU that wrote the record");
 	__u8 skipped HIDDEN DOC("sequence numbers given up just before `seq`: not losses");
@@ -94,13 +105,13 @@ struct event_base {
 struct event_task {
 	__u64 start_boot_ns DOC("when the process started, nanoseconds since boot: with `pid`, identifies it");
 	__u64 cgroup_id DOC("id of the task's cgroup in the unified (v2) hierarchy");
-	__u32 pid DOC("process id (thread group id) in the initial pid namespace");
-	__u32 tid DOC("thread id in the initial pid namespace");
-	__u32 ppid DOC("process id of the parent");
+	__u32 pid PID DOC("process id (thread group id) in the initial pid namespace");
+	__u32 tid PID DOC("thread id in the initial pid namespace");
+	__u32 ppid PID DOC("process id of the parent");
 	__u32 uid DOC("real user id");
 	__u32 gid DOC("real group id");
 	__u32 pidns DOC("inode number of the process's pid namespace");
-	__u32 ns_pid DOC("process id in that namespace");
+	__u32 ns_pid PID DOC("process id in that namespace");
 	__u32 pad HIDDEN;
 	char comm[COMM_LEN] AS("cstr") DOC("name of the task, at most 15 bytes");
 };
@@ -139,10 +150,10 @@ struct process_fork {
 	struct event_task task;
 	__u64 child_start_boot_ns DOC("when the child started, nanoseconds since boot");
 	__u64 child_start_time_ns AS("boottime") DOC("the same, ns since the epoch");
-	__u32 child_pid DOC("process id of the child");
-	__u32 child_ppid DOC("process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT");
+	__u32 child_pid PID DOC("process id of the child");
+	__u32 child_ppid PID DOC("process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT");
 	__u32 child_pidns DOC("inode number of the child's pid namespace");
-	__u32 child_ns_pid DOC("process id of the child in that namespace");
+	__u32 child_ns_pid PID DOC("process id of the child in that namespace");
 } RING("critical") DOC("A process created a child process (new threads are not reported). `pid` is who did it.");
 
 struct process_exit {
@@ -150,8 +161,8 @@ struct process_exit {
 	struct event_task task;
 	__u64 start_time_ns AS("boottime") DOC("when the process started, ns since the epoch");
 	__u64 duration_ns AS("ns") DOC("how long the process lived");
-	__u32 exit_code DOC("argument of exit(), 0 to 255; 0 when a signal ended the process");
-	__u32 signal DOC("signal that ended the process; 0 when it exited");
+	__u32 exit_code RANGE("0..255") DOC("argument of exit(), 0 to 255; 0 when a signal ended the process");
+	__u32 signal RANGE("0..127") DOC("signal that ended the process; 0 when it exited");
 	__u8 core_dumped AS("bool") DOC("whether a core was dumped");
 	__u8 pad[7] HIDDEN;
 } RING("critical") DOC("The last thread of a process ended.");
@@ -162,8 +173,8 @@ struct file_open {
 	__u64 latency_ns AS("ns") DOC("time the system call took; 0 unless `open_latency` is configured");
 	__u64 inode DOC("inode number of the file; 0 when the open failed");
 	__u32 dev DOC("device of its file system, as stat() gives it; 0 when the open failed");
-	__s32 fd DOC("file descriptor; -1 when the open failed");
-	__u32 errno DOC("error number; 0 when the open succeeded");
+	__s32 fd RANGE("-1..") DOC("file descriptor; -1 when the open failed");
+	__u32 errno ERRNO DOC("error number; 0 when the open succeeded");
 	__u32 flags DOC("open flags as passed (O_*)");
 	__u32 mode DOC("permissions asked for a new file; 0 when none could be created");
 	__u32 mntns DOC("inode number of the mount namespace that `path` is a path in; 0 when its mount is in none");
@@ -178,11 +189,11 @@ struct net_connect {
 	struct event_base base;
 	struct event_task task;
 	__u64 latency_ns AS("ns") DOC("time from the SYN to the result; 0 when no SYN was sent, or the SYN or the result was not seen");
-	__u32 errno DOC("error number, such as 111 (ECONNREFUSED); 0 when connected");
+	__u32 errno ERRNO DOC("error number, such as 111 (ECONNREFUSED); 0 when connected");
 	__u32 netns DOC("inode number of the network namespace");
 	__u16 local_port DOC("local port; 0 when none was bound");
 	__u16 remote_port DOC("remote port");
-	__u8 ip_version DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6; an IPv4-mapped address is published as IPv4");
 	__u8 direction AS("names:unknown,outbound,inbound") DOC("always outbound");
 	__u8 owner_known AS("bool") DOC("whether the task is the owner of the socket; where it is not known, pid is 0");
 	__u8 pad HIDDEN;
@@ -194,11 +205,11 @@ UNSEEN("connects through io_uring or by 32-bit programs that fail before a SYN i
 struct net_accept {
 	struct event_base base;
 	struct event_task task;
-	__u32 fd DOC("file descriptor of the accepted connection");
+	__u32 fd RANGE("0..2147483647") DOC("file descriptor of the accepted connection");
 	__u32 netns DOC("inode number of the network namespace");
 	__u16 local_port DOC("local port");
 	__u16 remote_port DOC("remote port");
-	__u8 ip_version DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6; an IPv4-mapped address is published as IPv4");
 	__u8 direction AS("names:unknown,outbound,inbound") DOC("always inbound");
 	__u8 owner_known AS("bool") DOC("always true: the task is the one that accepted");
 	__u8 pad HIDDEN;
@@ -213,11 +224,11 @@ struct net_close {
 	__u64 duration_ns AS("ns") DOC("time from established to closed; 0 when it was established before the agent started, or nobody saw it being established");
 	__u64 bytes_sent DOC("payload bytes sent, retransmissions not counted twice");
 	__u64 bytes_received DOC("payload bytes received in order");
-	__u32 errno DOC("error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close");
+	__u32 errno ERRNO DOC("error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close");
 	__u32 netns DOC("inode number of the network namespace");
 	__u16 local_port DOC("local port");
 	__u16 remote_port DOC("remote port");
-	__u8 ip_version DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6; an IPv4-mapped address is published as IPv4");
 	__u8 direction AS("names:unknown,outbound,inbound") DOC("who opened it; unknown when established before the agent started");
 	__u8 owner_known AS("bool") DOC("whether the task is the owner of the socket; where it is not known, pid is 0");
 	__u8 pad HIDDEN;

@@ -174,6 +174,7 @@ def _events(arguments: argparse.Namespace) -> int:
 
 def _schema(arguments: argparse.Namespace) -> int:
     from streamer.config.loading import schema
+    from streamer.events.schema import any_of
     from streamer.terminal import tables as text
 
     if arguments.name == "config":
@@ -181,7 +182,7 @@ def _schema(arguments: argparse.Namespace) -> int:
         return 0
     known = text.all_kinds()
     chosen = [text.named(known, arguments.name)] if arguments.name else known.values()
-    print(text.json_text(text.event_schema([info.struct for info in chosen])))
+    print(text.json_text(any_of([info.struct for info in chosen])))
     return 0
 
 

@@ -6,7 +6,7 @@ One Struct per kind of event, as it is published, and the layout table of its re
 # ruff: noqa: E501
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -15,20 +15,23 @@ from streamer.events.layout import FieldInfo, FieldLayout, KindInfo, RecordLayou
 SCHEMA_VERSION = 3
 """The published `schema`: raised when a field changes its meaning."""
 
+Ring = Literal["critical", "bulk"]
+"""The rings, in the order of their numbers."""
+
 
 class Event(Struct, tag_field="event", gc=False):
     """What every event begins with."""
 
-    schema: Annotated[int, Meta(description="version of the meaning of the fields")]
+    schema: Annotated[int, Meta(ge=1, description="version of the meaning of the fields")]
     id: Annotated[str, Meta(description="unique and stable id: run, ring, cpu, seq")]
-    time_ns: Annotated[int, Meta(description="when it happened, nanoseconds since the epoch")]
-    boot_ns: Annotated[int, Meta(description="nanoseconds since boot, suspend included, when the event happened")]
+    time_ns: Annotated[int, Meta(ge=0, description="when it happened, nanoseconds since the epoch")]
+    boot_ns: Annotated[int, Meta(ge=0, description="nanoseconds since boot, suspend included, when the event happened")]
     host: Annotated[str, Meta(description="name of the host")]
     boot_id: Annotated[str, Meta(description="the kernel's random id of this boot")]
-    ring: Annotated[str, Meta(description="ring that carried it: critical or bulk")]
-    seq: Annotated[int, Meta(description="sequence number in this ring on this CPU; a missing number is a lost event")]
-    cpu: Annotated[int, Meta(description="CPU that wrote the record")]
-    weight: Annotated[int, Meta(description="how many events this one stands for: more than 1 when its kind is sampled")]
+    ring: Annotated[Ring, Meta(description="ring that carried it")]
+    seq: Annotated[int, Meta(ge=1, description="sequence number in this ring on this CPU; a missing number is a lost event")]
+    cpu: Annotated[int, Meta(ge=0, le=65535, description="CPU that wrote the record")]
+    weight: Annotated[int, Meta(ge=1, le=1048576, description="how many events this one stands for: more than 1 when its kind is sampled")]
     truncated: Annotated[tuple[str, ...], Meta(description="names of the strings that were cut, or could not be read to their end; mostly empty")]
     incomplete: Annotated[bool, Meta(description="whether a read in the kernel failed, so that a field is 0 or empty that need not be")]
     invalid_utf8: Annotated[bool, Meta(description="whether bytes that are not UTF-8 were replaced by U+FFFD")]
@@ -37,31 +40,31 @@ class Event(Struct, tag_field="event", gc=False):
 class TaskEvent(Event, gc=False):
     """What every event of a task begins with."""
 
-    start_boot_ns: Annotated[int, Meta(description="when the process started, nanoseconds since boot: with `pid`, identifies it")]
-    cgroup_id: Annotated[int, Meta(description="id of the task's cgroup in the unified (v2) hierarchy")]
-    pid: Annotated[int, Meta(description="process id (thread group id) in the initial pid namespace")]
-    tid: Annotated[int, Meta(description="thread id in the initial pid namespace")]
-    ppid: Annotated[int, Meta(description="process id of the parent")]
-    uid: Annotated[int, Meta(description="real user id")]
-    gid: Annotated[int, Meta(description="real group id")]
-    pidns: Annotated[int, Meta(description="inode number of the process's pid namespace")]
-    ns_pid: Annotated[int, Meta(description="process id in that namespace")]
-    comm: Annotated[str, Meta(description="name of the task, at most 15 bytes")]
+    start_boot_ns: Annotated[int, Meta(ge=0, description="when the process started, nanoseconds since boot: with `pid`, identifies it")]
+    cgroup_id: Annotated[int, Meta(ge=0, description="id of the task's cgroup in the unified (v2) hierarchy")]
+    pid: Annotated[int, Meta(ge=0, le=4194304, description="process id (thread group id) in the initial pid namespace")]
+    tid: Annotated[int, Meta(ge=0, le=4194304, description="thread id in the initial pid namespace")]
+    ppid: Annotated[int, Meta(ge=0, le=4194304, description="process id of the parent")]
+    uid: Annotated[int, Meta(ge=0, le=4294967295, description="real user id")]
+    gid: Annotated[int, Meta(ge=0, le=4294967295, description="real group id")]
+    pidns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the process's pid namespace")]
+    ns_pid: Annotated[int, Meta(ge=0, le=4194304, description="process id in that namespace")]
+    comm: Annotated[str, Meta(max_length=15, description="name of the task, at most 15 bytes")]
 
 
 class ProcessExec(TaskEvent, tag="process.exec", gc=False):
     """A process executed a new program."""
 
-    start_time_ns: Annotated[int, Meta(description="when the process started, ns since the epoch")]
-    exe_inode: Annotated[int, Meta(description="inode number of the file that runs")]
-    exe_dev: Annotated[int, Meta(description="device of its file system, as stat() gives it")]
-    exe_nlink: Annotated[int, Meta(description="hard links to it; 0 when it is deleted")]
-    exe_mntns: Annotated[int, Meta(description="inode number of the mount namespace that `exe` is a path in; 0 when its mount is in none")]
-    cwd_mntns: Annotated[int, Meta(description="the same of `cwd`")]
-    parent_exe_mntns: Annotated[int, Meta(description="the same of `parent_exe`")]
-    euid: Annotated[int, Meta(description="effective user id after the exec")]
-    auid: Annotated[int, Meta(description="audit (login) user id; 4294967295 when none was set")]
-    argc: Annotated[int, Meta(description="number of arguments, also when `argv` was cut")]
+    start_time_ns: Annotated[int, Meta(ge=0, description="when the process started, ns since the epoch")]
+    exe_inode: Annotated[int, Meta(ge=0, description="inode number of the file that runs")]
+    exe_dev: Annotated[int, Meta(ge=0, le=4294967295, description="device of its file system, as stat() gives it")]
+    exe_nlink: Annotated[int, Meta(ge=0, le=4294967295, description="hard links to it; 0 when it is deleted")]
+    exe_mntns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the mount namespace that `exe` is a path in; 0 when its mount is in none")]
+    cwd_mntns: Annotated[int, Meta(ge=0, le=4294967295, description="the same of `cwd`")]
+    parent_exe_mntns: Annotated[int, Meta(ge=0, le=4294967295, description="the same of `parent_exe`")]
+    euid: Annotated[int, Meta(ge=0, le=4294967295, description="effective user id after the exec")]
+    auid: Annotated[int, Meta(ge=0, le=4294967295, description="audit (login) user id; 4294967295 when none was set")]
+    argc: Annotated[int, Meta(ge=0, le=4294967295, description="number of arguments, also when `argv` was cut")]
     exe: Annotated[str, Meta(description="absolute path of the file that runs: the interpreter, for a script")]
     argv: Annotated[list[str], Meta(description="the arguments")]
     cmdline: Annotated[str, Meta(description="the arguments joined by single spaces")]
@@ -74,41 +77,41 @@ class ProcessExec(TaskEvent, tag="process.exec", gc=False):
     parent_exe_mntns_initial: Annotated[bool, Meta(description="whether `parent_exe_mntns` is")]
     exe_deleted: Annotated[bool, Meta(description="whether the file that runs has been deleted: `exe` is where it was")]
     exe_memfd: Annotated[bool, Meta(description="whether it is a memory file, in no directory at all")]
-    parent_comm: Annotated[str, Meta(description="name of the parent")]
+    parent_comm: Annotated[str, Meta(max_length=15, description="name of the parent")]
 
 
 class ProcessFork(TaskEvent, tag="process.fork", gc=False):
     """A process created a child process (new threads are not reported). `pid` is who did it."""
 
-    child_start_boot_ns: Annotated[int, Meta(description="when the child started, nanoseconds since boot")]
-    child_start_time_ns: Annotated[int, Meta(description="the same, ns since the epoch")]
-    child_pid: Annotated[int, Meta(description="process id of the child")]
-    child_ppid: Annotated[int, Meta(description="process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT")]
-    child_pidns: Annotated[int, Meta(description="inode number of the child's pid namespace")]
-    child_ns_pid: Annotated[int, Meta(description="process id of the child in that namespace")]
+    child_start_boot_ns: Annotated[int, Meta(ge=0, description="when the child started, nanoseconds since boot")]
+    child_start_time_ns: Annotated[int, Meta(ge=0, description="the same, ns since the epoch")]
+    child_pid: Annotated[int, Meta(ge=0, le=4194304, description="process id of the child")]
+    child_ppid: Annotated[int, Meta(ge=0, le=4194304, description="process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT")]
+    child_pidns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the child's pid namespace")]
+    child_ns_pid: Annotated[int, Meta(ge=0, le=4194304, description="process id of the child in that namespace")]
 
 
 class ProcessExit(TaskEvent, tag="process.exit", gc=False):
     """The last thread of a process ended."""
 
-    start_time_ns: Annotated[int, Meta(description="when the process started, ns since the epoch")]
-    duration_ns: Annotated[int, Meta(description="how long the process lived")]
-    exit_code: Annotated[int, Meta(description="argument of exit(), 0 to 255; 0 when a signal ended the process")]
-    signal: Annotated[int, Meta(description="signal that ended the process; 0 when it exited")]
+    start_time_ns: Annotated[int, Meta(ge=0, description="when the process started, ns since the epoch")]
+    duration_ns: Annotated[int, Meta(ge=0, description="how long the process lived")]
+    exit_code: Annotated[int, Meta(ge=0, le=255, description="argument of exit(), 0 to 255; 0 when a signal ended the process")]
+    signal: Annotated[int, Meta(ge=0, le=127, description="signal that ended the process; 0 when it exited")]
     core_dumped: Annotated[bool, Meta(description="whether a core was dumped")]
 
 
 class FileOpen(TaskEvent, tag="file.open", gc=False):
     """A call of open, creat, openat or openat2 returned."""
 
-    latency_ns: Annotated[int, Meta(description="time the system call took; 0 unless `open_latency` is configured")]
-    inode: Annotated[int, Meta(description="inode number of the file; 0 when the open failed")]
-    dev: Annotated[int, Meta(description="device of its file system, as stat() gives it; 0 when the open failed")]
-    fd: Annotated[int, Meta(description="file descriptor; -1 when the open failed")]
-    errno: Annotated[int, Meta(description="error number; 0 when the open succeeded")]
-    flags: Annotated[int, Meta(description="open flags as passed (O_*)")]
-    mode: Annotated[int, Meta(description="permissions asked for a new file; 0 when none could be created")]
-    mntns: Annotated[int, Meta(description="inode number of the mount namespace that `path` is a path in; 0 when its mount is in none")]
+    latency_ns: Annotated[int, Meta(ge=0, description="time the system call took; 0 unless `open_latency` is configured")]
+    inode: Annotated[int, Meta(ge=0, description="inode number of the file; 0 when the open failed")]
+    dev: Annotated[int, Meta(ge=0, le=4294967295, description="device of its file system, as stat() gives it; 0 when the open failed")]
+    fd: Annotated[int, Meta(ge=-1, le=2147483647, description="file descriptor; -1 when the open failed")]
+    errno: Annotated[int, Meta(ge=0, le=4095, description="error number; 0 when the open succeeded")]
+    flags: Annotated[int, Meta(ge=0, le=4294967295, description="open flags as passed (O_*)")]
+    mode: Annotated[int, Meta(ge=0, le=4294967295, description="permissions asked for a new file; 0 when none could be created")]
+    mntns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the mount namespace that `path` is a path in; 0 when its mount is in none")]
     path: Annotated[str, Meta(description="absolute path: as opened, symbolic links resolved; of a failed open, or of a file that is in no directory, as asked, behind cwd or dirfd")]
     mntns_initial: Annotated[bool, Meta(description="whether `mntns` is the initial mount namespace")]
 
@@ -116,47 +119,47 @@ class FileOpen(TaskEvent, tag="file.open", gc=False):
 class NetConnect(TaskEvent, tag="net.connect", gc=False):
     """An outbound TCP connection was established or failed."""
 
-    latency_ns: Annotated[int, Meta(description="time from the SYN to the result; 0 when no SYN was sent, or the SYN or the result was not seen")]
-    errno: Annotated[int, Meta(description="error number, such as 111 (ECONNREFUSED); 0 when connected")]
-    netns: Annotated[int, Meta(description="inode number of the network namespace")]
-    local_port: Annotated[int, Meta(description="local port; 0 when none was bound")]
-    remote_port: Annotated[int, Meta(description="remote port")]
-    ip_version: Annotated[int, Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
-    direction: Annotated[str, Meta(description="always outbound")]
+    latency_ns: Annotated[int, Meta(ge=0, description="time from the SYN to the result; 0 when no SYN was sent, or the SYN or the result was not seen")]
+    errno: Annotated[int, Meta(ge=0, le=4095, description="error number, such as 111 (ECONNREFUSED); 0 when connected")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace")]
+    local_port: Annotated[int, Meta(ge=0, le=65535, description="local port; 0 when none was bound")]
+    remote_port: Annotated[int, Meta(ge=0, le=65535, description="remote port")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    direction: Annotated[Literal["unknown", "outbound", "inbound"], Meta(description="always outbound")]
     owner_known: Annotated[bool, Meta(description="whether the task is the owner of the socket; where it is not known, pid is 0")]
-    local_addr: Annotated[str, Meta(description="local address")]
-    remote_addr: Annotated[str, Meta(description="remote address")]
+    local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="local address")]
+    remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="remote address")]
 
 
 class NetAccept(TaskEvent, tag="net.accept", gc=False):
     """A process accepted an inbound TCP connection."""
 
-    fd: Annotated[int, Meta(description="file descriptor of the accepted connection")]
-    netns: Annotated[int, Meta(description="inode number of the network namespace")]
-    local_port: Annotated[int, Meta(description="local port")]
-    remote_port: Annotated[int, Meta(description="remote port")]
-    ip_version: Annotated[int, Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
-    direction: Annotated[str, Meta(description="always inbound")]
+    fd: Annotated[int, Meta(ge=0, le=2147483647, description="file descriptor of the accepted connection")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace")]
+    local_port: Annotated[int, Meta(ge=0, le=65535, description="local port")]
+    remote_port: Annotated[int, Meta(ge=0, le=65535, description="remote port")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    direction: Annotated[Literal["unknown", "outbound", "inbound"], Meta(description="always inbound")]
     owner_known: Annotated[bool, Meta(description="always true: the task is the one that accepted")]
-    local_addr: Annotated[str, Meta(description="local address")]
-    remote_addr: Annotated[str, Meta(description="remote address")]
+    local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="local address")]
+    remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="remote address")]
 
 
 class NetClose(TaskEvent, tag="net.close", gc=False):
     """An established TCP connection ended."""
 
-    duration_ns: Annotated[int, Meta(description="time from established to closed; 0 when it was established before the agent started, or nobody saw it being established")]
-    bytes_sent: Annotated[int, Meta(description="payload bytes sent, retransmissions not counted twice")]
-    bytes_received: Annotated[int, Meta(description="payload bytes received in order")]
-    errno: Annotated[int, Meta(description="error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close")]
-    netns: Annotated[int, Meta(description="inode number of the network namespace")]
-    local_port: Annotated[int, Meta(description="local port")]
-    remote_port: Annotated[int, Meta(description="remote port")]
-    ip_version: Annotated[int, Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
-    direction: Annotated[str, Meta(description="who opened it; unknown when established before the agent started")]
+    duration_ns: Annotated[int, Meta(ge=0, description="time from established to closed; 0 when it was established before the agent started, or nobody saw it being established")]
+    bytes_sent: Annotated[int, Meta(ge=0, description="payload bytes sent, retransmissions not counted twice")]
+    bytes_received: Annotated[int, Meta(ge=0, description="payload bytes received in order")]
+    errno: Annotated[int, Meta(ge=0, le=4095, description="error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace")]
+    local_port: Annotated[int, Meta(ge=0, le=65535, description="local port")]
+    remote_port: Annotated[int, Meta(ge=0, le=65535, description="remote port")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    direction: Annotated[Literal["unknown", "outbound", "inbound"], Meta(description="who opened it; unknown when established before the agent started")]
     owner_known: Annotated[bool, Meta(description="whether the task is the owner of the socket; where it is not known, pid is 0")]
-    local_addr: Annotated[str, Meta(description="local address")]
-    remote_addr: Annotated[str, Meta(description="remote address")]
+    local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="local address")]
+    remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="remote address")]
 
 
 HEADER: dict[str, int] = {"boot_ns": 0, "seq": 8, "size": 16, "kind": 24, "cpu": 26, "skipped": 28, "cut": 30, "header_size": 32}
@@ -315,16 +318,16 @@ RECORDS: dict[int, RecordLayout] = {
 """The layout of each kind's records, by number."""
 
 _BASE_INFO = (
-    FieldInfo("schema", "integer", "version of the meaning of the fields"),
+    FieldInfo("schema", "integer from 1", "version of the meaning of the fields"),
     FieldInfo("id", "string", "unique and stable id: run, ring, cpu, seq"),
     FieldInfo("time_ns", "integer", "when it happened, nanoseconds since the epoch"),
     FieldInfo("boot_ns", "integer", "nanoseconds since boot, suspend included, when the event happened"),
     FieldInfo("host", "string", "name of the host"),
     FieldInfo("boot_id", "string", "the kernel's random id of this boot"),
-    FieldInfo("ring", "string", "ring that carried it: critical or bulk"),
-    FieldInfo("seq", "integer", "sequence number in this ring on this CPU; a missing number is a lost event"),
+    FieldInfo("ring", "\"critical\" or \"bulk\"", "ring that carried it"),
+    FieldInfo("seq", "integer from 1", "sequence number in this ring on this CPU; a missing number is a lost event"),
     FieldInfo("cpu", "integer", "CPU that wrote the record"),
-    FieldInfo("weight", "integer", "how many events this one stands for: more than 1 when its kind is sampled"),
+    FieldInfo("weight", "integer from 1 to 1048576", "how many events this one stands for: more than 1 when its kind is sampled"),
     FieldInfo("truncated", "array of strings", "names of the strings that were cut, or could not be read to their end; mostly empty"),
     FieldInfo("incomplete", "boolean", "whether a read in the kernel failed, so that a field is 0 or empty that need not be"),
     FieldInfo("invalid_utf8", "boolean", "whether bytes that are not UTF-8 were replaced by U+FFFD"),
@@ -333,13 +336,13 @@ _BASE_INFO = (
 _TASK_INFO = (
     FieldInfo("start_boot_ns", "integer", "when the process started, nanoseconds since boot: with `pid`, identifies it"),
     FieldInfo("cgroup_id", "integer", "id of the task's cgroup in the unified (v2) hierarchy"),
-    FieldInfo("pid", "integer", "process id (thread group id) in the initial pid namespace"),
-    FieldInfo("tid", "integer", "thread id in the initial pid namespace"),
-    FieldInfo("ppid", "integer", "process id of the parent"),
+    FieldInfo("pid", "integer from 0 to 4194304", "process id (thread group id) in the initial pid namespace"),
+    FieldInfo("tid", "integer from 0 to 4194304", "thread id in the initial pid namespace"),
+    FieldInfo("ppid", "integer from 0 to 4194304", "process id of the parent"),
     FieldInfo("uid", "integer", "real user id"),
     FieldInfo("gid", "integer", "real group id"),
     FieldInfo("pidns", "integer", "inode number of the process's pid namespace"),
-    FieldInfo("ns_pid", "integer", "process id in that namespace"),
+    FieldInfo("ns_pid", "integer from 0 to 4194304", "process id in that namespace"),
     FieldInfo("comm", "string", "name of the task, at most 15 bytes"),
 )
 
@@ -376,18 +379,18 @@ KINDS: dict[str, KindInfo] = {
         *_TASK_INFO,
         FieldInfo("child_start_boot_ns", "integer", "when the child started, nanoseconds since boot"),
         FieldInfo("child_start_time_ns", "integer", "the same, ns since the epoch"),
-        FieldInfo("child_pid", "integer", "process id of the child"),
-        FieldInfo("child_ppid", "integer", "process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT"),
+        FieldInfo("child_pid", "integer from 0 to 4194304", "process id of the child"),
+        FieldInfo("child_ppid", "integer from 0 to 4194304", "process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT"),
         FieldInfo("child_pidns", "integer", "inode number of the child's pid namespace"),
-        FieldInfo("child_ns_pid", "integer", "process id of the child in that namespace"),
+        FieldInfo("child_ns_pid", "integer from 0 to 4194304", "process id of the child in that namespace"),
     ), ()),
     "process.exit": KindInfo("process.exit", ProcessExit, "critical", "The last thread of a process ended.", (
         *_BASE_INFO,
         *_TASK_INFO,
         FieldInfo("start_time_ns", "integer", "when the process started, ns since the epoch"),
         FieldInfo("duration_ns", "integer", "how long the process lived"),
-        FieldInfo("exit_code", "integer", "argument of exit(), 0 to 255; 0 when a signal ended the process"),
-        FieldInfo("signal", "integer", "signal that ended the process; 0 when it exited"),
+        FieldInfo("exit_code", "integer from 0 to 255", "argument of exit(), 0 to 255; 0 when a signal ended the process"),
+        FieldInfo("signal", "integer from 0 to 127", "signal that ended the process; 0 when it exited"),
         FieldInfo("core_dumped", "boolean", "whether a core was dumped"),
     ), ()),
     "file.open": KindInfo("file.open", FileOpen, "bulk", "A call of open, creat, openat or openat2 returned.", (
@@ -396,8 +399,8 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("latency_ns", "integer", "time the system call took; 0 unless `open_latency` is configured"),
         FieldInfo("inode", "integer", "inode number of the file; 0 when the open failed"),
         FieldInfo("dev", "integer", "device of its file system, as stat() gives it; 0 when the open failed"),
-        FieldInfo("fd", "integer", "file descriptor; -1 when the open failed"),
-        FieldInfo("errno", "integer", "error number; 0 when the open succeeded"),
+        FieldInfo("fd", "integer from -1 to 2147483647", "file descriptor; -1 when the open failed"),
+        FieldInfo("errno", "integer from 0 to 4095", "error number; 0 when the open succeeded"),
         FieldInfo("flags", "integer", "open flags as passed (O_*)"),
         FieldInfo("mode", "integer", "permissions asked for a new file; 0 when none could be created"),
         FieldInfo("mntns", "integer", "inode number of the mount namespace that `path` is a path in; 0 when its mount is in none"),
@@ -408,12 +411,12 @@ KINDS: dict[str, KindInfo] = {
         *_BASE_INFO,
         *_TASK_INFO,
         FieldInfo("latency_ns", "integer", "time from the SYN to the result; 0 when no SYN was sent, or the SYN or the result was not seen"),
-        FieldInfo("errno", "integer", "error number, such as 111 (ECONNREFUSED); 0 when connected"),
+        FieldInfo("errno", "integer from 0 to 4095", "error number, such as 111 (ECONNREFUSED); 0 when connected"),
         FieldInfo("netns", "integer", "inode number of the network namespace"),
         FieldInfo("local_port", "integer", "local port; 0 when none was bound"),
         FieldInfo("remote_port", "integer", "remote port"),
-        FieldInfo("ip_version", "integer", "4 or 6; an IPv4-mapped address is published as IPv4"),
-        FieldInfo("direction", "string", "always outbound"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("direction", "\"unknown\" or \"outbound\" or \"inbound\"", "always outbound"),
         FieldInfo("owner_known", "boolean", "whether the task is the owner of the socket; where it is not known, pid is 0"),
         FieldInfo("local_addr", "string", "local address"),
         FieldInfo("remote_addr", "string", "remote address"),
@@ -421,12 +424,12 @@ KINDS: dict[str, KindInfo] = {
     "net.accept": KindInfo("net.accept", NetAccept, "bulk", "A process accepted an inbound TCP connection.", (
         *_BASE_INFO,
         *_TASK_INFO,
-        FieldInfo("fd", "integer", "file descriptor of the accepted connection"),
+        FieldInfo("fd", "integer from 0 to 2147483647", "file descriptor of the accepted connection"),
         FieldInfo("netns", "integer", "inode number of the network namespace"),
         FieldInfo("local_port", "integer", "local port"),
         FieldInfo("remote_port", "integer", "remote port"),
-        FieldInfo("ip_version", "integer", "4 or 6; an IPv4-mapped address is published as IPv4"),
-        FieldInfo("direction", "string", "always inbound"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("direction", "\"unknown\" or \"outbound\" or \"inbound\"", "always inbound"),
         FieldInfo("owner_known", "boolean", "always true: the task is the one that accepted"),
         FieldInfo("local_addr", "string", "local address"),
         FieldInfo("remote_addr", "string", "remote address"),
@@ -437,12 +440,12 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("duration_ns", "integer", "time from established to closed; 0 when it was established before the agent started, or nobody saw it being established"),
         FieldInfo("bytes_sent", "integer", "payload bytes sent, retransmissions not counted twice"),
         FieldInfo("bytes_received", "integer", "payload bytes received in order"),
-        FieldInfo("errno", "integer", "error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close"),
+        FieldInfo("errno", "integer from 0 to 4095", "error pending on the socket, such as 104 (ECONNRESET); 0 for an orderly close"),
         FieldInfo("netns", "integer", "inode number of the network namespace"),
         FieldInfo("local_port", "integer", "local port"),
         FieldInfo("remote_port", "integer", "remote port"),
-        FieldInfo("ip_version", "integer", "4 or 6; an IPv4-mapped address is published as IPv4"),
-        FieldInfo("direction", "string", "who opened it; unknown when established before the agent started"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("direction", "\"unknown\" or \"outbound\" or \"inbound\"", "who opened it; unknown when established before the agent started"),
         FieldInfo("owner_known", "boolean", "whether the task is the owner of the socket; where it is not known, pid is 0"),
         FieldInfo("local_addr", "string", "local address"),
         FieldInfo("remote_addr", "string", "remote address"),

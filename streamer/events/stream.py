@@ -9,6 +9,15 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from streamer.events.kinds import Ring
+
+Count = Annotated[int, Meta(ge=0)]
+Pid = Annotated[int, Meta(ge=0, le=4194304)]
+Cpu = Annotated[int, Meta(ge=0, le=65535)]
+Seq = Annotated[int, Meta(ge=1)]
+Stage = Literal["kernel", "decode", "sink", "stop"]
+Status = Literal["starting", "up", "down", "closed"]
+
 
 class StreamRecord(Struct, tag_field="event", gc=False):
     """What every record of the stream begins with.
@@ -18,17 +27,14 @@ class StreamRecord(Struct, tag_field="event", gc=False):
     that a sink alone was told is missing in the others.
     """
 
-    schema: Annotated[int, Meta(description="version of the meaning of the fields")]
+    schema: Annotated[int, Meta(ge=1, description="version of the meaning of the fields")]
     id: Annotated[str, Meta(description="unique and stable id: run, `stream`, number")]
-    time_ns: Annotated[int, Meta(description="nanoseconds since the epoch")]
-    boot_ns: Annotated[int, Meta(description="nanoseconds since boot, suspend included")]
+    time_ns: Annotated[Count, Meta(description="nanoseconds since the epoch")]
+    boot_ns: Annotated[Count, Meta(description="nanoseconds since boot, suspend included")]
     host: Annotated[str, Meta(description="name of the host")]
     boot_id: Annotated[str, Meta(description="the kernel's random id of this boot")]
     run_id: Annotated[str, Meta(description="id of this run of the agent: how each `id` begins")]
-    seq: Annotated[
-        int,
-        Meta(ge=1, description="running number of the run's own records, the end of `id`"),
-    ]
+    seq: Annotated[Seq, Meta(description="running number of this run's own records, as in `id`")]
 
 
 class KindReport(Struct, gc=False):
@@ -63,10 +69,10 @@ class ProgramReport(Struct, gc=False):
 class SeqRange(Struct, gc=False):
     """Sequence numbers of one ring and CPU."""
 
-    ring: Annotated[str, Meta(description="critical or bulk")]
-    cpu: Annotated[int, Meta(description="CPU")]
-    seq_from: Annotated[int, Meta(description="first")]
-    seq_to: Annotated[int, Meta(description="last")]
+    ring: Annotated[Ring, Meta(description="ring")]
+    cpu: Annotated[Cpu, Meta(description="CPU")]
+    seq_from: Annotated[Seq, Meta(description="first")]
+    seq_to: Annotated[Seq, Meta(description="last")]
 
 
 class UntoldLoss(Struct, gc=False):
@@ -74,9 +80,9 @@ class UntoldLoss(Struct, gc=False):
 
     run_id: Annotated[str, Meta(description="id of that run: the one before, or an earlier one")]
     sink: Annotated[str, Meta(description="name of the sink that was not told")]
-    stage: Annotated[str, Meta(description="kernel, decode, sink or stop")]
-    count: Annotated[int, Meta(description="how many")]
-    kinds: Annotated[dict[str, int], Meta(description="how many per kind, where that is known")]
+    stage: Annotated[Stage, Meta(description="where they were lost")]
+    count: Annotated[Count, Meta(description="how many")]
+    kinds: Annotated[dict[str, Count], Meta(description="how many per kind, where that is known")]
     reason: Annotated[str, Meta(description="in words")]
     ranges: Annotated[list[SeqRange], Meta(description="where the missing numbers are")]
 
@@ -87,7 +93,7 @@ class PreviousRun(Struct, gc=False):
     run_id: Annotated[str, Meta(description="its id")]
     boot_id: Annotated[str, Meta(description="the boot that it was in")]
     agent: Annotated[str, Meta(description="version of the agent")]
-    started_ns: Annotated[int, Meta(description="when it began, nanoseconds since the epoch")]
+    started_ns: Annotated[Count, Meta(description="when it began, nanoseconds since the epoch")]
     ended: Annotated[
         Literal["delivered", "undelivered", "killed"],
         Meta(
@@ -105,15 +111,18 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
     """What is observed, what is not, and why. Sent when the agent starts, and every hour."""
 
     agent: Annotated[str, Meta(description="version of the agent")]
-    agent_pid: Annotated[int, Meta(description="process id of the agent")]
+    agent_pid: Annotated[Pid, Meta(description="process id of the agent")]
     initial_mntns: Annotated[
-        int, Meta(description="inode number of the mount namespace of the host's init; 0: unknown")
+        Count,
+        Meta(description="inode number of the mount namespace of the host's init; 0: unknown"),
     ]
     kernel: Annotated[str, Meta(description="release of the running kernel")]
     machine: Annotated[str, Meta(description="architecture")]
-    cpu_count: Annotated[int, Meta(description="CPUs that the kernel may bring up")]
-    ring_bytes: Annotated[dict[str, int], Meta(description="size of each ring in bytes")]
-    coverage: Annotated[dict[str, KindReport], Meta(description="how far each kind asked for is observed")]
+    cpu_count: Annotated[int, Meta(ge=1, description="CPUs that the kernel may bring up")]
+    ring_bytes: Annotated[dict[str, Count], Meta(description="size of each ring in bytes")]
+    coverage: Annotated[
+        dict[str, KindReport], Meta(description="how far each kind asked for is observed")
+    ]
     programs: Annotated[list[ProgramReport], Meta(description="the BPF programs")]
     filters: Annotated[dict[str, list[str]], Meta(description="filters in force in the kernel")]
     sinks: Annotated[list[str], Meta(description="where the events go, without secrets")]
@@ -126,62 +135,62 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
 class KindCounts(Struct, gc=False):
     """Events of one kind since the agent started."""
 
-    produced: Annotated[int, Meta(description="happened: filtered + shed + lost + the rest")]
-    filtered: Annotated[int, Meta(description="kept back by a filter in the kernel")]
-    shed: Annotated[int, Meta(description="kept back by sampling")]
-    lost: Annotated[int, Meta(description="found no room in the kernel")]
-    read: Annotated[int, Meta(description="read from the ring and decoded")]
+    produced: Annotated[Count, Meta(description="happened: filtered + shed + lost + the rest")]
+    filtered: Annotated[Count, Meta(description="kept back by a filter in the kernel")]
+    shed: Annotated[Count, Meta(description="kept back by sampling")]
+    lost: Annotated[Count, Meta(description="found no room in the kernel")]
+    read: Annotated[Count, Meta(description="read from the ring and decoded")]
 
 
 class CpuMark(Struct, gc=False):
     """How far the sequence of one ring on one CPU has come."""
 
-    ring: Annotated[str, Meta(description="critical or bulk")]
-    cpu: Annotated[int, Meta(description="CPU")]
-    seq: Annotated[int, Meta(description="last sequence number taken in the kernel")]
-    read: Annotated[int, Meta(description="last sequence number that the reader has passed")]
-    skipped: Annotated[int, Meta(description="sequence numbers given up unused")]
+    ring: Annotated[Ring, Meta(description="ring")]
+    cpu: Annotated[Cpu, Meta(description="CPU")]
+    seq: Annotated[Count, Meta(description="last sequence number taken in the kernel")]
+    read: Annotated[Count, Meta(description="last sequence number that the reader has passed")]
+    skipped: Annotated[Count, Meta(description="sequence numbers given up unused")]
 
 
 class SinkCounts(Struct, gc=False):
     """Events at one sink since the agent started. received = delivered + dropped + pending."""
 
-    received: Annotated[int, Meta(description="handed to the sink, or refused for want of room")]
-    delivered: Annotated[int, Meta(description="acknowledged or written")]
-    dropped: Annotated[int, Meta(description="given up")]
-    pending: Annotated[int, Meta(description="neither yet")]
-    pending_bytes: Annotated[int, Meta(description="bytes held")]
-    status: Annotated[str, Meta(description="starting, up, down or closed")]
+    received: Annotated[Count, Meta(description="handed to the sink, or refused for want of room")]
+    delivered: Annotated[Count, Meta(description="acknowledged or written")]
+    dropped: Annotated[Count, Meta(description="given up")]
+    pending: Annotated[Count, Meta(description="neither yet")]
+    pending_bytes: Annotated[Count, Meta(description="bytes held")]
+    status: Annotated[Status, Meta(description="of its broker or file")]
 
 
 class ReaderCounts(Struct, gc=False):
     """What the reader met since the agent started."""
 
-    unknown_kind: Annotated[int, Meta(description="records of a kind that it does not know")]
-    short_record: Annotated[int, Meta(description="records that end before they should")]
-    invalid_utf8: Annotated[int, Meta(description="events with bytes that are not UTF-8")]
-    truncated: Annotated[int, Meta(description="events with a string that was cut")]
-    incomplete: Annotated[int, Meta(description="events of which the kernel could not read all")]
-    pauses: Annotated[int, Meta(description="times that a full sink stopped the reading")]
+    unknown_kind: Annotated[Count, Meta(description="records of a kind that it does not know")]
+    short_record: Annotated[Count, Meta(description="records that end before they should")]
+    invalid_utf8: Annotated[Count, Meta(description="events with bytes that are not UTF-8")]
+    truncated: Annotated[Count, Meta(description="events with a string that was cut")]
+    incomplete: Annotated[Count, Meta(description="events of which the kernel could not read all")]
+    pauses: Annotated[Count, Meta(description="times that a full sink stopped the reading")]
 
 
 class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
     """The account so far. Per kind: produced = read + filtered + shed + lost + in flight."""
 
-    uptime_seconds: Annotated[float, Meta(description="since the agent attached")]
+    uptime_seconds: Annotated[float, Meta(ge=0, description="since the agent attached")]
     counts: Annotated[dict[str, KindCounts], Meta(description="events per kind")]
     marks: Annotated[list[CpuMark], Meta(description="sequence per ring and CPU")]
     sink_counts: Annotated[dict[str, SinkCounts], Meta(description="events per sink")]
     reader: Annotated[ReaderCounts, Meta(description="the reader's own counters")]
     faults: Annotated[
-        dict[str, int],
+        dict[str, Count],
         Meta(
             description="what went wrong in the kernel apart from numbered losses, if it did: "
             "tables that were full, memory that could not be read, changes that no program saw"
         ),
     ]
     missed: Annotated[
-        dict[str, int],
+        dict[str, Count],
         Meta(description="runs of a program that the kernel left out, per program, if any"),
     ]
 
@@ -193,21 +202,21 @@ class StreamLoss(StreamRecord, tag="stream.loss", gc=False):
     """
 
     stage: Annotated[
-        Literal["kernel", "decode", "sink", "stop"],
+        Stage,
         Meta(
             description="kernel: no room in the ring; decode: unreadable; sink: given up there; "
             "stop: not read, or lost in the kernel, when the agent stopped"
         ),
     ]
-    count: Annotated[int, Meta(description="how many")]
-    kinds: Annotated[dict[str, int], Meta(description="how many per kind, where that is known")]
-    ring: Annotated[str | None, Meta(description="critical or bulk, if in the kernel")] = None
-    cpu: Annotated[int | None, Meta(description="CPU, if in the kernel")] = None
+    count: Annotated[Count, Meta(description="how many")]
+    kinds: Annotated[dict[str, Count], Meta(description="how many per kind, where that is known")]
+    ring: Annotated[Ring | None, Meta(description="ring, if in the kernel")] = None
+    cpu: Annotated[Cpu | None, Meta(description="CPU, if in the kernel")] = None
     seq_from: Annotated[
-        int | None, Meta(description="first missing sequence number, if in the kernel")
+        Seq | None, Meta(description="first missing sequence number, if in the kernel")
     ] = None
     seq_to: Annotated[
-        int | None, Meta(description="last missing sequence number, if in the kernel")
+        Seq | None, Meta(description="last missing sequence number, if in the kernel")
     ] = None
     sink: Annotated[str | None, Meta(description="name of the sink, of a loss there")] = None
     reason: Annotated[str, Meta(description="in words")] = ""

@@ -99,14 +99,6 @@ def _programs_of(kind: str) -> list[str]:
     return [program.name for program in programs if kind in program.kinds]
 
 
-def event_schema(structs: Sequence[type]) -> dict[str, Any]:
-    """The JSON Schema of an event that is one of `structs`."""
-    made, components = msgspec.json.schema_components(structs, ref_template="#/$defs/{name}")
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    choice = made[0] if len(made) == 1 else {"anyOf": list(made)}
-    return head | choice | {"$defs": components}
-
-
 def check_code(report: CheckReport, kinds: frozenset[str]) -> int:
     """0 when every kind of `kinds` is full, 3 when none can be observed, else 1."""
     statuses = {report.kinds[kind].status if kind in report.kinds else "missing" for kind in kinds}

@@ -97,10 +97,39 @@ def test_a_field_more_is_one_line_and_one_command(with_answer: Variant) -> None:
     contract = generated(with_answer, "streamer/kernel/objects.py").CONTRACT
     assert contract["process_exit"][-1] == ("answer", old.size, 8)
     schema = json.loads((with_answer.root / "schemas" / "process.exit.json").read_text())
-    assert schema["properties"]["answer"] == {"type": "integer", "description": doc}
+    bounds = {"type": "integer", "minimum": 0}  # of a u64 the end is more than schemas can say
+    assert schema["properties"]["answer"] == bounds | {"description": doc}
     assert "answer" in schema["required"]
     page = (with_answer.root / "docs" / "events.md").read_text()
     assert f"| `answer` | integer | {doc} |" in page
+
+
+BOUNDED = """	__u64 share RANGE("1..") OPTIONAL DOC("a");
+	__s32 level RANGE("-20..19") DOC("b");
+	__u16 port DOC("c");
+	__u8 version AMONG("4,6") DOC("d");
+	__u8 way AS("names:unknown,out,in") OPTIONAL DOC("e");
+"""
+
+
+def test_what_is_bounded_is_so_in_the_schema(variant: Make) -> None:
+    """By its C type, or closer, and the bounds hold when a record is read back."""
+    made = variant({"events.h": (LAST_OF_EXIT, LAST_OF_EXIT + BOUNDED)})
+    assert generate(made).returncode == 0
+    schema = json.loads((made.root / "schemas" / "process.exit.json").read_text())
+    found = {name: schema["properties"][name] for name in ("share", "level", "port", "version")}
+    assert found == {
+        "share": {"type": "integer", "minimum": 1, "description": "a"},
+        "level": {"type": "integer", "minimum": -20, "maximum": 19, "description": "b"},
+        "port": {"type": "integer", "minimum": 0, "maximum": 65535, "description": "c"},
+        "version": {"enum": [4, 6], "description": "d"},
+    }
+    assert sorted(schema["properties"]["way"]["enum"]) == ["in", "out", "unknown"]
+    assert set(schema["properties"]) - set(schema["required"]) == {"share", "way"}
+    assert schema["additionalProperties"] is False
+    page = (made.root / "docs" / "events.md").read_text()
+    assert "| `level` | integer from -20 to 19 | b |\n| `port` | integer | c |\n" in page
+    assert '| `version` | 4 or 6 | d |\n| `way` | "unknown" or "out" or "in" | e |\n' in page
 
 
 def exit_case() -> Case:
@@ -532,6 +561,32 @@ MISTAKES = {
         '	__u16 answer AS("str:word") DOC("a");\n	__u8 pad2[6] HIDDEN;\n',
         "struct process_exit: strings, and no `data` at its end",
     ),
+    "range of a string": (
+        ANSWER,
+        '	__u16 answer AS("str:word") RANGE("1..2") DOC("a");\n	__u8 pad2[6] HIDDEN;\n'
+        "	__u8 data[64] HIDDEN;\n",
+        "process_exit: answer: RANGE or AMONG that makes no sense",
+    ),
+    "no range": (
+        ANSWER,
+        '	__u64 answer RANGE("1-2") DOC("a");\n',
+        "process_exit: answer: RANGE or AMONG that makes no sense",
+    ),
+    "range and list": (
+        ANSWER,
+        '	__u64 answer RANGE("1..2") AMONG("1,2") DOC("a");\n',
+        "process_exit: answer: RANGE or AMONG that makes no sense",
+    ),
+    "range below": (
+        ANSWER,
+        '	__u64 answer RANGE("-1..") DOC("a");\n',
+        "process_exit: answer: -1 is less than the field can hold",
+    ),
+    "list above": (
+        ANSWER,
+        '	__u8 answer AMONG("4,256") DOC("a");\n	__u8 pad2[7] HIDDEN;\n',
+        "process_exit: answer: 256 is more than the field can hold",
+    ),
     "nine strings": (
         ANSWER,
         "".join(f'	__u16 s{i} AS("str:text{i}") DOC("a");\n' for i in range(9))
@@ -549,8 +604,8 @@ MISTAKES = {
         "event_base.size must be there and have 4 bytes",
     ),
     "base without what is published": (
-        '	__u32 weight DOC("',
-        '	__u32 weight HIDDEN DOC("',
+        "	__u32 weight RANGE",
+        "	__u32 weight HIDDEN RANGE",
         "event_base.weight must be there and be published",
     ),
     "base without flags": (

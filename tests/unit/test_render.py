@@ -12,7 +12,7 @@ import struct
 import termios
 import time
 from collections.abc import Iterator
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
@@ -58,6 +58,8 @@ def filled(cls: type[Any], **values: Any) -> Any:
 
 
 def _zero(hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        return get_args(hint)[0]
     return filled(hint) if hasattr(hint, "__struct_fields__") else (get_origin(hint) or hint)()
 
 

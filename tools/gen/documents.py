@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-import msgspec
 
 from streamer.events.layout import KindInfo
+from streamer.events.schema import of_kind
 from tools.gen.model import Field, Model, Record
 from tools.gen.modules import words_of
 
@@ -16,21 +14,15 @@ _HEAD = """\
 <!-- GENERATED from bpf/events.h by `make gen`: do not edit. -->
 # Events
 
-One flat JSON object (or MessagePack map) per event. Every event of the kernel
-begins with the same fields:
+One flat JSON object (or MessagePack map) per event. A reader takes what it knows and ignores other
+fields: a later release may send more, and takes none away. `schemas/` has the values of
+each. Every event of the kernel begins with the same fields:
 """
 
 
 def schemas(structs: dict[str, type]) -> dict[str, str]:
     """The text of `schemas/KIND.json` for every published Struct."""
-    return {f"{kind}.json": pretty(_schema(kind, cls)) for kind, cls in structs.items()}
-
-
-def _schema(kind: str, cls: type) -> dict[str, Any]:
-    _, components = msgspec.json.schema_components([cls], ref_template="#/$defs/{name}")
-    own: dict[str, Any] = components.pop(cls.__name__)
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": kind}
-    return head | own | ({"$defs": components} if components else {})
+    return {f"{kind}.json": pretty(of_kind(kind, cls)) for kind, cls in structs.items()}
 
 
 def pretty(value: object) -> str:

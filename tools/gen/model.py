@@ -18,22 +18,41 @@ _PYTHON_TYPES |= {"bool": "bool", "flag": "bool", "invalid_utf8": "bool"}
 _PYTHON_TYPES |= {"id": "str", "const": "str"}
 
 # What the decoder reads for each way to publish a field, in bytes; others have any size.
+# Of every integer that is published so; the widest have no end that JSON Schema could be given.
+_RANGES: dict[str, tuple[int | None, int | None]] = {
+    **{f"u{bits}": (0, (1 << bits) - 1) for bits in (8, 16, 32)},
+    "s32": (-1 << 31, (1 << 31) - 1),
+    **dict.fromkeys(("u64", "ns", "time", "boottime"), (0, None)),
+}
+
 _SIZES = {"bool": 1, "names": 1, "ns": 8, "boottime": 8, "ip": 16, "str": 2, "argv": 2}
 
 
 class Field(NamedTuple):
-    """A published field: its layout in the record, its type and its meaning."""
+    """A published field: its layout in the record, its type, its values and its meaning.
+
+    `span` is what RANGE says, and `among` what AMONG does. An `optional` field is one that older
+    releases do not send.
+    """
 
     name: str
     op: str
     offset: int
     argument: object
     doc: str
+    span: tuple[int | None, int | None] | None = None
+    among: tuple[int | str, ...] = ()
+    optional: bool = False
 
     @property
     def type(self) -> str:
-        """The field's Python type."""
+        """The field's Python type, apart from what values it has."""
         return "int" if self.name == "schema" else _PYTHON_TYPES.get(self.op, "int")
+
+    @property
+    def range(self) -> tuple[int | None, int | None]:
+        """The least and the largest value of an integer; None where it has no such limit."""
+        return self.span or _RANGES.get(self.op, (None, None))
 
 
 class Base(NamedTuple):
@@ -85,6 +104,7 @@ class Model(NamedTuple):
     """All that is generated from. `header` is where the reader finds what it needs."""
 
     version: int
+    rings: tuple[str, ...]
     header: dict[str, int]
     base: Base
     task: tuple[Field, ...]
@@ -100,11 +120,19 @@ def read_model(btf: Btf) -> Model:
     header, base, task = _header(btf), _base(btf), _task(btf)
     return Model(
         version=btf.constant("event_schema", "SCHEMA_VERSION"),
+        rings=ring_names(btf),
         header=header,
         base=base,
         task=task,
         records=tuple(_record(btf, name, n, base, task) for name, n in kind_names(btf).items()),
     )
+
+
+def ring_names(btf: Btf) -> tuple[str, ...]:
+    """The rings in the order of their numbers: `("critical", "bulk")`."""
+    values = btf.enum("event_ring")
+    ordered = sorted((number, name) for name, number in values.items())
+    return tuple(name.removeprefix("RING_").lower() for _, name in ordered[:-1])
 
 
 def _header(btf: Btf) -> dict[str, int]:
@@ -120,19 +148,20 @@ def _base(btf: Btf) -> Base:
     """Fields made by the decoder, and the base's own."""
     own, at = _published(btf, "event_base"), _offsets(btf, "event_base")
     names = ("boot_ns", "seq", "cpu", "weight")
+    rings = ring_names(btf)
     missing = [name for name in names if name not in own] + [
         n for n in ("cut", "flags") if n not in at
     ]
     if missing:
         raise ContractError(f"event_base.{missing[0]} must be there and be published")
     head = (
-        Field("schema", "const", 0, "schema", "version of the meaning of the fields"),
+        Field("schema", "const", 0, "schema", "version of the meaning of the fields", (1, None)),
         Field("id", "id", 0, None, "unique and stable id: run, ring, cpu, seq"),
         Field("time_ns", "time", 0, None, "when it happened, nanoseconds since the epoch"),
         own.pop("boot_ns"),
         Field("host", "const", 0, "host", "name of the host"),
         Field("boot_id", "const", 0, "boot_id", "the kernel's random id of this boot"),
-        Field("ring", "const", 0, "ring", "ring that carried it: critical or bulk"),
+        Field("ring", "const", 0, "ring", "ring that carried it", None, rings),
         *(own.pop(name) for name in names[1:]),
         *own.values(),
     )
@@ -167,7 +196,7 @@ def _record(btf: Btf, name: str, number: int, base: Base, task: tuple[Field, ...
     ring, doc = btf.tag(type_id, "ring"), btf.tag(type_id, "doc")
     if ring is None or doc is None:
         raise ContractError(f"struct {name} needs RING and DOC")
-    if f"RING_{ring.upper()}" not in btf.enum("event_ring"):
+    if ring not in ring_names(btf):
         raise ContractError(f'struct {name}: RING("{ring}"), which is none of enum event_ring')
     if not _is(btf, struct, 0, "base"):
         raise ContractError(f"struct {name} must begin with `struct event_base base`")
@@ -233,11 +262,51 @@ def _fields(btf: Btf, type_id: int, member: Member) -> Iterator[Field]:
     doc = btf.tag(type_id, "doc", member.index)
     if doc is None:
         raise ContractError(f"struct {struct.name}: {member.name} needs DOC (or HIDDEN)")
+    where = f"struct {struct.name}: {member.name}"
     try:
-        yield from _shown(btf, struct, member, shown, argument, doc)
+        fields = list(_shown(btf, struct, member, shown, argument, doc))
     except (KeyError, ValueError):
-        where = f"struct {struct.name}: {member.name}"
         raise ContractError(f'{where}: cannot publish as "{shown}:{argument}"') from None
+    span, among, optional = (
+        btf.tag(type_id, key, member.index) for key in ("range", "among", "optional")
+    )
+    for field in fields:
+        limited = _limited(field, where, span, among)
+        yield limited._replace(optional=optional is not None)
+
+
+def _limited(field: Field, where: str, span: str | None, among: str | None) -> Field:
+    """The field with the values that RANGE or AMONG say of an integer."""
+    if span is None and among is None:
+        return field
+    try:
+        if field.type != "int" or None not in (span, among):
+            raise ValueError(field.type)
+        if among is not None:
+            values = tuple(map(int, among.split(",")))
+            return _within(field._replace(among=values), min(values), max(values), where)
+        low, high = _ends(span or "", field.range)
+    except ValueError:
+        raise ContractError(f"{where}: RANGE or AMONG that makes no sense") from None
+    return _within(field._replace(span=(low, high)), low, high, where)
+
+
+def _ends(text: str, most: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+    """The ends of `A..B`; where one is left out, that of the type."""
+    low, dots, high = text.partition("..")
+    if not dots:
+        raise ValueError(text)
+    return int(low) if low else most[0], int(high) if high else most[1]
+
+
+def _within(field: Field, low: int | None, high: int | None, where: str) -> Field:
+    """The field, if its C type holds these values."""
+    least, most = _RANGES.get(field.op, (None, None))
+    if least is not None and (low is None or low < least):
+        raise ContractError(f"{where}: {low} is less than the field can hold")
+    if most is not None and (high is None or high > most):
+        raise ContractError(f"{where}: {high} is more than the field can hold")
+    return field
 
 
 def _shown(
@@ -257,7 +326,8 @@ def _shown(
             version = {m.name: m.offset for m in struct.members}[argument]
             yield Field(name, "ip", offset, version, doc)
         case "names":
-            yield Field(name, "names", offset, tuple(argument.split(",")), doc)
+            names = tuple(argument.split(","))
+            yield Field(name, "names", offset, names, doc, among=tuple(dict.fromkeys(names)))
         case "str":
             yield Field(argument, "str", offset, None, doc)
         case "argv":

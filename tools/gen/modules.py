@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
+from streamer.events.schema import OPTIONAL
 from streamer.kernel.contract import Layout
 from streamer.kernel.tags import SensorInfo
 from tools.gen.model import Field, Model, Record
@@ -17,7 +18,7 @@ One Struct per kind of event, as it is published, and the layout table of its re
 # ruff: noqa: E501
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -25,6 +26,9 @@ from streamer.events.layout import FieldInfo, FieldLayout, KindInfo, RecordLayou
 
 SCHEMA_VERSION = {version}
 """The published `schema`: raised when a field changes its meaning."""
+
+Ring = Literal[{rings}]
+"""The rings, in the order of their numbers."""
 '''
 
 _OBJECTS_HEAD = '''"""GENERATED from bpf/ by `make gen`: do not edit.
@@ -43,9 +47,40 @@ _WORDS = {"int": "integer", "str": "string", "bool": "boolean"}
 _WORDS |= {"list[str]": "array of strings", "tuple[str, ...]": "array of strings"}
 
 
+# What the decoder makes of an address of either version.
+_ADDRESS = "^[0-9a-f:.]{2,45}$"
+
+
 def words_of(field: Field) -> str:
-    """A field's type in words, as JSON has it."""
-    return _WORDS[field.type]
+    """A field's type in words, as JSON has it, with its values where `events.h` says which."""
+    if field.among:
+        return " or ".join(map(json.dumps, field.among))
+    if field.span is None:
+        return _WORDS[field.type]
+    low, high = field.span
+    return f"integer from {low}" if high is None else f"integer from {low} to {high}"
+
+
+def _annotation(field: Field) -> str:
+    """The type of a Struct's attribute: with what a value may be, and what it means."""
+    kind = f"Literal[{', '.join(map(json.dumps, field.among))}]" if field.among else field.type
+    kind = "Ring" if field.name == "ring" else kind
+    return f"Annotated[{kind}, Meta({', '.join(_meta(field))})]"
+
+
+def _meta(field: Field) -> Iterator[str]:
+    low, high = (None, None) if field.among else field.range
+    if low is not None:
+        yield f"ge={low}"
+    if high is not None:
+        yield f"le={high}"
+    if field.op == "cstr":
+        yield f"max_length={int(str(field.argument)) - 1}"
+    if field.op == "ip":
+        yield f'pattern="{_ADDRESS}"'
+    yield f"description={_quoted(field.doc)}"
+    if field.optional:
+        yield f"extra={OPTIONAL!r}"
 
 
 # ------------------------------------------------------------------ events.py
@@ -53,7 +88,8 @@ def words_of(field: Field) -> str:
 
 def events_module(model: Model) -> str:
     """The text of `streamer/events/kinds.py`."""
-    parts = [_EVENTS_HEAD.format(version=model.version), *_bases(model)]
+    rings = ", ".join(map(_quoted, model.rings))
+    parts = [_EVENTS_HEAD.format(version=model.version, rings=rings), *_bases(model)]
     parts += [_struct(record) for record in model.records]
     parts += ["\n".join(_tables(model))]
     return "\n\n".join(parts)
@@ -75,9 +111,7 @@ def _struct(record: Record) -> str:
 def _attributes(fields: tuple[Field, ...]) -> str:
     if not fields:
         return "    pass\n"
-    return "".join(
-        f"    {f.name}: Annotated[{f.type}, Meta(description={_quoted(f.doc)})]\n" for f in fields
-    )
+    return "".join(f"    {field.name}: {_annotation(field)}\n" for field in fields)
 
 
 def _tables(model: Model) -> Iterator[str]:
@@ -126,7 +160,7 @@ def _layout(field: Field) -> str:
 
 
 def _info(field: Field) -> str:
-    return f'FieldInfo("{field.name}", "{words_of(field)}", {_quoted(field.doc)}),'
+    return f'FieldInfo("{field.name}", {_quoted(words_of(field))}, {_quoted(field.doc)}),'
 
 
 # ------------------------------------------------------------------ objects.py
