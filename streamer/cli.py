@@ -118,9 +118,9 @@ def plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    from streamer.config.loading import load, merge
+    from streamer.config.loading import load
 
-    return merge(load(arguments.config), _overrides(arguments))
+    return load(arguments.config, _overrides(arguments))
 
 
 def _overrides(arguments: argparse.Namespace) -> Overrides:
@@ -131,9 +131,7 @@ def _overrides(arguments: argparse.Namespace) -> Overrides:
     }
     names = _LISTS | {f"exclude_{name}": f"exclude_{key}" for name, key in _LISTS.items()}
     return Overrides(
-        settings={
-            name: given[name] for name in ("events", "host", "format", "log_level") if name in given
-        },
+        settings={name: given[name] for name in ("events", "host", "log_level") if name in given},
         filters={key: tuple(given[name]) for name, key in names.items() if name in given},
         sinks=tuple(given.get("sink", ())),
         encoding=given.get("encoding"),
@@ -173,7 +171,7 @@ def _events(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from streamer.config.loading import schema
+    from streamer.config.reference import schema
     from streamer.events.schema import any_of
     from streamer.terminal import tables as text
 
@@ -263,7 +261,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         help="stdout:, file:PATH, kafka://HOST:PORT/TOPIC, mqtt://[USER@]HOST:PORT/TOPIC; kafkas "
         "and mqtts with TLS; ?key=value sets more; may be repeated",
     )
-    group.add_argument("--format", choices=("native",), help="shape of the events")
     group.add_argument(
         "--encoding", choices=("json", "msgpack"), help="encoding, for every sink without its own"
     )

@@ -6,15 +6,14 @@ import mmap
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from typing import get_args
 
-from streamer.events.kinds import RECORDS, Ring
+from streamer.events.kinds import RECORDS
 from streamer.events.stream import CpuMark, KindCounts
 from streamer.kernel.objects import CONTRACT, KIND_END
 from streamer.kernel.state import size_of
+from streamer.kernel.tags import RINGS
 from streamer.ring.gaps import Loss
 
-RINGS: tuple[Ring, ...] = get_args(Ring)
 _AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}
 _CPU_BYTES = size_of("cpu_counters")
 _PER_KIND = struct.Struct("<4Q")  # struct kind_counters

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-import msgspec
 import uvloop
 
 from streamer.agent.allocator import keep_freed_memory
@@ -23,6 +22,7 @@ from streamer.agent.service import Outcome, Service
 from streamer.config.settings import Limits, Settings, StdoutSink
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.batch import Batch
+from streamer.events.envelope import host_name
 from streamer.events.stream import PreviousRun
 from streamer.kernel import capabilities, state
 from streamer.privilege.split import Split
@@ -41,8 +41,6 @@ def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> in
     Raises:
         StreamerError: what kept it from starting, or ended it.
     """
-    if not settings.sinks:
-        settings = msgspec.structs.replace(settings, sinks=(StdoutSink(),))
     keep_freed_memory()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to open anew
     line = StatusLine() if limits.status and os.isatty(2) else None
@@ -95,7 +93,7 @@ class Surroundings(NamedTuple):
 async def _run(
     settings: Settings, kinds: frozenset[str], limits: Limits, given: Surroundings
 ) -> Outcome:
-    host = settings.host or os.uname().nodename
+    host = host_name(settings.host)
     render = _render(settings, given.line)
     sinks = [make_sink(one, host, render, given.split.opener) for one in settings.sinks]
     names = [sink.name for sink in sinks]

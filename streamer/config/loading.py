@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from streamer.config.messages import explain
-from streamer.config.reference import documentation, schema
-from streamer.config.rules import problems
-from streamer.config.settings import Settings
+from streamer.config.messages import mistakes
+from streamer.config.rules import problems, unprintable
+from streamer.config.settings import AnySink, Settings, StdoutSink
 from streamer.config.sink_url import parse_sink
 from streamer.errors import ConfigError
-
-__all__ = ["Overrides", "decode", "documentation", "load", "merge", "parse_sink", "schema"]
 
 _AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
@@ -40,60 +38,50 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     color: str | None = None
 
 
-def load(path: Path | None) -> Settings:
-    """The settings in the TOML file at `path`; the defaults where it is None.
+NOTHING = Overrides()
+
+
+def load(path: Path | None, overrides: Overrides = NOTHING) -> Settings:
+    """The settings of the TOML file at `path`, if any, and the command line, which wins.
 
     Raises:
-        ConfigError: a file that cannot be read, is not TOML, or has a wrong setting.
+        ConfigError: a file that cannot be read, is not TOML, or has a wrong setting; or an
+            override that is wrong, or impossible together with the file.
     """
-    return Settings() if path is None else decode(_parse(_read(path), str(path)), str(path))
+    data = {} if path is None else _parse(_read(path), str(path))
+    settings = _decode(data, str(path), ())
+    if overrides == NOTHING:
+        return settings
+    filters = {**data.get("filters", {}), **overrides.filters}
+    merged = {**data, **overrides.settings, "filters": filters}
+    return _decode(merged, "command line", _sinks(settings, overrides))
 
 
-def merge(settings: Settings, overrides: Overrides) -> Settings:
-    """The settings with those of the command line in their place, and at least one sink.
-
-    Raises:
-        ConfigError: an override that is wrong, or impossible together with `settings`.
-    """
-    data: dict[str, Any] = msgspec.to_builtins(settings)
-    data.update(overrides.settings)
-    data["filters"] = data["filters"] | dict(overrides.filters)
-    data["sinks"] = _sinks(data["sinks"], overrides)
-    return decode(data, "command line")
-
-
-def decode(data: Mapping[str, Any], source: str) -> Settings:
-    """Settings from plain data; `source` begins the messages.
-
-    Raises:
-        ConfigError: the first mistake, as one line.
-    """
+def _decode(data: Mapping[str, Any], source: str, sinks: tuple[AnySink, ...]) -> Settings:
+    """Settings from plain data, and `sinks` in place of its own; `source` begins the messages."""
     try:
         settings = msgspec.convert(data, Settings)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {explain(error, data, Settings)}") from None
-    for problem in problems(settings):
+    except msgspec.ValidationError:
+        raise ConfigError(f"{source}: {next(mistakes(data, Settings))}") from None
+    sinks = sinks or settings.sinks or Settings().sinks
+    settings = msgspec.structs.replace(settings, sinks=sinks)
+    for problem in chain(unprintable(data), problems(settings)):
         raise ConfigError(f"{source}: {problem}")
     return settings
 
 
-def _sinks(sinks: Sequence[dict[str, Any]], overrides: Overrides) -> list[dict[str, Any]]:
+def _sinks(settings: Settings, overrides: Overrides) -> tuple[AnySink, ...]:
+    """Those of the command line; without one, the others as it would have them."""
+    given = {"encoding": overrides.encoding} if overrides.encoding else {}
+    color = {"color": overrides.color} if overrides.color else {}
     if overrides.sinks:
-        return [_from_url(url, overrides) for url in overrides.sinks]
-    return [sink | _defaults(sink["type"], overrides) for sink in sinks or [{"type": "stdout"}]]
-
-
-def _from_url(url: str, overrides: Overrides) -> dict[str, Any]:
-    sink = parse_sink(url, _defaults(url.partition(":")[0], overrides))
-    data: dict[str, Any] = msgspec.to_builtins(sink)
-    return data
-
-
-def _defaults(sink_type: str, overrides: Overrides) -> dict[str, str]:
-    named = {"encoding": overrides.encoding}
-    if sink_type == "stdout":
-        named["color"] = overrides.color
-    return {key: value for key, value in named.items() if value is not None}
+        schemes = (url.partition(":")[0] for url in overrides.sinks)
+        defaults = (given | color if scheme == "stdout" else given for scheme in schemes)
+        return tuple(map(parse_sink, overrides.sinks, defaults))
+    return tuple(
+        msgspec.structs.replace(sink, **given, **(color if isinstance(sink, StdoutSink) else {}))
+        for sink in settings.sinks
+    )
 
 
 def _read(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Configuration mistakes in words: where, what was found, what is allowed.
 
-msgspec stops at the first mistake and says where it is, as `$.sinks[0].port`, but not what it
-found there. So the data and the types are walked along that path, and the words are made here.
+msgspec says that data is not of a type, but not what it found there. So where it refuses, data
+and type are walked together, and the words are made here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import inspect
@@ -20,31 +20,27 @@ from msgspec import inspect
 MAX_SHOWN = 60
 """Most characters of a found value that a message repeats."""
 
-_STEP = re.compile(r"\.(\w+)|\[(\d+)\]|\[(\.\.\.)\]")
-_SOME_ENTRY = "..."
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _HUGE = 1 << 128
 
 
-@cache
-def type_of(root: Any) -> inspect.Type:
-    """What msgspec knows of a type, with the limits and descriptions of its fields."""
-    return inspect.type_info(root)
+def mistakes(value: Any, hint: Any, key: str = "", *, strict: bool = True) -> Iterator[str]:
+    """Every place at which `value`, itself found at `key`, is not of the type `hint`.
 
-
-def explain(error: msgspec.ValidationError, data: Any, root: Any) -> str:
-    """The mistake that msgspec met when it converted `data` into the type `root`.
-
-    One line without the source: `rings.bulk_bytes: found "big" (string), allowed: …`.
+    One line each, without the source: `rings.bulk_bytes: found "big" (string), allowed: …`.
+    `strict` as for `msgspec.convert`.
     """
-    node, value, key = type_of(root), data, ""
-    for step in _steps(str(error)):
-        if step == _SOME_ENTRY:
-            step = _wrong_entry(node, value)
-        node = _child(node, value, step)
-        value = value[step]
-        key = join(key, step)
-    return _mistake(key, value, node)
+    parts = list(_parts(hint))
+    tables = [part for part in parts if isinstance(part, type) and issubclass(part, msgspec.Struct)]
+    if tables and isinstance(value, Mapping):
+        yield from _in_table(value, tables, key, strict)
+        return
+    try:
+        msgspec.convert(value, hint, strict=strict)
+    except msgspec.ValidationError:
+        inner = (mistakes(*one, strict=strict) for one in _inner(value, parts, key))
+        deeper = [line for lines in inner for line in lines]
+        yield from deeper or [mistake(key, value, allowed(inspect.type_info(hint)))]
 
 
 def mistake(key: str, value: Any, allowed_values: str) -> str:
@@ -57,7 +53,8 @@ def join(key: str, step: str | int) -> str:
     """`sinks`, then 0, then `port` become `sinks[0].port`."""
     if isinstance(step, int):
         return f"{key}[{step}]"
-    name = step if _BARE_KEY.fullmatch(step) else quoted(step)
+    plain = len(step) <= MAX_SHOWN and _BARE_KEY.fullmatch(step)
+    name = step if plain else quoted(step)
     return f"{key}.{name}" if key else name
 
 
@@ -94,8 +91,10 @@ def allowed(node: inspect.Type) -> str:
             return str((node.extra or {}).get("allowed") or allowed(node.type))
         case inspect.IntType() | inspect.FloatType():
             return _numbers(node)
+        case inspect.StrType(max_length=int(most)):
+            return f"a string of {node.min_length or 0} to {most} characters"
         case inspect.StrType():
-            return _texts(node)
+            return "a non-empty string" if node.min_length else "a string"
         case inspect.BoolType():
             return "true or false"
         case inspect.VarTupleType():
@@ -103,98 +102,66 @@ def allowed(node: inspect.Type) -> str:
             return f"{few} (each: {allowed(node.item_type)})"
         case inspect.DictType():
             return f"a table (each: {allowed(node.value_type)})"
-        case inspect.StructType():
-            return "a table" if node.tag is None else f"a table with type = {_listing([node.tag])}"
-    return _either(node)
-
-
-def structs(node: inspect.Type) -> tuple[inspect.StructType, ...]:
-    """The tables among the types that `node` allows."""
-    match node:
-        case inspect.Metadata():
-            return structs(node.type)
+        case inspect.StructType(tag=None):
+            return "a table"
+        case inspect.StructType() | inspect.LiteralType():
+            return _choice([node])
         case inspect.UnionType():
-            return tuple(table for part in node.types for table in structs(part))
-        case inspect.StructType():
-            return (node,)
-    return ()
+            return _choice(node.types)
+    raise TypeError(f"no setting is of type {node}")
 
 
-def item(node: inspect.Type) -> inspect.Type | None:
-    """The type of the items of an array; None where `node` is no array."""
-    if isinstance(node, inspect.Metadata):
-        return item(node.type)
-    return node.item_type if isinstance(node, inspect.VarTupleType) else None
+def listing(values: Iterable[Any]) -> str:
+    """The values with commas between them, as in JSON."""
+    return ", ".join(map(json.dumps, values))
 
 
-def _entries(node: inspect.Type) -> inspect.Type | None:
-    """The type of the values of a table with keys of any name; None where `node` is none."""
-    if isinstance(node, inspect.Metadata):
-        return _entries(node.type)
-    return node.value_type if isinstance(node, inspect.DictType) else None
+def _parts(hint: Any) -> Iterator[Any]:
+    """The types that a type hint allows, without what `Annotated` says of them."""
+    if get_origin(hint) is Annotated:
+        yield from _parts(get_args(hint)[0])
+    elif get_origin(hint) in (Union, UnionType):
+        for part in get_args(hint):
+            yield from _parts(part)
+    else:
+        yield hint
 
 
-def _steps(text: str) -> Iterator[str | int]:
-    path = text.rpartition(" - at `$")[2] if " - at `$" in text else ""
-    for name, index, some in _STEP.findall(path):
-        yield name or some or int(index)
+def _inner(value: Any, parts: list[Any], key: str) -> Iterator[tuple[Any, Any, str]]:
+    """The entries of an array or table: each with its type and key."""
+    for part in parts:
+        arguments = get_args(part)
+        if get_origin(part) is tuple and isinstance(value, list | tuple):
+            yield from ((one, arguments[0], join(key, i)) for i, one in enumerate(value))
+        if get_origin(part) is dict and isinstance(value, Mapping):
+            yield from ((one, arguments[1], join(key, name)) for name, one in value.items())
 
 
-def _wrong_entry(node: inspect.Type, value: Mapping[str, Any]) -> str:
-    """The first key in a table of numbers whose value is wrong: msgspec does not say which."""
-    numbers = _entries(node)
-    assert isinstance(numbers, inspect.IntType)
-    low, high = numbers.ge or 0, numbers.le or _HUGE
-    return next(
-        key for key, found in value.items() if type(found) is not int or not low <= found <= high
-    )
+def _in_table(value: Mapping[str, Any], tables: list[Any], key: str, strict: bool) -> Iterator[str]:
+    table, tag = tables[0], tables[0].__struct_config__.tag_field
+    if tag is not None:
+        by_tag = {one.__struct_config__.tag: one for one in tables}
+        named = value.get(tag)
+        if not isinstance(named, str) or named not in by_tag:
+            where, choices = join(key, tag), listing(by_tag)
+            lacks = f"{where}: missing, allowed: {choices}"
+            yield mistake(where, named, choices) if tag in value else lacks
+            return
+        table = by_tag[named]
+    hints = get_type_hints(table, include_extras=True)
+    for name, part in value.items():
+        if name in hints:
+            yield from mistakes(part, hints[name], join(key, name), strict=strict)
+        elif name != tag:
+            known = sorted([*hints, tag] if tag else hints)
+            yield _unknown_key(join(key, name), name, known)
+    for field in msgspec.structs.fields(table):
+        if field.required and field.name not in value:
+            where, node = join(key, field.name), inspect.type_info(hints[field.name])
+            yield f"{where}: missing, allowed: {allowed(node)}"
 
 
-def _child(node: inspect.Type, value: Any, step: str | int) -> inspect.Type:
-    if entries := _entries(node):
-        return entries
-    if isinstance(step, int):
-        inner = item(node)
-        assert inner is not None, "msgspec gives indices into arrays only"
-        return inner
-    tables = structs(node)
-    if step == tables[0].tag_field:
-        return _tags(tables)
-    table = _table(tables, value)
-    return next(field.type for field in table.fields if field.encode_name == step)
-
-
-def _table(tables: Sequence[inspect.StructType], value: Any) -> inspect.StructType:
-    """The table of several that the tag in `value` chooses."""
-    tag = value.get(tables[0].tag_field) if tables[0].tag_field else None
-    return next(table for table in tables if table.tag == tag)
-
-
-def _tags(tables: Iterable[inspect.StructType]) -> inspect.LiteralType:
-    return inspect.LiteralType(tuple(str(table.tag) for table in tables))
-
-
-def _mistake(key: str, value: Any, node: inspect.Type) -> str:
-    tables = structs(node)
-    if not tables or not isinstance(value, Mapping):
-        return mistake(key, value, allowed(node))
-    tag_field = tables[0].tag_field
-    if tag_field is not None and tag_field not in value:
-        return f"{join(key, tag_field)}: missing, allowed: {allowed(_tags(tables))}"
-    return _table_mistake(key, value, _table(tables, value))
-
-
-def _table_mistake(key: str, value: Mapping[str, Any], table: inspect.StructType) -> str:
-    names = [field.encode_name for field in table.fields]
-    known = {*names, table.tag_field} if table.tag_field else set(names)
-    for name in value:
-        if name not in known:
-            return unknown_key(join(key, name), name, sorted(known))
-    lacking = next(field for field in table.fields if field.required and field.name not in value)
-    return f"{join(key, lacking.encode_name)}: missing, allowed: {allowed(lacking.type)}"
-
-
-def unknown_key(key: str, name: str, known: Sequence[str]) -> str:
+def _unknown_key(key: str, name: str, known: Sequence[str]) -> str:
     """`key: unknown key, …` with the nearest of the `known` names, if one is near."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
@@ -202,46 +169,18 @@ def unknown_key(key: str, name: str, known: Sequence[str]) -> str:
 
 
 def _numbers(node: inspect.IntType | inspect.FloatType) -> str:
+    limits = ((" from ", node.ge), (" above ", node.gt), (" to ", node.le))
+    text = "".join(f"{word}{limit}" for word, limit in limits if limit is not None)
     noun = "an integer" if isinstance(node, inspect.IntType) else "a number"
-    low = "" if node.gt is None else f" above {_number(node.gt)}"
-    low = low if node.ge is None else f" from {_number(node.ge)}"
-    upto = " to" if node.gt is None else " and at most"
-    high = "" if node.le is None else f"{upto} {_number(node.le)}"
-    return f"{noun}{low}{high}"
+    return noun + (text.replace(" to ", " and at most ") if node.gt is not None else text)
 
 
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:g}"
-
-
-def _texts(node: inspect.StrType) -> str:
-    if node.max_length is not None:
-        return f"a string of {node.min_length or 0} to {node.max_length} characters"
-    return "a non-empty string" if node.min_length else "a string"
-
-
-def _either(node: inspect.Type) -> str:
-    """A choice: TOML has no null, so `None` is a key left out and is not mentioned."""
-    tables = structs(node)
-    if len(tables) > 1:
-        return f"a table with type = {_listing(table.tag for table in tables)}"
-    words = [_listing(literals)] if (literals := list(_literals(node))) else []
-    if isinstance(node, inspect.UnionType):
-        words += [allowed(part) for part in node.types if not _is_choice(part)]
-    return " or ".join(words)
-
-
-def _is_choice(node: inspect.Type) -> bool:
-    return isinstance(node, inspect.LiteralType | inspect.NoneType)
-
-
-def _literals(node: inspect.Type) -> Iterator[Any]:
-    if isinstance(node, inspect.LiteralType):
-        yield from node.values
-    elif isinstance(node, inspect.UnionType):
-        for part in node.types:
-            yield from _literals(part)
-
-
-def _listing(values: Iterable[Any]) -> str:
-    return ", ".join(json.dumps(value) for value in values)
+def _choice(nodes: Iterable[inspect.Type]) -> str:
+    """One of several: TOML has no null, so `None` is a key left out and is not mentioned."""
+    literals = [one for n in nodes if isinstance(n, inspect.LiteralType) for one in n.values]
+    tags = [n.tag for n in nodes if isinstance(n, inspect.StructType) and n.tag is not None]
+    words = [listing(literals)] if literals else []
+    words += [f"a table with type = {listing(tags)}"] if tags else []
+    named = (inspect.LiteralType, inspect.NoneType)
+    others = [n for n in nodes if not isinstance(n, named) and not getattr(n, "tag", None)]
+    return " or ".join([*words, *map(allowed, others)])

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from streamer.config.messages import allowed, item, structs, type_of
+from streamer.config.messages import allowed
 from streamer.config.selection import DEFAULT_EVENTS
 from streamer.config.settings import Settings
 
@@ -93,7 +93,7 @@ def schema() -> dict[str, Any]:
 
 
 def _sections() -> Iterator[str]:
-    (root,) = structs(type_of(Settings))
+    (root,) = structs(inspect.type_info(Settings))
     yield "## Top level\n"
     yield from _table(root)
     for field in root.fields:
@@ -143,5 +143,24 @@ def _default(field: inspect.Field) -> str:
         return "`{}`"
     if field.default is msgspec.NODEFAULT or field.default is None:
         return "none" if field.default is None else "see below"
-    default = json.dumps(field.default)
+    default = json.dumps(msgspec.to_builtins(field.default))
     return f"`{default}`"
+
+
+def structs(node: inspect.Type) -> tuple[inspect.StructType, ...]:
+    """The tables among the types that `node` allows."""
+    match node:
+        case inspect.Metadata():
+            return structs(node.type)
+        case inspect.UnionType():
+            return tuple(table for part in node.types for table in structs(part))
+        case inspect.StructType():
+            return (node,)
+    return ()
+
+
+def item(node: inspect.Type) -> inspect.Type | None:
+    """The type of the items of an array; None where `node` is no array."""
+    if isinstance(node, inspect.Metadata):
+        return item(node.type)
+    return node.item_type if isinstance(node, inspect.VarTupleType) else None

@@ -197,7 +197,7 @@ class Sasl(Section, frozen=True, kw_only=True):
     password_file: Annotated[Text | None, doc("File that holds the password.")] = None
 
 
-class SinkCommon(Section, tag_field="type", frozen=True, kw_only=True):
+class SinkCommon(Section, tag_field="type", omit_defaults=True, frozen=True, kw_only=True):
     """What every sink has. `on_full = "auto"` pauses reading for an only sink, and drops (and
     accounts) for one of several, so that a dead sink does not stall the others.
     """
@@ -324,7 +324,6 @@ class Settings(Section, frozen=True, kw_only=True):
     btf: Annotated[
         Text | None, doc("BTF file of the running kernel, where the kernel offers none.")
     ] = None
-    format: Annotated[Literal["native"], doc("Shape of the published events.")] = "native"
     heartbeat_seconds: Annotated[
         HeartbeatSeconds, doc("Time between two `stream.heartbeat` events.")
     ] = 10.0
@@ -350,9 +349,9 @@ class Settings(Section, frozen=True, kw_only=True):
     filters: Annotated[Filters, doc("Filters, applied in the kernel.")] = field(
         default_factory=Filters
     )
-    sinks: Annotated[
-        tuple[AnySink, ...], doc("Where events go. Without one, standard output.")
-    ] = ()
+    sinks: Annotated[tuple[AnySink, ...], doc("Where events go. Without one, standard output.")] = (
+        StdoutSink(),
+    )
 
 
 class Limits(Struct, frozen=True, kw_only=True):

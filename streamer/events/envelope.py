@@ -31,12 +31,17 @@ def run_id(boot_id: str, boot_ns: int) -> str:
     return hashlib.sha256(f"{boot_id}/{boot_ns}".encode()).hexdigest()[:16]
 
 
+def host_name(configured: str | None) -> str:
+    """The name to publish: as configured, else the kernel's nodename."""
+    return configured or os.uname().nodename
+
+
 class Envelope:
     """The identity of this run, and a maker of stream records."""
 
     def __init__(self, host: str | None = None) -> None:
-        """`host` is the name to publish; the kernel's nodename unless given."""
-        self.host = host or os.uname().nodename
+        """`host` is the name as configured."""
+        self.host = host_name(host)
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.run_id = run_id(self.boot_id, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         self._numbers = count(1)

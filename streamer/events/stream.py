@@ -5,7 +5,7 @@ They travel with the events, so that a consumer needs nothing else to know what 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct
 
@@ -15,6 +15,8 @@ Count = Annotated[int, Meta(ge=0)]
 Pid = Annotated[int, Meta(ge=0, le=4194304)]
 Cpu = Annotated[int, Meta(ge=0, le=65535)]
 Seq = Annotated[int, Meta(ge=1)]
+# One of `Ring`, for code that has it as a string.
+RingName = Annotated[str, Meta(pattern=f"^({'|'.join(get_args(Ring))})$")]
 Stage = Literal["kernel", "decode", "sink", "stop"]
 Status = Literal["starting", "up", "down", "closed"]
 
@@ -69,7 +71,7 @@ class ProgramReport(Struct, gc=False):
 class SeqRange(Struct, gc=False):
     """Sequence numbers of one ring and CPU."""
 
-    ring: Annotated[Ring, Meta(description="ring")]
+    ring: Annotated[RingName, Meta(description="ring")]
     cpu: Annotated[Cpu, Meta(description="CPU")]
     seq_from: Annotated[Seq, Meta(description="first")]
     seq_to: Annotated[Seq, Meta(description="last")]
@@ -145,7 +147,7 @@ class KindCounts(Struct, gc=False):
 class CpuMark(Struct, gc=False):
     """How far the sequence of one ring on one CPU has come."""
 
-    ring: Annotated[Ring, Meta(description="ring")]
+    ring: Annotated[RingName, Meta(description="ring")]
     cpu: Annotated[Cpu, Meta(description="CPU")]
     seq: Annotated[Count, Meta(description="last sequence number taken in the kernel")]
     read: Annotated[Count, Meta(description="last sequence number that the reader has passed")]
@@ -210,7 +212,7 @@ class StreamLoss(StreamRecord, tag="stream.loss", gc=False):
     ]
     count: Annotated[Count, Meta(description="how many")]
     kinds: Annotated[dict[str, Count], Meta(description="how many per kind, where that is known")]
-    ring: Annotated[Ring | None, Meta(description="ring, if in the kernel")] = None
+    ring: Annotated[RingName | None, Meta(description="ring, if in the kernel")] = None
     cpu: Annotated[Cpu | None, Meta(description="CPU, if in the kernel")] = None
     seq_from: Annotated[
         Seq | None, Meta(description="first missing sequence number, if in the kernel")

@@ -86,7 +86,7 @@ def test_every_option_of_run(tmp_path: Path) -> None:
     file.write_text('log_level = "debug"\n[filters]\npids = [9]\nuids = [7]\n')
     got = planned(
         *("run", "-c", str(file), "--events", "default,file.*", "--events", "!process.fork"),
-        *("--sink", "file:x", "--sink", "kafka://h/t?encoding=json", "--format", "native"),
+        *("--sink", "file:x", "--sink", "kafka://h/t?encoding=json"),
         *("--encoding", "msgpack", "--duration", "5m", "--max-events", "10", "--no-status"),
         *("--host", "web-1", "--color", "never"),
         *("--pid", "1", "--pid", "2", "--exclude-pid", "3", "--comm", "sshd"),

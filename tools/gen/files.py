@@ -37,19 +37,19 @@ def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
     events = _execute(source)
     kinds: dict[str, type] = {kind: info.struct for kind, info in events.KINDS.items()}
     # Imported only now: these import the modules, which may have been stale until this moment.
-    from streamer.config import loading
+    from streamer.config import reference
     from streamer.events.stream import STREAM_KINDS
     from streamer.terminal.tables import stream_kind
 
     own = STREAM_KINDS
     for name, text in schemas(kinds | own).items():
         yield root / "schemas" / name, text
-    yield root / "schemas" / "config.schema.json", pretty(loading.schema())
+    yield root / "schemas" / "config.schema.json", pretty(reference.schema())
     yield (
         root / "docs" / "events.md",
         events_page(model, [stream_kind(kind, struct) for kind, struct in own.items()]),
     )
-    yield root / "docs" / "configuration.md", loading.documentation()
+    yield root / "docs" / "configuration.md", reference.documentation()
 
 
 def _read(directory: Path) -> dict[str, Btf]:
