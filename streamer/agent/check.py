@@ -7,7 +7,7 @@ from typing import Literal
 
 from streamer.config.settings import Settings
 from streamer.errors import StreamerError
-from streamer.kernel import capabilities, loader, state
+from streamer.kernel import capabilities, cgroups, loader, state
 from streamer.kernel.report import CheckReport
 from streamer.kernel.state import KindStatus, ProgramStatus
 from streamer.privilege.split import with_helper
@@ -60,6 +60,7 @@ def _features(settings: Settings, reason: str, no_functions: str) -> dict[str, s
         "load": reason or "yes",
         "fentry": no_functions or "yes",
         "tracefs": tracefs or "yes",
+        "cgroup ids": cgroups.what_is_unseen() or "yes",
         "decoder": _decoder(),
     }
 

@@ -14,7 +14,7 @@ from streamer.agent.counters import KernelCounters, LossLedger, faults
 from streamer.agent.losses import Lost
 from streamer.config.settings import Filters
 from streamer.events.envelope import Envelope
-from streamer.events.kinds import KINDS
+from streamer.events.kinds import KINDS, TaskEvent
 from streamer.events.stream import (
     KindCounts,
     KindReport,
@@ -27,6 +27,7 @@ from streamer.events.stream import (
     StreamLoss,
     StreamManifest,
 )
+from streamer.kernel.cgroups import what_is_unseen as cgroups_unseen
 from streamer.kernel.state import KernelState
 from streamer.ring.reader import RingReader
 from streamer.sinks.base import Sink
@@ -73,14 +74,14 @@ class Reporter:
         return self._envelope.record(
             StreamManifest,
             agent=__version__,
-            agent_pid=os.getpid(),
+            agent_pid=self._kernel.identity.pids[0],
             initial_mntns=self._kernel.identity.initial_mntns,
             kernel=system.release,
             machine=system.machine,
             cpu_count=self._kernel.cpus,
             ring_bytes=dict(self._kernel.ring_bytes),
             coverage={
-                kind: KindReport(state.status, state.reason, KINDS[kind].unseen)
+                kind: KindReport(state.status, state.reason, unseen_of(kind))
                 for kind, state in self._kernel.coverage(frozenset(kinds)).items()
             },
             programs=[
@@ -190,6 +191,14 @@ class Reporter:
             incomplete=sum(d.incomplete for d in decoders),
             pauses=self._reader.pauses,
         )
+
+
+def unseen_of(kind: str) -> tuple[str, ...]:
+    """What is never observed of a kind, on this host."""
+    info, cgroups = KINDS[kind], cgroups_unseen()
+    return (
+        (*info.unseen, cgroups) if cgroups and issubclass(info.struct, TaskEvent) else info.unseen
+    )
 
 
 def filters_in_force(filters: Filters) -> dict[str, list[str]]:

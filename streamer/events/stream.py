@@ -47,7 +47,7 @@ class KindReport(Struct, gc=False):
     ]
     reason: Annotated[str, Meta(description="why not fully; empty if it is")]
     unseen: Annotated[
-        tuple[str, ...], Meta(description="what is never observed of it, on any kernel")
+        tuple[str, ...], Meta(description="what is never observed of it, on this host or any")
     ]
 
 
@@ -113,7 +113,9 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
     """What is observed, what is not, and why. Sent when the agent starts, and every hour."""
 
     agent: Annotated[str, Meta(description="version of the agent")]
-    agent_pid: Annotated[Pid, Meta(description="process id of the agent")]
+    agent_pid: Annotated[
+        Pid, Meta(description="process id of the agent, in the initial pid namespace")
+    ]
     initial_mntns: Annotated[
         Count,
         Meta(description="inode number of the mount namespace of the host's init; 0: unknown"),

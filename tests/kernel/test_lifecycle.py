@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from streamer.kernel.cgroups import IN_ROOT, what_is_unseen
 from tests.brokers import free_port
 from tests.kernel.agent import ROOT, Agent, decoded
 from tests.kernel.pace import seconds
@@ -134,3 +137,32 @@ def test_an_unknown_key(tmp_path: Path) -> None:
     (line,) = ended.stderr.splitlines()
     assert f"{tmp_path}/bad.toml" in line
     assert "bulk_byte" in line
+
+
+def test_in_a_pid_namespace_the_agent_has_the_pid_that_events_would_carry(
+    scope: Scope, tmp_path: Path
+) -> None:
+    """What the host calls it, and not what it is called within."""
+    inside = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    with Agent(tmp_path, *scope.options, events="process.exec", prefix=inside) as agent:
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        (pid,) = map(int, children)  # of unshare
+        os.kill(pid, signal.SIGTERM)
+        recording = agent.wait()
+    assert (recording.returncode, recording.manifest.agent_pid) == (0, pid)
+    recording.check()
+
+
+def test_the_manifest_says_where_cgroup_ids_say_nothing(tmp_path: Path) -> None:
+    """Where it does, a process that is put nowhere has the id of the root."""
+    program = tmp_path / "nowhere"
+    shutil.copy("/bin/true", program)
+    options = ("--comm", program.name)
+    with Agent(tmp_path / "agent", *options, events="process.exec") as agent:
+        subprocess.run([program], check=True)
+        agent.wait_for(b'{"event":"process.exec"')
+        recording = agent.stop(check=False)
+    said = any(IN_ROOT in report.unseen for report in recording.manifest.coverage.values())
+    assert said == bool(what_is_unseen())
+    (event,) = recording.of("process.exec")
+    assert event.cgroup_id == 1 or not said
