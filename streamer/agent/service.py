@@ -71,7 +71,7 @@ class Service:
         self._previous = previous
         self._started_ns = time.time_ns()
         self._finished = False
-        self.envelope = envelope = Envelope(settings.host)
+        self.envelope = envelope = Envelope(settings.host, rfc3339_time=settings.rfc3339_time)
         self.reader = RingReader(
             [
                 RingSource(name, fd, kernel.ring_bytes[name], envelope, kernel.cpus)

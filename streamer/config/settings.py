@@ -324,6 +324,13 @@ class Settings(Section, frozen=True, kw_only=True):
     btf: Annotated[
         Text | None, doc("BTF file of the running kernel, where the kernel offers none.")
     ] = None
+    rfc3339_time: Annotated[
+        bool,
+        doc(
+            "Whether every event also has `time`: its `time_ns` in RFC 3339 with nine digits, for "
+            "readers that round large numbers, such as jq before 1.7 and JavaScript."
+        ),
+    ] = False
     heartbeat_seconds: Annotated[
         HeartbeatSeconds, doc("Time between two `stream.heartbeat` events.")
     ] = 10.0

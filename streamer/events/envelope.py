@@ -9,18 +9,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec import UNSET
+
+from streamer.events.clock import clock_offset_ns, rfc3339
 from streamer.events.kinds import SCHEMA_VERSION
 from streamer.events.stream import StreamRecord
 
 _Record = TypeVar("_Record", bound=StreamRecord)
-
-
-def clock_offset_ns() -> int:
-    """What to add to a time since boot to get the time since the epoch, in nanoseconds.
-
-    It changes whenever the clock is set, so it is read again every second.
-    """
-    return time.clock_gettime_ns(time.CLOCK_REALTIME) - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def run_id(boot_id: str, boot_ns: int) -> str:
@@ -39,9 +34,10 @@ def host_name(configured: str | None) -> str:
 class Envelope:
     """The identity of this run, and a maker of stream records."""
 
-    def __init__(self, host: str | None = None) -> None:
-        """`host` is the name as configured."""
+    def __init__(self, host: str | None = None, *, rfc3339_time: bool = False) -> None:
+        """`host` is the name as configured. With `rfc3339_time` records say their time in words."""
         self.host = host_name(host)
+        self.rfc3339_time = rfc3339_time
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.run_id = run_id(self.boot_id, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         self._numbers = count(1)
@@ -53,6 +49,7 @@ class Envelope:
             "host": self.host,
             "boot_id": self.boot_id,
             "ring": ring,
+            "time": UNSET,
         }
 
     def id_prefix(self, ring: str) -> str:
@@ -62,15 +59,17 @@ class Envelope:
     def record(self, cls: type[_Record], **fields: Any) -> _Record:
         """A record of the stream itself, of now."""
         boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        time_ns = boot_ns + clock_offset_ns()
         seq = next(self._numbers)
         return cls(
             schema=SCHEMA_VERSION,
             id=f"{self.run_id}-stream-{seq}",
-            time_ns=boot_ns + clock_offset_ns(),
+            time_ns=time_ns,
             boot_ns=boot_ns,
             host=self.host,
             boot_id=self.boot_id,
             run_id=self.run_id,
             seq=seq,
+            time=rfc3339(time_ns) if self.rfc3339_time else UNSET,
             **fields,
         )

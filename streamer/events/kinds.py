@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
+from streamer.events.clock import Timed
 from streamer.events.layout import FieldInfo, FieldLayout, KindInfo, RecordLayout
 
 SCHEMA_VERSION = 3
@@ -19,7 +20,7 @@ Ring = Literal["critical", "bulk"]
 """The rings, in the order of their numbers."""
 
 
-class Event(Struct, tag_field="event", gc=False):
+class Event(Timed, tag_field="event", gc=False):
     """What every event begins with."""
 
     schema: Annotated[int, Meta(ge=1, description="version of the meaning of the fields")]
@@ -196,6 +197,10 @@ _TASK = (
     FieldLayout("comm", "cstr", 80, 16),
 )
 
+_END = (
+    FieldLayout("time", "const", 0, 'time'),
+)
+
 RECORDS: dict[int, RecordLayout] = {
     1: RecordLayout("process.exec", ProcessExec, 184, 37048, (
         *_BASE,
@@ -225,6 +230,7 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("exe_deleted", "bool", 159, None),
         FieldLayout("exe_memfd", "bool", 160, None),
         FieldLayout("parent_comm", "cstr", 168, 16),
+        *_END,
     )),
     2: RecordLayout("process.fork", ProcessFork, 128, 128, (
         *_BASE,
@@ -237,6 +243,7 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("child_ppid", "u32", 116, None),
         FieldLayout("child_pidns", "u32", 120, None),
         FieldLayout("child_ns_pid", "u32", 124, None),
+        *_END,
     )),
     3: RecordLayout("process.exit", ProcessExit, 128, 128, (
         *_BASE,
@@ -248,6 +255,7 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("exit_code", "u32", 112, None),
         FieldLayout("signal", "u32", 116, None),
         FieldLayout("core_dumped", "bool", 120, None),
+        *_END,
     )),
     16: RecordLayout("file.open", FileOpen, 144, 8336, (
         *_BASE,
@@ -264,6 +272,7 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("mntns", "u32", 132, None),
         FieldLayout("path", "str", 136, None),
         FieldLayout("mntns_initial", "bool", 138, None),
+        *_END,
     )),
     32: RecordLayout("net.connect", NetConnect, 152, 152, (
         *_BASE,
@@ -280,6 +289,7 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("owner_known", "bool", 118, None),
         FieldLayout("local_addr", "ip", 120, 116),
         FieldLayout("remote_addr", "ip", 136, 116),
+        *_END,
     )),
     33: RecordLayout("net.accept", NetAccept, 144, 144, (
         *_BASE,
@@ -295,6 +305,7 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("owner_known", "bool", 110, None),
         FieldLayout("local_addr", "ip", 112, 108),
         FieldLayout("remote_addr", "ip", 128, 108),
+        *_END,
     )),
     34: RecordLayout("net.close", NetClose, 168, 168, (
         *_BASE,
@@ -313,6 +324,7 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("owner_known", "bool", 134, None),
         FieldLayout("local_addr", "ip", 136, 132),
         FieldLayout("remote_addr", "ip", 152, 132),
+        *_END,
     )),
 }
 """The layout of each kind's records, by number."""
@@ -346,6 +358,10 @@ _TASK_INFO = (
     FieldInfo("comm", "string", "name of the task, at most 15 bytes"),
 )
 
+_END_INFO = (
+    FieldInfo("time", "string", "at the end, with `rfc3339_time` alone: the same as `time_ns`, in RFC 3339"),
+)
+
 KINDS: dict[str, KindInfo] = {
     "process.exec": KindInfo("process.exec", ProcessExec, "critical", "A process executed a new program.", (
         *_BASE_INFO,
@@ -373,6 +389,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("exe_deleted", "boolean", "whether the file that runs has been deleted: `exe` is where it was"),
         FieldInfo("exe_memfd", "boolean", "whether it is a memory file, in no directory at all"),
         FieldInfo("parent_comm", "string", "name of the parent"),
+        *_END_INFO,
     ), ()),
     "process.fork": KindInfo("process.fork", ProcessFork, "critical", "A process created a child process (new threads are not reported). `pid` is who did it.", (
         *_BASE_INFO,
@@ -383,6 +400,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("child_ppid", "integer from 0 to 4194304", "process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT"),
         FieldInfo("child_pidns", "integer", "inode number of the child's pid namespace"),
         FieldInfo("child_ns_pid", "integer from 0 to 4194304", "process id of the child in that namespace"),
+        *_END_INFO,
     ), ()),
     "process.exit": KindInfo("process.exit", ProcessExit, "critical", "The last thread of a process ended.", (
         *_BASE_INFO,
@@ -392,6 +410,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("exit_code", "integer from 0 to 255", "argument of exit(), 0 to 255; 0 when a signal ended the process"),
         FieldInfo("signal", "integer from 0 to 127", "signal that ended the process; 0 when it exited"),
         FieldInfo("core_dumped", "boolean", "whether a core was dumped"),
+        *_END_INFO,
     ), ()),
     "file.open": KindInfo("file.open", FileOpen, "bulk", "A call of open, creat, openat or openat2 returned.", (
         *_BASE_INFO,
@@ -406,6 +425,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("mntns", "integer", "inode number of the mount namespace that `path` is a path in; 0 when its mount is in none"),
         FieldInfo("path", "string", "absolute path: as opened, symbolic links resolved; of a failed open, or of a file that is in no directory, as asked, behind cwd or dirfd"),
         FieldInfo("mntns_initial", "boolean", "whether `mntns` is the initial mount namespace"),
+        *_END_INFO,
     ), ("opens through io_uring", "system calls of 32-bit programs on a 64-bit kernel", "open_by_handle_at")),
     "net.connect": KindInfo("net.connect", NetConnect, "bulk", "An outbound TCP connection was established or failed.", (
         *_BASE_INFO,
@@ -420,6 +440,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("owner_known", "boolean", "whether the task is the owner of the socket; where it is not known, pid is 0"),
         FieldInfo("local_addr", "string", "local address"),
         FieldInfo("remote_addr", "string", "remote address"),
+        *_END_INFO,
     ), ("connects through io_uring or by 32-bit programs that fail before a SYN is sent",)),
     "net.accept": KindInfo("net.accept", NetAccept, "bulk", "A process accepted an inbound TCP connection.", (
         *_BASE_INFO,
@@ -433,6 +454,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("owner_known", "boolean", "always true: the task is the one that accepted"),
         FieldInfo("local_addr", "string", "local address"),
         FieldInfo("remote_addr", "string", "remote address"),
+        *_END_INFO,
     ), ("accepts through io_uring or by 32-bit programs",)),
     "net.close": KindInfo("net.close", NetClose, "bulk", "An established TCP connection ended.", (
         *_BASE_INFO,
@@ -449,6 +471,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("owner_known", "boolean", "whether the task is the owner of the socket; where it is not known, pid is 0"),
         FieldInfo("local_addr", "string", "local address"),
         FieldInfo("remote_addr", "string", "remote address"),
+        *_END_INFO,
     ), ()),
 }
 """What each kind is, for people."""

@@ -20,6 +20,7 @@ const              name                   the decoder's constant of that name
 id                 None                   str: "{id_prefix}-{cpu}-{seq}"
 time               None                   int: the base's boot_ns plus the clock offset
 boottime           None                   int: u64 at `offset` plus the clock offset
+rfc3339            None                   str: what `time` is, in UTC with nine digits
 cut                names of the strings   tuple of str: those whose bit the u8 at `offset` has
 flag               mask                   bool: whether the u8 at `offset` has that bit
 invalid_utf8       None                   bool: whether any string of the record was replaced
@@ -33,6 +34,7 @@ or at the beginning of a `str`, is left off, and is not what `invalid_utf8` tell
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 HEADER_FIELDS: dict[str, int] = {
@@ -70,6 +72,17 @@ class RecordLayout(NamedTuple):
     size: int
     max_size: int
     fields: tuple[FieldLayout, ...]
+
+
+def with_time(records: Mapping[int, RecordLayout]) -> dict[int, RecordLayout]:
+    """The layouts of `RECORDS` whose events say their time in words too (`rfc3339_time`)."""
+    worded = FieldLayout("time", "rfc3339", 0, None)
+    return {
+        number: record._replace(
+            fields=tuple(worded if field.name == "time" else field for field in record.fields)
+        )
+        for number, record in records.items()
+    }
 
 
 class FieldInfo(NamedTuple):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
+from streamer.events.clock import Timed
 from streamer.events.kinds import Ring
 
 Count = Annotated[int, Meta(ge=0)]
@@ -21,7 +22,7 @@ Stage = Literal["kernel", "decode", "sink", "stop"]
 Status = Literal["starting", "up", "down", "closed"]
 
 
-class StreamRecord(Struct, tag_field="event", gc=False):
+class StreamRecord(Timed, tag_field="event", gc=False):
     """What every record of the stream begins with.
 
     The agent makes them, so they have no `ring` and `cpu` of their own: those of a `stream.loss`
@@ -230,7 +231,7 @@ class StreamLoss(StreamRecord, tag="stream.loss", gc=False):
             description="where the missing numbers are: all of these, or, if they are more than "
             "`count`, so many of them"
         ),
-    ] = []
+    ] = field(default_factory=list)
 
 
 STREAM_KINDS: dict[str, type[StreamRecord]] = {

@@ -25,6 +25,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "records are read as little-endian");
 _Static_assert(sizeof(void *) == 8, "ring positions are 64 bits wide");
@@ -46,6 +47,7 @@ enum {
 #define BUSY_BIT (1u << 31)
 #define DISCARD_BIT (1u << 30)
 #define LENGTH_MASK (DISCARD_BIT - 1)
+#define NS_PER_SECOND 1000000000u
 
 /* ------------------------------------------------------------------ bytes */
 
@@ -249,8 +251,8 @@ static PyObject *ip_of(struct caches *caches, const uint8_t *address, uint8_t ve
 
 enum op_code {
 	OP_U8, OP_U16, OP_U32, OP_U64, OP_S32, OP_S64, OP_NS, OP_BOOL, OP_CSTR, OP_IP, OP_NAMES,
-	OP_STR, OP_ARGV, OP_LINE, OP_CONST, OP_ID, OP_TIME, OP_BOOTTIME, OP_CUT, OP_FLAG,
-	OP_INVALID_UTF8,
+	OP_STR, OP_ARGV, OP_LINE, OP_CONST, OP_ID, OP_TIME, OP_BOOTTIME, OP_RFC3339, OP_CUT,
+	OP_FLAG, OP_INVALID_UTF8,
 };
 
 /* A line needs the argv, and the mark of what was replaced needs all strings. */
@@ -282,6 +284,7 @@ static const struct op_spec OP_SPECS[] = {
 	{"id", OP_ID, STAGE_VALUE, 0},
 	{"time", OP_TIME, STAGE_VALUE, 0},
 	{"boottime", OP_BOOTTIME, STAGE_VALUE, 8},
+	{"rfc3339", OP_RFC3339, STAGE_VALUE, 0},
 	{"cut", OP_CUT, STAGE_VALUE, 1},
 	{"flag", OP_FLAG, STAGE_VALUE, 1},
 	{"invalid_utf8", OP_INVALID_UTF8, STAGE_MARK, 0},
@@ -334,6 +337,12 @@ struct header_part {
 	uint32_t width;
 };
 
+/* Most events are of the same second as the one before. */
+struct second {
+	uint64_t number;   /* since the epoch */
+	char text[20];     /* "2026-11-28T22:31:50.", unterminated; begins with 0 while there is none */
+};
+
 static const struct header_part HEADER_PARTS[] = {
 	{"boot_ns", offsetof(struct header, boot_ns), 8},
 	{"seq", offsetof(struct header, seq), 8},
@@ -355,6 +364,7 @@ typedef struct {
 	PyObject *space;     /* " ", which joins an argv */
 	uint8_t *id_prefix;  /* with its hyphen */
 	size_t id_prefix_size;
+	struct second second;
 } Decoder;
 
 /* ------------------------------------------------- from layout to plan */
@@ -848,6 +858,34 @@ static PyObject *id_of(const Decoder *self, const uint8_t *record)
 	return text;
 }
 
+/* The largest u64 of nanoseconds is of the year 2554, so that a year has four digits. */
+static PyObject *rfc3339_of(struct second *second, uint64_t ns)
+{
+	uint64_t number = ns / NS_PER_SECOND;
+	if (second->number != number || second->text[0] == 0) {
+		time_t time = (time_t)number;
+		struct tm tm;
+		char text[sizeof(second->text) + 1];
+		if (gmtime_r(&time, &tm) == NULL ||
+		    strftime(text, sizeof(text), "%Y-%m-%dT%H:%M:%S.", &tm) != sizeof(second->text)) {
+			PyErr_SetString(PyExc_OverflowError, "time beyond the calendar");
+			return NULL;
+		}
+		memcpy(second->text, text, sizeof(second->text));
+		second->number = number;
+	}
+	PyObject *text = PyUnicode_New(sizeof(second->text) + 10, 127);
+	if (text == NULL)
+		return NULL;
+	uint8_t *to = PyUnicode_1BYTE_DATA(text);
+	memcpy(to, second->text, sizeof(second->text));
+	uint32_t rest = (uint32_t)(ns % NS_PER_SECOND);
+	for (int i = 8; i >= 0; i--, rest /= 10)
+		to[sizeof(second->text) + i] = (uint8_t)('0' + rest % 10);
+	to[sizeof(second->text) + 9] = 'Z';
+	return text;
+}
+
 /* The last argument, and only that, may have been cut, unless its NUL is there. */
 static PyObject *argv_of(struct caches *caches, const uint8_t *at, size_t size, bool is_cut,
 			 bool *invalid)
@@ -973,6 +1011,9 @@ static inline PyObject *op_value(Decoder *self, const struct op *op, struct curs
 			load64(cursor->record + self->header.boot_ns) + clock);
 	case OP_BOOTTIME:
 		return PyLong_FromUnsignedLongLong(load64(at) + clock);
+	case OP_RFC3339:
+		return rfc3339_of(&self->second,
+				  load64(cursor->record + self->header.boot_ns) + clock);
 	case OP_CUT:
 		return cut_names(op, *at, outcome);
 	case OP_FLAG:

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 
 from streamer.events.batch import Batch, Event, Spans, join_spans
-from streamer.events.envelope import Envelope, clock_offset_ns
+from streamer.events.clock import clock_offset_ns
+from streamer.events.envelope import Envelope
 from streamer.events.kinds import HEADER, RECORDS
+from streamer.events.layout import with_time
 from streamer.kernel.objects import CONTRACT
 from streamer.kernel.tags import RINGS
 from streamer.ring.gaps import GapTracker, Loss
@@ -47,7 +49,8 @@ class RingSource:
         )
         self.ring = Ring(self._consumer, self._producer, page)
         constants, prefix = envelope.constants(name), envelope.id_prefix(name)
-        self.decoder = Decoder(HEADER, RECORDS, constants, prefix)
+        layouts = with_time(RECORDS) if envelope.rfc3339_time else RECORDS
+        self.decoder = Decoder(HEADER, layouts, constants, prefix)
         self.decoder.clock_offset_ns = clock_offset_ns()
         self.gaps = GapTracker()
         self.more = False

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
+from streamer.events.clock import rfc3339
 from streamer.events.layout import HEADER_FIELDS, MAX_STRINGS, FieldLayout, RecordLayout
 
 if TYPE_CHECKING:
@@ -238,6 +239,10 @@ def _read_time(at: int) -> _Read:
     return lambda words, cursor: (words[at] + cursor.clock) & U64
 
 
+def _read_rfc3339(at: int) -> _Read:
+    return lambda words, cursor: rfc3339((words[at] + cursor.clock) & U64)
+
+
 def _read_cut(names: tuple[str, ...]) -> Callable[[int], _Read]:
     choices = tuple(
         tuple(name for i, name in enumerate(names) if mask >> i & 1)
@@ -359,6 +364,8 @@ def _op_without_word(field: _Field, context: _Context) -> _Op:
             return _Op((header["cpu"], header["seq"]), _read_id(context.id_prefix))
         case "time":
             return _Op((header["boot_ns"],), _read_time)
+        case "rfc3339":
+            return _Op((header["boot_ns"],), _read_rfc3339)
         case "invalid_utf8":
             return _Op((), _read_invalid_utf8, stage=2)
     raise ValueError(f"{field.where}: unknown op {field.layout.op!r}")

@@ -45,7 +45,7 @@ def decoded(line: bytes) -> Any:
     """The Struct of a line; it must have exactly the fields of its schema, of their types."""
     raw = json.loads(line)
     schema = schema_of(raw["event"])
-    assert raw.keys() == schema["properties"].keys() >= set(schema["required"])
+    assert raw.keys() | {"time"} == schema["properties"].keys() >= set(schema["required"])
     event = DECODERS[raw["event"]].decode(line)
     assert msgspec.json.encode(event) == line
     return event

@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from streamer.events.clock import rfc3339
 from streamer.kernel.cgroups import IN_ROOT, what_is_unseen
 from tests.brokers import free_port
 from tests.kernel.agent import ROOT, Agent, decoded
@@ -166,3 +168,16 @@ def test_the_manifest_says_where_cgroup_ids_say_nothing(tmp_path: Path) -> None:
     assert said == bool(what_is_unseen())
     (event,) = recording.of("process.exec")
     assert event.cgroup_id == 1 or not said
+
+
+def test_times_in_words(scope: Scope, tmp_path: Path) -> None:
+    """Of every record, the agent's own too, and otherwise nobody pays for them."""
+    config = "rfc3339_time = true"
+    with Agent(tmp_path / "a", *scope.options, events="file.open", config=config) as agent:
+        scope.act(open_some)
+        recording = agent.stop()
+    assert len(recording.of("file.open")) == OPENS
+    assert all(record.time == rfc3339(record.time_ns) for record in recording.all)
+    with Agent(tmp_path / "b", *scope.options, events="file.open") as agent:
+        recording = agent.stop()
+    assert {record.time for record in recording.all} == {msgspec.UNSET}

@@ -87,13 +87,13 @@ def test_a_field_more_is_one_line_and_one_command(with_answer: Variant) -> None:
     """It is in the Struct, the layout table, the schema and the documentation."""
     module = generated(with_answer)
     doc = 'the answer, in units of "one"'
-    assert module.ProcessExit.__struct_fields__[-1] == "answer"
+    assert module.ProcessExit.__struct_fields__[-2:] == ("answer", "time")
     assert module.ProcessExit.__annotations__["answer"].startswith("Annotated[int,")
     number, old = next((n, r) for n, r in events.RECORDS.items() if r.kind == "process.exit")
     layout = module.RECORDS[number]
     assert (layout.size, layout.max_size) == (old.size + 8, old.max_size + 8)
-    assert layout.fields[-1] == ("answer", "u64", old.size, None)
-    assert module.KINDS["process.exit"].fields[-1] == ("answer", "integer", doc)
+    assert layout.fields[-2] == ("answer", "u64", old.size, None)
+    assert module.KINDS["process.exit"].fields[-2] == ("answer", "integer", doc)
     contract = generated(with_answer, "streamer/kernel/objects.py").CONTRACT
     assert contract["process_exit"][-1] == ("answer", old.size, 8)
     schema = json.loads((with_answer.root / "schemas" / "process.exit.json").read_text())
@@ -125,7 +125,7 @@ def test_what_is_bounded_is_so_in_the_schema(variant: Make) -> None:
         "version": {"enum": [4, 6], "description": "d"},
     }
     assert sorted(schema["properties"]["way"]["enum"]) == ["in", "out", "unknown"]
-    assert set(schema["properties"]) - set(schema["required"]) == {"share", "way"}
+    assert set(schema["properties"]) - set(schema["required"]) == {"share", "way", "time"}
     assert schema["additionalProperties"] is False
     page = (made.root / "docs" / "events.md").read_text()
     assert "| `level` | integer from -20 to 19 | b |\n| `port` | integer | c |\n" in page
@@ -220,7 +220,7 @@ def test_generated_schemas_are_of_every_kind() -> None:
     for kind in events.KINDS:
         schema = json.loads((ROOT / "schemas" / f"{kind}.json").read_text())
         properties = schema["properties"]
-        assert schema["required"] == list(properties)
+        assert schema["required"] == [name for name in properties if name != "time"]
         assert properties["event"] == {"enum": [kind]}
         assert all(p["description"] for name, p in properties.items() if name != "event")
 
@@ -261,9 +261,10 @@ def test_a_kind_without_a_task_has_no_fields_of_one(with_packet: ModuleType) -> 
     module, layout = with_packet, with_packet.RECORDS[40]
     assert module.XdpDrop.__mro__[1] is module.Event
     assert module.XdpDrop.__struct_fields__ == (
-        *module.Event.__struct_fields__,
+        *module.Event.__struct_fields__[:-1],
         "interface",
         "name",
+        "time",
     )
     assert (layout.size, layout.max_size) == (40, 40 + 256)
     info = module.KINDS["xdp.drop"]
@@ -282,14 +283,14 @@ def test_a_record_without_a_task_is_decoded(with_packet: ModuleType, reader: Mod
 
 
 def test_what_every_event_begins_with() -> None:
-    """The order is published, and consumers may rely on it."""
+    """The order is published, and consumers may rely on it. `time` is last, where configured."""
     assert events.Event.__struct_fields__ == (
         "schema", "id", "time_ns", "boot_ns", "host", "boot_id", "ring", "seq", "cpu", "weight",
-        "truncated", "incomplete", "invalid_utf8",
+        "truncated", "incomplete", "invalid_utf8", "time",
     )  # fmt: skip
     task = [name for name, _, _ in objects.CONTRACT["event_task"] if name != "pad"]
-    own = events.TaskEvent.__struct_fields__[len(events.Event.__struct_fields__) :]
-    assert list(own) == task
+    own = events.TaskEvent.__struct_fields__[len(events.Event.__struct_fields__) - 1 :]
+    assert list(own) == [*task, "time"]
     for layout in events.RECORDS.values():
         assert issubclass(layout.struct, events.TaskEvent)
         members = objects.CONTRACT[layout.kind.replace(".", "_")]

@@ -6,9 +6,12 @@ from collections import Counter
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 
+from streamer.events.clock import rfc3339
 from streamer.events.kinds import HEADER, KINDS, RECORDS
+from streamer.events.layout import with_time
 from streamer.kernel.objects import CONTRACT
 from streamer.ring import _records, records_py
 from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, PLACE, Case, constants, load, published
@@ -32,6 +35,18 @@ def name(case: Case) -> str:
 def test_a_record_becomes_its_event(reader: ModuleType, case: Case) -> None:
     event = decoder(reader, case.ring).decode(case.record)
     assert published(event) == case.event
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_with_its_time_in_words_it_is_the_same_event(reader: ModuleType, case: Case) -> None:
+    made = reader.Decoder(
+        HEADER, with_time(RECORDS), constants(case.ring), f"{ID_PREFIX}-{case.ring}"
+    )
+    made.clock_offset_ns = CLOCK_OFFSET_NS
+    worded = {"time": rfc3339(case.event["time_ns"])}
+    assert published(made.decode(case.record)) == case.event | worded
+    assert msgspec.convert(case.event | worded, KINDS[case.event["event"]].struct).time
 
 
 @pytest.mark.parametrize("reader", READERS)

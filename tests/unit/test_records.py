@@ -9,6 +9,7 @@ import mmap
 import multiprocessing
 import struct
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from streamer.events.clock import rfc3339
 from streamer.events.layout import FieldLayout, RecordLayout
 from streamer.ring import _records, records, records_py
 from tests.unit.ring import (
@@ -72,6 +74,7 @@ class Sample(msgspec.Struct, tag_field="event", tag="test.sample", gc=False):
     address: str
     name: str
     started_ns: int
+    time: str
     first: str
     argv: list[str]
     last: str
@@ -109,6 +112,7 @@ SAMPLE_FIELDS = (
     FieldLayout("address", "ip", 96, 88),
     FieldLayout("name", "names", 89, NAMES),
     FieldLayout("started_ns", "boottime", 112, None),
+    FieldLayout("time", "rfc3339", 0, None),
     FieldLayout("first", "str", 90, None),
     FieldLayout("argv", "argv", 92, None),
     FieldLayout("last", "str", 94, None),
@@ -241,11 +245,38 @@ def test_every_op_gives_its_exact_value(decoder: Any) -> None:
         address="10.0.0.1",
         name="two",
         started_ns=1_000_007,
+        time="1970-01-01T00:00:00.001000005Z",
         first="/usr/bin/ä",
         argv=["ls", "-l", "", "/tmp"],
         last="x" * 300,
     )
     assert counters(decoder) == {}
+
+
+TIMES = {
+    0: "1970-01-01T00:00:00.000000000Z",
+    999_999_999: "1970-01-01T00:00:00.999999999Z",
+    1_000_000_000: "1970-01-01T00:00:01.000000000Z",
+    951_782_399_000_000_001: "2000-02-28T23:59:59.000000001Z",
+    951_868_800_123_456_789: "2000-03-01T00:00:00.123456789Z",
+    1_795_366_046_847_217_390: "2026-11-22T16:47:26.847217390Z",  # beyond what a double holds
+    (1 << 64) - 1: "2554-07-21T23:34:33.709551615Z",
+}
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kathmandu"])
+def test_times_in_words_are_exact(decoder: Any, zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all nine digits, in UTC whatever the host's zone, in any order."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        decoder.clock_offset_ns = 0
+        for ns, text in [*TIMES.items(), *reversed(TIMES.items())]:
+            event = decoder.decode(sample(boot_ns=ns))
+            assert (event.time_ns, event.time, rfc3339(ns)) == (ns, text, text)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_zeros_and_empty_strings(decoder: Any) -> None:

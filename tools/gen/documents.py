@@ -32,7 +32,7 @@ def pretty(value: object) -> str:
 
 def events_page(model: Model, stream_kinds: Iterable[KindInfo]) -> str:
     """The text of `docs/events.md`."""
-    lines = [_HEAD, *_table(model.base.fields)]
+    lines = [_HEAD, *_table((*model.base.fields, model.base.time))]
     lines += ["", "Then, where the event has a task, who it was:", "", *_table(model.task)]
     for record in model.records:
         lines += _section(record)

@@ -56,15 +56,19 @@ class Field(NamedTuple):
 
 
 class Base(NamedTuple):
-    """What every event begins with: `head`, then `cut` with the record's strings, then `marks`."""
+    """What every event begins with: `head`, then `cut` with the record's strings, then `marks`.
+
+    `time` is what it ends with, where that is configured.
+    """
 
     head: tuple[Field, ...]
     cut: Field
     marks: tuple[Field, ...]
+    time: Field
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """All of them, in order."""
+        """What every event begins with, in order."""
         return (*self.head, self.cut, *self.marks)
 
 
@@ -171,7 +175,9 @@ def _base(btf: Btf) -> Base:
     doc = "whether a read in the kernel failed, so that a field is 0 or empty that need not be"
     incomplete = Field("incomplete", "flag", at["flags"], mask, doc)
     doc = "whether bytes that are not UTF-8 were replaced by U+FFFD"
-    return Base(head, cut, (incomplete, Field("invalid_utf8", "invalid_utf8", 0, None, doc)))
+    marks = (incomplete, Field("invalid_utf8", "invalid_utf8", 0, None, doc))
+    doc = "at the end, with `rfc3339_time` alone: the same as `time_ns`, in RFC 3339"
+    return Base(head, cut, marks, Field("time", "const", 0, "time", doc))
 
 
 def _task(btf: Btf) -> tuple[Field, ...]:
@@ -204,7 +210,8 @@ def _record(btf: Btf, name: str, number: int, base: Base, task: tuple[Field, ...
     _check_padding(btf, struct)
     own = struct.members[2 if has_task else 1 :]
     fields = tuple(f for m in own for f in _fields(btf, type_id, m))
-    _check_names(name, [f.name for f in (*base.fields, *(task if has_task else ()), *fields)])
+    given = (*base.fields, base.time, *(task if has_task else ()))
+    _check_names(name, [f.name for f in (*given, *fields)])
     unseen = btf.tag(type_id, "unseen")
     missing = tuple(unseen.split("|")) if unseen else ()
     size = _fixed_size(struct)

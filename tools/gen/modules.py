@@ -20,8 +20,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
+from streamer.events.clock import Timed
 from streamer.events.layout import FieldInfo, FieldLayout, KindInfo, RecordLayout
 
 SCHEMA_VERSION = {version}
@@ -96,7 +97,7 @@ def events_module(model: Model) -> str:
 
 
 def _bases(model: Model) -> Iterator[str]:
-    head = 'class Event(Struct, tag_field="event", gc=False):\n'
+    head = 'class Event(Timed, tag_field="event", gc=False):\n'
     yield head + '    """What every event begins with."""\n\n' + _attributes(model.base.fields)
     head = "class TaskEvent(Event, gc=False):\n"
     yield head + '    """What every event of a task begins with."""\n\n' + _attributes(model.task)
@@ -117,14 +118,15 @@ def _attributes(fields: tuple[Field, ...]) -> str:
 def _tables(model: Model) -> Iterator[str]:
     yield f"HEADER: dict[str, int] = {json.dumps(model.header)}"
     yield '"""Where the reader finds what it needs of a record, in its base."""\n'
-    blocks = {"_BASE": model.base.head, "_MARKS": model.base.marks, "_TASK": model.task}
+    base = model.base
+    blocks = {"_BASE": base.head, "_MARKS": base.marks, "_TASK": model.task, "_END": (base.time,)}
     for name, fields in blocks.items():
         yield from (f"{name} = (", *(f"    {_layout(field)}" for field in fields), ")\n")
     yield "RECORDS: dict[int, RecordLayout] = {"
     for record in model.records:
         yield from _record_layout(model, record)
     yield from ("}", '"""The layout of each kind\'s records, by number."""\n')
-    blocks = {"_BASE_INFO": model.base.fields, "_TASK_INFO": model.task}
+    blocks = {"_BASE_INFO": base.fields, "_TASK_INFO": model.task, "_END_INFO": (base.time,)}
     for name, fields in blocks.items():
         yield from (f"{name} = (", *(f"    {_info(field)}" for field in fields), ")\n")
     yield "KINDS: dict[str, KindInfo] = {"
@@ -142,6 +144,7 @@ def _record_layout(model: Model, record: Record) -> Iterator[str]:
     if record.has_task:
         yield "        *_TASK,"
     yield from (f"        {_layout(field)}" for field in record.fields)
+    yield "        *_END,"
     yield "    )),"
 
 
@@ -152,6 +155,7 @@ def _kind_info(record: Record) -> Iterator[str]:
     if record.has_task:
         yield "        *_TASK_INFO,"
     yield from (f"        {_info(field)}" for field in record.fields)
+    yield "        *_END_INFO,"
     yield f"    ), {_strings(record.unseen)}),"
 
 
