@@ -247,7 +247,7 @@ def test_a_program_that_the_object_has_not(variant: Callable[..., Variant]) -> N
 @pytest.fixture(scope="module")
 def other_contract(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Objects of core and net, in whose contract a struct has one field more than in ours."""
-    field = "	__u32 child_pid DOC("
+    field = "	__u32 child_pid PID DOC("
     changes: dict[str, Change] = {"events.h": (field, '	__u32 child_age DOC("age");\n' + field)}
     return Variant(tmp_path_factory.mktemp("other") / "variant", changes, ("core", "net")).objects
 
