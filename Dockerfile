@@ -1,5 +1,7 @@
 # The agent, for a privileged container in the host's pid namespace: see compose.yaml.
-FROM debian:bookworm-slim AS build
+# BASE: any Debian 12, such as one that tools/image.sh makes without a registry.
+ARG BASE=debian:bookworm-slim
+FROM ${BASE} AS build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
         clang llvm gcc libc6-dev linux-libc-dev libbpf-dev python3-dev python3-venv \
@@ -17,7 +19,7 @@ RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels 
     && cd / && /opt/streamer/bin/python -c 'import streamer.ring._records, streamer.sinks.kafka._record_batch'
 
 # No compiler: the wheel carries the kernel programs and the C modules.
-FROM debian:bookworm-slim
+FROM ${BASE}
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libbpf1 python3 \
     && rm -rf /var/lib/apt/lists/*

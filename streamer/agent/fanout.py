@@ -49,6 +49,8 @@ class Fanout(Listener):
         self.stopping = False
         self.failures: list[str] = []
         self.log = LossLog()
+        self.deserted = False
+        """Whether every sink had failed or closed before they were stopped."""
         self._policies = dict(sinks)
         self._pause = pause
         self._resume = resume
@@ -164,6 +166,7 @@ class Fanout(Listener):
         if not sink.ends_quietly or sink in self._broken:
             self.failures.append(f"{sink.name}: {reason}")
         if not any(map(self.is_open, self.sinks)):
+            self.deserted = True
             self._closed()
         self.sink_room(sink)
 

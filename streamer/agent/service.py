@@ -144,7 +144,7 @@ class Service:
         if self._error is not None:
             _log.info(self._account())
             raise self._error
-        if self.fanout.failures and not any(map(self.fanout.is_open, self.fanout.sinks)):
+        if self.fanout.failures and self.fanout.deserted:
             raise SinkError("no sink is left: " + "; ".join(self.fanout.failures))
         if quiet:
             return Outcome("", "")

@@ -1,0 +1,647 @@
+"""A whole service over a kernel in memory: start, stop, cancellation, overload, what it tells.
+
+Nothing here needs privileges: see `tests/memory_kernel.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from streamer.agent.service import Service
+from streamer.config.settings import Filters, Limits, Rings, Settings
+from streamer.config.settings import MemorySink as MemorySettings
+from streamer.errors import ConfigError, HelperGone, KernelError, SinkError
+from streamer.events.batch import Batch, kind_of
+from streamer.events.kinds import KINDS
+from streamer.sinks.base import Sink
+from streamer.sinks.memory import MemorySink
+from tests.memory_kernel import MemoryKernel, MemoryPrograms
+
+ALL = frozenset(KINDS)
+TINY = Rings(critical_bytes=4096, bulk_bytes=4096)
+
+
+class Run:
+    """A service, its programs, and the sinks that it publishes to."""
+
+    def __init__(
+        self,
+        *sinks: Sink,
+        settings: Settings | None = None,
+        limits: Limits | None = None,
+        programs: MemoryPrograms | None = None,
+        on_full: str = "auto",
+    ) -> None:
+        self.sinks = sinks or (MemorySink(),)
+        chosen = tuple(MemorySettings(on_full=on_full) for _ in self.sinks)  # type: ignore[arg-type]
+        self.settings = msgspec.structs.replace(settings or Settings(), sinks=chosen)
+        self.kernel = MemoryKernel(self.settings, ALL, programs)
+        self.programs = self.kernel.programs
+        self.service = Service(
+            self.settings, ALL, limits or Limits(), list(self.sinks), self.kernel
+        )
+        self.task: asyncio.Task[Any] | None = None
+
+    @property
+    def sink(self) -> MemorySink:
+        assert isinstance(self.sinks[0], MemorySink)
+        return self.sinks[0]
+
+    async def start(self) -> None:
+        """Until it has attached and says so, or has ended."""
+        self.task = asyncio.create_task(self.service.run())
+        await until(lambda: self.ended or bool(self.of("stream.manifest")))
+
+    @property
+    def ended(self) -> bool:
+        return self.task is not None and self.task.done()
+
+    async def stop(self) -> str:
+        self.service.stop()
+        return await self.end()
+
+    async def end(self) -> str:
+        """The account, when it has ended by itself."""
+        assert self.task is not None
+        outcome = await asyncio.wait_for(self.task, 20)
+        return str(getattr(outcome, "account", outcome))
+
+    def of(self, kind: str, sink: MemorySink | None = None) -> list[Any]:
+        return [event for event in (sink or self.sink).events if kind_of(event) == kind]
+
+    def events(self, sink: MemorySink | None = None) -> list[Any]:
+        """Those of the kernel, in the order in which they were delivered."""
+        found = (sink or self.sink).events
+        return [event for event in found if not kind_of(event).startswith("stream.")]
+
+    def lost(self, sink: MemorySink | None = None) -> int:
+        return sum(loss.count for loss in self.of("stream.loss", sink))
+
+    def numbers(self) -> dict[tuple[str, int], list[int]]:
+        """Of every ring and CPU the numbers that were delivered or told as lost."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for event in self.events():
+            found.setdefault((event.ring, event.cpu), []).append(event.seq)
+        for loss in self.of("stream.loss"):
+            for one in getattr(loss, "ranges", None) or [loss]:
+                taken = range(one.seq_from, one.seq_to + 1)
+                found.setdefault((one.ring, one.cpu), []).extend(taken)
+        return {place: sorted(numbers) for place, numbers in found.items()}
+
+    def check(self) -> None:
+        """Every number is there once, and the last heartbeat's account is that of the stream."""
+        last = self.of("stream.heartbeat")[-1]
+        for mark in last.cpus:
+            assert self.numbers()[mark.ring, mark.cpu] == list(range(1, mark.seq + 1)), mark
+        delivered = Counter(kind_of(event) for event in self.events())
+        lost = Counter[str]()
+        for loss in self.of("stream.loss"):
+            lost.update(loss.kinds)
+        for kind, counts in last.kinds.items():
+            assert counts.produced == counts.read + counts.filtered + counts.lost, kind
+            assert (counts.read, counts.lost) == (delivered[kind], lost[kind]), kind
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - nothing announces what is waited for
+            await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+def runs() -> Iterator[Callable[..., Run]]:
+    """Makes runs, and releases their memory."""
+    made: list[Run] = []
+
+    def make(*sinks: Sink, **options: Any) -> Run:
+        made.append(Run(*sinks, **options))
+        return made[-1]
+
+    yield make
+    for run in made:
+        run.kernel.close()
+        run.programs.release()
+
+
+Runs = Callable[..., Run]
+
+
+@pytest.fixture
+def seconds_fly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the service does every second it does every 20 ms."""
+    fast = SimpleNamespace(**vars(asyncio))
+    fast.sleep = lambda seconds: asyncio.sleep(seconds / 50)
+    monkeypatch.setattr("streamer.agent.service.asyncio", fast)
+
+
+# ---------------------------------------------------------------- start and stop
+
+
+async def test_events_of_both_rings_and_every_cpu_come_as_they_happened(runs: Runs) -> None:
+    run = runs()
+    await run.start()
+    for kind in KINDS:
+        for cpu in range(run.programs.cpus):
+            assert run.programs.emit(kind, 3, cpu) == 3
+    await until(lambda: len(run.events()) == 6 * len(KINDS))
+    account = await run.stop()
+    assert Counter(kind_of(event) for event in run.events()) == dict.fromkeys(KINDS, 6)
+    run.check()
+    count = 6 * len(KINDS)
+    assert f"{count} events in " in account
+    assert f"{count} delivered, 0 dropped; 0 filtered, 0 lost" in account
+
+
+async def test_the_manifest_is_first_and_the_last_heartbeat_is_last(runs: Runs) -> None:
+    run = runs()
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    await run.stop()
+    kinds = [kind_of(event) for event in run.sink.events]
+    assert kinds == ["stream.manifest", *["process.exec"] * 5, "stream.heartbeat"]
+    manifest, heartbeat = run.sink.events[0], run.sink.events[-1]
+    assert manifest.kinds.keys() == ALL  # type: ignore[attr-defined]
+    assert heartbeat.kinds["process.exec"].read == 5  # type: ignore[attr-defined]
+
+
+async def test_nothing_is_attached_before_the_sinks_have_started(runs: Runs) -> None:
+    """Else events would happen that nobody can take; and a sink that fails costs no attach."""
+    run = runs(Unstartable("broken"))
+    await run.start()
+    with pytest.raises(ConfigError, match="broken: no such certificate"):
+        await run.end()
+    assert not [step for step in run.programs.done if step.startswith("attach")]
+
+
+async def test_what_the_rings_hold_at_the_end_is_delivered_and_nothing_happens_later(
+    runs: Runs,
+) -> None:
+    """It detaches first: what happened before that is read, what comes later is not there."""
+    run = runs(settings=Settings(rings=Rings(drain_records=64)))
+    await run.start()
+    run.programs.emit("file.open", 500)
+    run.programs.emit("process.exit", 300, cpu=1)
+    await run.stop()
+    assert len(run.events()) == 800
+    run.check()
+    assert run.programs.emit("file.open") == 0
+    assert run.programs.attached == set()
+
+
+async def test_detached_is_before_the_last_look_at_the_rings(runs: Runs) -> None:
+    run = runs()
+    await run.start()
+    unload = run.programs.unload
+
+    def unload_late(sensor: str) -> None:
+        run.programs.emit("process.fork")  # in the moment before the programs go
+        unload(sensor)
+
+    run.programs.unload = unload_late  # type: ignore[method-assign]
+    await run.stop()
+    assert len(run.of("process.fork")) >= 1
+    run.check()
+
+
+@pytest.mark.parametrize("limit", [Limits(max_events=7), Limits(duration_seconds=0.05)])
+async def test_a_limit_ends_the_run(runs: Runs, limit: Limits) -> None:
+    run = runs(limits=limit)
+    await run.start()
+    run.programs.emit("process.exec", 7)
+    assert "7 events in " in await run.end()
+    assert len(run.of("process.exec")) == 7
+    run.check()
+
+
+async def test_more_than_the_limit_is_told_as_not_read(runs: Runs) -> None:
+    run = runs(limits=Limits(max_events=7))
+    await run.start()
+    run.programs.emit("process.exec", 10)
+    await run.end()
+    (loss,) = run.of("stream.loss")
+    assert (loss.stage, loss.count, loss.seq_from, loss.seq_to) == ("stop", 3, 8, 10)
+    assert len(run.of("process.exec")) == 7
+
+
+async def test_a_run_that_was_told_to_fail_delivers_first(runs: Runs) -> None:
+    run = runs()
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    run.service.fail(HelperGone("the helper has ended"))
+    run.service.fail(KernelError("a second reason is not told"))
+    with pytest.raises(HelperGone, match="the helper has ended"):
+        await run.end()
+    assert len(run.of("process.exec")) == 5
+    run.check()
+
+
+async def test_a_ring_that_cannot_be_read_ends_the_run_with_the_reason(runs: Runs) -> None:
+    run = runs()
+    await run.start()
+    run.programs.rings["critical"].produced = 1 << 40
+    run.programs.ring_fds["critical"].wake()
+    with pytest.raises(KernelError, match="the events cannot be read"):
+        await run.end()
+    assert run.programs.attached == set()
+
+
+# ---------------------------------------------------------------- what can be observed
+
+
+async def test_what_is_not_observed_is_said_and_the_rest_runs(
+    runs: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = runs(programs=MemoryPrograms(refused=frozenset({"file"})))
+    with caplog.at_level(logging.WARNING, "streamer"):
+        await run.start()
+    run.programs.emit("process.exec")
+    await run.stop()
+    manifest = run.of("stream.manifest")[0]
+    assert (manifest.kinds["file.open"].status, manifest.kinds["file.open"].reason) == (
+        "missing",
+        "file is refused",
+    )
+    assert manifest.kinds["process.exec"].status == "full"
+    assert "file.open is not observed: file is refused" in caplog.text
+    assert len(run.of("process.exec")) == 1
+
+
+async def test_without_anything_to_observe_it_ends_and_closes_its_sinks(runs: Runs) -> None:
+    programs = MemoryPrograms(unattached=frozenset({"process", "file", "net"}))
+    run = runs(programs=programs)
+    await run.start()
+    with pytest.raises(KernelError, match="none of the events asked for can be observed"):
+        await run.end()
+    assert run.sink.status == "closed"
+    assert [step for step in programs.done if step.startswith("unload")]
+
+
+# ---------------------------------------------------------------- cancellation
+
+
+async def test_a_cancelled_run_detaches_reports_and_closes_its_sinks(runs: Runs) -> None:
+    run = runs()
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    assert run.task is not None
+    run.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run.task
+    assert run.programs.attached == set()
+    assert run.sink.status == "closed"
+    assert len(run.of("process.exec")) == 5
+    run.check()
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing_attached(runs: Runs) -> None:
+    slow = NeverStarts("slow")
+    run = runs(slow)
+    run.task = asyncio.create_task(run.service.run())
+    await until(lambda: slow.starting)
+    run.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run.task
+    assert run.programs.attached == set()
+    assert slow.status == "closed"
+
+
+async def test_a_defect_in_what_it_does_every_second_is_seen(
+    runs: Runs, seconds_fly: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs()
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run.service.reader, "refresh_clock", fail)
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    with pytest.raises(ZeroDivisionError):
+        await run.end()
+    assert run.programs.attached == set()
+    assert len(run.of("process.exec")) == 5
+
+
+# ---------------------------------------------------------------- overload
+
+
+async def test_overload_of_both_rings_is_accounted_to_the_last_number(runs: Runs) -> None:
+    """A full sink makes the reading wait, both rings overflow, on both CPUs, again and again."""
+    sink = MemorySink(budget_bytes=4000)
+    run = runs(sink, settings=Settings(rings=TINY))
+    await run.start()
+    happened = 0
+    for _ in range(4):
+        sink.hold = True
+        for _ in range(20):
+            for kind, cpu in (("process.exit", 0), ("file.open", 1), ("net.close", 0)):
+                run.programs.emit(kind, 10, cpu)
+                happened += 10
+            await asyncio.sleep(0.001)
+        assert run.service.reader.paused
+        sink.hold = False
+        sink.release()
+        await until(lambda: not run.service.reader.paused)
+    account = await run.stop()
+    run.check()
+    assert len(run.events()) + run.lost() == happened
+    assert {loss.ring for loss in run.of("stream.loss")} == {"critical", "bulk"}
+    assert {loss.stage for loss in run.of("stream.loss")} == {"kernel"}
+    assert f"{len(run.events())} delivered, 0 dropped" in account
+    assert account.endswith(f"{run.lost():,} lost")
+    assert run.of("stream.heartbeat")[-1].reader.pauses >= 4
+
+
+async def test_a_flood_of_one_ring_costs_the_other_nothing(runs: Runs) -> None:
+    run = runs(settings=Settings(rings=TINY))
+    await run.start()
+    for _ in range(10):
+        run.programs.emit("file.open", 100)
+        assert run.programs.emit("process.exec", 2) == 2
+        await until(lambda: not run.programs.rings["bulk"].produced - consumed(run))
+    await run.stop()
+    run.check()
+    assert len(run.of("process.exec")) == 20
+    assert {loss.ring for loss in run.of("stream.loss")} == {"bulk"}
+
+
+def consumed(run: Run) -> int:
+    return run.programs.rings["bulk"].consumed
+
+
+async def test_a_loss_at_the_tail_is_told_while_it_runs(runs: Runs, seconds_fly: None) -> None:
+    """Nothing follows it, so no record shows the gap: the counters do."""
+    run = runs(settings=Settings(rings=TINY))
+    await run.start()
+    fitted = run.programs.emit("file.open", 100)
+    await until(lambda: bool(run.of("stream.loss")))
+    (loss,) = run.of("stream.loss")
+    assert (loss.stage, loss.ring, loss.cpu) == ("kernel", "bulk", 0)
+    assert (loss.seq_from, loss.seq_to, loss.count) == (fitted + 1, 100, 100 - fitted)
+    assert loss.kinds == {"file.open": 100 - fitted}
+    await run.stop()
+    run.check()
+
+
+async def test_what_a_filter_keeps_back_is_no_loss(runs: Runs) -> None:
+    run = runs()
+    await run.start()
+    run.programs.emit("file.open", 10, filtered=True)
+    run.programs.emit("file.open", 3)
+    account = await run.stop()
+    assert "3 delivered, 0 dropped; 10 filtered, 0 lost" in account
+    assert run.of("stream.loss") == []
+    run.check()
+
+
+# ---------------------------------------------------------------- what it tells besides
+
+
+async def test_records_that_cannot_be_decoded_are_told_as_lost_once(
+    runs: Runs, seconds_fly: None
+) -> None:
+    run = runs(settings=Settings(heartbeat_seconds=0.02))
+    await run.start()
+    for ring in ("critical", "bulk", "bulk"):
+        run.programs.garbage(ring)
+    run.programs.emit("process.exec")
+    await until(lambda: bool(run.of("stream.loss")))
+    run.programs.garbage("bulk", cpu=1)
+    await run.stop()
+    losses = run.of("stream.loss")
+    assert {loss.stage for loss in losses} == {"decode"}
+    assert [loss.count for loss in losses] == [3, 1]
+    assert run.of("stream.heartbeat")[-1].reader.unknown_kind == 4
+
+
+async def test_runs_that_the_kernel_left_out_are_told_once(runs: Runs, seconds_fly: None) -> None:
+    run = runs(settings=Settings(heartbeat_seconds=0.02))
+    run.kernel.runs_missed["on_exec"] = 3
+    await run.start()
+    await until(lambda: bool(run.of("stream.loss")))
+    run.kernel.runs_missed["on_exec"] = 5
+    run.kernel.runs_missed["on_exit"] = 1
+    account = await run.stop()
+    losses = run.of("stream.loss")
+    assert [(loss.count, loss.reason.split()[0], loss.stage, loss.ring) for loss in losses] == [
+        (3, "on_exec", "kernel", None),
+        (2, "on_exec", "kernel", None),
+        (1, "on_exit", "kernel", None),
+    ]
+    assert run.of("stream.heartbeat")[-1].missed == {"on_exec": 5, "on_exit": 1}
+    assert account.endswith("6 times a program was not run")
+
+
+async def test_the_clock_is_looked_at_again(
+    runs: Runs, seconds_fly: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody sets it while the agent runs: later events have the new time."""
+    run = runs()
+    await run.start()
+    run.programs.emit("process.exec")
+    await until(lambda: len(run.events()) == 1)
+    hours = 3600 * 10**9
+    monkeypatch.setattr("streamer.ring.reader.clock_offset_ns", lambda: 7 * hours)
+
+    async def emitted_later() -> None:
+        while run.events()[-1].time_ns - run.events()[-1].boot_ns != 7 * hours:
+            run.programs.emit("process.exec")
+            run.programs.emit("file.open")
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(emitted_later(), 5)
+    await run.stop()
+    assert {event.ring for event in run.events() if event.time_ns - event.boot_ns == 7 * hours} == {
+        "critical",
+        "bulk",
+    }
+
+
+async def test_heartbeats_come_while_it_runs_with_all_that_went_wrong(
+    runs: Runs, seconds_fly: None
+) -> None:
+    filters = Filters(uids=(1000,), exclude_comms=("sshd",))
+    run = runs(settings=Settings(heartbeat_seconds=0.02, filters=filters))
+    run.programs.fault("FAULT_LISTENERS_FULL", 3)
+    await run.start()
+    run.programs.emit("process.exec", 4)
+    await until(lambda: len(run.of("stream.heartbeat")) >= 2)
+    assert not run.ended
+    heartbeat = run.of("stream.heartbeat")[-1]
+    assert heartbeat.faults == {"listeners_full": 3}
+    assert heartbeat.sinks["memory:"].status == "up"
+    assert heartbeat.kinds["process.exec"].read == 4
+    manifest = run.of("stream.manifest")[0]
+    assert manifest.filters == {"uids": ["1000"], "exclude_comms": ["sshd"]}
+    await run.stop()
+
+
+async def test_ids_of_events_and_records_are_unique(runs: Runs, seconds_fly: None) -> None:
+    run = runs(settings=Settings(heartbeat_seconds=0.02))
+    await run.start()
+    for cpu in range(run.programs.cpus):
+        for kind in KINDS:
+            run.programs.emit(kind, 10, cpu)
+    await until(lambda: len(run.of("stream.heartbeat")) >= 2)
+    await run.stop()
+    ids = [event.id for event in run.sink.events]  # type: ignore[attr-defined]
+    assert len(set(ids)) == len(ids) == 20 * len(KINDS) + 1 + len(run.of("stream.heartbeat"))
+
+
+# ---------------------------------------------------------------- sinks
+
+
+async def test_a_sink_that_fails_costs_the_others_nothing(
+    runs: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gets no more, and everything that it did not get is in its account."""
+    good, bad = MemorySink("good"), Failing("bad")
+    run = runs(good, bad)
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    await until(lambda: len(run.events(good)) == 5)
+    run.programs.emit("process.exec", 3)
+    await until(lambda: len(run.events(good)) == 8)
+    account = await run.stop()
+    assert "good 8 delivered, 0 dropped" in account
+    assert "bad 0 delivered, 8 dropped" in account
+    assert bad.account.pending == 0
+    assert bad.tried == 1
+    assert "bad failed and gets no more events" in caplog.text
+
+
+async def test_when_the_only_sink_fails_the_run_ends_with_the_reason(runs: Runs) -> None:
+    good = Failing("only")
+    run = runs(good)
+    run.task = asyncio.create_task(run.service.run())
+    with pytest.raises(SinkError, match=r"no sink is left: only: ValueError: a defect"):
+        await run.end()
+    assert run.programs.attached == set()
+
+
+async def test_a_full_sink_is_told_what_it_lost_and_no_loss_makes_another(
+    runs: Runs, seconds_fly: None
+) -> None:
+    """Not even when the record of the loss finds no room itself: it would go on for ever."""
+    full, good = MemorySink("full", budget_bytes=2000), MemorySink("good")
+    run = runs(full, good, settings=Settings(heartbeat_seconds=0.02))
+    await run.start()
+    full.hold = True
+    for _ in range(50):
+        run.programs.emit("file.open", 10)
+        await asyncio.sleep(0.02)
+    full.hold = False
+    full.release()
+    await until(lambda: bool(run.of("stream.loss", full)))
+    await run.stop()
+    assert len(run.events(good)) == 500
+    assert run.of("stream.loss", good) == []
+    losses = run.of("stream.loss", full)
+    assert {loss.sink for loss in losses} == {"full"}
+    assert all(loss.kinds == {"file.open": loss.count} for loss in losses)
+    assert len(run.events(full)) + run.lost(full) == 500
+
+
+async def test_a_full_sink_holds_a_bounded_amount_whatever_there_is_to_tell(
+    runs: Runs, seconds_fly: None
+) -> None:
+    """Records of losses go to a full sink as well, which must not make it grow for ever."""
+    budget = 8000
+    full = MemorySink("full", budget_bytes=budget)
+    run = runs(full, MemorySink("good"), settings=Settings(rings=TINY))
+    await run.start()
+    full.hold = True
+    most = 0
+    for _ in range(60):
+        for cpu in range(run.programs.cpus):
+            run.programs.emit("file.open", 60, cpu)
+            run.programs.emit("process.exit", 60, cpu)
+        await asyncio.sleep(0.025)
+        most = max(most, full.watermarks.held)
+    full.hold = False
+    await run.stop()
+    assert most > budget
+    assert most < 3 * budget  # twice, and the batch that took it there
+
+
+async def test_a_sink_that_pauses_and_closes_lets_the_others_go_on(runs: Runs) -> None:
+    held, good = MemorySink("held", budget_bytes=1000), MemorySink("good")
+    run = runs(held, good, on_full="pause")
+    await run.start()
+    held.hold = True
+    run.programs.emit("process.exec", 20)
+    await until(lambda: run.service.reader.paused)
+    await held.stop(0)
+    run.programs.emit("process.exec", 20)
+    await until(lambda: len(run.events(good)) == 40)
+    await run.stop()
+    assert held.account.received == held.account.delivered + held.account.dropped
+
+
+async def test_every_sink_is_asked_to_open_anew(runs: Runs) -> None:
+    one, two = Reopening("one"), Reopening("two")
+    run = runs(one, two)
+    await run.start()
+    run.service.reopen()
+    await run.stop()
+    assert (one.reopened, two.reopened) == (1, 1)
+
+
+class Unstartable(MemorySink):
+    async def start(self) -> None:
+        raise ConfigError("no such certificate")
+
+
+class NeverStarts(MemorySink):
+    starting = False
+
+    async def start(self) -> None:
+        self.starting = True
+        await asyncio.Event().wait()
+
+
+class Failing(MemorySink):
+    tried = 0
+
+    def submit(self, batch: Batch) -> None:
+        self.tried += 1
+        raise ValueError("a defect")
+
+
+class Reopening(MemorySink):
+    reopened = 0
+
+    def reopen(self) -> None:
+        self.reopened += 1
+
+
+# ---------------------------------------------------------------- the kernel side
+
+
+def test_kinds_that_are_not_asked_for_are_off() -> None:
+    programs = MemoryPrograms()
+    kernel = MemoryKernel(Settings(), frozenset({"process.exec"}), programs)
+    assert [kind for kind in KINDS if programs.enabled(kind)] == ["process.exec"]
+    assert kernel.sensors == ["process"]
+    kernel.close()
+    programs.release()
+
+
+def test_filters_that_change_leave_only_the_new_ones() -> None:
+    programs = MemoryPrograms()
+    kernel = MemoryKernel(Settings(filters=Filters(uids=(1, 2))), ALL, programs)
+    kernel.set_filters(Filters(uids=(2,), exclude_pids=(7,)))
+    assert programs.filters == {
+        ("filter_uids", (2).to_bytes(4, "little")): b"\x01",
+        ("filter_pids", (7).to_bytes(4, "little")): b"\x02",
+    }
+    kernel.close()
+    programs.release()
