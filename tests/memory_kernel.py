@@ -163,11 +163,15 @@ class MemoryPrograms:
             self.ring_fds[ring].wake()
         return True
 
-    def garbage(self, ring: str, cpu: int = 0) -> None:
-        """A record of a kind that nobody knows, with a number of its own."""
+    def garbage(self, ring: str, cpu: int = 0, *, short: bool = False) -> None:
+        """A record of a kind that nobody knows, or one that ends too early, with its number."""
         kind = next(kind for kind, info in KINDS.items() if info.ring == ring)
         record = bytearray(self._record(kind, cpu, self._next_seq(ring, cpu)))
-        struct.pack_into("<H", record, HEADER["kind"], KIND_END + 1)
+        if short:
+            del record[size_of("event_base") + 8 :]
+            struct.pack_into("<I", record, HEADER["size"], len(record))
+        else:
+            struct.pack_into("<H", record, HEADER["kind"], KIND_END + 1)
         assert self.rings[ring].write(bytes(record)) is not None
 
     def fault(self, name: str, times: int = 1) -> None:

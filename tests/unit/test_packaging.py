@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 import uvloop
@@ -25,6 +27,8 @@ from packaging.requirements import Requirement
 import streamer
 from streamer.config.loading import load
 from streamer.config.settings import KafkaSink, MqttSink
+from tests import compose
+from tests.compose import Compose
 from tests.vm import suite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +75,22 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("clean") / "streamer-checkout"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*MADE))
     return copy
+
+
+class Compiled(NamedTuple):
+    """A checkout whose kernel programs were compiled, and what was printed meanwhile."""
+
+    path: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def compiled(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    copy = tmp_path_factory.mktemp("compiled") / "checkout"
+    shutil.copytree(checkout, copy)
+    built = run(sys.executable, "bpf/build.py", cwd=copy)
+    assert built.returncode == 0, built.stderr
+    return Compiled(copy, built.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +193,10 @@ def test_every_program_is_compiled_and_those_for_tests_only_when_asked() -> None
 
 
 def test_clang_is_asked_for_only_when_something_is_to_be_compiled(
-    checkout: Path, tmp_path: Path
+    checkout: Path, compiled: Compiled, tmp_path: Path
 ) -> None:
     copy = tmp_path / "checkout"
-    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(*MADE))
+    shutil.copytree(checkout, copy)
     build = (sys.executable, "bpf/build.py")
     no_clang = {"CLANG": "no-clang-here"}
 
@@ -186,9 +206,9 @@ def test_clang_is_asked_for_only_when_something_is_to_be_compiled(
     assert "no-clang-here is not installed" in refused.stderr
     assert "apt-get install clang" in refused.stderr
 
-    built = {f"compiled {path}" for path in OBJECTS}
-    assert set(run(*build, cwd=copy).stdout.splitlines()) == built
-    assert run(*build, cwd=copy, environ=no_clang).returncode == 0
+    assert set(compiled.said.splitlines()) == {f"compiled {path}" for path in OBJECTS}
+    again = run(*build, cwd=compiled.path, environ=no_clang)
+    assert (again.returncode, again.stdout) == (0, "")
 
 
 def test_a_wheel_without_clang_is_refused_in_one_line(checkout: Path, tmp_path: Path) -> None:
@@ -271,10 +291,10 @@ def test_the_installed_wheel_runs_without_a_compiler(wheel: Path, tmp_path: Path
 
 
 def test_without_a_c_compiler_the_wheel_has_the_slower_reader(
-    checkout: Path, tmp_path: Path
+    compiled: Compiled, tmp_path: Path
 ) -> None:
     copy, unpacked = tmp_path / "checkout", tmp_path / "unpacked"
-    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(*MADE))
+    shutil.copytree(compiled.path, copy)  # with its programs: it is the C modules that matter
     command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, copy)
     built = run(*command, environ={"CC": "false"})
     assert built.returncode == 0, built.stderr
@@ -334,48 +354,89 @@ def test_make_lists_its_targets() -> None:
 # ---------------------------------------------------------------- containers
 
 
-def compose_command() -> list[str]:
-    """The compose that is installed; empty when none is."""
-    for command in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(command[0]) and run(*command, "version").returncode == 0:
-            return command
-    return []
-
-
-def compose_config() -> str:
+@pytest.fixture(scope="module")
+def composed() -> Compose:
     """`compose.yaml` as compose understands it."""
-    checked = run(*compose_command(), "-f", ROOT / "compose.yaml", "config")
-    assert checked.returncode == 0, checked.stderr
-    return checked.stdout
+    if not compose.command():
+        pytest.skip("neither `docker compose` nor docker-compose is installed")
+    return Compose.read(ROOT / "compose.yaml")
 
 
-def test_compose_accepts_the_file(require: Require) -> None:
-    require(compose_command(), "neither `docker compose` nor docker-compose is installed")
-    config = compose_config()
-    assert config.count("healthcheck:") == 3
-    assert config.count("condition: service_healthy") == 2
-    assert "privileged: true" in config
-    assert "pid: host" in config
+def test_every_service_says_whether_it_is_well(composed: Compose) -> None:
+    assert composed.services.keys() == {"kafka", "mosquitto", "streamer"}
+    for name, service in composed.services.items():
+        kind, *words = service["healthcheck"]["test"]
+        assert kind in ("CMD", "CMD-SHELL"), name
+        assert words, name
 
 
-def test_the_files_that_compose_mounts_are_there() -> None:
-    mounted = re.findall(r"- \./(\S+?):", (ROOT / "compose.yaml").read_text())
-    assert mounted
-    assert all((ROOT / path).is_file() for path in mounted)
+def test_the_agent_waits_for_brokers_that_are_well(composed: Compose) -> None:
+    conditions = composed.service("streamer")["depends_on"]
+    assert {name: one["condition"] for name, one in conditions.items()} == {
+        "kafka": "service_healthy",
+        "mosquitto": "service_healthy",
+    }
 
 
-def test_compose_configures_both_sinks() -> None:
-    settings = load(ROOT / "compose" / "streamer.toml")
-    assert [type(sink) for sink in settings.sinks] == [KafkaSink, MqttSink]
+def test_the_agent_sees_the_host(composed: Compose) -> None:
+    service = composed.service("streamer")
+    assert (service["privileged"], service["pid"]) == (True, "host")
 
 
-def test_compose_runs_the_kafka_of_the_tests() -> None:
-    tested = re.search(
-        r"<artifactId>kafka_2.13</artifactId>\s*<version>(.*)</version>",
-        (ROOT / "tools" / "kafka-pom.xml").read_text(),
-    )
-    assert tested is not None
-    assert f"image: apache/kafka:{tested[1]}\n" in (ROOT / "compose.yaml").read_text()
+def test_the_ports_of_the_brokers_are_of_this_host_alone(composed: Compose) -> None:
+    """They ask for no password."""
+    published = [
+        port if isinstance(port, str) else f"{port['host_ip']}:{port['published']}"
+        for service in composed.services.values()
+        for port in service.get("ports", ())
+    ]
+    assert {port.partition("/")[0].rsplit(":", 1)[0] for port in published} <= {
+        "127.0.0.1",
+        "127.0.0.1:19092",
+        "127.0.0.1:18883",
+    }
+    assert len(published) == 2
+
+
+def test_the_agent_gets_more_time_to_end_than_it_takes(composed: Compose) -> None:
+    """Else the engine kills it while it delivers."""
+    grace = load(ROOT / "compose" / "streamer.toml").grace_seconds
+    assert seconds_of(composed.service("streamer")["stop_grace_period"]) > grace
+
+
+def seconds_of(duration: str) -> float:
+    """`1m20s` as compose writes it."""
+    units = {"h": 3600, "m": 60, "s": 1}
+    return sum(int(n) * units[unit] for n, unit in re.findall(r"(\d+)([hms])", duration))
+
+
+def test_the_settings_name_the_brokers_as_the_services_are_called(composed: Compose) -> None:
+    kafka, mqtt = load(ROOT / "compose" / "streamer.toml").sinks
+    assert isinstance(kafka, KafkaSink)
+    assert isinstance(mqtt, MqttSink)
+    environment = composed.service("kafka")["environment"]
+    advertised = environment["KAFKA_ADVERTISED_LISTENERS"].split(",")
+    assert {f"INSIDE://{address}" for address in kafka.bootstrap} <= set(advertised)
+    assert mqtt.host in composed.services
+
+
+def test_compose_runs_the_kafka_of_the_tests(composed: Compose) -> None:
+    pom = ElementTree.parse(ROOT / "tools" / "kafka-pom.xml").getroot()
+    space = pom.tag.removesuffix("project")
+    (tested,) = [
+        one.findtext(f"{space}version")
+        for one in pom.iter(f"{space}dependency")
+        if one.findtext(f"{space}artifactId") == "kafka_2.13"
+    ]
+    assert composed.service("kafka")["image"] == f"apache/kafka:{tested}"
+
+
+def test_the_files_that_compose_mounts_are_there(composed: Compose) -> None:
+    volumes = [v for service in composed.services.values() for v in service.get("volumes", ())]
+    sources = [v.partition(":")[0] if isinstance(v, str) else v["source"] for v in volumes]
+    ours = [Path(source) for source in sources if source.startswith(str(ROOT))]
+    assert {path.name for path in ours} == {"mosquitto.conf", "streamer.toml"}
+    assert all(path.is_file() for path in ours)
 
 
 def test_the_image_is_built_with_what_setup_installs() -> None:

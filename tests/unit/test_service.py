@@ -415,11 +415,13 @@ async def test_records_that_cannot_be_decoded_are_told_as_lost_once(
     run.programs.emit("process.exec")
     await until(lambda: bool(run.of("stream.loss")))
     run.programs.garbage("bulk", cpu=1)
+    run.programs.garbage("critical", short=True)
     await run.stop()
     losses = run.of("stream.loss")
     assert {loss.stage for loss in losses} == {"decode"}
-    assert [loss.count for loss in losses] == [3, 1]
-    assert run.of("stream.heartbeat")[-1].reader.unknown_kind == 4
+    assert [loss.count for loss in losses] == [3, 2]
+    reader = run.of("stream.heartbeat")[-1].reader
+    assert (reader.unknown_kind, reader.short_record) == (4, 1)
 
 
 async def test_runs_that_the_kernel_left_out_are_told_once(runs: Runs, seconds_fly: None) -> None:
@@ -518,6 +520,35 @@ async def test_a_sink_that_fails_costs_the_others_nothing(
     assert "bad failed and gets no more events" in caplog.text
 
 
+async def test_what_a_failing_sink_had_taken_of_a_batch_is_not_counted_twice(runs: Runs) -> None:
+    good, bad = MemorySink("good"), FailsHalfway("bad")
+    run = runs(good, bad)
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    run.programs.emit("file.open", 4)
+    await until(lambda: len(run.events(good)) == 9)
+    await run.stop()
+    assert bad.account.received["process.exec"] == 5
+    assert bad.account.received["file.open"] == 4
+    assert bad.account.dropped.total() + bad.account.delivered.total() == (
+        bad.account.received.total() - bad.taken
+    )
+
+
+async def test_a_sink_that_drops_all_is_told_of_events_and_not_of_what_it_was_told(
+    runs: Runs, seconds_fly: None
+) -> None:
+    """A record of a loss that is lost itself would else make another one, for ever."""
+    good, dropping = MemorySink("good"), Dropping("dropping")
+    run = runs(good, dropping)
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    await until(lambda: dropping.account.received["stream.loss"] >= 1)
+    await asyncio.sleep(0.3)  # fifteen of its seconds
+    assert dropping.account.received["stream.loss"] == 1
+    await run.stop()
+
+
 async def test_when_the_only_sink_fails_the_run_ends_with_the_reason(runs: Runs) -> None:
     good = Failing("only")
     run = runs(good)
@@ -614,6 +645,32 @@ class Failing(MemorySink):
     def submit(self, batch: Batch) -> None:
         self.tried += 1
         raise ValueError("a defect")
+
+
+class FailsHalfway(MemorySink):
+    """Takes the manifest, and of the first events those of a kind."""
+
+    taken = 0
+
+    def submit(self, batch: Batch) -> None:
+        if "stream.manifest" in batch.kinds:
+            super().submit(batch)
+            return
+        kind, count = next(iter(batch.kinds.items()))
+        self.taken = min(2, count)
+        self._take({kind: self.taken}, 100)
+        raise ValueError("a defect")
+
+
+class Dropping(MemorySink):
+    def submit(self, batch: Batch) -> None:
+        self.hold = True
+        super().submit(batch)
+        held, self._held = self._held, []
+        for one in held:
+            size = len(one.lines("json"))
+            extra = [one.spans] if hasattr(one, "spans") else []
+            self._dropped(one.kinds, size, "too large", *extra)
 
 
 class Reopening(MemorySink):

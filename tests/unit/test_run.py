@@ -1,0 +1,188 @@
+"""The process around a service, without privileges: exit codes, signals, and what it escapes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from streamer.agent.run import _LogHandler, ascii_lines
+from streamer.events.batch import Batch
+from streamer.terminal.lines import StatusLine
+
+PROGRAM = Path(__file__).parent / "memory_agent.py"
+SECONDS = 30
+HOSTILE = "\x1b]0;owned\x07\x9b2J\u202e"
+
+
+class Agent:
+    """The agent as a process of its own."""
+
+    def __init__(self, directory: Path, *arguments: str, events: int = 100) -> None:
+        self._stderr = directory / "stderr"
+        command = [sys.executable, str(PROGRAM), str(events), "run", "--no-status", *arguments]
+        with self._stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
+            )
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert self.process.poll() is None, self.stderr
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.01)
+
+    def streams(self) -> None:
+        self.wait_for(lambda: "Ctrl-C ends it" in self.stderr)
+
+    def end(self) -> int:
+        return self.process.wait(SECONDS)
+
+
+Start = Callable[..., Agent]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    made: list[Agent] = []
+
+    def run(*arguments: str, events: int = 100) -> Agent:
+        made.append(Agent(tmp_path, *arguments, events=events))
+        return made[-1]
+
+    yield run
+    for agent in made:
+        agent.process.kill()
+        agent.process.wait()
+        assert agent.process.stdout is not None
+        agent.process.stdout.close()
+
+
+def kinds_in(path: Path) -> Counter[str]:
+    return Counter(json.loads(line)["event"] for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_when_all_is_delivered(
+    start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "events"
+    agent = start("--events", "*", "--sink", f"file:{output}")
+    agent.streams()
+    agent.process.send_signal(number)
+    assert agent.end() == 0
+    assert kinds_in(output) == {
+        "stream.manifest": 1,
+        "process.exec": 100,
+        "file.open": 100,
+        "stream.heartbeat": 1,
+    }
+    assert f"file:{output} 200 delivered, 0 dropped; 0 filtered, 0 lost" in agent.stderr
+
+
+def test_a_second_signal_does_not_wait_for_who_does_not_read(start: Start) -> None:
+    """Its standard output is a full pipe, and the grace is ten seconds."""
+    agent = start("--events", "*", events=2000)
+    agent.streams()
+    agent.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert agent.process.poll() is None  # it waits for the grace
+    begun = time.monotonic()
+    agent.process.send_signal(signal.SIGTERM)
+    assert agent.end() == 130
+    assert time.monotonic() - begun < 5
+
+
+def test_a_reader_that_goes_away_is_a_quiet_end(start: Start) -> None:
+    agent = start("--events", "*", events=2000)
+    agent.streams()
+    assert agent.process.stdout is not None
+    agent.process.stdout.close()
+    assert agent.end() == 0
+    assert len(agent.stderr.splitlines()) == 1  # what it streams, and no account nor complaint
+
+
+def test_the_same_sink_twice_is_refused(start: Start) -> None:
+    """Everything would be in it twice."""
+    sink = "kafka://127.0.0.1:1/topic"
+    agent = start("--sink", sink, "--sink", f"{sink}?client_id=another")
+    assert agent.end() == 2
+    assert "sinks: found the same one twice among kafka:" in agent.stderr
+    assert "Ctrl-C ends it" not in agent.stderr
+
+
+def test_a_log_line_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """What brokers answer can hold anything."""
+    line = Line()
+    handler = _LogHandler(line)
+    logger = logging.getLogger("streamer.test")
+    logger.addHandler(handler)
+    try:
+        logger.warning("%s is down: %s", "kafka:", f"{HOSTILE}\nstreamer: all is well")
+    finally:
+        logger.removeHandler(handler)
+    written = capsys.readouterr().err
+    assert written == (
+        "streamer: kafka: is down: \\x1b]0;owned\\x07\\x9b2J\\u202e\\nstreamer: all is well\n"
+    )
+    assert line.cleared == 1  # else both would be in one line
+
+
+class Line(StatusLine):
+    cleared = 0
+
+    def __init__(self) -> None:
+        pass
+
+    def clear(self) -> None:
+        self.cleared += 1
+
+
+class Named(msgspec.Struct, tag_field="event", tag="test.named"):
+    name: str
+
+
+@pytest.mark.parametrize(
+    "name",
+    [HOSTILE, "\x00\x1f\x7f\x80\x9f", "é 中 \U0001f600", '"\\\n\r\t', os.fsdecode(b"plain")],
+)
+def test_json_for_a_terminal_is_printable_ascii_and_the_same(name: str) -> None:
+    """A terminal acts upon C1 and bidirectional characters too, which JSON does not escape."""
+    lines = ascii_lines(Batch([Named(name), Named("next")]))
+    assert all(byte == 0x0A or 0x20 <= byte < 0x7F for byte in lines)
+    assert [json.loads(line)["name"] for line in lines.splitlines()] == [name, "next"]
+
+
+def test_a_terminal_gets_no_control_characters(tmp_path: Path) -> None:
+    own, terminal = os.openpty()
+    command = [sys.executable, str(PROGRAM), "5", "run", "--no-status", "--duration", "0.2s"]
+    command += ["--encoding", "json", "--events", "*"]
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=terminal, stderr=stderr
+        )
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError):  # when nobody has the terminal open any more
+        while part := os.read(own, 1 << 16):
+            shown += part
+    os.close(own)
+    assert process.wait(SECONDS) == 0, (tmp_path / "stderr").read_text()
+    assert shown.count(b'"event":"process.exec"') == 5
+    assert all(byte in b"\r\n" or 0x20 <= byte < 0x7F for byte in shown)
