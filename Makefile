@@ -9,7 +9,7 @@ PYTHON_BIN := .venv/bin/python
 # Debian keeps mosquitto and ip where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help run setup test test-unit test-kernels lint gen lock bench brokers brokers-stop clean
+.PHONY: help run setup test test-unit test-image test-kernels lint gen lock bench brokers brokers-stop clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -21,13 +21,20 @@ run: ## set up, and stream kernel events to the terminal until Ctrl-C (root)
 setup: ## set up only; leaves .venv/bin/streamer
 	@tools/setup.sh run
 
+# In two processes, see tests/conftest.py. Without: make test PARALLEL=
+PARALLEL := -n 2 --dist loadgroup
+
 test: ## set up, and run all tests: this kernel, a real Kafka, a real Mosquitto (root)
 	@tools/setup.sh test
-	@exec $(PYTHON_BIN) -m pytest $(ARGS)
+	@exec $(PYTHON_BIN) -m pytest $(PARALLEL) $(ARGS)
 
 test-unit: ## the tests that need neither root nor brokers
 	@tools/setup.sh dev
 	@exec $(PYTHON_BIN) -m pytest tests/unit $(ARGS)
+
+test-image: ## build the container image with podman, without a registry, and run it (root, slow)
+	@tools/setup.sh dev
+	@exec tools/image.sh test $(ARGS)
 
 # On which kernels, for how many minutes at most on each, and, for CI, what came of the tests here.
 KERNELS := bullseye bookworm trixie sid

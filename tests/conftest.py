@@ -6,12 +6,16 @@ say more with the fixture `require`. What was not run is listed with its reason 
 has to pass on another kernel, which `tests/vm/suite.py` sees to.
 
 With `STREAMER_TEST_RESULTS=FILE` the result of each test is written there, one JSON per line.
+
+`make test` runs two processes (`-n 2 --dist loadgroup`): tests that trace the kernel keep to one of
+them, one after the other, and of the others each file to one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections import defaultdict
@@ -46,6 +50,19 @@ def pytest_configure() -> None:
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], Any]]:
     """Asynchronous tests run on the loop that streamer runs on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+"""Which of several processes this is, such as `gw0`; empty in the only one, and in their head."""
+
+
+# First of all: before that of pytest-xdist, which looks at the marks.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What has to run one after the other, in one process."""
+    for item in items:
+        traces = item.get_closest_marker("kernel") is not None
+        item.add_marker(pytest.mark.xdist_group("kernel" if traces else item.path.name))
 
 
 @pytest.fixture
@@ -154,20 +171,26 @@ def _reason(report: AnyReport) -> str:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    _write_result({"collected": len(session.items)})
+    if WORKER in ("", "gw0") and session.items:  # each of several collects all
+        _write_result({"collected": len(session.items)})
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.passed and report.when != "call":
+    if WORKER or (report.passed and report.when != "call"):  # a worker's head hears it as well
         return
     result = {
-        "test": report.nodeid,
+        "test": _name(report),
         "outcome": report.outcome,
         "seconds": round(report.duration, 1),
         "by_kernel": _by_kernel(report),
         "reason": "" if report.passed else _reason(report),
     }
     _write_result(result)
+
+
+def _name(report: AnyReport) -> str:
+    """Without the group that pytest-xdist adds."""
+    return re.sub(r"@[^]@]*$", "", report.nodeid)
 
 
 def _write_result(result: dict[str, object]) -> None:
@@ -180,7 +203,7 @@ def _write_result(result: dict[str, object]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     tests = defaultdict[str, list[str]](list)
     for report in terminalreporter.stats.get("skipped", []):
-        tests[_reason(report)].append(report.nodeid)
+        tests[_reason(report)].append(_name(report))
     if tests:
         terminalreporter.section("not run")
     for reason, names in tests.items():

@@ -87,7 +87,7 @@ class Compiled(NamedTuple):
 @pytest.fixture(scope="module")
 def compiled(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     copy = tmp_path_factory.mktemp("compiled") / "checkout"
-    shutil.copytree(checkout, copy)
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(*MADE))
     built = run(sys.executable, "bpf/build.py", cwd=copy)
     assert built.returncode == 0, built.stderr
     return Compiled(copy, built.stdout)
@@ -196,7 +196,7 @@ def test_clang_is_asked_for_only_when_something_is_to_be_compiled(
     checkout: Path, compiled: Compiled, tmp_path: Path
 ) -> None:
     copy = tmp_path / "checkout"
-    shutil.copytree(checkout, copy)
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(*MADE))
     build = (sys.executable, "bpf/build.py")
     no_clang = {"CLANG": "no-clang-here"}
 
@@ -512,4 +512,5 @@ def run_example(
     pytest_here = (sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml")
     options = ("--rootdir", directory, "-p", "tests.conftest", "-p", "no:cacheprovider")
     environ = environ | {"STREAMER_CACHE": str(directory), "PYTHONPATH": str(ROOT)}
+    environ["PYTEST_XDIST_WORKER"] = ""  # it is no part of the run that this is in
     return run(*pytest_here, *options, "test_example.py", cwd=directory, environ=environ)

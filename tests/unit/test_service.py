@@ -585,7 +585,7 @@ async def test_a_full_sink_holds_a_bounded_amount_whatever_there_is_to_tell(
     runs: Runs, seconds_fly: None
 ) -> None:
     """Records of losses go to a full sink as well, which must not make it grow for ever."""
-    budget = 8000
+    budget = 60_000
     full = MemorySink("full", budget_bytes=budget)
     run = runs(full, MemorySink("good"), settings=Settings(rings=TINY))
     await run.start()
@@ -600,7 +600,7 @@ async def test_a_full_sink_holds_a_bounded_amount_whatever_there_is_to_tell(
     full.hold = False
     await run.stop()
     assert most > budget
-    assert most < 3 * budget  # twice, and the batch that took it there
+    assert most < 2.5 * budget  # with what is critical, and the batch that took it there
 
 
 async def test_a_sink_that_pauses_and_closes_lets_the_others_go_on(runs: Runs) -> None:
