@@ -22,7 +22,7 @@ setup: ## set up only; leaves .venv/bin/streamer
 	@tools/setup.sh run
 
 # In two processes, see tests/conftest.py. Without: make test PARALLEL=
-PARALLEL := -n 2 --dist loadgroup
+PARALLEL := -n 2
 
 test: ## set up, and run all tests: this kernel, a real Kafka, a real Mosquitto (root)
 	@tools/setup.sh test

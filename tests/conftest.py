@@ -7,15 +7,14 @@ has to pass on another kernel, which `tests/vm/suite.py` sees to.
 
 With `STREAMER_TEST_RESULTS=FILE` the result of each test is written there, one JSON per line.
 
-`make test` runs two processes (`-n 2 --dist loadgroup`): tests that trace the kernel keep to one of
-them, one after the other, and of the others each file to one.
+`make test` runs two processes (`-n 2`): tests that trace the kernel keep to one of them, one after
+the other, and of the others each file to one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 from collections import defaultdict
@@ -25,6 +24,7 @@ from typing import Any, TypeVar
 
 import pytest
 import uvloop
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.brokers import kafka_class_path
 
@@ -56,13 +56,17 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 """Which of several processes this is, such as `gw0`; empty in the only one, and in their head."""
 
 
-# First of all: before that of pytest-xdist, which looks at the marks.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What has to run one after the other, in one process."""
-    for item in items:
-        traces = item.get_closest_marker("kernel") is not None
-        item.add_marker(pytest.mark.xdist_group("kernel" if traces else item.path.name))
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Which tests keep to one process: the kernel's all to the same, others by their file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "tests/kernel" if file.startswith("tests/kernel/") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture
@@ -179,18 +183,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if WORKER or (report.passed and report.when != "call"):  # a worker's head hears it as well
         return
     result = {
-        "test": _name(report),
+        "test": report.nodeid,
         "outcome": report.outcome,
         "seconds": round(report.duration, 1),
         "by_kernel": _by_kernel(report),
         "reason": "" if report.passed else _reason(report),
     }
     _write_result(result)
-
-
-def _name(report: AnyReport) -> str:
-    """Without the group that pytest-xdist adds."""
-    return re.sub(r"@[^]@]*$", "", report.nodeid)
 
 
 def _write_result(result: dict[str, object]) -> None:
@@ -203,7 +202,7 @@ def _write_result(result: dict[str, object]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     tests = defaultdict[str, list[str]](list)
     for report in terminalreporter.stats.get("skipped", []):
-        tests[_reason(report)].append(_name(report))
+        tests[_reason(report)].append(report.nodeid)
     if tests:
         terminalreporter.section("not run")
     for reason, names in tests.items():

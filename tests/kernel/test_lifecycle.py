@@ -64,9 +64,11 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         assert agent.process.wait(seconds(5)) == 130
 
 
-def test_a_closed_pipe_ends_it_quietly(scope: Scope) -> None:
+def test_a_closed_pipe_ends_it_quietly(scope: Scope, tmp_path: Path) -> None:
     """As in `streamer run | head -1`."""
+    (tmp_path / "streamer.toml").write_text(f'state_file = "{tmp_path}/run.json"\n')
     command = [*STREAMER, "run", "--no-status", "--events", "file.open", *scope.options]
+    command += ["--config", str(tmp_path / "streamer.toml")]
     with subprocess.Popen(
         [*command, "--log-level", "warning"],
         cwd=ROOT,

@@ -31,7 +31,8 @@ class Agent:
 
     def __init__(self, directory: Path, *arguments: str, events: int = 100) -> None:
         self._stderr = directory / "stderr"
-        command = [sys.executable, str(PROGRAM), str(events), "run", "--no-status", *arguments]
+        command = [sys.executable, str(PROGRAM), str(events), "run", "--no-status"]
+        command += ["--config", configuration(directory), *arguments]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
@@ -53,6 +54,13 @@ class Agent:
 
     def end(self) -> int:
         return self.process.wait(SECONDS)
+
+
+def configuration(directory: Path) -> str:
+    """Its note of the run is its own, and not that of this host."""
+    path = directory / "streamer.toml"
+    path.write_text(f'state_file = "{directory}/run.json"\n')
+    return str(path)
 
 
 Start = Callable[..., Agent]
@@ -172,7 +180,7 @@ def test_json_for_a_terminal_is_printable_ascii_and_the_same(name: str) -> None:
 def test_a_terminal_gets_no_control_characters(tmp_path: Path) -> None:
     own, terminal = os.openpty()
     command = [sys.executable, str(PROGRAM), "5", "run", "--no-status", "--duration", "0.2s"]
-    command += ["--encoding", "json", "--events", "*"]
+    command += ["--config", configuration(tmp_path), "--encoding", "json", "--events", "*"]
     with (tmp_path / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=terminal, stderr=stderr
