@@ -182,6 +182,16 @@ class MemoryPrograms:
         at = KIND_NUMBERS[kind] * size_of("kind_settings")
         return bool(self._maps["kind_settings"][at])
 
+    def sample(self, kind: str) -> int:
+        """One in how many is reported."""
+        at = KIND_NUMBERS[kind] * size_of("kind_settings") + 4
+        (one_in,) = struct.unpack_from("<I", self._maps["kind_settings"], at)
+        return int(one_in)
+
+    def memory(self, name: str) -> mmap.mmap:
+        """A map as the programs see it."""
+        return self._maps[name]
+
     def _record(self, kind: str, cpu: int, seq: int) -> bytes:
         record = bytearray(self._templates[kind])
         struct.pack_into("<Q", record, HEADER["boot_ns"], next(self._boot_ns))

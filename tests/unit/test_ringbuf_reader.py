@@ -210,3 +210,59 @@ async def test_the_limit_of_events_is_exact() -> None:
     bench.reader.close()
     bench.critical.close()
     bench.bulk.close()
+
+
+async def test_a_reader_that_sleeps_and_is_paused_is_not_woken(bench: Bench) -> None:
+    """Neither do the programs wake it for nothing, nor does it read what it was to leave."""
+    bench.reader.start()
+    await bench.until_asleep()
+    bench.reader.pause()
+    assert bench.asked == [WAKE["WAKE_NEVER"]] * 2
+    bench.bulk.ring.held = 5
+    bench.bulk.wake()
+    await asyncio.sleep(10 * INTERVAL_MS / 1000)
+    assert bench.read == 0
+    bench.reader.resume()
+    await bench.until_read(5)
+
+
+async def test_a_ring_that_is_never_empty_is_not_waited_for(bench: Bench) -> None:
+    """Its descriptor stays readable, so that the loop would spin."""
+    bench.reader.start()
+    await bench.until_asleep()
+    bench.bulk.ring.endless = True
+    bench.bulk.wake()
+    await bench.until_read(100)
+    await asyncio.sleep(5 * INTERVAL_MS / 1000)
+    asked_of_bulk = bench.asked[1]
+    assert asked_of_bulk == WAKE["WAKE_NEVER"]
+    assert not asyncio.get_running_loop().remove_reader(bench.bulk.fd)
+
+
+async def test_a_stopped_reader_drains_only_when_asked(bench: Bench) -> None:
+    bench.reader.start()
+    await bench.until_asleep()
+    bench.reader.stop()
+    bench.bulk.ring.held = 15
+    bench.bulk.wake()
+    await asyncio.sleep(10 * INTERVAL_MS / 1000)
+    assert bench.read == 0
+    assert bench.reader.drain_once()
+    await asyncio.sleep(10 * INTERVAL_MS / 1000)
+    assert bench.read == 10
+    bench.reader.drain_once()
+    assert bench.read == 15
+
+
+async def test_a_reader_that_was_not_started_does_not_look(bench: Bench) -> None:
+    bench.bulk.ring.held = 15
+    bench.reader.resume()
+    await asyncio.sleep(10 * INTERVAL_MS / 1000)
+    assert bench.read == 0
+
+
+async def test_a_backlog_is_drained_without_waiting_for_the_timer(bench: Bench) -> None:
+    bench.reader._interval = 60
+    bench.bulk.ring.held = 1000
+    bench.reader.start()
+    await bench.until_read(1000)

@@ -1,0 +1,271 @@
+"""The kernel's state over programs in memory: filters, sensors, what they missed, and loading."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from streamer.config.settings import Filters, Rings, Settings
+from streamer.errors import KernelError, PrivilegeError
+from streamer.events.kinds import KINDS
+from streamer.kernel import capabilities, state
+from streamer.kernel.loader import Attached
+from streamer.kernel.objects import CONTRACT
+from streamer.kernel.state import KernelState, filter_entries, identity_of_file, settings_bytes
+from tests.memory_kernel import MemoryPrograms
+
+ALL = frozenset(KINDS)
+AT = {name: offset for name, offset, _ in CONTRACT["settings"]}
+MODES = {name: number for name, number, _ in CONTRACT["enum filter_mode"]}
+OFF, EXCLUDE, INCLUDE = (MODES[f"FILTER_{name}"] for name in ("OFF", "EXCLUDE", "INCLUDE"))
+
+
+@pytest.fixture
+def programs() -> Iterator[MemoryPrograms]:
+    made = MemoryPrograms()
+    yield made
+    made.release()
+
+
+def mode(programs: MemoryPrograms, name: str) -> int:
+    """What the programs find in their settings."""
+    return programs.memory("settings")[AT[name]]
+
+
+# ---------------------------------------------------------------- filters
+
+
+def test_what_the_programs_are_told_of_the_filters(programs: MemoryPrograms) -> None:
+    filters = Filters(uids=(1,), exclude_uids=(2,), exclude_comms=("sshd",), ports=(80,))
+    kernel = KernelState(programs, Settings(filters=filters))
+    modes = {name: mode(programs, name) for name in AT if name.startswith("filter_")}
+    assert modes == {
+        "filter_pid": OFF,
+        "filter_uid": INCLUDE,
+        "filter_comm": EXCLUDE,
+        "filter_cgroup": OFF,
+        "filter_exe": OFF,
+        "filter_port": INCLUDE,
+        "filter_path": OFF,
+    }
+    assert mode(programs, "task_filters") == 1
+    kernel.set_filters(Filters(path_prefixes=("/etc/",)))
+    assert (mode(programs, "filter_path"), mode(programs, "task_filters")) == (INCLUDE, 0)
+    kernel.close()
+
+
+def test_the_reader_is_woken_when_a_quarter_of_a_ring_is_full() -> None:
+    packed = settings_bytes(Rings(critical_bytes=4096, bulk_bytes=8192), Filters())
+    assert struct.unpack_from("<2Q", packed, AT["wakeup_bytes"]) == (1024, 2048)
+
+
+def test_while_filters_change_only_what_stays_the_same_is_in_force(
+    programs: MemoryPrograms,
+) -> None:
+    """Half a list would let through, or leave out, what neither of the two lists does."""
+    before = Filters(uids=(1, 2), exclude_comms=("sshd",))
+    kernel = KernelState(programs, Settings(filters=before))
+    during = set()
+    update, delete = programs.update, programs.delete
+
+    def watched(map: str, key: bytes, value: bytes) -> None:
+        during.add((mode(programs, "filter_uid"), mode(programs, "filter_comm")))
+        update(map, key, value)
+
+    def watched_delete(map: str, key: bytes) -> None:
+        during.add((mode(programs, "filter_uid"), mode(programs, "filter_comm")))
+        delete(map, key)
+
+    programs.update, programs.delete = watched, watched_delete  # type: ignore[method-assign]
+    kernel.set_filters(Filters(uids=(2, 3), exclude_comms=("sshd",)))
+    assert during == {(OFF, EXCLUDE)}
+    assert (mode(programs, "filter_uid"), mode(programs, "filter_comm")) == (INCLUDE, EXCLUDE)
+    kernel.close()
+
+
+def test_filters_that_the_kernel_refuses_leave_what_stays_the_same(
+    programs: MemoryPrograms,
+) -> None:
+    kernel = KernelState(programs, Settings(filters=Filters(uids=(1,), ports=(80,))))
+
+    def refuse(map: str, key: bytes, value: bytes) -> None:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+
+    programs.update = refuse  # type: ignore[method-assign]
+    with pytest.raises(KernelError, match="cannot set the filters: Argument list too long"):
+        kernel.set_filters(Filters(uids=(5,), ports=(80,)))
+    assert (mode(programs, "filter_uid"), mode(programs, "filter_port")) == (OFF, INCLUDE)
+    kernel.close()
+
+
+def test_a_path_is_matched_over_all_its_length() -> None:
+    ((name, key, value),) = filter_entries(Filters(exclude_path_prefixes=("/etc/",)))
+    assert (name, value) == ("filter_paths", b"\x02")
+    assert key == struct.pack("<I", 8 * 5) + b"/etc/".ljust(256, b"\0")
+
+
+def test_what_is_kept_within_what_is_left_out_is_left_out() -> None:
+    filters = Filters(path_prefixes=("/a/b/", "/c/"), exclude_path_prefixes=("/a/",))
+    kept = [key[4:].rstrip(b"\0") for _, key, value in filter_entries(filters) if value == b"\x01"]
+    assert kept == [b"/c/"]
+
+
+def test_a_file_is_known_by_inode_and_device(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = (tmp_path / "file").stat()
+    before = len(os.listdir("/proc/self/fd"))
+    inode, device = identity_of_file(str(tmp_path / "file"))
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert inode == found.st_ino
+    mounted = [line.split()[2] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    assert f"{os.major(device)}:{os.minor(device)}" in mounted
+
+
+def test_an_executable_that_is_not_there_is_named() -> None:
+    with pytest.raises(KernelError, match="cannot find the executable /no/such: No such file"):
+        filter_entries(Filters(exes=("/no/such",)))
+
+
+# ---------------------------------------------------------------- kinds and sensors
+
+
+def test_kinds_and_their_sampling_can_be_changed(programs: MemoryPrograms) -> None:
+    kernel = KernelState(programs, Settings())
+    kernel.enable({"net.close", "file.open"})
+    kernel.set_sample({"net.close": 10})
+    assert {kind for kind in KINDS if programs.enabled(kind)} == {"net.close", "file.open"}
+    assert (programs.sample("net.close"), programs.sample("file.open")) == (10, 1)
+    kernel.set_sample({})
+    assert programs.sample("net.close") == 1
+    kernel.close()
+
+
+def test_a_sensor_is_loaded_once_and_unloaded_alone(programs: MemoryPrograms) -> None:
+    kernel = KernelState(programs, Settings())
+    kernel.load("net")
+    kernel.load("file")
+    with pytest.raises(KernelError, match="net is loaded already"):
+        kernel.load("net")
+    kernel.attach()
+    kernel.unload("net")
+    assert kernel.sensors == ["file"]
+    assert programs.attached == {"file"}
+    assert {one.sensor for one in kernel.statuses} == {"file"}
+    kernel.load("net")
+    assert kernel.sensors == ["file", "net"]
+    kernel.close()
+
+
+def test_runs_missed_by_what_was_unloaded_still_count(
+    programs: MemoryPrograms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = Counter({"on_exec": 3, "on_openat_exit": 4})
+
+    def missed(sensors: object) -> dict[str, int]:
+        names = {p.name for one in list(sensors) for p in one.programs}  # type: ignore[call-overload]
+        return {name: count for name, count in now.items() if name in names}
+
+    monkeypatch.setattr(state, "missed_runs", missed)
+    kernel = KernelState(programs, Settings())
+    for sensor in ("process", "file"):
+        kernel.load(sensor)
+    kernel.attach()
+    names = {one.name for one in kernel.statuses}
+    assert "on_exec" in names
+    assert kernel.missed()["on_exec"] == 3
+    now["on_exec"] = 5  # since it was last looked at
+    kernel.unload("process")
+    assert kernel.missed()["on_exec"] == 5
+    kernel.load("process")
+    kernel.attach()
+    now["on_exec"] = 2  # counted anew
+    assert kernel.missed()["on_exec"] == 7
+    now["on_exec"] = 3
+    kernel.detach()
+    assert kernel.missed()["on_exec"] == 8
+    kernel.close()
+
+
+def test_the_end_releases_loader_and_memory(programs: MemoryPrograms) -> None:
+    kernel = KernelState(programs, Settings())
+    kernel.close()
+    assert programs.done[-1] == "close"
+    assert kernel.counters.closed
+    kernel.close()
+
+
+def test_a_core_that_cannot_be_used_is_released(programs: MemoryPrograms) -> None:
+    with pytest.raises(KernelError, match="cannot find the executable"):
+        KernelState(programs, Settings(filters=Filters(exes=("/no/such",))))
+    assert programs.done[-1] == "close"
+
+
+# ---------------------------------------------------------------- loading all of it
+
+
+@pytest.fixture
+def privileged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "require", lambda: None)
+
+
+def test_loading_leaves_the_kinds_on_and_nothing_attached(
+    programs: MemoryPrograms, privileged: None
+) -> None:
+    kernel = state.load(Settings(), {"process.exec", "net.close"}, programs)
+    assert sorted(kernel.sensors) == ["net", "process"]
+    assert programs.attached == set()
+    assert {kind for kind in KINDS if programs.enabled(kind)} == {"process.exec", "net.close"}
+    kernel.close()
+
+
+def test_one_sensor_that_does_not_load_leaves_the_others(privileged: None) -> None:
+    programs = MemoryPrograms(refused=frozenset({"net"}))
+    kernel = state.load(Settings(), ALL, programs)
+    assert sorted(kernel.sensors) == ["file", "process"]
+    assert kernel.coverage({"net.close"})["net.close"].reason == "net is refused"
+    kernel.close()
+    programs.release()
+
+
+def test_when_no_sensor_loads_all_reasons_are_told(privileged: None) -> None:
+    programs = MemoryPrograms(refused=frozenset({"net", "file"}))
+    with pytest.raises(KernelError, match="file is refused; net is refused"):
+        state.load(Settings(), {"net.close", "file.open"}, programs)
+    assert programs.done[-1] == "close"
+    programs.release()
+
+
+def test_without_privileges_nothing_is_tried(
+    programs: MemoryPrograms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise PrivilegeError("needs root")
+
+    monkeypatch.setattr(capabilities, "require", refuse)
+    with pytest.raises(PrivilegeError, match="needs root"):
+        state.load(Settings(), ALL, programs)
+    assert programs.done == []
+
+
+def test_what_is_attached_is_forgotten_with_its_sensor(programs: MemoryPrograms) -> None:
+    """Else its descriptors, which are closed, would be looked at for missed runs."""
+    kernel = KernelState(programs, Settings())
+    kernel.load("process")
+    attach = programs.attach
+    opened = os.open("/proc/self/status", os.O_RDONLY)
+
+    def with_descriptor(sensor: str) -> Attached:
+        return attach(sensor)._replace(descriptors={"on_exec": opened})
+
+    programs.attach = with_descriptor  # type: ignore[method-assign]
+    kernel.attach()
+    kernel.unload("process")
+    os.close(opened)
+    assert kernel._attached == {}
+    kernel.close()
