@@ -239,6 +239,7 @@ class MemoryPrograms:
             ring.close()
         for fd in self._fds.values():
             os.close(fd)
+        self.rings, self._maps = {}, {}
 
 
 class MemoryKernel(KernelState):
