@@ -25,6 +25,7 @@ from tests.golden import cases
 from tests.unit.ring import DATA_OFFSET, SimulatedRing, producer_bytes
 
 CPUS = 2
+INITIAL_MNTNS = 4026531841
 _AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}
 _COUNTED = [name for name, _, _ in CONTRACT["kind_counters"]]
 _FAULTS = [name for name, _, _ in CONTRACT["enum fault"]]
@@ -104,7 +105,9 @@ class MemoryPrograms:
         self._make_map("settings", size_of("settings"))
         self._make_map("kind_settings", size_of("kind_settings") * KIND_END)
         self._make_map("identities", size_of("identity"))
-        struct.pack_into("<3I", self._maps["identities"], 0, os.getpid(), os.getpid(), 4026531841)
+        struct.pack_into(
+            "<3I", self._maps["identities"], 0, os.getpid(), os.getpid(), INITIAL_MNTNS
+        )
         return self._fds | self.ring_fds  # type: ignore[return-value]
 
     def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:

@@ -23,7 +23,7 @@ from streamer.events.batch import Batch, kind_of
 from streamer.events.kinds import KINDS
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
-from tests.memory_kernel import MemoryKernel, MemoryPrograms
+from tests.memory_kernel import INITIAL_MNTNS, MemoryKernel, MemoryPrograms
 
 ALL = frozenset(KINDS)
 TINY = Rings(critical_bytes=4096, bulk_bytes=4096)
@@ -155,6 +155,9 @@ async def test_events_of_both_rings_and_every_cpu_come_as_they_happened(runs: Ru
     account = await run.stop()
     assert Counter(kind_of(event) for event in run.events()) == dict.fromkeys(KINDS, 6)
     run.check()
+    marks = run.of("stream.heartbeat")[-1].cpus
+    assert {(mark.ring, mark.cpu) for mark in marks} == set(run.numbers())
+    assert all(mark.read == mark.seq for mark in marks)
     count = 6 * len(KINDS)
     assert f"{count} events in " in account
     assert f"{count} delivered, 0 dropped; 0 filtered, 0 lost" in account
@@ -168,7 +171,11 @@ async def test_the_manifest_is_first_and_the_last_heartbeat_is_last(runs: Runs) 
     kinds = [kind_of(event) for event in run.sink.events]
     assert kinds == ["stream.manifest", *["process.exec"] * 5, "stream.heartbeat"]
     manifest, heartbeat = run.sink.events[0], run.sink.events[-1]
-    assert manifest.kinds.keys() == ALL  # type: ignore[attr-defined]
+    reports = manifest.kinds  # type: ignore[attr-defined]
+    assert {kind: report.unseen for kind, report in reports.items()} == {
+        kind: info.unseen for kind, info in KINDS.items()
+    }
+    assert manifest.initial_mntns == INITIAL_MNTNS  # type: ignore[attr-defined]
     assert heartbeat.kinds["process.exec"].read == 5  # type: ignore[attr-defined]
 
 
@@ -486,6 +493,61 @@ async def test_heartbeats_come_while_it_runs_with_all_that_went_wrong(
     await run.stop()
 
 
+async def test_a_heartbeat_says_what_a_sink_holds_and_waits_until_it_is_not_full(
+    runs: Runs, seconds_fly: None
+) -> None:
+    held, good = MemorySink("held", budget_bytes=20_000), MemorySink("good")
+    run = runs(held, good, settings=Settings(heartbeat_seconds=0.02))
+    await run.start()
+    held.hold = True
+    run.programs.emit("process.exec", 5)
+    await until(lambda: held.account.pending >= 5)
+    await until(lambda: run.of("stream.heartbeat", good)[-1:] != [])
+    count = len(run.of("stream.heartbeat", good))
+    await until(lambda: len(run.of("stream.heartbeat", good)) > count)
+    told = run.of("stream.heartbeat", good)[-1].sinks["held"]
+    assert told.pending >= 5
+    assert 0 < told.pending_bytes <= held.watermarks.held
+    run.programs.emit("process.exec", 100)
+    await until(lambda: held.watermarks.full)
+    waiting, count = (
+        held.account.received["stream.heartbeat"],
+        len(run.of("stream.heartbeat", good)),
+    )
+    await until(lambda: len(run.of("stream.heartbeat", good)) > count + 3)
+    assert held.account.received["stream.heartbeat"] == waiting
+    held.hold = False
+    held.release()
+    await run.stop()
+
+
+async def test_heartbeats_come_as_often_as_they_are_asked_for(
+    runs: Runs, seconds_fly: None
+) -> None:
+    run = runs(settings=Settings(heartbeat_seconds=60))
+    await run.start()
+    await asyncio.sleep(0.2)  # ten of its seconds
+    assert run.of("stream.heartbeat") == []
+    await run.stop()
+    assert len(run.of("stream.heartbeat")) == 1
+
+
+async def test_sinks_get_the_grace_to_deliver_and_it_is_said(
+    runs: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = SlowToStop("slow")
+    run = runs(slow, settings=Settings(grace_seconds=0.5))
+    await run.start()
+    slow.hold = True
+    slow._set_status("down", "refused")
+    run.programs.emit("process.exec", 5)
+    await until(lambda: slow.account.pending >= 5)
+    with caplog.at_level(logging.WARNING, "streamer"):
+        await run.stop()
+    assert 0 < slow.grace <= 0.5
+    assert "stopping within 0.5 s; Ctrl-C again stops at once" in caplog.text
+
+
 async def test_ids_of_events_and_records_are_unique(runs: Runs, seconds_fly: None) -> None:
     run = runs(settings=Settings(heartbeat_seconds=0.02))
     await run.start()
@@ -645,6 +707,14 @@ class Failing(MemorySink):
     def submit(self, batch: Batch) -> None:
         self.tried += 1
         raise ValueError("a defect")
+
+
+class SlowToStop(MemorySink):
+    grace = 0.0
+
+    async def stop(self, grace: float) -> None:
+        self.grace = grace
+        await super().stop(grace)
 
 
 class FailsHalfway(MemorySink):

@@ -1,0 +1,351 @@
+"""The loader over objects that are scripted: which way to a hook is taken, and what is let go of.
+
+In place of libbpf, so without privileges. That the real one behaves so is shown in `tests/kernel`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from streamer.errors import KernelError
+from streamer.kernel import loader as module
+from streamer.kernel.loader import Loader
+from streamer.kernel.objects import KIND_END
+from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
+
+FUNCTION = "fexit/do_thing"
+SECTIONS = {
+    "fast": FUNCTION,
+    "plain": "raw_tp/thing",
+    "slow": "raw_tp/thing_slowly",
+    "other": "raw_tp/other",
+    "optional": "raw_tp/optional",
+}
+CATALOGUE = {
+    "core": SensorInfo(
+        "core", (), (MapInfo("counters", "cpus", True), MapInfo("kinds", "cpus,kinds", True))
+    ),
+    "thing": SensorInfo(
+        "thing",
+        (
+            ProgramInfo("fast", "thing", ("test.thing",)),
+            ProgramInfo("plain", "thing", ("test.thing",)),
+            ProgramInfo("slow", "thing", ("test.thing",)),
+            ProgramInfo("other", "other", ("test.other",)),
+            ProgramInfo("optional", "optional", ("test.optional",), "", ("option:more",)),
+        ),
+        (MapInfo("table", "table:entries"), MapInfo("counters", "cpus", True)),
+    ),
+    "missing": SensorInfo("missing", (ProgramInfo("absent", "absent", ("test.absent",)),)),
+}
+
+
+def refusal(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+class Kernel:
+    """What loads and attaches, and what there is of it. Everything is noted in `done`."""
+
+    def __init__(self) -> None:
+        self.does_not_load: set[str] = set()
+        self.does_not_attach: set[str] = set()
+        self.functions_load = False
+        self.core_error: OSError | None = None
+        self.open: list[FakeObject] = []
+        self.attached: list[str] = []
+        self.detached: list[str] = []
+        self.fds = iter(range(1000, 2000))
+
+
+class FakeMap:
+    def __init__(self, kernel: Kernel, name: str) -> None:
+        self.name, self.fd = name, next(kernel.fds)
+        self.internal = False
+        self.entries_wanted = 0
+        self.content: dict[bytes, bytes] = {}
+
+    def leave_out(self) -> None:
+        pass
+
+    def resize(self, entries: int) -> None:
+        self.entries_wanted = entries
+
+    def reuse(self, fd: int) -> None:
+        self.fd = fd
+
+    def update(self, key: bytes, value: bytes) -> None:
+        self.content[key] = value
+
+    def delete(self, key: bytes) -> None:
+        del self.content[key]
+
+    def entries(self) -> Iterator[tuple[bytes, bytes]]:
+        yield from self.content.items()
+
+
+class FakeLink:
+    def __init__(self, kernel: Kernel, name: str) -> None:
+        self._kernel, self._name = kernel, name
+        kernel.attached.append(name)
+
+    def destroy(self) -> None:
+        self._kernel.attached.remove(self._name)
+        self._kernel.detached.append(self._name)
+
+
+class FakeProgram:
+    def __init__(self, kernel: Kernel, name: str, section: str) -> None:
+        self._kernel = kernel
+        self.name, self.section, self.fd = name, section, next(kernel.fds)
+        self.wanted = True
+        self.log = ""
+
+    def autoload(self, wanted: bool) -> None:
+        self.wanted = wanted
+
+    def keep_log(self) -> None:
+        self.log = "R1 invalid\nprocessed 3 insns"
+
+    def run(self) -> int:
+        return 0
+
+    def attach(self) -> FakeLink:
+        if self.name in self._kernel.does_not_attach:
+            raise refusal(errno.ENOENT)
+        return FakeLink(self._kernel, self.name)
+
+
+class FakeObject:
+    def __init__(self, kernel: Kernel, path: str) -> None:
+        self._kernel = kernel
+        self.sensor = os.path.basename(path).removesuffix(".bpf.o")
+        names = {"core": ("learn_pids", "try_function"), "thing": tuple(SECTIONS)}.get(
+            self.sensor, ()
+        )
+        self.programs = {n: FakeProgram(kernel, n, SECTIONS.get(n, "syscall")) for n in names}
+        maps = {
+            "core": ("counters", "kinds", "critical", "bulk", "identities"),
+            "thing": ("counters", "table"),
+        }
+        self.maps = {name: FakeMap(kernel, name) for name in maps.get(self.sensor, ())}
+        if self.sensor == "core":
+            self.maps["identities"].content[bytes(4)] = bytes(range(16))
+        kernel.open.append(self)
+
+    def load(self) -> None:
+        wanted = {name for name, program in self.programs.items() if program.wanted}
+        if self.sensor == "core":
+            if self._kernel.core_error is not None:
+                raise self._kernel.core_error
+            if "try_function" in wanted and not self._kernel.functions_load:
+                raise refusal(errno.EPERM)
+        if wanted & self._kernel.does_not_load:
+            raise refusal(errno.EINVAL)
+
+    def close(self) -> None:
+        self._kernel.open.remove(self)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    made = Kernel()
+    monkeypatch.setattr(module, "Object", lambda path, btf: FakeObject(made, path))
+    monkeypatch.setattr(module, "functions_of", lambda wanted, btf: set())
+    monkeypatch.setattr(module, "find_btf", lambda btf: btf)
+    return made
+
+
+def loaded(kernel: Kernel, **options: Any) -> Loader:
+    made = Loader(sensors=CATALOGUE, directory="/objects", **options)
+    made.load_core({"critical": 4096, "bulk": 8192}, None)
+    return made
+
+
+def statuses(programs: list[Any]) -> dict[str, str]:
+    return {program.name: program.status for program in programs}
+
+
+def test_the_best_way_that_loads_is_attached_and_the_rest_is_spare(kernel: Kernel) -> None:
+    kernel.functions_load = True
+    made = loaded(kernel)
+    assert statuses(made.load("thing", {}).programs) == {"fast": "loaded", "other": "loaded"}
+    assert kernel.attached == []
+    attached = made.attach("thing")
+    assert statuses(attached.programs) == {
+        "fast": "attached",
+        "plain": "spare",
+        "slow": "spare",
+        "other": "attached",
+    }
+    assert kernel.attached == ["fast", "other"]
+    assert attached.descriptors.keys() == {"fast", "other"}
+
+
+def test_programs_at_functions_are_not_tried_where_none_loads(kernel: Kernel) -> None:
+    made = loaded(kernel)
+    found = {p.name: p for p in made.load("thing", {}).programs}
+    assert (found["fast"].status, found["plain"].status) == ("failed", "loaded")
+    assert found["fast"].reason == made.no_functions
+    assert "Operation not permitted" in made.no_functions
+
+
+def test_a_way_that_does_not_load_makes_way_for_the_next(kernel: Kernel) -> None:
+    """And says what the verifier said; the other hooks are not affected."""
+    kernel.functions_load = True
+    kernel.does_not_load = {"fast", "plain"}
+    made = loaded(kernel)
+    found = {p.name: p for p in made.load("thing", {}).programs}
+    assert statuses(list(found.values())) == {
+        "fast": "failed",
+        "plain": "failed",
+        "slow": "loaded",
+        "other": "loaded",
+    }
+    assert found["fast"].reason == "fast does not load: Invalid argument: R1 invalid"
+    made.attach("thing")
+    assert sorted(kernel.attached) == ["other", "slow"]
+
+
+def test_a_way_that_does_not_attach_makes_way_for_the_next(kernel: Kernel) -> None:
+    kernel.functions_load = True
+    kernel.does_not_attach = {"fast"}
+    made = loaded(kernel)
+    made.load("thing", {})
+    attached = made.attach("thing")
+    found = {p.name: p for p in attached.programs}
+    assert (found["fast"].status, found["plain"].status) == ("failed", "attached")
+    assert found["slow"].status == "spare"
+    assert found["fast"].reason == f"this kernel has no {FUNCTION}"
+    assert attached.descriptors.keys() == {"plain", "other"}
+
+
+def test_a_hook_of_which_no_way_is_left_does_not_hold_up_the_others(kernel: Kernel) -> None:
+    kernel.does_not_load = {"slow"}
+    kernel.does_not_attach = {"plain"}
+    made = loaded(kernel)
+    made.load("thing", {})
+    attached = made.attach("thing")
+    assert statuses(attached.programs) == {
+        "fast": "failed",
+        "plain": "failed",
+        "slow": "failed",
+        "other": "attached",
+    }
+    assert kernel.attached == ["other"]
+
+
+def test_attaching_twice_attaches_once(kernel: Kernel) -> None:
+    made = loaded(kernel)
+    made.load("thing", {})
+    made.attach("thing")
+    made.attach("thing")
+    assert kernel.attached == ["plain", "other"]
+
+
+def test_what_an_option_turns_on(kernel: Kernel) -> None:
+    made = loaded(kernel)
+    assert "optional" not in statuses(made.load("thing", {"more": 0}).programs)
+    made.unload("thing")
+    assert statuses(made.load("thing", {"more": 1}).programs)["optional"] == "loaded"
+
+
+def test_tables_have_the_sizes_that_are_asked_for(kernel: Kernel) -> None:
+    made = loaded(kernel)
+    core = next(one for one in kernel.open if one.sensor == "core")
+    assert core.maps["bulk"].entries_wanted == 8192
+    assert core.maps["critical"].entries_wanted == 4096
+    assert core.maps["counters"].entries_wanted == made.cpus
+    assert core.maps["kinds"].entries_wanted == made.cpus * KIND_END
+    maps = made.load("thing", {"entries": 77}).maps
+    assert maps.keys() == {"table"}  # its own alone
+    thing = next(one for one in kernel.open if one.sensor == "thing")
+    assert thing.maps["table"].entries_wanted == 77
+    assert thing.maps["counters"].fd == core.maps["counters"].fd  # shared, and not one of its own
+
+
+def test_unloading_detaches_last_first_and_closes(kernel: Kernel) -> None:
+    made = loaded(kernel)
+    made.load("thing", {})
+    made.attach("thing")
+    made.unload("thing")
+    assert (kernel.attached, kernel.detached) == ([], ["other", "plain"])
+    assert [one.sensor for one in kernel.open] == ["core"]
+    with pytest.raises(KernelError, match="thing is not loaded"):
+        made.unload("thing")
+    with pytest.raises(KernelError, match="thing is not loaded"):
+        made.attach("thing")
+    made.load("thing", {})
+
+
+def test_the_end_leaves_nothing_open(kernel: Kernel) -> None:
+    kernel.does_not_load = {"plain"}
+    made = loaded(kernel)
+    made.load("thing", {})
+    made.attach("thing")
+    made.close()
+    assert (kernel.open, kernel.attached) == ([], [])
+    made.close()
+
+
+def test_what_cannot_be_loaded(kernel: Kernel) -> None:
+    made = Loader(sensors=CATALOGUE, directory="/objects")
+    with pytest.raises(KernelError, match="thing cannot be loaded now"):
+        made.load("thing", {})
+    made.load_core({"critical": 4096, "bulk": 8192}, None)
+    made.load("thing", {})
+    with pytest.raises(KernelError, match="thing cannot be loaded now"):
+        made.load("thing", {})
+    for name in ("core", "nothing"):
+        with pytest.raises(KernelError, match=f"there is no sensor {name}"):
+            made.load(name, {})
+    (absent,) = made.load("missing", {}).programs
+    assert (absent.status, absent.reason) == ("failed", "the object has no such program")
+
+
+def test_maps_by_name(kernel: Kernel) -> None:
+    made = loaded(kernel)
+    made.load("thing", {})
+    for name in ("table", "counters"):
+        made.update(name, b"key", b"value")
+        assert list(made.read(name)) == [(b"key", b"value")]
+        made.delete(name, b"key")
+        assert list(made.read(name)) == []
+    with pytest.raises(KernelError, match="there is no map nothing"):
+        made.read("nothing")
+    made.unload("thing")
+    with pytest.raises(KernelError, match="there is no map table"):
+        made.update("table", b"key", b"value")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSYS, "no BPF in this kernel"),
+        (errno.EPERM, "not permitted to load BPF programs"),
+        (errno.E2BIG, "the BPF object does not load: Argument list too long"),
+    ],
+)
+def test_a_core_that_does_not_load_says_why_and_is_closed(
+    kernel: Kernel, code: int, words: str
+) -> None:
+    kernel.core_error = refusal(code)
+    with pytest.raises(KernelError, match=words):
+        loaded(kernel)
+    assert kernel.open == []
+
+
+def test_only_a_helper_hides_its_parent(kernel: Kernel) -> None:
+    """The parent of an agent that is one process is a shell, and observed like anybody."""
+    for parent_is_agent, own in (
+        (True, bytes(range(16))),
+        (False, bytes((4, 5, 6, 7, *range(4, 16)))),
+    ):
+        made = loaded(kernel, parent_is_agent=parent_is_agent)
+        assert dict(made.read("identities"))[bytes(4)] == own
+        made.close()
