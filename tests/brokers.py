@@ -16,6 +16,7 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -204,14 +205,17 @@ class KafkaBroker(Broker):
         config: Iterable[str] = (),
         listeners: Mapping[str, str] | None = None,
         scram_users: Mapping[str, str] | None = None,
+        node: int = 1,
     ) -> None:
         """`scram_users` are names and passwords known to SCRAM-SHA-256 and SCRAM-SHA-512."""
         super().__init__(directory)
         self.config = tuple(config)
+        self.node = node
         self.scram_users = dict(scram_users or {})
         self.protocols = dict(listeners or {})
         self.addresses = {name: f"127.0.0.1:{free_port()}" for name in self.protocols}
-        self._controller = f"127.0.0.1:{free_port()}"
+        self.controller = f"127.0.0.1:{free_port()}"
+        self.voters = f"{node}@{self.controller}"
 
     def _prepare(self) -> Sequence[str]:
         properties = self.directory / "server.properties"
@@ -232,11 +236,12 @@ class KafkaBroker(Broker):
         protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT", **self.protocols}
         advertised = [f"{name}://{address}" for name, address in addresses.items()]
         return [
-            f"listeners={','.join([*advertised, f'CONTROLLER://{self._controller}'])}",
+            f"listeners={','.join([*advertised, f'CONTROLLER://{self.controller}'])}",
             f"advertised.listeners={','.join(advertised)}",
             "listener.security.protocol.map="
             + ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
-            f"controller.quorum.voters=1@{self._controller}",
+            f"node.id={self.node}",
+            f"controller.quorum.voters={self.voters}",
             f"log.dirs={data}",
             # After a SIGKILL a broker may not register again before its old session is over.
             "broker.session.timeout.ms=2000",
@@ -256,4 +261,52 @@ class KafkaBroker(Broker):
         asked = subprocess.run(
             ["kcat", "-b", self.address, "-L", "-m", "2"], capture_output=True, text=True
         )
-        return asked.returncode == 0 and "1 brokers" in asked.stdout
+        return asked.returncode == 0 and f"broker {self.node} at" in asked.stdout
+
+
+class KafkaCluster:
+    """Three nodes of Apache Kafka, each broker and controller. Topics have three replicas."""
+
+    def __init__(self, directory: Path) -> None:
+        """`directory` holds a directory for each node."""
+        config = (
+            "default.replication.factor=3",
+            "min.insync.replicas=2",
+            "offsets.topic.replication.factor=3",
+            "transaction.state.log.replication.factor=3",
+        )
+        self.nodes = [
+            KafkaBroker(directory / f"node-{number}", config, node=number) for number in (1, 2, 3)
+        ]
+        voters = ",".join(node.voters for node in self.nodes)
+        for node in self.nodes:
+            node.voters = voters
+
+    @property
+    def address(self) -> str:
+        """The plain listeners of all nodes."""
+        return ",".join(node.address for node in self.nodes)
+
+    def leader(self, topic: str, partition: int) -> int:
+        """The number of the node that leads a partition."""
+        asked = subprocess.run(
+            ["kcat", "-b", self.address, "-L", "-t", topic, "-m", "10"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for line in asked.stdout.splitlines():
+            words = line.replace(",", "").split()
+            if words[:2] == ["partition", str(partition)]:
+                return int(words[words.index("leader") + 1])
+        raise RuntimeError(f"no partition {partition} of {topic}: {asked.stdout}")
+
+    def __enter__(self) -> Self:
+        # All at once: one alone has no majority, and answers nobody.
+        with ThreadPoolExecutor(len(self.nodes)) as pool:
+            list(pool.map(KafkaBroker.start, self.nodes))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for node in self.nodes:
+            node.kill()

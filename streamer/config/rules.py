@@ -123,16 +123,27 @@ def _kafka(sink: KafkaSink) -> Iterator[str]:
     for index, address in enumerate(sink.bootstrap):
         if split_host_port(address) is None:
             yield mistake(join("bootstrap", index), address, HOST_PORT)
-    yield from _placeholders(sink.topic, ("{category}",))
-    longest = sink.topic.replace("{category}", LONGEST_CATEGORY)
-    if not _BRACES.search(longest) and not re.fullmatch("[A-Za-z0-9._-]*", longest):
-        yield mistake("topic", sink.topic, KAFKA_TOPIC)
-    if longest in (".", "..") or len(longest) > 249:
-        yield mistake("topic", sink.topic, 'at most 249 characters, and neither "." nor ".."')
+    yield from _kafka_topic(sink.topic)
     if sink.sasl is not None:
-        yield from _one_secret("sasl.password", sink.sasl.password_env, sink.sasl.password_file)
-        if not (sink.sasl.password_env or sink.sasl.password_file):
-            yield "sasl.password_env: missing, allowed: it or password_file"
+        yield from _sasl(sink.sasl)
+        if sink.sasl.mechanism == "PLAIN" and sink.tls is None and not sink.sasl.allow_cleartext:
+            wanted = "PLAIN with TLS, SCRAM-SHA-512, or allow_cleartext = true"
+            yield mistake("sasl.mechanism", "PLAIN", wanted)
+
+
+def _sasl(sasl: Sasl) -> Iterator[str]:
+    yield from _one_secret("sasl.password", sasl.password_env, sasl.password_file)
+    if not (sasl.password_env or sasl.password_file):
+        yield "sasl.password_env: missing, allowed: it or password_file"
+
+
+def _kafka_topic(topic: str) -> Iterator[str]:
+    yield from _placeholders(topic, ("{category}",))
+    longest = topic.replace("{category}", LONGEST_CATEGORY)
+    if not _BRACES.search(longest) and not re.fullmatch("[A-Za-z0-9._-]*", longest):
+        yield mistake("topic", topic, KAFKA_TOPIC)
+    if longest in (".", "..") or len(longest) > 249:
+        yield mistake("topic", topic, 'at most 249 characters, and neither "." nor ".."')
 
 
 def _mqtt(sink: MqttSink) -> Iterator[str]:

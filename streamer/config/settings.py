@@ -195,6 +195,9 @@ class Sasl(Section, frozen=True, kw_only=True):
         EnvName | None, doc("Environment variable that holds the password.")
     ] = None
     password_file: Annotated[Text | None, doc("File that holds the password.")] = None
+    allow_cleartext: Annotated[
+        bool, doc("Whether `PLAIN` may send the password over a connection without TLS.")
+    ] = False
 
 
 class SinkCommon(Section, tag_field="type", omit_defaults=True, frozen=True, kw_only=True):
@@ -252,9 +255,11 @@ class KafkaSink(SinkCommon, tag="kafka", frozen=True, kw_only=True):
     client_id: Annotated[Text, doc("Name shown in the brokers' logs and quotas.")] = "streamer"
     compression: Annotated[
         Literal["none", "gzip", "snappy", "lz4", "zstd"], doc("Codec of the record batches.")
-    ] = "zstd"
+    ] = "gzip"
     batch_bytes: Annotated[
-        int, Meta(ge=1024, le=16 << 20), doc("Size at which a record batch is sent.")
+        int,
+        Meta(ge=1024, le=16 << 20),
+        doc("Size at which a record batch is sent; with a backlog, up to four times as much."),
     ] = 512 << 10
     linger_ms: Annotated[
         int, Meta(ge=0, le=60000), doc("Longest wait for a record batch to fill.")

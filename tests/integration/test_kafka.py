@@ -7,9 +7,7 @@ and one that is killed and started again, without automatic creation of topics.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import io
 import itertools
 import logging
 import os
@@ -17,15 +15,13 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic  # type: ignore[import-untyped]
-from aiokafka.protocol.admin import CreateAclsRequest  # type: ignore[import-untyped]
 
 from streamer.config.settings import KafkaSink as Settings
 from streamer.config.settings import Sasl, Tls
@@ -33,13 +29,32 @@ from streamer.errors import ConfigError
 from streamer.events.batch import Batch
 from streamer.sinks.kafka import client
 from streamer.sinks.kafka import sink as kafka_sink
+from streamer.sinks.kafka.encoded import EncodedBatch
+from streamer.sinks.kafka.queue import SizeLimit
 from streamer.sinks.kafka.sink import KafkaSink
+from streamer.sinks.kafka.window import SEQUENCES, Window
 from tests.brokers import KafkaBroker, free_port
-from tests.recorder import Recorder
+from tests.kafka_helpers import (
+    HOST,
+    NOW_NS,
+    FileOpen,
+    NetClose,
+    allow_writing,
+    alter,
+    create,
+    delete,
+    expected,
+    ids,
+    make,
+    opens,
+    read_back,
+    started,
+    topics,
+    until,
+)
 
 pytestmark = pytest.mark.kafka
 
-HOST = "node-17.example"
 PASSWORD = "correct-horse-battery"
 SASL_LINES = (
     "sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
@@ -54,31 +69,6 @@ SASL_LINES = (
     "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
     "super.users=User:ANONYMOUS;User:writer;User:CN=client",
 )
-
-# Of today: a broker forgets the sequence numbers of a producer whose records are a day old.
-NOW_NS = time.time_ns()
-
-topics = (f"topic-{number}" for number in itertools.count())
-
-
-class FileOpen(msgspec.Struct, tag_field="event", tag="file.open"):
-    id: str
-    time_ns: int
-    path: str
-
-
-class NetClose(msgspec.Struct, tag_field="event", tag="net.close"):
-    id: str
-    time_ns: int
-    port: int
-
-
-class Record(NamedTuple):
-    partition: int
-    time_ms: int
-    key: str
-    value: bytes
-
 
 # ---------------------------------------------------------------- brokers
 
@@ -150,89 +140,27 @@ async def mortal(mortal_once: KafkaBroker) -> KafkaBroker:
     return mortal_once
 
 
-async def create(broker: KafkaBroker, topic: str, **config: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=broker.address)
-    await admin.start()
-    try:
-        await admin.create_topics([NewTopic(topic, 3, 1, topic_configs=config)])
-    finally:
-        await admin.close()
+def closes(start: int, count: int) -> list[NetClose]:
+    return [NetClose(f"net-{number}", NOW_NS, number) for number in range(start, start + count)]
 
 
-async def allow_writing(broker: KafkaBroker, topic: str, user: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=broker.address)
-    await admin.start()
-    is_topic, literal, write, allow = 2, 3, 4, 3
-    try:
-        await admin._send_request(
-            CreateAclsRequest(is_topic, topic, literal, f"User:{user}", "*", write, allow)
-        )
-    finally:
-        await admin.close()
+def count_requests(sink: KafkaSink) -> Counter[str]:
+    """Counts, from now on, what the sink asks for."""
+    client, counts = sink._client, Counter[str]()
+    assert client is not None
+    refresh, produce = client.refresh, client.produce
 
+    async def counted_refresh(topic: str | None = None) -> None:
+        counts["metadata"] += 1
+        await refresh(topic)
 
-async def read_back(broker: KafkaBroker, topic: str) -> list[Record]:
-    """All records of a topic, by kcat: per partition in order."""
-    arguments = ["-C", "-b", broker.address, "-t", topic, "-o", "beginning", "-e", "-q"]
-    form = r"%p %T %k %S\n%s"
-    done = await asyncio.to_thread(
-        subprocess.run, ["kcat", *arguments, "-f", form], capture_output=True, check=True
-    )
-    text = io.BytesIO(done.stdout)
-    records = []
-    while head := text.readline():
-        partition, time_ms, key, size = head.decode().split()
-        records.append(Record(int(partition), int(time_ms), key, text.read(int(size))))
-    return records
+    def counted_produce(*arguments: Any) -> Any:
+        counts["produce"] += 1
+        return produce(*arguments)
 
-
-def ids(records: list[Record]) -> list[str]:
-    return [msgspec.json.decode(record.value)["id"] for record in records]
-
-
-def expected(start: int, count: int) -> list[str]:
-    return [event.id for event in opens(start, count)]
-
-
-# ---------------------------------------------------------------- sinks and events
-
-
-def opens(start: int, count: int, path: str = "/etc/hosts") -> list[FileOpen]:
-    return [
-        FileOpen(f"boot-{number}", NOW_NS + number * 1_000_003, path)
-        for number in range(start, start + count)
-    ]
-
-
-def make(address: str, topic: str, **settings: Any) -> tuple[KafkaSink, Recorder]:
-    sink = KafkaSink(
-        Settings(bootstrap=tuple(address.split(",")), topic=topic, **settings), host=HOST
-    )
-    sink.listener = heard = Recorder()
-    return sink, heard
-
-
-@contextlib.asynccontextmanager
-async def started(sink: KafkaSink, grace: float = 20.0) -> AsyncIterator[None]:
-    """The sink from start to stop; afterwards nothing of it may be left."""
-    before = asyncio.all_tasks()
-    await sink.start()
-    try:
-        yield
-    finally:
-        await sink.stop(grace)
-    await asyncio.sleep(0)
-    left = asyncio.all_tasks() - before
-    assert not left
-    assert sink.status == "closed"
-    assert sink.account.pending == 0
-    assert sink.watermarks.held == 0
-
-
-async def until(condition: Callable[[], object], seconds: float = 40.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for is not ours to signal
-            await asyncio.sleep(0.02)
+    client.refresh = counted_refresh  # type: ignore[method-assign]
+    client.produce = counted_produce  # type: ignore[assignment, method-assign]
+    return counts
 
 
 # ---------------------------------------------------------------- what arrives
@@ -335,7 +263,7 @@ async def test_oversized_record_is_dropped_and_the_rest_delivered(broker: KafkaB
 async def test_a_smaller_limit_of_the_topic_is_found_out(broker: KafkaBroker) -> None:
     """Refused record batches are split and sent again; only what is too large alone is lost."""
     topic = next(topics)
-    await create(broker, topic, **{"max.message.bytes": "6000"})
+    await create(broker, topic, config={"max.message.bytes": "6000"})
     sink, heard = make(broker.address, topic, compression="none", linger_ms=0)
     large = FileOpen("large", NOW_NS, "x" * 7000)
     async with started(sink):
@@ -349,13 +277,74 @@ async def test_a_smaller_limit_of_the_topic_is_found_out(broker: KafkaBroker) ->
     assert heard.statuses == [("up", ""), ("closed", "")]
 
 
-async def test_refused_times_are_named(broker: KafkaBroker) -> None:
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+async def test_an_event_that_the_broker_never_takes_costs_no_other(
+    broker: KafkaBroker, encoding: str
+) -> None:
     """Kafka takes no record that lies more than an hour ahead of the broker's clock."""
-    sink, heard = make(broker.address, next(topics), linger_ms=0)
-    async with started(sink, grace=0.2):
-        sink.submit(Batch([FileOpen("ahead", NOW_NS + 7_200 * 10**9, "/")]))
-        await until(lambda: sink.status == "down")
-    assert "is a clock wrong?" in heard.statuses[1][1]
+    topic = next(topics)
+    sink, heard = make(broker.address, topic, linger_ms=0, encoding=encoding)
+    ahead = FileOpen("ahead", NOW_NS + 7_200 * 10**9, "/")
+    async with started(sink):
+        sink.submit(Batch([*opens(0, 500), ahead, *opens(500, 500)]))
+        for start in range(1000, 1100, 10):
+            sink.submit(Batch(opens(start, 10)))
+            await asyncio.sleep(0.001)
+        await until(lambda: not sink.account.pending)
+    codec: Any = msgspec.json if encoding == "json" else msgspec.msgpack
+    records = await read_back(broker, topic)
+    assert [codec.decode(record.value)["id"] for record in records] == expected(0, 1100)
+    ((kinds, reason),) = heard.drops
+    assert kinds == {"file.open": 1}
+    assert "is a clock wrong?" in reason
+    assert heard.statuses == [("up", ""), ("closed", "")]
+
+
+async def test_events_that_a_broker_refuses_one_by_one(broker: KafkaBroker) -> None:
+    """Many of them, between others: each is dropped, and each of the others arrives."""
+    topic = next(topics)
+    sink, heard = make(broker.address, topic, linger_ms=0)
+    ahead = [FileOpen("ahead", NOW_NS + 7_200 * 10**9, "/") for _ in range(200)]
+    mixed = [event for pair in zip(opens(0, 200), ahead, strict=True) for event in pair]
+    async with started(sink):
+        sink.submit(Batch(mixed))
+        await until(lambda: not sink.account.pending)
+    assert ids(await read_back(broker, topic)) == expected(0, 200)
+    assert sink.account.dropped == {"file.open": 200}
+    assert all("is a clock wrong?" in reason for reason in heard.reasons)
+
+
+async def test_small_batches_behind_a_refused_one_stay_behind(broker: KafkaBroker) -> None:
+    """A broker that has nothing of a producer would take the second batch first."""
+    topic = next(topics)
+    await create(broker, topic, config={"max.message.bytes": "3000"})
+    sink, _ = make(broker.address, topic, compression="none", linger_ms=0)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 500)))
+        await asyncio.sleep(0)
+        sink.submit(Batch(opens(500, 5)))
+    assert ids(await read_back(broker, topic)) == expected(0, 505)
+
+
+async def test_the_limit_that_was_learned_is_tried_again(
+    broker: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SizeLimit, "FIRST_WAIT", 0.2)
+    topic = next(topics)
+    await create(broker, topic, config={"max.message.bytes": "6000"})
+    sink, _ = make(broker.address, topic, compression="none", linger_ms=0)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 500)))
+        await until(lambda: not sink.account.pending)
+        small = sink._topics[topic].limit._limit
+        assert small < 6000
+        await alter(broker, topic, **{"max.message.bytes": "1000000"})
+        loop = asyncio.get_running_loop()
+        await until(lambda: sink._topics[topic].limit.now(loop.time()) > 100_000)
+        sink.submit(Batch(opens(500, 500)))
+        await until(lambda: not sink.account.pending)
+        assert sink._topics[topic].limit.now(loop.time()) > 100_000
+    assert ids(await read_back(broker, topic)) == expected(0, 1000)
 
 
 async def test_missing_topic_is_named_and_waited_for(
@@ -445,7 +434,7 @@ async def test_budget_bounds_what_is_held_while_the_broker_is_away(mortal: Kafka
     mortal.kill()
     sink, heard = make(mortal.address, topic, budget_bytes=1 << 16)
     batch = Batch(opens(0, 50))
-    size = sum(map(len, batch.records("json")))
+    size = EncodedBatch.of(batch, "json").held
     async with started(sink):
         count = 0
         while not sink.watermarks.full:
@@ -480,6 +469,94 @@ async def test_cluster_that_moved_is_found_through_the_bootstrap_servers(
         await until(lambda: not sink.account.pending)
     assert ids(await read_back(mortal, topic)) == expected(0, 200)
     assert [status for status, _ in heard.statuses][-2:] == ["up", "closed"]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+async def test_numbers_wrap(broker: KafkaBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that has nothing of a producer takes any number first, such as one of the last."""
+    identify = Window.identify
+
+    def near_the_end(window: Window, producer_id: int) -> None:
+        identify(window, producer_id)
+        window._begin_at(SEQUENCES - 195)
+
+    monkeypatch.setattr(Window, "identify", near_the_end)
+    topic = next(topics)
+    sink, _ = make(broker.address, topic, linger_ms=0)
+    async with started(sink):
+        for start in range(0, 1000, 10):
+            sink.submit(Batch(opens(start, 10)))
+            await asyncio.sleep(0.001)
+        await until(lambda: not sink.account.pending)
+        window = sink._topics[topic].window
+        assert (window.epoch, window._next) == (0, 1000 - 195)
+    assert ids(await read_back(broker, topic)) == expected(0, 1000)
+
+
+async def test_a_broker_that_does_not_know_the_numbers_gets_new_ones(broker: KafkaBroker) -> None:
+    """Twice: with the next epoch, which it takes."""
+    topic = next(topics)
+    sink, heard = make(broker.address, topic, linger_ms=0)
+    async with started(sink):
+        for start in range(0, 300, 100):
+            sink.submit(Batch(opens(start, 100)))
+            await until(lambda: not sink.account.pending)
+            window = sink._topics[topic].window
+            assert window.epoch == start // 100
+            window._next += 7
+    assert ids(await read_back(broker, topic)) == expected(0, 300)
+    assert heard.statuses == [("up", ""), ("closed", "")]
+
+
+async def test_topic_deleted_while_it_is_written_to(mortal: KafkaBroker) -> None:
+    """It is named and waited for, seldom asked about, and the other topics go on."""
+    topic = next(topics)
+    await create(mortal, f"{topic}.file")
+    await create(mortal, f"{topic}.net")
+    sink, heard = make(mortal.address, topic + ".{category}", linger_ms=1)
+    async with started(sink):
+        sink.submit(Batch([*opens(0, 100), *closes(0, 100)]))
+        await until(lambda: not sink.account.pending)
+        await delete(mortal, f"{topic}.net")
+        asked = count_requests(sink)
+        for number in range(100):
+            sink.submit(Batch([*opens(100 + number, 1), *closes(100 + number, 1)]))
+            await asyncio.sleep(0.07)
+        await until(lambda: sink.status == "down")
+        assert sink.account.delivered == Counter({"file.open": 200, "net.close": 100})
+        assert asked["metadata"] < 50
+        assert asked["produce"] < 250
+        await create(mortal, f"{topic}.net")
+        await until(lambda: not sink.account.pending)
+    reason = f"topic {topic}.net does not exist, and the broker does not create it"
+    assert heard.statuses == [("up", ""), ("down", reason), ("up", ""), ("closed", "")]
+    assert ids(await read_back(mortal, f"{topic}.file")) == expected(0, 200)
+    # Those before were deleted with the topic.
+    assert ids(await read_back(mortal, f"{topic}.net")) == [f"net-{n}" for n in range(100, 200)]
+
+
+async def test_why_nothing_was_delivered_is_said_at_the_end(mortal: KafkaBroker) -> None:
+    topic = next(topics)
+    sink, heard = make(mortal.address, topic)
+    async with started(sink, grace=1):
+        sink.submit(Batch(opens(0, 3)))
+    reason = f"topic {topic} does not exist, and the broker does not create it"
+    assert heard.drops == [({"file.open": 3}, f"not acknowledged within 1 s: {reason}")]
+
+
+async def test_what_was_never_sent_is_discarded_with_its_reason(mortal: KafkaBroker) -> None:
+    topic = next(topics)
+    sink, heard = make(mortal.address, topic)
+    async with started(sink, grace=1):
+        sink.submit(Batch(opens(0, 3)))
+        await until(lambda: sink._topics[topic].error)
+        sink.discard("no time")
+        sink.discard("no time")
+        assert sink.account.pending == 0
+    reason = f"topic {topic} does not exist, and the broker does not create it"
+    assert heard.drops == [({"file.open": 3}, f"no time: {reason}")]
 
 
 # ---------------------------------------------------------------- stopping
@@ -517,14 +594,16 @@ async def test_stop_with_a_dead_broker_drops_and_counts(mortal: KafkaBroker) -> 
         begun = time.monotonic()
     assert time.monotonic() - begun < 1 + 4
     assert sink.account.delivered == Counter({"file.open": 100})
-    assert heard.drops == [({"file.open": 900}, "not acknowledged within 1 s")]
+    why = f"not acknowledged within 1 s: {mortal.address}: Connection refused"
+    assert heard.drops == [({"file.open": 900}, why)]
     sink.submit(Batch(opens(0, 7)))
     assert heard.drops[1] == ({"file.open": 7}, "closed")
     await sink.stop(1)
 
 
 async def test_cancelling_stop_still_accounts_and_releases() -> None:
-    sink, heard = make(f"127.0.0.1:{free_port()}", "t")
+    address = f"127.0.0.1:{free_port()}"
+    sink, heard = make(address, "t")
     async with started(sink):
         sink.submit(Batch(opens(0, 100)))
         await until(lambda: sink.status == "down")
@@ -534,7 +613,8 @@ async def test_cancelling_stop_still_accounts_and_releases() -> None:
         with pytest.raises(asyncio.CancelledError):
             await stopping
         assert sink.status == "closed"
-    assert heard.drops == [({"file.open": 100}, "not acknowledged within 60 s")]
+    why = f"not acknowledged within 60 s: {address}: Connection refused"
+    assert heard.drops == [({"file.open": 100}, why)]
 
 
 async def test_stop_before_start_drops() -> None:
@@ -597,7 +677,12 @@ async def test_plain_client_of_a_secured_listener(broker: KafkaBroker, listener:
 async def test_sasl(broker: KafkaBroker, mechanism: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_PASSWORD", PASSWORD)
     topic = next(topics)
-    sasl = Sasl(mechanism=mechanism, username="writer", password_env="KAFKA_PASSWORD")
+    sasl = Sasl(
+        mechanism=mechanism,
+        username="writer",
+        password_env="KAFKA_PASSWORD",
+        allow_cleartext=True,
+    )
     sink, _ = make(broker.addresses["SASL"], topic, sasl=sasl)
     async with started(sink):
         sink.submit(Batch(opens(0, 10)))
@@ -611,7 +696,12 @@ async def test_wrong_password_is_named_and_not_shown(
     caplog.set_level(logging.DEBUG)
     secret = "wrong-horse-battery"
     (tmp_path / "password").write_text(secret + "\n")
-    sasl = Sasl(mechanism=mechanism, username="writer", password_file=f"{tmp_path}/password")
+    sasl = Sasl(
+        mechanism=mechanism,
+        username="writer",
+        password_file=f"{tmp_path}/password",
+        allow_cleartext=True,
+    )
     sink, heard = make(broker.addresses["SASL"], "t", sasl=sasl)
     async with started(sink, grace=0.2):
         sink.submit(Batch(opens(0, 10)))
@@ -631,16 +721,85 @@ async def test_unauthorised_topic_is_named_and_others_go_on(
     await create(broker, f"{topic}.file")
     await create(broker, f"{topic}.net")
     await allow_writing(broker, f"{topic}.file", "stranger")
-    sasl = Sasl(mechanism="PLAIN", username="stranger", password_env="KAFKA_PASSWORD")
+    sasl = Sasl(
+        mechanism="PLAIN",
+        username="stranger",
+        password_env="KAFKA_PASSWORD",
+        allow_cleartext=True,
+    )
     sink, heard = make(broker.addresses["SASL"], topic + ".{category}", sasl=sasl)
     async with started(sink, grace=1):
-        sink.submit(Batch([*opens(0, 10), NetClose("n", 0, 1)]))
+        sink.submit(Batch([*opens(0, 10), *closes(0, 1)]))
         await until(lambda: sink.status == "down")
-        sink.submit(Batch([*opens(10, 10), NetClose("n", 0, 1)]))
+        sink.submit(Batch([*opens(10, 10), *closes(1, 1)]))
     reason = f"not authorised to write to topic {topic}.net"
     assert heard.statuses == [("up", ""), ("down", reason), ("closed", "")]
-    assert heard.drops == [({"net.close": 2}, "not acknowledged within 1 s")]
+    assert heard.drops == [({"net.close": 2}, f"not acknowledged within 1 s: {reason}")]
     assert ids(await read_back(broker, f"{topic}.file")) == expected(0, 20)
+
+
+async def test_a_denied_topic_leaves_the_budget_to_the_others(
+    broker: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several budgets of both: all of one topic arrives; the other holds no more than its share."""
+    monkeypatch.setenv("KAFKA_PASSWORD", PASSWORD)
+    topic = next(topics)
+    await create(broker, f"{topic}.file")
+    await create(broker, f"{topic}.net")
+    await allow_writing(broker, f"{topic}.file", "stranger")
+    sasl = Sasl(
+        mechanism="PLAIN",
+        username="stranger",
+        password_env="KAFKA_PASSWORD",
+        allow_cleartext=True,
+    )
+    budget = 1 << 20
+    sink, heard = make(
+        broker.addresses["SASL"], topic + ".{category}", sasl=sasl, budget_bytes=budget, linger_ms=5
+    )
+    async with started(sink, grace=1):
+        for start in range(0, 40_000, 200):
+            await until(lambda: not sink.watermarks.full)  # as the service does: reading pauses
+            sink.submit(Batch([*opens(start, 200), *closes(start, 200)]))
+            await asyncio.sleep(0)
+        await until(lambda: sink.account.delivered["file.open"] == 40_000)
+        assert sink.account.dropped["net.close"] > 30_000
+        assert sink._topics[f"{topic}.net"].held <= budget // 8
+    assert sink.account.dropped.total() == 40_000
+    denied = f"not authorised to write to topic {topic}.net"
+    assert heard.reasons == {denied, f"not acknowledged within 1 s: {denied}"}
+    assert ids(await read_back(broker, f"{topic}.file")) == expected(0, 40_000)
+
+
+async def test_credentials_are_read_again_at_each_connect(
+    broker: KafkaBroker, tmp_path: Path
+) -> None:
+    """A password that was corrected is used without a new start."""
+    password = tmp_path / "password"
+    password.write_text("wrong")
+    sasl = Sasl(mechanism="SCRAM-SHA-512", username="writer", password_file=str(password))
+    topic = next(topics)
+    sink, heard = make(broker.addresses["SASL"], topic, sasl=sasl, linger_ms=0)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 10)))
+        await until(lambda: sink.status == "down")
+        password.write_text(PASSWORD)
+        await until(lambda: not sink.account.pending)
+    assert [status for status, _ in heard.statuses] == ["down", "up", "closed"]
+    assert ids(await read_back(broker, topic)) == expected(0, 10)
+
+
+async def test_a_password_file_that_is_gone_is_named(broker: KafkaBroker, tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("wrong")
+    sasl = Sasl(mechanism="SCRAM-SHA-512", username="writer", password_file=str(password))
+    sink, heard = make(broker.addresses["SASL"], "t", sasl=sasl)
+    async with started(sink, grace=0.1):
+        await until(lambda: sink.status == "down")
+        password.unlink()
+        await until(lambda: len(heard.statuses) > 1)
+    assert "cannot read" in heard.statuses[1][1]
+    assert str(password) in heard.statuses[1][1]
 
 
 async def test_user_without_any_right_is_told(
@@ -661,6 +820,10 @@ async def test_user_without_any_right_is_told(
         ({"topic": ".."}, "topic: '..' is no Kafka topic"),
         ({"bootstrap": ("localhost:x",)}, "bootstrap: 'localhost:x': allowed is host:port"),
         ({"sasl": Sasl(username="u")}, "sasl: set password_env or password_file"),
+        (
+            {"sasl": Sasl(mechanism="PLAIN", username="u", password_env="HOME")},
+            "PLAIN sends the password in clear text without TLS",
+        ),
         ({"sasl": Sasl(username="u", password_env="NOT_SET")}, "NOT_SET is not set"),
         ({"tls": Tls(ca_file="/nonexistent")}, "tls.ca_file: cannot use /nonexistent"),
     ],

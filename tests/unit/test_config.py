@@ -253,6 +253,11 @@ MISTAKES = [
     ),
     # secrets
     (
+        KAFKA + 'sasl = {mechanism = "PLAIN", username = "u", password_env = "A"}',
+        'sinks[0].sasl.mechanism: found "PLAIN" (string), allowed: PLAIN with TLS, SCRAM-SHA-512, '
+        "or allow_cleartext = true",
+    ),
+    (
         KAFKA + 'sasl = {username = "u"}',
         "sinks[0].sasl.password_env: missing, allowed: it or password_file",
     ),

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from aiokafka.record.memory_records import MemoryRecords  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.sinks.kafka.record_batch import CODECS, Records, lay_out, lay_out_py, record_batch
+from streamer.sinks.kafka.codecs import CODECS
+from streamer.sinks.kafka.record_batch import (
+    Records,
+    compress,
+    lay_out,
+    lay_out_py,
+    record_batch,
+)
 
 # From before 1970 to as far as 64 bits of nanoseconds go.
 times = st.integers(-(1 << 62), (1 << 63) - 1)
@@ -16,9 +25,9 @@ values = st.binary(max_size=300)
 events = st.lists(st.tuples(values, times), max_size=80)
 
 
-def piece(records: list[tuple[bytes, int]], lines: bool) -> tuple[Records, list[int]]:
+def piece(records: list[tuple[bytes, int]], lines: bool) -> tuple[Records, array[int]]:
     data = [value.replace(b"\n", b" ") for value, _ in records]
-    when = [time for _, time in records]
+    when = array("q", [time for _, time in records])
     return (b"".join(value + b"\n" for value in data), when) if lines else (data, when)
 
 
@@ -27,7 +36,7 @@ pieces = st.lists(st.builds(piece, events, st.booleans()), max_size=4)
 
 @given(pieces, st.binary(max_size=80))
 def test_compiled_layout_equals_its_twin(
-    given_pieces: list[tuple[Records, list[int]]], key: bytes
+    given_pieces: list[tuple[Records, array[int]]], key: bytes
 ) -> None:
     assert lay_out(given_pieces, key) == lay_out_py(given_pieces, key)
 
@@ -37,7 +46,7 @@ def test_compiled_layout_equals_its_twin(
 def test_batch_reads_back(codec: str, lines: bool) -> None:
     records = [(b'{"seq":%d}' % i, 1_700_000_000_123_456_789 + i * 1_000_000) for i in range(9000)]
     laid = lay_out([piece(records[:100], lines), piece(records[100:], lines)], b"host")
-    batches = MemoryRecords(record_batch(laid, codec, (4711, 3, 17)))
+    batches = MemoryRecords(record_batch(compress(laid, CODECS[codec]), (4711, 3, 17)))
     batch = batches.next_batch()
     assert batch.validate_crc()
     assert (batch.producer_id, batch.producer_epoch, batch.base_sequence) == (4711, 3, 17)
@@ -50,23 +59,23 @@ def test_batch_reads_back(codec: str, lines: bool) -> None:
 
 
 def test_records_that_compress_badly_are_sent_as_they_are() -> None:
-    laid = lay_out([([b"x"], [0])], b"k")
-    batch = MemoryRecords(record_batch(laid, "gzip", (1, 0, 0))).next_batch()
+    payload = compress(lay_out([([b"x"], array("q", [0]))], b"k"), CODECS["gzip"])
+    batch = MemoryRecords(record_batch(payload, (1, 0, 0))).next_batch()
     assert [one.value for one in batch] == [b"x"]
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        (b"a\nb\n", [1]),
-        (b"a\n", [1, 2]),
-        (b"a\nb", [1, 2]),
-        ([b"a"], [1, 2]),
-        ([b"a", b"b"], [1]),
+        (b"a\nb\n", array("q", [1])),
+        (b"a\n", array("q", [1, 2])),
+        (b"a\nb", array("q", [1, 2])),
+        ([b"a"], array("q", [1, 2])),
+        ([b"a", b"b"], array("q", [1])),
     ],
 )
 def test_a_piece_with_other_numbers_of_records_and_times_is_refused(
-    bad: tuple[Records, list[int]],
+    bad: tuple[Records, array[int]],
 ) -> None:
     for function in (lay_out, lay_out_py):
         with pytest.raises(ValueError, match="as many records as times"):

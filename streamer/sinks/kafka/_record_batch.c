@@ -32,6 +32,13 @@ struct batch {
 	int64_t first_ms, last_ms; /* last: the latest */
 };
 
+/* Times in nanoseconds: an array('q'), held while they are read. */
+struct times {
+	Py_buffer view;
+	const int64_t *ns;
+	Py_ssize_t count;
+};
+
 static inline uint64_t zigzag(int64_t value)
 {
 	return (uint64_t)value << 1 ^ (uint64_t)(value >> 63);
@@ -79,52 +86,50 @@ static void put_record(struct batch *batch, const char *value, size_t size, int6
 	batch->count++;
 }
 
-/* The time of record `i` of a piece in milliseconds; negative with an exception when it is none.
- * Only an int will do: what else there is runs code of its own, which could change the lists. */
-static inline int64_t time_at(PyObject *times, Py_ssize_t i)
-{
-	PyObject *number = PyList_GET_ITEM(times, i);
-	if (!PyLong_Check(number)) {
-		PyErr_Format(PyExc_TypeError, "a time is %R, not an int", number);
-		return -1;
-	}
-	return floor_ms(PyLong_AsLongLong(number));
-}
-
 static int mismatch(void)
 {
 	PyErr_SetString(PyExc_ValueError, "a piece has not as many records as times");
 	return -1;
 }
 
-static int put_lines(struct batch *batch, PyObject *lines, PyObject *times)
+static int put_lines(struct batch *batch, PyObject *lines, const struct times *times)
 {
 	const char *at = PyBytes_AS_STRING(lines), *end = at + PyBytes_GET_SIZE(lines);
-	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(times); i++) {
+	for (Py_ssize_t i = 0; i < times->count; i++) {
 		const char *newline = memchr(at, '\n', (size_t)(end - at));
 		if (newline == NULL)
 			return mismatch();
-		int64_t time_ms = time_at(times, i);
-		if (time_ms < 0 && PyErr_Occurred())
-			return -1;
-		put_record(batch, at, (size_t)(newline - at), time_ms);
+		put_record(batch, at, (size_t)(newline - at), floor_ms(times->ns[i]));
 		at = newline + 1;
 	}
 	return at == end ? 0 : mismatch();
 }
 
-static int put_list(struct batch *batch, PyObject *records, PyObject *times)
+static int put_list(struct batch *batch, PyObject *records, const struct times *times)
 {
-	if (PyList_GET_SIZE(records) != PyList_GET_SIZE(times))
+	if (PyList_GET_SIZE(records) != times->count)
 		return mismatch();
-	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(times); i++) {
+	for (Py_ssize_t i = 0; i < times->count; i++) {
 		PyObject *record = PyList_GET_ITEM(records, i);
-		int64_t time_ms = time_at(times, i);
-		if (time_ms < 0 && PyErr_Occurred())
-			return -1;
 		put_record(batch, PyBytes_AS_STRING(record), (size_t)PyBytes_GET_SIZE(record),
-			   time_ms);
+			   floor_ms(times->ns[i]));
 	}
+	return 0;
+}
+
+/* -1 with an exception when `object` is no array of 64-bit integers. */
+static int open_times(struct times *times, PyObject *object)
+{
+	if (PyObject_GetBuffer(object, &times->view, PyBUF_FORMAT | PyBUF_ND) < 0)
+		return -1;
+	if (times->view.ndim != 1 || times->view.format == NULL ||
+	    strcmp(times->view.format, "q") != 0) {
+		PyBuffer_Release(&times->view);
+		PyErr_SetString(PyExc_TypeError, "the times of a piece are no array('q')");
+		return -1;
+	}
+	times->ns = times->view.buf;
+	times->count = times->view.len / (Py_ssize_t)sizeof(*times->ns);
 	return 0;
 }
 
@@ -156,16 +161,15 @@ static Py_ssize_t room_for(PyObject *pieces, size_t key_size)
 	Py_ssize_t room = 0;
 	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(pieces); i++) {
 		PyObject *piece = PyList_GET_ITEM(pieces, i);
-		if (!PyTuple_Check(piece) || PyTuple_GET_SIZE(piece) < 2 ||
-		    !PyList_Check(PyTuple_GET_ITEM(piece, 1))) {
+		if (!PyTuple_Check(piece) || PyTuple_GET_SIZE(piece) < 2) {
 			PyErr_SetString(PyExc_TypeError,
-					"a piece is not a tuple of records and a list of times");
+					"a piece is not a tuple of records and their times");
 			return -1;
 		}
 		Py_ssize_t size = data_size(PyTuple_GET_ITEM(piece, 0));
-		if (size < 0)
+		Py_ssize_t count = size < 0 ? -1 : PyObject_Size(PyTuple_GET_ITEM(piece, 1));
+		if (count < 0)
 			return -1;
-		Py_ssize_t count = PyList_GET_SIZE(PyTuple_GET_ITEM(piece, 1));
 		room += size + count * (Py_ssize_t)(OVERHEAD_MOST + key_size);
 	}
 	if (room > INT32_MAX) {
@@ -179,9 +183,13 @@ static int put_pieces(struct batch *batch, PyObject *pieces)
 {
 	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(pieces); i++) {
 		PyObject *piece = PyList_GET_ITEM(pieces, i);
-		PyObject *data = PyTuple_GET_ITEM(piece, 0), *times = PyTuple_GET_ITEM(piece, 1);
-		int result = PyBytes_Check(data) ? put_lines(batch, data, times) :
-						   put_list(batch, data, times);
+		PyObject *data = PyTuple_GET_ITEM(piece, 0);
+		struct times times;
+		if (open_times(&times, PyTuple_GET_ITEM(piece, 1)) < 0)
+			return -1;
+		int result = PyBytes_Check(data) ? put_lines(batch, data, &times) :
+						   put_list(batch, data, &times);
+		PyBuffer_Release(&times.view);
 		if (result < 0)
 			return -1;
 	}

@@ -1,5 +1,7 @@
-"""The records of a Kafka record batch, laid out in one go; see `sinks/record_batch.py`."""
+"""The records of a Kafka record batch, laid out in one go; see `record_batch.py`."""
+
+from array import array
 
 def records(
-    pieces: list[tuple[bytes | list[bytes], list[int]]], key: bytes, /
+    pieces: list[tuple[bytes | list[bytes], array[int]]], key: bytes, /
 ) -> tuple[bytes, int, int, int]: ...

@@ -1,49 +1,93 @@
-"""aiokafka, as the Kafka sink uses it. Its exceptions become `Trouble` here, and nowhere else."""
+"""The brokers: connections, who leads which partition, producer ids, produce requests.
+
+Connections, SASL, TLS and the protocol's messages are aiokafka's. Its exceptions become
+`DeliveryError` here, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import random
 import re
 import ssl
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Awaitable, Iterator
+from functools import cached_property
+from typing import Any, NamedTuple, Self
 
-import aiokafka.errors as errors  # type: ignore[import-untyped]
-from aiokafka import AIOKafkaProducer
-from aiokafka.conn import collect_hosts, create_conn  # type: ignore[import-untyped]
+from aiokafka.conn import AIOKafkaConnection, collect_hosts  # type: ignore[import-untyped]
 from aiokafka.partitioner import murmur2  # type: ignore[import-untyped]
-from aiokafka.producer.message_accumulator import BatchBuilder  # type: ignore[import-untyped]
+from aiokafka.protocol.api import Request  # type: ignore[import-untyped]
 from aiokafka.protocol.metadata import MetadataRequest  # type: ignore[import-untyped]
+from aiokafka.protocol.produce import (  # type: ignore[import-untyped]
+    ProduceRequest_v3,
+    ProduceRequest_v5,
+    ProduceRequest_v7,
+    ProduceRequest_v8,
+)
+from aiokafka.protocol.transaction import (  # type: ignore[import-untyped]
+    InitProducerIdRequest,
+)
 
 from streamer.config.settings import KafkaSink as Settings
 from streamer.errors import ConfigError
 from streamer.privilege.files import DIRECT, Opener
 from streamer.sinks.credentials import read_secret, ssl_context
-from streamer.sinks.kafka.queue import Piece
-from streamer.sinks.kafka.record_batch import Laid, lay_out, record_batch
+from streamer.sinks.kafka.errors import (
+    NOT_AUTHORISED,
+    UNKNOWN_TOPIC,
+    DeliveryError,
+    delivery_error_of,
+    error_of_code,
+    reason_of_code,
+)
+from streamer.sinks.kafka.window import Answer
 
 CONNECT_SECONDS = 10.0
 TOPIC_SECONDS = 5.0
-RETRY_MS = 200
+"""How long a topic may be missing before it is told: a broker that creates it needs a while."""
 
+LEADER_SECONDS = 3.0
+"""How long a partition may be without a leader, or it without a connection, untold."""
+
+_ALL_REPLICAS = -1
 _TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
+Address = tuple[str, int]
 
-class Trouble(Exception):
-    """Why nothing is delivered at the moment, in one line that never contains a secret.
 
-    `permanent` is what waiting does not mend, such as a wrong password; `too_large` is a record
-    batch that the broker's limit refused.
+class Produce(
+    Request[ProduceRequest_v3 | ProduceRequest_v5 | ProduceRequest_v7 | ProduceRequest_v8]  # type: ignore[misc]
+):
+    """A produce request; from version 8 on the answer names the records that are not taken.
+
+    aiokafka's own, which stops at version 7, reads the versions as from this base class.
     """
 
-    def __init__(self, reason: str, *, permanent: bool = False, too_large: bool = False) -> None:
-        """See the class."""
-        super().__init__(reason)
-        self.reason = reason
-        self.permanent = permanent
-        self.too_large = too_large
+    API_KEY = 0
+
+    def __init__(self, topic: str, partition: int, batch: bytes, timeout_ms: int) -> None:
+        """One record batch, for all in-sync replicas to have within `timeout_ms`."""
+        self._fields = (None, _ALL_REPLICAS, timeout_ms, [(topic, [(partition, batch)])])
+
+    def build(self, version: Any) -> Any:
+        """The request in the version that both sides know."""
+        return version(*self._fields)
+
+
+class Leader(NamedTuple):
+    """Where the events of a topic go."""
+
+    partition: int
+    node: int
+    address: Address
+
+
+class _Topic(NamedTuple):
+    """What the cluster says of a topic: an error code, or the leader of each partition."""
+
+    code: int
+    leaders: dict[int, int]
 
 
 def partition_of(key: bytes, count: int) -> int:
@@ -64,286 +108,306 @@ def check_topic(topic: str) -> None:
 def silence_aiokafka() -> None:
     """Let aiokafka log nothing below CRITICAL.
 
-    While a broker is away it logs several lines for every attempt, five times a second, and
-    about a wrong password no more than an attempt that failed. What it has to say comes out of
-    the sink as a status, once for each change.
+    While a broker is away it logs several lines for every attempt, and about a wrong password
+    no more than an attempt that failed. What it has to say comes out of the sink as a status,
+    once for each change.
     """
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
+class Connection:
+    """A connection to one broker, past TLS and SASL. Its requests are answered in order."""
+
+    def __init__(self, connection: Any, transport: asyncio.WriteTransport) -> None:
+        """See `open`."""
+        self._connection = connection
+        self._transport = transport
+
+    @classmethod
+    async def open(cls, address: Address, options: dict[str, Any]) -> Self:
+        """Connect. Raises what aiokafka, a socket or TLS raises."""
+        connection = AIOKafkaConnection(*address, **options)
+        async with asyncio.timeout(CONNECT_SECONDS):
+            _, writer = await connection.connect()
+        return cls(connection, writer.transport)
+
+    @property
+    def open_still(self) -> bool:
+        """Whether requests can be sent."""
+        return bool(self._connection.connected())
+
+    def send(self, request: Any) -> Awaitable[Any]:
+        """Send at once, and wait for the answer. Raises KafkaError, or TimeoutError."""
+        answer: Awaitable[Any] = self._connection.send(request)
+        return answer
+
+    async def abort(self) -> None:
+        """Close without waiting for the peer, which may never read what is written."""
+        closed = self._connection.close()
+        self._transport.abort()
+        await asyncio.wait({closed}, timeout=1)
+
+
 class Client:
-    """How to reach the brokers. Certificates and the password are read once, when it is made."""
+    """The brokers of a cluster. Certificates and secrets are read anew for each connection."""
 
     def __init__(self, settings: Settings, opener: Opener = DIRECT) -> None:
         """Raise ConfigError for a file, variable, address or topic that cannot be used."""
         check_topic(settings.topic)
         self._settings = settings
-        self._hosts = _hosts(settings.bootstrap)
-        sasl = settings.sasl
+        self._opener = opener
+        self._bootstrap = _hosts(settings.bootstrap)
+        self._connections: dict[Address, Connection] = {}
+        self._connecting: dict[Address, asyncio.Lock] = {}
+        self._refreshing = asyncio.Lock()
+        self._refreshed_at = float("-inf")
+        self._wanted: set[str] = set()
+        self._brokers: dict[int, Address] = {}
+        self._topics: dict[str, _Topic] = {}
+        self._producer_id: int | None = None
+        self._closed = False
+        self._options()
+
+    # Connections
+
+    def _options(self) -> dict[str, Any]:
+        settings, sasl = self._settings, self._settings.sasl
         protocol = "SSL" if settings.tls else "PLAINTEXT"
-        self._connection: dict[str, Any] = {
+        options: dict[str, Any] = {
             "client_id": settings.client_id,
             "request_timeout_ms": int(settings.request_timeout_seconds * 1000),
-            "ssl_context": ssl_context(settings.tls, opener) if settings.tls else None,
+            "ssl_context": self._ssl_context(),
             "security_protocol": f"SASL_{protocol}" if sasl else protocol,
         }
         if sasl:
-            password = read_secret("sasl.password", sasl.password_env, sasl.password_file, opener)
+            if sasl.mechanism == "PLAIN" and not settings.tls and not sasl.allow_cleartext:
+                raise ConfigError(
+                    "sasl.mechanism: PLAIN sends the password in clear text without TLS:"
+                    " use tls or SCRAM, or set sasl.allow_cleartext"
+                )
+            password = read_secret(
+                "sasl.password", sasl.password_env, sasl.password_file, self._opener
+            )
             if password is None:
                 raise ConfigError("sasl: set password_env or password_file")
-            self._connection["sasl_mechanism"] = sasl.mechanism
-            self._connection["sasl_plain_username"] = sasl.username
-            self._connection["sasl_plain_password"] = password
+            options["sasl_mechanism"] = sasl.mechanism
+            options["sasl_plain_username"] = sasl.username
+            options["sasl_plain_password"] = password
+        return options
+
+    def _ssl_context(self) -> ssl.SSLContext | None:
+        tls = self._settings.tls
+        if tls is None:
+            return None
+        if tls.ca_file is None and tls.cert_file is None:
+            return self._system_context  # the system's certificates take 20 ms to read
+        return ssl_context(tls, self._opener)
+
+    @cached_property
+    def _system_context(self) -> ssl.SSLContext:
+        assert self._settings.tls is not None
+        return ssl_context(self._settings.tls, self._opener)
+
+    async def connection(self, address: Address) -> Connection:
+        """A connection to this address: the one that is open, or a new one.
+
+        Raises:
+            DeliveryError: there is no connecting.
+        """
+        async with self._connecting.setdefault(address, asyncio.Lock()):
+            found = self._connections.get(address)
+            if found is not None and found.open_still:
+                return found
+            if found is not None:
+                del self._connections[address]
+                await found.abort()
+            connection = await self._open(address)
+            self._connections[address] = connection
+            return connection
+
+    async def _open(self, address: Address) -> Connection:
+        try:
+            return await Connection.open(address, self._options())
+        # What answers may be no Kafka at all, and aiokafka then fails in any way.
+        except Exception as error:
+            raise delivery_error_of(error, _name(address)) from None
+
+    async def close(self) -> None:
+        """Release all connections, whatever has not been answered."""
+        connections = list(self._connections.values())
+        self._connections.clear()
+        await asyncio.gather(*(connection.abort() for connection in connections))
+
+    # The cluster
+
+    async def refresh(self, topic: str | None = None) -> None:
+        """Ask who the brokers are and who leads the partitions of all topics asked for so far.
+
+        Asking makes a broker create a topic, where it does that. Whoever asks meanwhile gets
+        the same answer.
+
+        Raises:
+            DeliveryError: nobody answers, of the known brokers and the bootstrap servers.
+        """
+        loop = asyncio.get_running_loop()
+        asked_at = loop.time()
+        if topic is not None:
+            self._wanted.add(topic)
+        async with self._refreshing:
+            if self._refreshed_at >= asked_at:
+                return
+            begun = loop.time()
+            self._learn(await self._metadata())
+            self._refreshed_at = begun
+
+    async def _metadata(self) -> dict[str, Any]:
+        request = MetadataRequest(sorted(self._wanted))
+        errors: list[DeliveryError] = []
+        for address in self._addresses():
+            try:
+                answer: dict[str, Any] = (await self._ask(address, request)).to_object()
+            except DeliveryError as error:
+                errors.append(error)
+            else:
+                if answer["brokers"]:
+                    return answer
+                errors.append(DeliveryError(f"{_name(address)}: names no broker"))
+        raise _together(errors)
+
+    async def _ask(self, address: Address, request: Any) -> Any:
+        connection = await self.connection(address)
+        try:
+            return await connection.send(request)
+        except Exception as error:
+            await connection.abort()
+            raise delivery_error_of(error, _name(address)) from None
+
+    def _addresses(self) -> Iterator[Address]:
+        """Whom to ask, each once: first who is connected, the bootstrap servers last."""
+        known = list(self._brokers.values())
+        random.shuffle(known)
+        connected = [at for at, one in self._connections.items() if one.open_still]
+        yield from dict.fromkeys((*connected, *known, *self._bootstrap))
+
+    def _learn(self, metadata: dict[str, Any]) -> None:
+        self._brokers = {one["node_id"]: (one["host"], one["port"]) for one in metadata["brokers"]}
+        for one in metadata["topics"]:
+            leaders = {each["partition"]: each["leader"] for each in one["partitions"]}
+            self._topics[one["topic"]] = _Topic(one["error_code"], leaders)
+
+    def leader(self, topic: str, key: bytes) -> Leader | None:
+        """Who takes the events of `key`; None when nobody has been asked about the topic.
+
+        Raises:
+            DeliveryError: the topic is not there, or may not be written to, or has no leader.
+        """
+        found = self._topics.get(topic)
+        if found is None:
+            return None
+        if found.code == NOT_AUTHORISED:
+            reason = f"not authorised to write to topic {topic}"
+            raise DeliveryError(reason, permanent=True, own=True)
+        if found.code == UNKNOWN_TOPIC:
+            reason = f"topic {topic} does not exist, and the broker does not create it"
+            raise DeliveryError(reason, grace=TOPIC_SECONDS, own=True)
+        partition = partition_of(key, len(found.leaders)) if found.leaders else -1
+        node = found.leaders.get(partition, -1)
+        if node not in self._brokers:
+            said = f": {reason_of_code(found.code)}" if found.code else ""
+            reason = f"topic {topic}: partition {partition} has no leader{said}"
+            raise DeliveryError(reason, grace=LEADER_SECONDS)
+        return Leader(partition, node, self._brokers[node])
 
     async def probe(self) -> None:
-        """Ask the bootstrap servers, one after the other, until one answers.
-
-        aiokafka only logs why it could not connect. This asks the same, and knows why.
+        """Ask whether somebody answers, on connections of their own.
 
         Raises:
-            Trouble: none answers.
+            DeliveryError: nobody does.
         """
-        troubles = []
-        for host, port in self._hosts:
+        errors = []
+        for address in dict.fromkeys((*self._brokers.values(), *self._bootstrap)):
             try:
-                async with asyncio.timeout(CONNECT_SECONDS):
-                    await self._ask(host, port)
+                connection = await self._open(address)
+            except DeliveryError as error:
+                errors.append(error)
+            else:
+                await connection.abort()
                 return
-            # What answers may be no Kafka at all, and aiokafka then fails in any way.
-            except Exception as error:
-                troubles.append(trouble_of(error, f"{host}:{port}"))
-        raise Trouble(
-            "; ".join(trouble.reason for trouble in troubles),
-            permanent=all(trouble.permanent for trouble in troubles),
-        )
+        raise _together(errors)
 
-    async def _ask(self, host: str, port: int) -> None:
-        connection = await create_conn(host, port, **self._connection)
-        try:
-            await connection.send(MetadataRequest([]))
-        finally:
-            # Bounded, because over TLS a peer that hangs would have to agree to the closing.
-            await asyncio.wait({connection.close()}, timeout=1)
+    # Producing
 
-    async def open(self) -> Producer:
-        """Connect.
+    async def producer_id(self, but: int | None) -> int:
+        """A producer id, other than `but`.
 
         Raises:
-            Trouble: no broker can be used; the reason is known.
+            DeliveryError: no broker gives one.
         """
-        await self.probe()
-        settings = self._settings
-        producer = Producer(
-            AIOKafkaProducer(
-                bootstrap_servers=[f"{host}:{port}" for host, port in self._hosts],
-                acks="all",
-                enable_idempotence=True,
-                retry_backoff_ms=RETRY_MS,
-                **self._connection,
-            ),
-            settings.compression,
-        )
-        try:
-            await producer.start()
-        except BaseException:
-            await producer.abandon()
-            raise
-        return producer
+        async with self._refreshing:
+            if self._producer_id is None or self._producer_id == but:
+                self._producer_id = await self._new_producer_id()
+            return self._producer_id
 
-
-class RecordBatch(BatchBuilder):  # type: ignore[misc]
-    """A closed batch of many records, built in one go: a tenth of the cost of `append` for each."""
-
-    def __init__(self, pieces: Iterable[Piece], key: bytes, codec: str) -> None:
-        """Lay out the records of all pieces, all under one `key`."""
-        super().__init__(0, 0)
-        self._laid: Laid = lay_out([piece[:2] for piece in pieces], key)
-        self._codec = codec
-        self._relative_offset = self._laid[1]
-        self._producer = (-1, -1, 0)
-        self._built: bytes | None = None
-        self.close()  # an open batch would linger
-
-    def _set_producer_state(
-        self, producer_id: int, producer_epoch: int, base_sequence: int
-    ) -> None:
-        self._producer = (producer_id, producer_epoch, base_sequence)
-
-    def _build(self) -> bytes:
-        if self._built is None:
-            self._built = record_batch(self._laid, self._codec, self._producer)
-            del self._laid
-        return self._built
-
-    def size(self) -> int:
-        """Bytes; before it was built, those of the records uncompressed."""
-        return len(self._laid[0] if self._built is None else self._built)
-
-
-class Producer:
-    """An idempotent producer with acks=all, which takes whole record batches."""
-
-    def __init__(self, producer: Any, compression: str) -> None:
-        """`producer` is an AIOKafkaProducer that was not started."""
-        self._producer = producer
-        self._codec = compression
-        self._requests: set[asyncio.Task[None]] = set()
-        self._track_requests()
-
-    async def start(self) -> None:
-        """Connect, and get a producer id.
-
-        Raises:
-            Trouble: a broker refuses, or those that the cluster names cannot be reached.
-        """
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await self._producer.start()
-        except TimeoutError:
-            # The bootstrap server answered the probe: it is its advertised address that fails.
-            brokers = self._producer.client.cluster.brokers()
-            named = ", ".join(f"{broker.host}:{broker.port}" for broker in brokers) or "none"
-            raise Trouble(f"no broker of those that the cluster names answers: {named}") from None
-        except Exception as error:
-            raise trouble_of(error) from None
-
-    async def partitions(self, topic: str) -> int:
-        """How many partitions `topic` has. Asking makes a broker create it, where it does that.
-
-        Raises:
-            Trouble: it does not exist, or may not be used. Without brokers it seems not to
-                exist: `probe` tells.
-        """
-        try:
-            async with asyncio.timeout(TOPIC_SECONDS):
-                return len(await self._producer.partitions_for(topic))
-        except (TimeoutError, errors.UnknownTopicOrPartitionError):
-            raise Trouble(
-                f"topic {topic} does not exist, and the broker does not create it"
-            ) from None
-        except Exception as error:
-            raise trouble_of(error) from None
-
-    def build(self, pieces: Iterable[Piece], key: bytes) -> Any:
-        """One record batch of all pieces. A batch can be sent only once: replay builds anew."""
-        return RecordBatch(pieces, key, self._codec)
-
-    async def send(self, batch: Any, topic: str, partition: int) -> asyncio.Future[object]:
-        """Queue a batch, once the one before it was sent; the future is done with its ack.
-
-        Only one caller per partition: aiokafka's time limit goes wrong with several.
-
-        Raises:
-            Trouble: the producer cannot go on.
-        """
-        while True:
+    async def _new_producer_id(self) -> int:
+        errors = []
+        for address in self._addresses():
             try:
-                future: asyncio.Future[object] = await self._producer.send_batch(
-                    batch, topic, partition=partition
-                )
-                return future
-            except errors.KafkaTimeoutError:
-                continue  # it was not queued
-            except Exception as error:
-                raise trouble_of(error, f"topic {topic}") from None
+                answer = await self._ask(address, InitProducerIdRequest(None, 0))
+            except DeliveryError as error:
+                errors.append(error)
+                continue
+            if answer.error_code == 0:
+                return int(answer.producer_id)
+            raise _refusal(answer.error_code)
+        raise _together(errors)
 
-    async def abandon(self) -> None:
-        """Release everything within about two seconds, whatever has not been acknowledged.
+    async def produced(self, sending: Awaitable[Any], connection: Connection) -> Answer:
+        """The answer to a produce request; one that never comes ends the connection."""
+        try:
+            response = (await sending).to_object()
+            (topic,) = response["topics"]
+            (said,) = topic["partitions"]
+        except Exception as error:
+            await connection.abort()
+            return Answer.lost(delivery_error_of(error).reason)
+        bad = {
+            each["batch_index"]: reason_of_code(
+                said["error_code"], each["batch_index_error_message"]
+            )
+            for each in said.get("record_errors") or ()
+        }
+        return Answer.of_code(said["error_code"], said.get("error_message"), bad)
 
-        aiokafka's own `stop()` waits until all is delivered, with a dead broker for ever; and
-        a cancelled sender waits for its requests, which wait for metadata that never comes.
-        """
-        producer, client = self._producer, self._producer.client
-        producer._closed = True  # else its finaliser warns
-        sender = producer._sender.sender_task
-        for task in (*self._requests, *([sender] if sender else [])):
-            task.cancel()
-            await asyncio.wait({task}, timeout=0.5)
-        connections = list(client._conns.values())
-        transports = [conn._writer.transport for conn in connections if conn.connected()]
-        closing = asyncio.ensure_future(client.close())
-        await asyncio.wait({closing}, timeout=1)
-        # A transport closes when all is written, which a broker that hangs never reads.
-        for transport in transports:
-            transport.abort()
-        await asyncio.wait({closing}, timeout=0.5)
-        closing.cancel()
-
-    def _track_requests(self) -> None:
-        # The sender keeps its requests to itself, and leaves all but one behind when cancelled.
-        sender = self._producer._sender
-        send = sender._send_produce_req
-
-        async def tracked(node_id: int, batches: object) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            self._requests.add(task)
-            try:
-                await send(node_id, batches)
-            finally:
-                self._requests.discard(task)
-
-        sender._send_produce_req = tracked
+    def produce(
+        self, connection: Connection, topic: str, partition: int, batch: bytes
+    ) -> Awaitable[Any]:
+        """Send a record batch; see `produced` for the answer. Raises KafkaError."""
+        timeout_ms = int(self._settings.request_timeout_seconds * 800)
+        return connection.send(Produce(topic, partition, batch, timeout_ms))
 
 
-def _hosts(bootstrap: tuple[str, ...]) -> list[tuple[str, int]]:
+def _refusal(code: int) -> DeliveryError:
+    """Why there is no producer id; a broker that has just started gives none at first."""
+    error = error_of_code(code)
+    if getattr(error, "retriable", False):
+        return DeliveryError(reason_of_code(code), grace=LEADER_SECONDS)
+    return delivery_error_of(error)
+
+
+def _together(errors: list[DeliveryError]) -> DeliveryError:
+    reason = "; ".join(error.reason for error in errors)
+    return DeliveryError(reason, permanent=all(error.permanent for error in errors))
+
+
+def _name(address: Address) -> str:
+    host, port = address
+    return f"{host}:{port}"
+
+
+def _hosts(bootstrap: tuple[str, ...]) -> list[Address]:
     try:
         return [(host, port) for host, port, _ in collect_hosts(list(bootstrap), randomize=False)]
     except ValueError:
         raise ConfigError(
             f"bootstrap: {', '.join(bootstrap)!r}: allowed is host:port for each"
         ) from None
-
-
-def trouble_of(error: BaseException, where: str = "") -> Trouble:
-    """What an exception of aiokafka, a socket or TLS means, as `where: reason`."""
-    if isinstance(error, Trouble):
-        return error
-    reason, permanent = _reason(error)
-    too_large = isinstance(error, errors.MessageSizeTooLargeError | errors.RecordListTooLargeError)
-    return Trouble(
-        f"{where}: {reason}" if where else reason, permanent=permanent, too_large=too_large
-    )
-
-
-def _reason(error: BaseException) -> tuple[str, bool]:
-    match error:
-        case errors.SaslAuthenticationFailed():
-            return f"SASL authentication failed: {_first(error)}", True
-        case errors.UnsupportedSaslMechanismError():
-            return "the listener does not offer this SASL mechanism", True
-        case errors.IllegalSaslStateError():
-            return "the listener does not use SASL", True
-        case errors.TopicAuthorizationFailedError():
-            return f"not authorised to write to topic {_first(error)}", True
-        case errors.ClusterAuthorizationFailedError():
-            # Brokers before 2.8 ask for IDEMPOTENT_WRITE on the cluster as well.
-            return "not authorised: WRITE is needed on the topic", True
-        case errors.InvalidTimestampError():
-            return "the broker refuses the times of the events: is a clock wrong?", True
-        case errors.InvalidTopicError():
-            return "invalid topic", True
-        case errors.KafkaConnectionError(__cause__=ssl.SSLError() as cause):
-            return _reason(cause)
-        case errors.KafkaConnectionError(__cause__=None | EOFError() | ConnectionError()):
-            expects = "TLS, a client certificate or SASL"
-            return f"the broker closed the connection; does its listener expect {expects}?", False
-        case errors.KafkaError():
-            return _first(error) or type(error).__name__, False
-        case ssl.SSLCertVerificationError():
-            return f"TLS: {error.verify_message}", True
-        case ssl.SSLError():
-            return f"TLS: {(error.reason or 'handshake failed').replace('_', ' ').lower()}", True
-        case TimeoutError():
-            return "no answer in time", False
-        case OSError(errno=int() as number) if number > 0:
-            return os.strerror(number), False
-        case OSError():
-            return error.strerror or type(error).__name__, False
-        case _:
-            # Nothing is known about its text, which might quote a setting.
-            return f"unexpected {type(error).__name__}", False
-
-
-def _first(error: BaseException) -> str:
-    return str(error.args[0]) if error.args else str(error)

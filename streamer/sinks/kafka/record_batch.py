@@ -7,16 +7,12 @@ are laid out by a compiled module, or by its twin here where that was not compil
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
 
-import cramjam
-from aiokafka.codec import (  # type: ignore[import-untyped]
-    gzip_encode,
-    lz4_encode,
-    snappy_encode,
-)
 from aiokafka.record.util import calc_crc32c  # type: ignore[import-untyped]
+
+from streamer.sinks.kafka.codecs import Codec
 
 Records = bytes | list[bytes]
 """Encoded events: NDJSON, each line with its end, or one `bytes` for each."""
@@ -31,25 +27,10 @@ _BEFORE_LENGTH = 12
 _NS_PER_MS = 1_000_000
 
 
-def _zstd(data: bytes) -> bytes:
-    # Level 1 takes a fifth less time than aiokafka's 3, and events do not get larger by it.
-    return bytes(cramjam.zstd.compress(data, level=1))
-
-
-CODECS: dict[str, tuple[int, Callable[[bytes], bytes]]] = {
-    "none": (0, bytes),
-    "gzip": (1, gzip_encode),
-    "snappy": (2, snappy_encode),
-    "lz4": (3, lz4_encode),
-    "zstd": (4, _zstd),
-}
-"""Per name, its number in the attributes of a batch, and what compresses."""
-
-
-def lay_out_py(pieces: list[tuple[Records, list[int]]], key: bytes) -> Laid:
+def lay_out_py(pieces: list[tuple[Records, array[int]]], key: bytes) -> Laid:
     """The records of all pieces, as the compiled `records` lays them out, only slower.
 
-    Each piece begins with its records and their times in nanoseconds.
+    Each piece begins with its records and their times in nanoseconds, an `array("q")`.
 
     Raises:
         ValueError: a piece has not as many records as times.
@@ -109,20 +90,38 @@ else:
         lay_out = lay_out_py
 
 
-def record_batch(laid: Laid, codec: str, producer: tuple[int, int, int]) -> bytes:
-    """A record batch. `producer` is its id, epoch and the sequence number of the first record.
+class Payload(NamedTuple):
+    """The records of a batch as they are sent, and what the batch's head says of them.
 
-    Records that do not get smaller are sent as they are.
+    The head itself, with the numbers of the producer, is made at each sending: the numbers can
+    change, and compressing again would cost a hundred times as much.
     """
+
+    codec: int
+    number: int
+    first_ms: int
+    latest_ms: int
+    records: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole record batch, which is what the broker's limit is about."""
+        return _HEAD.size + _BODY.size + len(self.records)
+
+
+def compress(laid: Laid, codec: Codec) -> Payload:
+    """The records compressed; as they are where that makes them no smaller."""
     records, count, first_ms, latest_ms = laid
-    attributes, compress = CODECS[codec]
-    payload = compress(records)
-    if len(payload) >= len(records):
-        attributes, payload = 0, records
-    producer_id, epoch, sequence = producer
-    body = _BODY.pack(
-        attributes, count - 1, first_ms, latest_ms, producer_id, epoch, sequence, count
-    )
-    length = _HEAD.size - _BEFORE_LENGTH + len(body) + len(payload)
-    checked = body + payload
-    return _HEAD.pack(0, length, -1, _MAGIC, calc_crc32c(checked)) + checked
+    attributes, smaller = codec.number, codec.compress(records)
+    if len(smaller) >= len(records):
+        attributes, smaller = 0, records
+    return Payload(attributes, count, first_ms, latest_ms, smaller)
+
+
+def record_batch(payload: Payload, producer: tuple[int, int, int]) -> bytes:
+    """A record batch. `producer` is its id, epoch and the sequence number of the first record."""
+    codec, count, first_ms, latest_ms, records = payload
+    body = _BODY.pack(codec, count - 1, first_ms, latest_ms, *producer, count)
+    length = _HEAD.size - _BEFORE_LENGTH + len(body) + len(records)
+    checksum = calc_crc32c(body + records)
+    return b"".join((_HEAD.pack(0, length, -1, _MAGIC, checksum), body, records))

@@ -1,100 +1,104 @@
 """Events in Kafka: one record per event, keyed by host, idempotent, acknowledged by all replicas.
 
 All events of a topic go to the one partition that Kafka's default partitioner gives for the
-host, so they arrive in the order in which they were submitted. A record batch is delivered
-exactly once for as long as one producer lives: it numbers its batches and repeats them until
-the broker has them. Only when the producer has to be replaced (the broker lost or refused its
-numbers, or nothing is acknowledged although the bootstrap servers answer) are the
-unacknowledged batches sent again by the next one, which can duplicate what was written and
-not acknowledged. Such copies have the same `id`: a consumer that needs to can drop them.
+host, so they arrive in the order in which they were submitted. Up to five record batches of a
+topic are under way at once. Each is written exactly once for as long as the broker knows the
+producer's numbers: they are repeated until the broker has them (`window.py`). Only when it does
+not know them are the unacknowledged batches sent under new ones, which can duplicate what was
+written and not acknowledged. Such copies have the same `id`: a consumer that needs to can drop
+them.
 
 A broker forgets the numbers of a producer whose newest record bears a time of more than a day
 ago (`producer.id.expiration.ms`, 24 hours), whenever it was written. A broker that is killed
 while it is sent events as old as that can therefore store the repetition as well.
+
+Each topic has its own queue, window and task, and its trouble is its own: where others go on, it
+holds no more than its share of the budget, and what comes on top is dropped with the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from collections import Counter
-from collections.abc import Coroutine, Iterable
-from functools import partial
+from collections.abc import Awaitable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 
 from streamer.config.settings import KafkaSink as Settings
-from streamer.events.batch import Batch
+from streamer.events.batch import Batch, join_spans
 from streamer.privilege.files import DIRECT, Opener
 from streamer.sinks.base import Sink
 from streamer.sinks.kafka.client import (
+    LEADER_SECONDS,
     Client,
-    Producer,
-    Trouble,
-    partition_of,
+    Connection,
+    Leader,
     silence_aiokafka,
-    trouble_of,
 )
-from streamer.sinks.kafka.queue import Lane, Piece, Sent, split
+from streamer.sinks.kafka.codecs import CODECS
+from streamer.sinks.kafka.encoded import EncodedBatch
+from streamer.sinks.kafka.errors import (
+    TOO_LARGE,
+    DeliveryError,
+    Verdict,
+    delivery_error_of,
+    verdict_of,
+)
+from streamer.sinks.kafka.queue import GROWTH, SizeLimit, TopicQueue
+from streamer.sinks.kafka.record_batch import Payload, compress, lay_out, record_batch
+from streamer.sinks.kafka.window import Answer, Numbered, Outcome, Window, backoff
 
 STALL_SECONDS = 3.0
-"""How long an ack may take before the bootstrap servers are asked whether they are there."""
+"""How long an ack may take before the brokers are asked whether they are there."""
 
-PATIENCE_MOST = 600.0
-"""The longest time without an ack, from servers that answer, before the producer is replaced."""
-
-SETTLE_SECONDS = 2.0
-"""How long a producer that is replaced may still be acknowledged what it has sent."""
+METADATA_SECONDS = 300.0
+"""How often the brokers are asked who leads, also when nothing fails."""
 
 RECORD_MOST = 1_000_000
 """The largest record, unless `batch_bytes` is more: Kafka's default limit is 1,048,588 bytes."""
 
+SHARES = 8
+"""A topic in trouble holds at most one of so many parts of the budget.
+
+There are four categories: with three of them in trouble the budget is less than half full, which
+is when reading goes on.
+"""
+
+THREAD_BYTES = 64 << 10
+"""Records from this size on are compressed in a thread: a smaller batch is done in that time."""
+
+FIRST_RATIO = 4.0
+"""What the first record batch is taken to shrink by."""
+
 _log = logging.getLogger(__name__)
 
 
-def backoff(attempt: int, *, permanent: bool, luck: float) -> float:
-    """Seconds before the attempt after `attempt` (from 0) failed ones; `luck` is from 0 to 1."""
-    first, most = (5.0, 60.0) if permanent else (0.1, 5.0)
-    return min(most, first * 2.0 ** min(attempt, 16)) * (0.5 + 0.5 * luck)
+class _Topic:
+    """All that is known of one topic, and what is held for it."""
 
+    def __init__(self, name: str, settings: Settings, record_most: int) -> None:
+        """Nothing is held, and nobody has been asked about the topic."""
+        self.name = name
+        self.queue = TopicQueue(settings.batch_bytes, settings.linger_ms / 1000)
+        self.window = Window(random.random)
+        self.limit = SizeLimit(record_most)
+        self.ratio = FIRST_RATIO if settings.compression != "none" else 1.0
+        self.woken = asyncio.Event()
+        self.connection: Connection | None = None
+        self.partition: int | None = None
+        self.stale = True
+        self.failing_since: float | None = None
+        self.error: DeliveryError | None = None
+        self.acked_at = float("-inf")
+        self.held = 0
+        self.payloads = 0
 
-class _Session:
-    """The life of one producer: the tasks that use it, and what ends it."""
-
-    def __init__(self, client: Client, producer: Producer) -> None:
-        self.client = client
-        self.producer = producer
-        self.unreachable_at = 0.0
-        self._failed: asyncio.Future[tuple[str, Trouble]]
-        self._failed = asyncio.get_running_loop().create_future()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def spawn(self, topic: str, work: Coroutine[None, None, None]) -> None:
-        """Run `work` until the session ends; what it raises ends the session, as of `topic`."""
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(partial(self._ended, topic))
-
-    def fail(self, topic: str, trouble: Trouble) -> None:
-        """End the session; the first trouble is the one that counts."""
-        if not self._failed.done():
-            self._failed.set_result((topic, trouble))
-
-    async def failure(self) -> tuple[str, Trouble]:
-        """Wait until it ends: the topic, and its trouble."""
-        return await self._failed
-
-    async def cancel(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _ended(self, topic: str, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error is None:
-            return
-        if not isinstance(error, Trouble):
-            _log.error("the Kafka sink starts again after an error", exc_info=error)
-        self.fail(topic, trouble_of(error))
+    def __bool__(self) -> bool:
+        """Whether anything is held."""
+        return bool(self.queue or self.window)
 
 
 class KafkaSink(Sink):
@@ -108,14 +112,15 @@ class KafkaSink(Sink):
         self._settings = settings
         self._opener = opener
         self._key = host.encode()
+        self._codec = CODECS[settings.compression]
         self._record_most = max(RECORD_MOST, settings.batch_bytes)
-        self._lanes: dict[str, Lane] = {}
-        self._session: _Session | None = None
-        self._supervisor: asyncio.Task[None] | None = None
+        self._share = settings.budget_bytes // SHARES
+        self._topics: dict[str, _Topic] = {}
+        self._client: Client | None = None
+        self._compressor: ThreadPoolExecutor | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
-        self._problems: dict[str, Trouble] = {}
-        self._failures = 0
-        self._patience = settings.request_timeout_seconds
+        self._problems: dict[str, DeliveryError] = {}
 
     async def start(self) -> None:
         """Connect in the background, and go on trying for as long as it takes.
@@ -123,20 +128,32 @@ class KafkaSink(Sink):
         Raises:
             ConfigError: an address, topic, certificate or password that cannot be used.
         """
-        client = Client(self._settings, self._opener)
+        client = self._client = Client(self._settings, self._opener)
         silence_aiokafka()
-        self._supervisor = asyncio.create_task(self._run(client))
-        self._supervisor.add_done_callback(self._supervised)
+        if len(os.sched_getaffinity(0)) > 1:
+            # One thread: batches of a topic are compressed in order, and the lock is let go.
+            self._compressor = ThreadPoolExecutor(1, "kafka-compress")
+        self._spawn(self._connect(client))
+        self._spawn(self._watch(client))
+        for topic in self._topics.values():
+            self._spawn(self._deliver(topic, client))
 
     def submit(self, batch: Batch) -> None:
         """Encode and queue. Records over the size limit are dropped, and counted, at once."""
-        for topic, part in self._topics(batch):
-            piece = Piece.of(part, self._settings.encoding)
-            self._take(piece.kinds, piece.size)
+        for name, part in self._parts(batch):
+            encoded = EncodedBatch.of(part, self._settings.encoding)
+            self._take(encoded.kinds, encoded.held)
             if self.status == "closed":
-                self._dropped(piece.kinds, piece.size, "closed")
+                self._dropped(encoded.kinds, encoded.held, "closed", encoded.spans)
             else:
-                self._enqueue(self._lane(topic), piece)
+                self._enqueue(self._topic(name), encoded)
+
+    def discard(self, reason: str) -> None:
+        """Drop what was never sent."""
+        for topic in self._topics.values():
+            batches = topic.window.clear_unsent() + topic.queue.clear()
+            self._count_payloads(topic)
+            self._drop(topic, batches, self._with_error(topic, reason))
 
     async def stop(self, grace: float) -> None:
         """Flush for up to `grace` seconds, drop the rest, and release everything.
@@ -144,18 +161,18 @@ class KafkaSink(Sink):
         What is dropped here while it was being sent may have been written all the same.
         """
         try:
-            if self._supervisor is not None and not self._supervisor.done():
+            if self._tasks:
                 await self._flush(grace)
         finally:
             try:
-                await self._end_supervisor()
+                await self._release_all()
             finally:
                 self._drop_rest(f"not acknowledged within {grace:g} s")
                 self._set_status("closed")
 
     # Taking in
 
-    def _topics(self, batch: Batch) -> Iterable[tuple[str, Batch]]:
+    def _parts(self, batch: Batch) -> Iterable[tuple[str, Batch]]:
         topic = self._settings.topic
         if "{category}" not in topic:
             return ((topic, batch),) if batch.events else ()
@@ -164,182 +181,278 @@ class KafkaSink(Sink):
             for category, part in batch.by_category().items()
         )
 
-    def _lane(self, topic: str) -> Lane:
-        lane = self._lanes.get(topic)
-        if lane is None:
-            linger = self._settings.linger_ms / 1000
-            lane = self._lanes[topic] = Lane(topic, self._settings.batch_bytes, linger)
-            if self._session is not None:
-                self._session.spawn(topic, self._publish(lane, self._session))
-        return lane
+    def _topic(self, name: str) -> _Topic:
+        topic = self._topics.get(name)
+        if topic is None:
+            topic = self._topics[name] = _Topic(name, self._settings, self._record_most)
+            if self._client is not None:
+                self._spawn(self._deliver(topic, self._client))
+        return topic
 
-    def _enqueue(self, lane: Lane, piece: Piece) -> None:
-        for part in split(piece, lane.most):
+    def _enqueue(self, topic: _Topic, encoded: EncodedBatch) -> None:
+        topic.held += encoded.held
+        now = asyncio.get_running_loop().time()
+        was_empty = not topic.queue
+        for part in encoded.cut(self._record_most):
             if part.size > self._record_most and part.number == 1:
-                self._dropped(part.kinds, part.size, "a record is larger than the limit")
+                self._drop(topic, [part], "a record is larger than the limit")
             else:
-                lane.put(part)
+                topic.queue.put(part, now)
+        self._keep_to_share(topic)
+        due = topic.queue.due_at()
+        if was_empty or (due is not None and due <= now):
+            topic.woken.set()
+
+    def _keep_to_share(self, topic: _Topic) -> None:
+        """Drop the newest that a topic in trouble holds over its share, if the others go on.
+
+        The only topic keeps the budget for itself.
+        """
+        error = self._problems.get(topic.name)
+        if error is None or topic.held <= self._share or "{category}" not in self._settings.topic:
+            return
+        since = topic.failing_since or 0.0
+        if error.own or any(other.acked_at > since for other in self._topics.values()):
+            self._drop(topic, topic.queue.trim(self._share), error.reason)
 
     # Delivering
 
-    async def _run(self, client: Client) -> None:
-        while True:
-            producer = await self._connect(client)
-            try:
-                topic, trouble = await self._serve(client, producer)
-                await self._settle()
-            finally:
-                await producer.abandon()
-                for lane in self._lanes.values():
-                    lane.rewind()
-            if not trouble.too_large:
-                self._problem(topic, trouble)
-                await self._pause(trouble)
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def _supervised(self, supervisor: asyncio.Task[None]) -> None:
-        error = None if supervisor.cancelled() else supervisor.exception()
-        if error is not None:
-            _log.error("the Kafka sink cannot go on after an error", exc_info=error)
-            reason = trouble_of(error).reason
-            self._drop_rest(reason)
-            self._set_status("closed", reason)
-
-    async def _connect(self, client: Client) -> Producer:
+    async def _connect(self, client: Client) -> None:
+        """Find a broker and a producer id, so that what is wrong is known before an event."""
+        loop = asyncio.get_running_loop()
+        begun, attempt = loop.time(), 0
         while True:
             try:
-                producer = await client.open()
-            except Trouble as trouble:
-                self._problem("", trouble)
-                await self._pause(trouble)
-            else:
-                self._mended("")
-                return producer
-
-    async def _pause(self, trouble: Trouble) -> None:
-        seconds = backoff(self._failures, permanent=trouble.permanent, luck=random.random())
-        self._failures += 1
-        await asyncio.sleep(seconds)
-
-    async def _serve(self, client: Client, producer: Producer) -> tuple[str, Trouble]:
-        session = self._session = _Session(client, producer)
-        session.spawn("", self._watch(session))
-        for lane in self._lanes.values():
-            session.spawn(lane.topic, self._publish(lane, session))
-        try:
-            return await session.failure()
-        finally:
-            self._session = None
-            await session.cancel()
-
-    async def _publish(self, lane: Lane, session: _Session) -> None:
-        """Send the record batches of one topic, each when the one before is on its way."""
-        producer = session.producer
-        while True:
-            sent = await lane.take()
-            partition = partition_of(self._key, await self._partitions(lane, session))
-            batch = producer.build(sent.pieces, self._key)
-            future = await producer.send(batch, lane.topic, partition)
-            sent.future, sent.since = future, asyncio.get_running_loop().time()
-            future.add_done_callback(partial(self._answered, lane, sent, session))
-
-    async def _partitions(self, lane: Lane, session: _Session) -> int:
-        """How many partitions the topic has, once it exists and may be written to."""
-        attempt = 0
-        while True:
-            try:
-                count = await session.producer.partitions(lane.topic)
-            except Trouble as trouble:
-                await self._probe_before(session, lane.topic, trouble)
-                wait = backoff(attempt, permanent=trouble.permanent, luck=random.random())
+                await client.refresh()
+                await client.producer_id(None)
+            except DeliveryError as error:
+                if loop.time() - begun >= error.grace:
+                    self._problem("", error)
+                wait = backoff(attempt, permanent=error.permanent, jitter=random.random())
                 await asyncio.sleep(wait)
                 attempt += 1
             else:
-                if attempt:
-                    self._mended("", lane.topic)
-                return count
+                self._mended("")
+                return
 
-    async def _probe_before(self, session: _Session, topic: str, trouble: Trouble) -> None:
-        """Blame the topic only when the brokers are there."""
-        try:
-            await session.client.probe()
-        except Trouble as absent:
-            self._problem("", absent)
-        else:
-            self._problem(topic, trouble)
-
-    def _answered(
-        self, lane: Lane, sent: Sent, session: _Session, future: asyncio.Future[object]
-    ) -> None:
-        if future.cancelled():
-            return
-        error = future.exception()
-        if error is not None:
-            self._refused(lane, sent, session, trouble_of(error, f"topic {lane.topic}"))
-        elif lane.acknowledge(sent, asyncio.get_running_loop().time()):
-            for piece in sent.pieces:
-                self._delivered(piece.kinds, piece.size)
-            self._failures = 0
-            self._patience = self._settings.request_timeout_seconds
-            self._mended("", lane.topic)
-            self._check_empty()
-
-    def _refused(self, lane: Lane, sent: Sent, session: _Session, trouble: Trouble) -> None:
-        # The producer has counted the refused batch, so the broker would refuse all that follow.
-        if trouble.too_large and sent.single and lane.acknowledge(sent, 0.0):
-            (piece,) = sent.pieces
-            self._dropped(piece.kinds, piece.size, "the broker refused a record as too large")
-            self._check_empty()
-        elif trouble.too_large:
-            lane.shrink(sent.size // 2)
-        session.fail(lane.topic, trouble)
-
-    async def _settle(self) -> None:
-        """Let other topics have their acks before the producer goes: they need no replay then."""
-        futures = {s.future for lane in self._lanes.values() for s in lane.window if s.future}
-        if futures:
-            await asyncio.wait(futures, timeout=SETTLE_SECONDS)
-            await asyncio.sleep(0)  # their callbacks
-
-    # Watching
-
-    async def _watch(self, session: _Session) -> None:
-        """Ask the bootstrap servers when an ack is late: aiokafka tells nobody that it waits."""
+    async def _deliver(self, topic: _Topic, client: Client) -> None:
+        """Send what is due of one topic, for as long as the sink lives."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(STALL_SECONDS / 2)
-            owed = self._longest_owed()
-            if owed is None or loop.time() - owed[0] < STALL_SECONDS:
-                continue
+            topic.woken.clear()
             try:
-                await session.client.probe()
-            except Trouble as trouble:
-                session.unreachable_at = loop.time()
-                self._problem("", trouble)
-                continue
-            since, topic = self._longest_owed() or (loop.time(), "")
-            waited = loop.time() - max(since, session.unreachable_at)
-            if waited > self._patience:
-                self._patience = min(PATIENCE_MOST, 2 * self._patience)
-                # The producer never asks the bootstrap servers again: a new one does.
-                reason = f"topic {topic}: the brokers answer, but nothing was acknowledged"
-                session.fail(topic, Trouble(f"{reason} for {waited:.0f} s"))
+                until = await self._step(topic, client)
+            except Exception as error:
+                if not isinstance(error, DeliveryError):
+                    _log.error("topic %s: it is tried again after an error", topic.name,
+                               exc_info=error)  # fmt: skip
+                until = self._failed(topic, delivery_error_of(error, f"topic {topic.name}"))
+            if until is None or until > loop.time():
+                await _wait(topic.woken, until)
 
-    def _longest_owed(self) -> tuple[float, str] | None:
-        owed = ((lane.stalled_since(), lane.topic) for lane in self._lanes.values())
-        return min(((since, topic) for since, topic in owed if since is not None), default=None)
+    async def _step(self, topic: _Topic, client: Client) -> float | None:
+        """Send one record batch, if one is due. When to look again; None: when woken."""
+        window, loop = topic.window, asyncio.get_running_loop()
+        now = loop.time()
+        if not window.may_send(now):
+            return window.retry_at if now < window.retry_at else None
+        if window.next() is None:
+            due = topic.queue.due_at()
+            if due is None or due > now:
+                return due
+        # Numbered only when there is where to send it: the rest can be cut, joined or dropped.
+        connection = await self._place(topic, client)
+        if connection is None:
+            return None
+        entry = window.next()
+        if entry is None:
+            if not topic.queue:
+                return None
+            window.add(topic.queue.take(self._most(topic, now), now))
+            return now
+        if entry.payload is None:
+            entry.payload = await self._compress(entry)
+            topic.ratio = max(1.0, entry.size / entry.payload.size)
+            self._count_payloads(topic)
+        now = loop.time()
+        if window.next() is not entry or not window.may_send(now):
+            return now
+        if entry.count > 1 and entry.payload.size > topic.limit.now(now):
+            window.split(entry)
+            self._count_payloads(topic)
+            return now
+        self._send(topic, entry, client, connection)
+        return now
 
-    def _problem(self, where: str, trouble: Trouble) -> None:
+    def _most(self, topic: _Topic, now: float) -> int:
+        """How many bytes of records go into a record batch: about what the limit lets through."""
+        through = int(topic.limit.now(now) * topic.ratio * 0.8)
+        return max(1, min(GROWTH * self._settings.batch_bytes, through, self._share))
+
+    async def _place(self, topic: _Topic, client: Client) -> Connection | None:
+        """Where to send; None while what is under way elsewhere has to be answered first.
+
+        Raises:
+            DeliveryError: there is no such place at the moment.
+        """
+        leader = None if topic.stale else client.leader(topic.name, self._key)
+        if leader is None:
+            leader = await self._find_leader(topic, client)
+        connection = await self._to_leader(leader, topic, client)
+        window = topic.window
+        if window.in_flight and (connection, leader.partition) != (
+            topic.connection,
+            topic.partition,
+        ):
+            return None
+        if topic.partition not in (None, leader.partition):
+            window.move()
+        topic.connection, topic.partition = connection, leader.partition
+        if window.producer_id is None:
+            if window.in_flight:
+                return None
+            window.identify(await client.producer_id(window.last_producer_id))
+        return connection
+
+    async def _find_leader(self, topic: _Topic, client: Client) -> Leader:
+        try:
+            await client.refresh(topic.name)
+        except DeliveryError as error:
+            self._problem("", error)
+            raise
+        self._mended("")
+        leader = client.leader(topic.name, self._key)
+        if leader is None:
+            reason = f"topic {topic.name}: the brokers say nothing about it"
+            raise DeliveryError(reason, grace=LEADER_SECONDS)
+        topic.stale = False
+        return leader
+
+    async def _to_leader(self, leader: Leader, topic: _Topic, client: Client) -> Connection:
+        try:
+            return await client.connection(leader.address)
+        except DeliveryError as error:
+            # Another may lead soon, or this one be elsewhere; but it may be a mistake, too.
+            topic.stale = True
+            reason = f"broker {leader.node}, as the cluster names it, {error.reason}"
+            raise DeliveryError(reason, grace=LEADER_SECONDS) from None
+
+    async def _compress(self, entry: Numbered) -> Payload:
+        laid = lay_out([batch[:2] for batch in entry.batches], self._key)
+        if self._compressor is None or len(laid[0]) < THREAD_BYTES:
+            return compress(laid, self._codec)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compressor, compress, laid, self._codec)
+
+    def _send(self, topic: _Topic, entry: Numbered, client: Client, connection: Connection) -> None:
+        window = topic.window
+        assert entry.payload is not None
+        assert window.producer_id is not None
+        assert topic.partition is not None
+        numbers = (window.producer_id, window.epoch, entry.sequence)
+        batch = record_batch(entry.payload, numbers)
+        try:
+            sending = client.produce(connection, topic.name, topic.partition, batch)
+        except Exception as error:  # it was closed in this moment
+            topic.stale = True
+            raise DeliveryError(delivery_error_of(error).reason, grace=LEADER_SECONDS) from None
+        window.sent(entry, asyncio.get_running_loop().time())
+        self._spawn(self._await_answer(topic, entry, client.produced(sending, connection)))
+
+    async def _await_answer(
+        self, topic: _Topic, entry: Numbered, answering: Awaitable[Answer]
+    ) -> None:
+        answer = await answering
+        now = asyncio.get_running_loop().time()
+        size = entry.payload.size if entry.payload is not None else 0
+        outcome = topic.window.answered(entry, answer, now)
+        self._account_for(topic, outcome, now)
+        if answer.code in TOO_LARGE and entry.count > 1 and outcome.divided:
+            topic.limit.refused(size, now)
+        topic.woken.set()
+
+    def _account_for(self, topic: _Topic, outcome: Outcome, now: float) -> None:
+        topic.stale = topic.stale or outcome.elsewhere
+        if outcome.delivered:
+            topic.acked_at = now
+            for batch in outcome.delivered:
+                topic.held -= batch.held
+                self._delivered(batch.kinds, batch.held)
+            topic.failing_since = topic.error = None
+            self._mended("", topic.name)
+            for name in list(self._problems):
+                if name:
+                    self._keep_to_share(self._topics[name])
+        for batch, reason in outcome.dropped:
+            self._drop(topic, [batch], reason)
+        self._count_payloads(topic)
+        if outcome.failed is not None:
+            self._note(topic, _error_of(topic, outcome.failed))
+        self._check_empty()
+
+    def _count_payloads(self, topic: _Topic) -> None:
+        """Count what is compressed against the budget, beside what it was made from."""
+        size = sum(entry.payload.size for entry in topic.window.entries if entry.payload)
+        more, topic.payloads = size - topic.payloads, size
+        if more > 0:
+            self._take({}, more)
+        elif more < 0:
+            self._release(-more)
+
+    def _drop(self, topic: _Topic, batches: list[EncodedBatch], reason: str) -> None:
+        if not batches:
+            return
+        kinds: Counter[str] = Counter()
+        for batch in batches:
+            kinds.update(batch.kinds)
+        held = sum(batch.held for batch in batches)
+        topic.held -= held
+        spans = reduce(join_spans, (batch.spans for batch in batches))
+        self._dropped(kinds, held, reason, spans)
+        self._check_empty()
+
+    def _with_error(self, topic: _Topic, reason: str) -> str:
+        """A reason together with what keeps the topic from being written to."""
+        error = self._problems.get("") or topic.error
+        return f"{reason}: {error.reason}" if error and error.reason not in reason else reason
+
+    # Trouble
+
+    def _failed(self, topic: _Topic, error: DeliveryError) -> float:
+        """Note that a topic could not be sent to; when to try again."""
+        now = asyncio.get_running_loop().time()
+        topic.stale = True
+        topic.window.fail(error.permanent, now)
+        self._note(topic, error)
+        return topic.window.retry_at
+
+    def _note(self, topic: _Topic, error: DeliveryError) -> None:
+        now = asyncio.get_running_loop().time()
+        if topic.failing_since is None:
+            topic.failing_since = now
+        topic.error = error
+        lasted = now - topic.failing_since
+        if "" not in self._problems and (error.permanent or lasted >= error.grace):
+            self._problem(topic.name, error)
+            self._keep_to_share(topic)
+
+    def _problem(self, where: str, error: DeliveryError) -> None:
         """Note what keeps a topic, or all of them (""), from being delivered.
 
         The status is reported when it changes, and again when the reason becomes one that
         waiting does not mend.
         """
         before = self._problems.get(where)
-        self._problems[where] = trouble
+        self._problems[where] = error
         if self.status != "down":
-            self._set_status("down", trouble.reason)
-        elif trouble.permanent and (before is None or before.reason != trouble.reason):
-            self.listener.sink_status(self, "down", trouble.reason)
+            self._set_status("down", error.reason)
+        elif error.permanent and (before is None or before.reason != error.reason):
+            self.listener.sink_status(self, "down", error.reason)
 
     def _mended(self, *wheres: str) -> None:
         for where in wheres:
@@ -347,11 +460,33 @@ class KafkaSink(Sink):
         if not self._problems:
             self._set_status("up")
 
+    async def _watch(self, client: Client) -> None:
+        """Ask whether brokers are there when an answer is late, and now and then who leads."""
+        loop = asyncio.get_running_loop()
+        asked_at = loop.time()
+        while True:
+            await asyncio.sleep(STALL_SECONDS / 2)
+            sent = [topic.window.oldest_sent() for topic in self._topics.values()]
+            oldest = min((at for at in sent if at is not None), default=loop.time())
+            try:
+                if loop.time() - oldest >= STALL_SECONDS:
+                    await client.probe()
+                elif loop.time() - asked_at >= METADATA_SECONDS:
+                    asked_at = loop.time()
+                    await client.refresh()
+                else:
+                    continue
+            except DeliveryError as error:
+                self._problem("", error)
+            else:
+                self._mended("")
+
     # Stopping
 
     async def _flush(self, grace: float) -> None:
-        for lane in self._lanes.values():
-            lane.flush()
+        for topic in self._topics.values():
+            topic.queue.linger = 0.0
+            topic.woken.set()
         self._empty.clear()
         self._check_empty()
         try:
@@ -361,19 +496,37 @@ class KafkaSink(Sink):
             pass
 
     def _check_empty(self) -> None:
-        if not any(self._lanes.values()):
+        if not any(self._topics.values()):
             self._empty.set()
 
-    async def _end_supervisor(self) -> None:
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is not None:
-            supervisor.cancel()
-            await asyncio.gather(supervisor, return_exceptions=True)
+    async def _release_all(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+        if self._compressor is not None:
+            self._compressor.shutdown(wait=False, cancel_futures=True)
 
     def _drop_rest(self, reason: str) -> None:
-        pieces = [piece for lane in self._lanes.values() for piece in lane.clear()]
-        kinds: Counter[str] = Counter()
-        for piece in pieces:
-            kinds.update(piece.kinds)
-        if pieces:
-            self._dropped(kinds, sum(piece.size for piece in pieces), reason)
+        for topic in self._topics.values():
+            batches = topic.window.clear() + topic.queue.clear()
+            self._count_payloads(topic)
+            self._drop(topic, batches, self._with_error(topic, reason))
+
+
+async def _wait(woken: asyncio.Event, until: float | None) -> None:
+    try:
+        async with asyncio.timeout_at(until):
+            await woken.wait()
+    except TimeoutError:
+        pass
+
+
+def _error_of(topic: _Topic, answer: Answer) -> DeliveryError:
+    """What keeps a topic from being written to, after a broker's answer."""
+    if verdict_of(answer.code) is Verdict.DENIED:
+        return DeliveryError(f"topic {topic.name}: {answer.reason}", permanent=True, own=True)
+    return DeliveryError(f"topic {topic.name}: {answer.reason}", grace=STALL_SECONDS)

@@ -1,0 +1,398 @@
+"""The window of a partition against a model of a broker: order, exactly once, refusals.
+
+The model keeps what Kafka's brokers keep of a producer: epoch, last number, and the numbers of
+the last five batches; and it takes any number of a producer that it has nothing of.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamer.events.batch import Batch
+from streamer.sinks.kafka import window as window_module
+from streamer.sinks.kafka.encoded import EncodedBatch
+from streamer.sinks.kafka.window import (
+    LAST_EPOCH,
+    MOST_IN_FLIGHT,
+    PAUSE_SECONDS,
+    SEQUENCES,
+    Answer,
+    Numbered,
+    Window,
+)
+
+LARGE, TIME, SEQUENCE, EPOCH, NOT_LEADER, REPLICAS = 10, 32, 45, 47, 6, 20
+
+
+class Event(msgspec.Struct, tag_field="event", tag="file.open"):
+    time_ns: int
+
+
+def events(start: int, count: int) -> list[EncodedBatch]:
+    return [EncodedBatch.of(Batch([Event(n) for n in range(start, start + count)]), "json")]
+
+
+def numbers(batches: list[EncodedBatch]) -> list[int]:
+    return [number for batch in batches for number in batch.times_ns]
+
+
+class State(NamedTuple):
+    epoch: int
+    last: int
+    recent: tuple[tuple[int, int], ...]
+
+
+class Broker:
+    """A partition's leader. `bad` are events that it never takes, `limit` events to a batch."""
+
+    def __init__(self, bad: frozenset[int] = frozenset(), limit: int = 10**9) -> None:
+        self.bad = bad
+        self.limit = limit
+        self.names_bad = False
+        self.log: list[int] = []
+        self.states: dict[int, State] = {}
+
+    def produce(self, producer: int, epoch: int, entry: Numbered) -> Answer:
+        content = numbers(entry.batches)
+        if len(content) > self.limit:
+            return Answer.of_code(LARGE)
+        refused = {i: f"no {n}" for i, n in enumerate(content) if n in self.bad}
+        if refused:
+            return Answer.of_code(TIME, "the broker's own words", refused if self.names_bad else {})
+        first, last = entry.sequence, (entry.sequence + len(content) - 1) % SEQUENCES
+        state = self.states.get(producer)
+        if state is not None:
+            if epoch < state.epoch:
+                return Answer.of_code(EPOCH)
+            if epoch == state.epoch and (first, last) in state.recent:
+                return Answer(0)
+            expected = (state.last + 1) % SEQUENCES if epoch == state.epoch else 0
+            if first != expected:
+                return Answer.of_code(SEQUENCE)
+        recent = state.recent if state is not None and state.epoch == epoch else ()
+        kept = (*recent, (first, last))[-MOST_IN_FLIGHT:]
+        self.states[producer] = State(epoch, last, kept)
+        self.log += content
+        return Answer(0)
+
+
+class Run:
+    """Moves batches between a window and a broker, over connections that fail as it is told."""
+
+    def __init__(self, broker: Broker, first_sequence: int = 0) -> None:
+        self.broker = broker
+        self.window = Window(lambda: 1.0)
+        self.ids = iter(range(100, 10**6))
+        self.window.identify(next(self.ids))
+        self.window._next = first_sequence
+        self.way: deque[tuple[Numbered, int, int]] = deque()
+        self.now = 0.0
+        self.delivered: list[int] = []
+        self.dropped: list[tuple[int, str]] = []
+        self.sent = 0
+
+    def send(self) -> None:
+        """All that may be sent."""
+        window = self.window
+        while window.may_send(self.now) and (entry := window.next()) is not None:
+            if window.producer_id is None:
+                assert not window.in_flight
+                window.identify(next(self.ids))
+            assert window.producer_id is not None
+            window.sent(entry, self.now)
+            self.sent += 1
+            assert window.in_flight <= MOST_IN_FLIGHT
+            self.way.append((entry, window.producer_id, window.epoch))
+
+    def answer(self, code: int | None = None, lost: bool = False) -> None:
+        """The broker handles the first request under way, or answers with an error code."""
+        entry, producer, epoch = self.way.popleft()
+        said = self.broker.produce(producer, epoch, entry) if code is None else Answer.of_code(code)
+        self.take(entry, Answer.lost("gone") if lost else said)
+
+    def take(self, entry: Numbered, said: Answer) -> None:
+        outcome = self.window.answered(entry, said, self.now)
+        self.delivered += numbers(outcome.delivered)
+        for batch, reason in outcome.dropped:
+            self.dropped += [(number, reason) for number in batch.times_ns]
+
+    def break_connection(self, handled: int) -> None:
+        """The broker still handles so many requests; no answer of any arrives."""
+        for index, (entry, producer, epoch) in enumerate(self.way):
+            if index < handled:
+                self.broker.produce(producer, epoch, entry)
+        lost, self.way = list(self.way), deque()
+        for entry, _, _ in lost:
+            self.take(entry, Answer.lost("gone"))
+
+    def settle(self) -> None:
+        """Until all is done, without further faults."""
+        for _ in range(100_000):
+            self.send()
+            if self.way:
+                self.answer()
+            elif self.window:
+                self.now = max(self.now, self.window.retry_at)
+            else:
+                return
+        raise AssertionError("it never ends")
+
+
+# ---------------------------------------------------------------- any sequence of faults
+
+FAULTS = ("add", "send", "answer", "error", "lost", "break", "wait")
+steps = st.lists(st.tuples(st.sampled_from(FAULTS), st.integers(0, 6)), max_size=120)
+
+
+def play(run: Run, plan: list[tuple[str, int]], on_break: Callable[[], None]) -> int:
+    """Carry out a plan; how many events were submitted."""
+    submitted = 0
+    for what, number in plan:
+        if what == "add" and len(run.window.entries) < 3 * MOST_IN_FLIGHT:
+            run.window.add(events(submitted, number + 1))
+            submitted += number + 1
+        elif what == "send":
+            run.send()
+        elif what == "answer" and run.way:
+            run.answer()
+        elif what == "error" and run.way:
+            run.answer(code=(NOT_LEADER, 19, 7, 56, 29)[number % 5])
+        elif what == "lost" and run.way:
+            run.answer(lost=True)
+            run.break_connection(0)
+        elif what == "break" and run.way:
+            run.break_connection(number)
+            on_break()
+        elif what == "wait":
+            run.now += number
+    run.settle()
+    return submitted
+
+
+@settings(max_examples=400)
+@given(
+    steps,
+    st.frozensets(st.integers(0, 60), max_size=6),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from([0, SEQUENCES - 1, SEQUENCES - 7]),
+)
+def test_whatever_happens_each_good_event_is_there_once_and_in_order(
+    plan: list[tuple[str, int]], bad: frozenset[int], limit: int, names_bad: bool, first: int
+) -> None:
+    broker = Broker(bad, limit)
+    broker.names_bad = names_bad
+    run = Run(broker, first)
+    submitted = play(run, plan, lambda: None)
+    good = [number for number in range(submitted) if number not in bad]
+    assert broker.log == good
+    assert sorted(run.delivered) == good
+    assert sorted(number for number, _ in run.dropped) == sorted(bad & set(range(submitted)))
+    assert all("own words" in reason or reason.startswith("no ") for _, reason in run.dropped)
+
+
+@settings(max_examples=400)
+@given(steps, st.frozensets(st.integers(0, 60), max_size=4))
+def test_a_broker_that_forgets_the_producer_costs_repetitions_at_most(
+    plan: list[tuple[str, int]], bad: frozenset[int]
+) -> None:
+    """With each broken connection the leader is another, which has nothing of the producer."""
+    broker = Broker(bad)
+    run = Run(broker)
+    submitted = play(run, plan, broker.states.clear)
+    good = [number for number in range(submitted) if number not in bad]
+    assert list(dict.fromkeys(broker.log)) == good
+    assert Counter(run.delivered) == Counter(good)
+
+
+# ---------------------------------------------------------------- single rules
+
+
+def test_the_first_batch_of_a_producer_goes_alone_and_then_five() -> None:
+    run = Run(Broker())
+    for number in range(10):
+        run.window.add(events(number, 1))
+    run.send()
+    assert len(run.way) == 1
+    run.answer()
+    run.send()
+    assert len(run.way) == MOST_IN_FLIGHT
+
+
+def test_after_a_pause_a_batch_goes_alone() -> None:
+    """The broker may have forgotten the producer, and would take a later batch first."""
+    run = Run(Broker())
+    run.window.add(events(0, 1))
+    run.settle()
+    run.now += PAUSE_SECONDS
+    run.broker.states.clear()
+    for number in range(1, 4):
+        run.window.add(events(number, 1))
+    run.send()
+    assert len(run.way) == 1
+
+
+def test_small_batches_behind_a_refused_one_do_not_go_ahead() -> None:
+    run = Run(Broker(limit=100))
+    run.window.add(events(0, 500))
+    run.window.add(events(500, 5))
+    run.settle()
+    assert run.broker.log == list(range(505))
+
+
+def test_one_event_that_is_not_taken_costs_no_other() -> None:
+    run = Run(Broker(bad=frozenset({700})))
+    run.window.add(events(0, 1000))
+    run.window.add(events(1000, 3))
+    run.settle()
+    assert run.broker.log == [number for number in range(1003) if number != 700]
+    ((number, reason),) = run.dropped
+    assert number == 700
+    assert reason == (
+        "the broker refuses the times of the events: is a clock wrong? (the broker's own words)"
+    )
+    assert run.sent < 45  # two for each halving, and the way down
+
+
+def test_events_that_the_broker_names_are_dropped_at_once() -> None:
+    broker = Broker(bad=frozenset(range(0, 1000, 2)))
+    broker.names_bad = True
+    run = Run(broker)
+    run.window.add(events(0, 1000))
+    run.settle()
+    assert broker.log == list(range(1, 1000, 2))
+    assert run.sent == 2
+    assert run.dropped == [(number, f"no {number}") for number in range(0, 1000, 2)]
+
+
+def test_indices_that_are_none_are_not_believed() -> None:
+    run = Run(Broker())
+    run.window.add(events(0, 4))
+    run.send()
+    entry, _, _ = run.way.popleft()
+    run.take(entry, Answer.of_code(TIME, None, {-1: "", 4: "", 99: ""}))
+    run.settle()
+    assert run.broker.log == [0, 1, 2, 3]
+
+
+def test_numbers_wrap_after_the_last() -> None:
+    run = Run(Broker(), SEQUENCES - 5)
+    for number in range(4):
+        run.window.add(events(3 * number, 3))
+    assert [entry.sequence for entry in run.window.entries] == [
+        SEQUENCES - 5, SEQUENCES - 2, 1, 4,
+    ]  # fmt: skip
+    run.settle()
+    assert run.broker.log == list(range(12))
+
+
+def test_written_and_acknowledged_late_is_not_written_again() -> None:
+    """The first was appended although it failed, so that the second could be acknowledged."""
+    run = Run(Broker())
+    run.window.add(events(0, 1))
+    run.settle()
+    run.window.add(events(1, 2))
+    run.window.add(events(3, 2))
+    run.send()
+    (first, producer, epoch), _ = run.way
+    run.broker.produce(producer, epoch, first)
+    run.answer(code=REPLICAS)
+    run.answer()
+    assert run.delivered == [0, 3, 4]
+    run.settle()
+    assert run.broker.log == list(range(5))
+    assert sorted(run.delivered) == list(range(5))
+
+
+def test_a_batch_that_was_overtaken_goes_alone() -> None:
+    """With five more behind the one that overtook it, the broker would not know it again."""
+    run = Run(Broker())
+    run.window.add(events(0, 1))
+    run.settle()
+    for number in range(1, 12):
+        run.window.add(events(number, 1))
+    run.send()
+    first, producer, epoch = run.way[0]
+    run.broker.produce(producer, epoch, first)
+    run.answer(code=REPLICAS)
+    run.answer()
+    run.break_connection(3)
+    for _ in range(3):
+        run.now = max(run.now, run.window.retry_at)
+        run.send()
+        assert len(run.way) == 1
+        run.break_connection(1)
+    run.settle()
+    assert run.broker.log == list(range(12))
+    assert run.window.epoch == 0
+
+
+def test_unknown_numbers_raise_the_epoch_and_then_the_producer_id_is_changed() -> None:
+    run = Run(Broker())
+    run.window.add(events(0, 3))
+    before = run.window.producer_id
+    run.send()
+    run.answer(code=SEQUENCE)
+    assert (run.window.producer_id, run.window.epoch) == (before, 1)
+    run.send()
+    run.answer(code=59)
+    assert run.window.producer_id is None
+    run.settle()
+    assert run.broker.log == [0, 1, 2]
+    assert run.window.producer_id not in (None, before)
+
+
+def test_after_the_last_epoch_comes_another_producer_id() -> None:
+    run = Run(Broker())
+    run.window.epoch = LAST_EPOCH
+    run.window.add(events(0, 3))
+    run.send()
+    run.answer(code=SEQUENCE)
+    assert run.window.producer_id is None
+    run.settle()
+    assert run.broker.log == [0, 1, 2]
+
+
+def test_an_error_without_a_meaning_is_no_refusal_at_first() -> None:
+    run = Run(Broker())
+    run.window.add(events(0, 1))
+    for _ in range(window_module.UNKNOWN_TRIES - 1):
+        run.now = max(run.now, run.window.retry_at)
+        run.send()
+        run.answer(code=-1)
+        assert not run.dropped
+    run.now = run.window.retry_at
+    run.send()
+    run.answer(code=-1)
+    assert run.dropped == [(0, "the broker says unknown")]
+
+
+@pytest.mark.parametrize("code", [29, 31, 17])
+def test_a_topic_that_is_denied_is_waited_for_and_loses_nothing(code: int) -> None:
+    run = Run(Broker())
+    run.window.add(events(0, 5))
+    run.send()
+    run.answer(code=code)
+    assert not run.window.may_send(run.now + 1)
+    run.settle()
+    assert run.broker.log == [0, 1, 2, 3, 4]
+
+
+def test_random_long_runs() -> None:
+    """Longer than Hypothesis draws, with all faults at once."""
+    for seed in range(30):
+        chance = random.Random(seed)
+        bad = frozenset(chance.sample(range(3000), 10))
+        plan = [(chance.choice(FAULTS), chance.randrange(7)) for _ in range(3000)]
+        broker = Broker(bad, chance.choice([3, 5, 100]))
+        run = Run(broker)
+        submitted = play(run, plan, lambda: None)
+        assert broker.log == [number for number in range(submitted) if number not in bad]
