@@ -22,9 +22,9 @@ from typing import NamedTuple
 from benchmarks import host, kernel, report, runs
 from benchmarks.load import Load, Mix
 from benchmarks.measure import Result
-from benchmarks.report import Measured, PathRow
+from benchmarks.report import FarRow, Measured, PathRow
 from benchmarks.runs import Brokers, Machine, Who, show
-from tests.brokers import KafkaBroker, MosquittoBroker
+from tests.brokers import KafkaBroker, MosquittoBroker, free_port
 
 DOCUMENT = runs.ROOT / "docs" / "benchmarks.md"
 
@@ -46,10 +46,13 @@ PLANS = (
     Plan("decoded", "Structs", "open", 0, 2_000_000),
     Plan("decoded", "Structs", "close", 0, 2_000_000),
     Plan("ndjson", "NDJSON", "mixed", 2e6, 2_000_000, 200_000),
-    Plan("kafka", "Kafka", "mixed", 4e5, 1_000_000, 200_000, "librdkafka"),
+    Plan("kafka", "Kafka", "mixed", 1.2e6, 1_000_000, 200_000, "librdkafka"),
     Plan("mqtt", "MQTT", "mixed", 5e5, 1_000_000, 10_000),
 )
-SECTIONS = (*dict.fromkeys(plan.path for plan in PLANS), "kernel", "process", "host")
+FAR = {0: 0.0, 10: 5e5, 30: 2e5}
+"""Round trips to Kafka through a proxy, in ms, and the events/s to reach."""
+
+SECTIONS = (*dict.fromkeys(plan.path for plan in PLANS), "far", "kernel", "process", "host")
 
 
 def measure_path(plan: Plan, rounds: int, scale: float, machine: Machine, at: Brokers) -> PathRow:
@@ -84,6 +87,21 @@ def contenders(
         yield plan.limit, partial(runs.librdkafka, few, machine, at)
 
 
+def measure_far(rounds: int, scale: float, machine: Machine, at: Brokers) -> list[FarRow]:
+    """A Kafka at some distance: what arrives in a second, in the default settings."""
+    found: dict[int, list[Result]] = {milliseconds: [] for milliseconds in FAR}
+    events = max(int(1_500_000 * scale), 1000)
+    for number in range(rounds):
+        for milliseconds, results in found.items():
+            show(f"Kafka, {milliseconds} ms away: {number + 1}/{rounds}")
+            there = at._replace(kafka=at.far[milliseconds])
+            results.append(runs.delivery("streamer", "kafka", "mixed", events, machine, there))
+    return [
+        FarRow(milliseconds, FAR[milliseconds], runs.median_result(results))
+        for milliseconds, results in found.items()
+    ]
+
+
 def measure_process(measured: Measured, seconds: float, machine: Machine) -> None:
     """Memory, idle CPU and latency."""
     show("a service with nothing to do")
@@ -111,6 +129,8 @@ def measure(only: frozenset[str], quick: bool, machine: Machine) -> Measured:
         at = start_brokers(stack, only)
         for plan in plans:
             measured.paths.append(measure_path(plan, rounds, scale, machine, at))
+        if "far" in only:
+            measured.far = measure_far(rounds, scale, machine, at)
     if "kernel" in only:
         show("emission in the kernel")
         measured.emission = kernel.emission(10 if quick else 40)
@@ -125,14 +145,29 @@ def measure(only: frozenset[str], quick: bool, machine: Machine) -> Measured:
 def start_brokers(stack: ExitStack, only: frozenset[str]) -> Brokers:
     """Those that are needed, until the stack ends."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-    kafka, port = "", 0
-    if "kafka" in only:
+    kafka, port, far = "", 0, dict[int, str]()
+    if only & {"kafka", "far"}:
         show("starting Kafka")
-        kafka = stack.enter_context(KafkaBroker(directory / "kafka")).address
+        broker, far = far_broker(directory / "kafka", stack)
+        kafka = stack.enter_context(broker).address
     if "mqtt" in only:
         show("starting Mosquitto")
         port = stack.enter_context(MosquittoBroker(directory / "mosquitto")).port
-    return Brokers(kafka, port, directory)
+    return Brokers(kafka, port, directory, far)
+
+
+def far_broker(directory: Path, stack: ExitStack) -> tuple[KafkaBroker, dict[int, str]]:
+    """A Kafka, not started, with a listener for each distance, which a proxy stands before."""
+    listeners = {f"FAR{milliseconds}": "PLAINTEXT" for milliseconds in FAR}
+    broker = KafkaBroker(directory, listeners=listeners)
+    far, advertised = {}, [f"PLAINTEXT://{broker.address}"]
+    for milliseconds in FAR:
+        name, port = f"FAR{milliseconds}", free_port()
+        stack.enter_context(runs.delaying_proxy(port, broker.addresses[name], milliseconds))
+        far[milliseconds] = f"127.0.0.1:{port}"
+        advertised.append(f"{name}://{far[milliseconds]}")
+    broker.config = (f"advertised.listeners={','.join(advertised)}",)
+    return broker, far
 
 
 def arguments() -> argparse.Namespace:

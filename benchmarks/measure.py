@@ -48,7 +48,6 @@ class Task(msgspec.Struct, frozen=True):
     kafka: str = ""
     mqtt_port: int = 0
     topic: str = "bench"
-    compression: str = "zstd"
     out_fd: int = 1
     seconds: float = 0.0
     warm: int = WARM_EVENTS

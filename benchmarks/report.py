@@ -33,10 +33,19 @@ class PathRow(msgspec.Struct, frozen=True):
     limit_name: str = ""
 
 
+class FarRow(msgspec.Struct, frozen=True):
+    """Kafka at the end of a long way. `target` is events/s by the clock."""
+
+    round_trip_ms: int
+    target: float
+    result: Result
+
+
 class Measured(msgspec.Struct):
     """All that a run has measured; what was left out is None or empty."""
 
     paths: list[PathRow] = []
+    far: list[FarRow] = []
     emission: list[Cost] = []
     observed: tuple[float, float] | None = None
     idle: Result | None = None
@@ -71,6 +80,25 @@ def paths_table(paths: Sequence[PathRow]) -> list[Row]:
             )
         )
     return rows
+
+
+def far_table(rows: Sequence[FarRow]) -> list[Row]:
+    """What a Kafka takes that is some round trip away."""
+    found: list[Row] = [
+        ("round trip to Kafka", "events/s", "target", "CPU of a core", "resident, most")
+    ]
+    for row in rows:
+        result = row.result
+        found.append(
+            (
+                f"{row.round_trip_ms} ms",
+                per_second(result.events / result.wall_seconds),
+                f"≥ {per_second(row.target)}" if row.target else "",
+                f"{result.cpu_seconds / result.wall_seconds:.0%}",
+                mebibytes(result.peak_bytes),
+            )
+        )
+    return found
 
 
 def kernel_table(measured: Measured) -> list[Row]:
@@ -169,6 +197,7 @@ def tables(measured: Measured) -> list[list[Row]]:
     """All tables that have something to say."""
     found = [
         paths_table(measured.paths),
+        far_table(measured.far),
         kernel_table(measured),
         service_table(measured),
         host_table(measured.host),
@@ -180,7 +209,7 @@ def tables(measured: Measured) -> list[list[Row]]:
 def machine_lines(machine: Machine, measured: Measured) -> list[str]:
     """Where and with what this was measured."""
     kernel = platform.uname()
-    packages = ("msgspec", "uvloop", "aiokafka", "aiomqtt", "cramjam")
+    packages = ("msgspec", "uvloop", "aiokafka", "aiomqtt", "cramjam", "isal")
     return [
         f"- {time.strftime('%Y-%m-%d')}",
         f"- {cpu_model()}, {len(machine.others) + 1} CPUs used: the measured process on one, "
@@ -261,7 +290,7 @@ way. It runs in bursts of 4,096 events, when less than half of the ring is unrea
 
 **The streamer** is the code that runs in production. Decoded is `RingReader` alone, with the events
 counted and let go. The others are a whole `Service` with one sink in its default settings: NDJSON
-into `/dev/null`; Kafka with acks=all, idempotent, keyed, one record per event, zstd; MQTT v5 at
+into `/dev/null`; Kafka with acks=all, idempotent, keyed, one record per event, gzip; MQTT v5 at
 QoS 1. An event counts when the sink says that it was delivered, for the brokers when they have
 acknowledged it. Kafka is Apache Kafka, one node; both brokers are plain processes on loopback.
 
@@ -273,6 +302,12 @@ batch size and linger, or aiomqtt `publish()` at QoS 1.
 **Limit in C** is, for the ring, libbpf's own consumer counting records and bytes
 (`benchmarks/consumer.c`); for Kafka, librdkafka (kcat) sending lines that are encoded already,
 with the same guarantees, codec and batch size: it neither reads a ring nor encodes.
+
+**A round trip** is made by a proxy (`benchmarks/delay.py`, a process of its own) before the broker,
+which passes on everything half of it later, in both directions. What counts is the time by the
+clock from the first event to the last acknowledgement, in the default settings: requests are under
+way one behind the other, and grow with the backlog. Generator, proxy and broker share the CPUs
+that the measured process leaves, and bound it as well.
 
 **In the kernel** is the best of several runs of 8,192 events, the empty loop taken off. The first
 lines are the price of a record with the identity of its task; the hook of `openat()` does all that

@@ -8,7 +8,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,11 +18,13 @@ import msgspec
 from benchmarks.load import Load, Mix
 from benchmarks.measure import WARM_EVENTS, Result, Subject, Task, python_command
 from benchmarks.pipe_reader import Latencies
+from streamer.config.settings import KafkaSink
 from streamer.events.kinds import HEADER
 
 ROOT = Path(__file__).parent.parent
 CONSUMER = ROOT / "build" / "bench_consumer"
 PARTITIONS = 3
+CODEC = KafkaSink(bootstrap=("",)).compression
 
 Who = Literal["streamer", "plain", "C"]
 
@@ -40,11 +43,15 @@ class Machine(NamedTuple):
 
 
 class Brokers(NamedTuple):
-    """Addresses of the brokers, which run on the other CPUs too, and room for files."""
+    """Addresses of the brokers, which run on the other CPUs too, and room for files.
+
+    `far` are addresses of the same Kafka behind proxies that delay, by round trip in ms.
+    """
 
     kafka: str
     mqtt_port: int
     directory: Path
+    far: dict[int, str]
 
 
 def build_consumer() -> None:
@@ -133,13 +140,31 @@ def check_topic(kafka: str, topic: str, events: int) -> None:
         raise RuntimeError(f"topic {topic} has {records} records, and {events} were sent")
 
 
+@contextmanager
+def delaying_proxy(port: int, target: str, milliseconds: int) -> Iterator[None]:
+    """A process meanwhile delays what goes through a loopback port, by that round trip.
+
+    Raises:
+        RuntimeError: it does not come up.
+    """
+    arguments = [str(port), target, str(milliseconds)]
+    command = [sys.executable, "-m", "benchmarks.delay", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as proxy:
+        try:
+            if proxy.stdout is None or proxy.stdout.readline() != b"ready\n":
+                raise RuntimeError("the proxy that delays does not come up")
+            yield
+        finally:
+            proxy.kill()
+
+
 def librdkafka(events: int, machine: Machine, at: Brokers) -> Result:
     """What librdkafka, in C, needs to send events that lie in a file, encoded already."""
     path, topic = at.directory / "events.ndjson", f"bench-kcat-{time.monotonic_ns()}"
-    _write_lines(path, events, machine)
+    write_lines(path, events, machine)
     properties = ("enable.idempotence=true", "acks=all", "linger.ms=50", "batch.size=524288")
     options = [part for one in properties for part in ("-X", one)]
-    kcat = ["kcat", "-P", "-b", at.kafka, "-t", topic, "-k", os.uname().nodename, "-z", "zstd"]
+    kcat = ["kcat", "-P", "-b", at.kafka, "-t", topic, "-k", os.uname().nodename, "-z", CODEC]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run(
         ["taskset", "-c", str(machine.subject), *kcat, *options, "-l", str(path)],
@@ -153,7 +178,8 @@ def librdkafka(events: int, machine: Machine, at: Brokers) -> Result:
     return Result(events, cpu, wall, 0, 0)
 
 
-def _write_lines(path: Path, events: int, machine: Machine) -> None:
+def write_lines(path: Path, events: int, machine: Machine) -> None:
+    """Write so many events of the mixed load to a file, one per line."""
     load = Load()
     task = Task("file", events, load.shared, machine.subject, topic=str(path), warm=0)
     subject = Subject(command("streamer", task), load.shared)
