@@ -21,6 +21,7 @@ from streamer.config.settings import (
     Filters,
     KafkaSink,
     MqttSink,
+    Sasl,
     Settings,
     StdoutSink,
     Tls,

@@ -99,13 +99,13 @@ class Run:
     def check(self) -> None:
         """Every number is there once, and the last heartbeat's account is that of the stream."""
         last = self.of("stream.heartbeat")[-1]
-        for mark in last.cpus:
+        for mark in last.marks:
             assert self.numbers()[mark.ring, mark.cpu] == list(range(1, mark.seq + 1)), mark
         delivered = Counter(kind_of(event) for event in self.events())
         lost = Counter[str]()
         for loss in self.of("stream.loss"):
             lost.update(loss.kinds)
-        for kind, counts in last.kinds.items():
+        for kind, counts in last.counts.items():
             assert counts.produced == counts.read + counts.filtered + counts.lost, kind
             assert (counts.read, counts.lost) == (delivered[kind], lost[kind]), kind
 
@@ -155,7 +155,7 @@ async def test_events_of_both_rings_and_every_cpu_come_as_they_happened(runs: Ru
     account = await run.stop()
     assert Counter(kind_of(event) for event in run.events()) == dict.fromkeys(KINDS, 6)
     run.check()
-    marks = run.of("stream.heartbeat")[-1].cpus
+    marks = run.of("stream.heartbeat")[-1].marks
     assert {(mark.ring, mark.cpu) for mark in marks} == set(run.numbers())
     assert all(mark.read == mark.seq for mark in marks)
     count = 6 * len(KINDS)
@@ -171,12 +171,11 @@ async def test_the_manifest_is_first_and_the_last_heartbeat_is_last(runs: Runs) 
     kinds = [kind_of(event) for event in run.sink.events]
     assert kinds == ["stream.manifest", *["process.exec"] * 5, "stream.heartbeat"]
     manifest, heartbeat = run.sink.events[0], run.sink.events[-1]
-    reports = manifest.kinds  # type: ignore[attr-defined]
-    assert {kind: report.unseen for kind, report in reports.items()} == {
-        kind: info.unseen for kind, info in KINDS.items()
-    }
+    reports = manifest.coverage  # type: ignore[attr-defined]
+    for kind, info in KINDS.items():  # a host of cgroup v1 adds a line
+        assert reports[kind].unseen[: len(info.unseen)] == info.unseen
     assert manifest.initial_mntns == INITIAL_MNTNS  # type: ignore[attr-defined]
-    assert heartbeat.kinds["process.exec"].read == 5  # type: ignore[attr-defined]
+    assert heartbeat.counts["process.exec"].read == 5  # type: ignore[attr-defined]
 
 
 async def test_nothing_is_attached_before_the_sinks_have_started(runs: Runs) -> None:
@@ -272,11 +271,11 @@ async def test_what_is_not_observed_is_said_and_the_rest_runs(
     run.programs.emit("process.exec")
     await run.stop()
     manifest = run.of("stream.manifest")[0]
-    assert (manifest.kinds["file.open"].status, manifest.kinds["file.open"].reason) == (
+    assert (manifest.coverage["file.open"].status, manifest.coverage["file.open"].reason) == (
         "missing",
         "file is refused",
     )
-    assert manifest.kinds["process.exec"].status == "full"
+    assert manifest.coverage["process.exec"].status == "full"
     assert "file.open is not observed: file is refused" in caplog.text
     assert len(run.of("process.exec")) == 1
 
@@ -486,8 +485,8 @@ async def test_heartbeats_come_while_it_runs_with_all_that_went_wrong(
     assert not run.ended
     heartbeat = run.of("stream.heartbeat")[-1]
     assert heartbeat.faults == {"listeners_full": 3}
-    assert heartbeat.sinks["memory:"].status == "up"
-    assert heartbeat.kinds["process.exec"].read == 4
+    assert heartbeat.sink_counts["memory:"].status == "up"
+    assert heartbeat.counts["process.exec"].read == 4
     manifest = run.of("stream.manifest")[0]
     assert manifest.filters == {"uids": ["1000"], "exclude_comms": ["sshd"]}
     await run.stop()
@@ -505,7 +504,7 @@ async def test_a_heartbeat_says_what_a_sink_holds_and_waits_until_it_is_not_full
     await until(lambda: run.of("stream.heartbeat", good)[-1:] != [])
     count = len(run.of("stream.heartbeat", good))
     await until(lambda: len(run.of("stream.heartbeat", good)) > count)
-    told = run.of("stream.heartbeat", good)[-1].sinks["held"]
+    told = run.of("stream.heartbeat", good)[-1].sink_counts["held"]
     assert told.pending >= 5
     assert 0 < told.pending_bytes <= held.watermarks.held
     run.programs.emit("process.exec", 100)
