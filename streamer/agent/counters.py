@@ -12,7 +12,6 @@ from streamer.events.stream import CpuMark, KindCounts
 from streamer.kernel.objects import CONTRACT, KIND_END
 from streamer.kernel.state import size_of
 from streamer.kernel.tags import RINGS
-from streamer.ring.gaps import Loss
 
 _AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}
 _CPU_BYTES = size_of("cpu_counters")
@@ -99,15 +98,15 @@ class LossLedger:
         self._rings = rings
         self._told: dict[int, Counter[str]] = {}
 
-    def kinds(self, ring: str, loss: Loss) -> dict[str, int]:
-        """Counts per kind for a loss, as far as they are known; they add up to at most its count.
+    def kinds(self, ring: str, cpu: int, count: int) -> dict[str, int]:
+        """Counts per kind for so many lost, as far as they are known; they add up to at most that.
 
         Each failed reserve that the kernel counted is attributed to one loss only.
         """
-        told = self._told.setdefault(loss.cpu, Counter())
+        told = self._told.setdefault(cpu, Counter())
         found: dict[str, int] = {}
-        room = loss.count
-        for kind, lost in self._counters.lost(loss.cpu).items():
+        room = count
+        for kind, lost in self._counters.lost(cpu).items():
             if self._rings[kind] == ring and room:
                 part = min(lost - told[kind], room)
                 if part > 0:

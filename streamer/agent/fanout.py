@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from streamer.agent.losses import LossLog, Lost, Owed
+from streamer.agent.losses import MOST_REASONS, OTHER_REASONS, OWN_RECORDS, LossLog, Lost, Owed
 from streamer.events.batch import Batch, Spans
 from streamer.events.kinds import KINDS
 from streamer.events.stream import StreamLoss, StreamRecord
@@ -17,6 +17,8 @@ Policy = Literal["pause", "drop"]
 _log = logging.getLogger("streamer")
 
 _CRITICAL = frozenset(kind for kind, info in KINDS.items() if info.ring == "critical")
+_NEWEST = 1 << 63
+_MOST_GIVEN_UP = 100
 _CRITICAL_SHARE = 5 / 4
 """Of its budget, what a sink may hold before it loses critical events as well."""
 
@@ -70,10 +72,11 @@ class Fanout(Listener):
         What is critical is lost last: for that a sink has a quarter of its budget more.
         """
         for sink in self.sinks:
-            if sink.watermarks.full and self._policies[sink] == "drop":
+            if self._policies[sink] == "drop" and sink.watermarks.full and self.is_open(sink):
                 self._squeeze(sink, batch)
             else:
-                self._publish_owed(sink)
+                if not self._owed[sink].refused:  # else with the next second: not for each batch
+                    self._publish_owed(sink)
                 self._give(sink, batch)
 
     def _squeeze(self, sink: Sink, batch: Batch) -> None:
@@ -106,19 +109,22 @@ class Fanout(Listener):
                 owed.add(one)
 
     def publish_owed(self, *, final: bool = False) -> None:
-        """Tell the sinks what they have not got: those with room, or with `final` all.
+        """Every second: tell the sinks what they have not got, those with room, `final`ly all.
 
         What a full sink is not told stays owed, merged.
         """
         for sink in self.sinks:
-            if final or not sink.watermarks.full:
+            if final or (self._owed[sink].tick() and not sink.watermarks.full):
                 self._publish_owed(sink)
 
     def _publish_owed(self, sink: Sink) -> None:
         if not self._owed[sink] or not self.is_open(sink):
             return
-        lost = self._owed[sink].take(_under_way(sink))
-        self._give(sink, Batch([self._loss_record(one, sink) for one in lost]))
+        lost = self._owed[sink].take()
+        records = [self._loss_record(one, sink) for one in lost]
+        self._owed[sink].told([one.seq for one in records], lost, _under_way(sink))
+        # By these numbers the sink says which of them it gave up, if it has to.
+        self._give(sink, Batch(records, spans={OWN_RECORDS: (records[0].seq, records[-1].seq)}))
 
     def untold(self, sink: Sink) -> list[Lost]:
         """What the sink was never told, or never delivered."""
@@ -128,11 +134,17 @@ class Fanout(Listener):
         """Let every sink drop what waits; each is then owed that loss."""
         for sink in self.sinks:
             trouble = self._trouble.get(sink, "")
-            sink.discard(f"{reason}; {trouble}" if trouble else reason)
+            try:
+                sink.discard(f"{reason}; {trouble}" if trouble else reason)
+            except Exception:  # a defect of this sink must not cost the others their account
+                _log.exception("%s could not drop what waits", sink.name)
 
     def undelivered(self) -> str:
         """What the sinks gave up since the end began, and why; empty if nothing."""
-        return "; ".join(f"{count:,} events to {what}" for what, count in self._given_up.items())
+        said = self._given_up.most_common(MOST_REASONS)
+        if len(self._given_up) > len(said):
+            said.append((OTHER_REASONS, self._given_up.total() - sum(n for _, n in said)))
+        return "; ".join(f"{count:,} events to {what}" for what, count in said)
 
     @property
     def pending(self) -> bool:
@@ -142,6 +154,10 @@ class Fanout(Listener):
     def is_open(self, sink: Sink) -> bool:
         """Whether the sink still takes events."""
         return sink.status != "closed" and sink not in self._broken
+
+    def ended_as_it_should(self, sink: Sink) -> bool:
+        """Whether its reader went away, as the reader of a pipe may: nobody misses anything."""
+        return sink.ends_quietly and sink.status == "closed" and sink not in self._broken
 
     def _give(self, sink: Sink, batch: Batch) -> None:
         if not self.is_open(sink):
@@ -222,16 +238,26 @@ class Fanout(Listener):
     def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         """See `Listener`."""
         # A lost loss record must not make another one, for ever; the heartbeat counts it.
+        if kinds.get("stream.loss"):
+            first, last = spans.get(OWN_RECORDS, (0, _NEWEST))
+            self._owed[sink].dropped(kinds["stream.loss"], first, last)
         events = {kind: n for kind, n in kinds.items() if not kind.startswith("stream.")}
         if events:
             lost = Lost.of_sink(events, reason, spans)
             self._owed[sink].add(lost)
-            if not (sink.ends_quietly and sink.status == "closed"):
+            if not self.ended_as_it_should(sink):
                 self.log.add([lost], sink.name)
             if self.ending and not sink.ends_quietly:
-                self._given_up[f"{sink.name}: {reason}"] += lost.count
+                what = f"{sink.name}: {lost.reason}"
+                if len(self._given_up) > _MOST_GIVEN_UP and what not in self._given_up:
+                    what = f"{sink.name}: {OTHER_REASONS}"
+                self._given_up[what] += lost.count
 
 
 def _under_way(sink: Sink) -> int:
-    """Loss records that it took and has not delivered."""
-    return sink.account.received["stream.loss"] - sink.account.delivered["stream.loss"]
+    """Loss records that it took and has neither delivered nor dropped."""
+    received, delivered, dropped = (
+        counts["stream.loss"]
+        for counts in (sink.account.received, sink.account.delivered, sink.account.dropped)
+    )
+    return received - delivered - dropped

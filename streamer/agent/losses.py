@@ -6,7 +6,7 @@ Pure bookkeeping: time is handed in.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -21,6 +21,15 @@ MOST_RANGES = 64
 
 MOST_REASONS = 32
 """Losses that are not of one ring and CPU. A reason can quote a broker, and never be the same."""
+
+MOST_BACKOFF = 64
+"""Seconds between two attempts to tell a sink that gives up what it is told."""
+
+MOST_REASON = 300
+"""Characters of a reason."""
+
+OWN_RECORDS = ("stream", 0)
+"""Stands for ring and CPU in the spans of the stream's own records, whose `seq` is of the run."""
 
 OTHER_REASONS = "further reasons"
 
@@ -43,8 +52,10 @@ class Lost:
     @classmethod
     def of_sink(cls, kinds: Mapping[str, int], reason: str, spans: Spans) -> Lost:
         """What a sink gave up."""
-        ranges = tuple(SeqRange(*place, *span) for place, span in spans.items())
-        return cls("sink", reason, sum(kinds.values()), kinds, ranges)
+        ranges = tuple(
+            SeqRange(*place, *span) for place, span in spans.items() if place != OWN_RECORDS
+        )
+        return cls("sink", reason[:MOST_REASON], sum(kinds.values()), kinds, ranges)
 
 
 @dataclass(slots=True)
@@ -79,6 +90,11 @@ class LossBook:
         if len(entry.ranges) > 2 * MOST_RANGES:
             entry.ranges = merged(entry.ranges)
 
+    def tick(self) -> bool:
+        """Called every second: whether it is to be told now."""
+        self._seconds = max(self._seconds - 1, 0)
+        return not self._seconds
+
     def take(self) -> list[Lost]:
         """All of them; the book is empty afterwards."""
         entries, self._entries, self._reasons = self._entries, {}, 0
@@ -97,12 +113,19 @@ class LossBook:
 
 
 class Owed:
-    """What one sink has to be told, and what it was told and has not delivered yet."""
+    """What one sink has to be told, and what it was told and has not delivered yet.
+
+    `refused`: it has dropped a loss record since it was last asked to take what is owed. It is
+    asked again later and later.
+    """
 
     def __init__(self) -> None:
         """Nothing."""
+        self.refused = False
+        self._seconds: int = 0
+        self._backoff: int = 1
         self._book = LossBook()
-        self._told: deque[Lost] = deque()
+        self._told: deque[tuple[int, Lost]] = deque()
 
     def __bool__(self) -> bool:
         """Whether there is anything to tell."""
@@ -112,24 +135,48 @@ class Owed:
         """It has to be told this as well."""
         self._book.add(lost)
 
-    def take(self, under_way: int) -> list[Lost]:
-        """What it is told now; of what it was told before, so many are not delivered."""
+    def tick(self) -> bool:
+        """Called every second: whether it is to be told now."""
+        self._seconds = max(self._seconds - 1, 0)
+        return not self._seconds
+
+    def take(self) -> list[Lost]:
+        """What it is to be told now."""
+        self.refused = False
+        return self._book.take()
+
+    def told(self, seqs: Iterable[int], lost: Iterable[Lost], under_way: int) -> None:
+        """It is told these, in records of these numbers.
+
+        Of those before, `under_way` are neither delivered nor dropped.
+        """
         self._settle(under_way)
-        lost = self._book.take()
-        self._told += lost
-        return lost
+        self._told.extend(zip(seqs, lost, strict=True))
+
+    def dropped(self, count: int, first: int, last: int) -> None:
+        """It gave up so many loss records, with numbers from `first` to `last`: tell it again.
+
+        Where others of these numbers are under way, the newest are taken for the ones.
+        """
+        self.refused = True
+        self._seconds, self._backoff = self._backoff + 1, min(2 * self._backoff, MOST_BACKOFF)
+        gone = [told for told in self._told if first <= told[0] <= last][-count:]
+        for told in gone:
+            self._told.remove(told)
+            self._book.add(told[1])
 
     def untold(self, under_way: int) -> list[Lost]:
         """What it was never told, or never delivered; nothing is owed afterwards."""
         self._settle(under_way)
         while self._told:
-            self._book.add(self._told.popleft())
+            self._book.add(self._told.popleft()[1])
         return self._book.take()
 
     def _settle(self, under_way: int) -> None:
-        # A sink delivers in order, so the first ones have been.
+        # What was dropped has been taken out, and the rest is delivered in order.
         while len(self._told) > under_way:
             self._told.popleft()
+            self._backoff = 1
 
 
 def merged(ranges: Iterable[SeqRange], most: int = MOST_RANGES) -> list[SeqRange]:
@@ -143,11 +190,12 @@ def merged(ranges: Iterable[SeqRange], most: int = MOST_RANGES) -> list[SeqRange
             joined[-1] = _cover(joined[-1], one)
         else:
             joined.append(one)
-    gaps = sorted(gap for pair in pairwise(joined) if (gap := _gap(*pair)) < _ELSEWHERE)
-    spare = len(joined) - most
-    if spare <= 0 or not gaps:
+    if len(joined) <= most:
         return joined
-    return _bridge(joined, gaps[min(spare, len(gaps)) - 1])
+    gaps = sorted(
+        (gap, i) for i, pair in enumerate(pairwise(joined), 1) if (gap := _gap(*pair)) < _ELSEWHERE
+    )
+    return _bridge(joined, {i for _, i in gaps[: len(joined) - most]})
 
 
 _ELSEWHERE = float("inf")
@@ -164,11 +212,11 @@ def _cover(one: SeqRange, other: SeqRange) -> SeqRange:
     return SeqRange(one.ring, one.cpu, one.seq_from, max(one.seq_to, other.seq_to))
 
 
-def _bridge(ranges: list[SeqRange], most: float) -> list[SeqRange]:
-    """Join what has at most so many numbers between."""
+def _bridge(ranges: list[SeqRange], where: Container[int]) -> list[SeqRange]:
+    """Join those at these places with the ones before them."""
     joined = ranges[:1]
-    for one in ranges[1:]:
-        if _gap(joined[-1], one) <= most:
+    for i, one in enumerate(ranges[1:], 1):
+        if i in where:
             joined[-1] = _cover(joined[-1], one)
         else:
             joined.append(one)
@@ -191,7 +239,8 @@ class LossLog:
                 one.stage, "the rings"
             )
             what = f"lost in {place}: {one.reason}"
-            if what not in self._counts and len(self._counts) >= 2 * MOST_REASONS:
+            known = what in self._counts or what in self._since
+            if not known and len(self._counts.keys() | self._since.keys()) >= MOST_REASONS:
                 what = f"lost: {OTHER_REASONS}"
             self._counts[what] += one.count
 
@@ -212,6 +261,5 @@ class LossLog:
             found.append(f"{count:,} events{rate} {what}")
             self._since[what] = now
             del self._counts[what]
-        if len(self._since) > 2 * MOST_REASONS:
-            self._since = {w: t for w, t in self._since.items() if now - t < LOG_SECONDS}
+        self._since = {w: t for w, t in self._since.items() if now - t < 2 * LOG_SECONDS}
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
@@ -29,6 +29,7 @@ from streamer.events.stream import (
 )
 from streamer.kernel.cgroups import what_is_unseen as cgroups_unseen
 from streamer.kernel.state import KernelState
+from streamer.ring.gaps import Loss
 from streamer.ring.reader import RingReader
 from streamer.sinks.base import Sink
 
@@ -156,17 +157,21 @@ class Reporter:
         )
 
     def _kernel_losses(self, unread: set[str], *, final: bool) -> Iterator[Lost]:
+        found: dict[tuple[str, int], list[Loss]] = defaultdict(list)
         for ring, loss in self._reader.losses(final=final):
-            kinds = self._ledger.kinds(ring, loss)
-            stopped = ring in unread and sum(kinds.values()) < loss.count
+            found[ring, loss.cpu].append(loss)
+        for (ring, cpu), losses in found.items():
+            count = sum(loss.count for loss in losses)
+            kinds = self._ledger.kinds(ring, cpu, count)
+            stopped = ring in unread and sum(kinds.values()) < count
             yield Lost(
                 stage="stop" if stopped else "kernel",
                 reason=_UNREAD if stopped else "no room in the kernel",
-                count=loss.count,
+                count=count,
                 kinds=kinds,
-                ranges=(SeqRange(ring, loss.cpu, loss.first, loss.last),),
+                ranges=tuple(SeqRange(ring, cpu, loss.first, loss.last) for loss in losses),
                 ring=ring,
-                cpu=loss.cpu,
+                cpu=cpu,
             )
 
     def _undecodable(self) -> Iterator[Lost]:

@@ -10,9 +10,9 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import uvloop
 
@@ -76,6 +76,11 @@ def _split_and_run(
         return uvloop.run(_run(settings, kinds, limits, given))
 
 
+class _Noted(TypedDict, total=False):
+    previous: PreviousRun | None
+    leave_note: Callable[[PreviousRun], None]
+
+
 class Surroundings(NamedTuple):
     """What a run has from before its privileges were given up.
 
@@ -100,24 +105,12 @@ async def _run(
     if len(set(names)) < len(names):
         raise ConfigError(f"sinks: found the same one twice among {', '.join(names)}")
     try:
-        previous = given.notes.read() if given.notes is not None else None
-        service = _service(settings, kinds, limits, sinks, given, previous)
+        service = _service(settings, kinds, limits, sinks, given)
         _handle_signals(service, given)
         _watch_helper(service, given.split)
-        return await _noted(service, given.notes)
+        return await service.run()
     finally:
         given.split.client.unwatch(asyncio.get_running_loop())
-
-
-async def _noted(service: Service, notes: RunFile | None) -> Outcome:
-    """Run the service; what stands in the note meanwhile is true if it is killed."""
-    if notes is None:
-        return await service.run()
-    notes.write(service.note())
-    try:
-        return await service.run()
-    finally:
-        notes.write(service.note())
 
 
 def _service(
@@ -126,8 +119,10 @@ def _service(
     limits: Limits,
     sinks: list[Sink],
     given: Surroundings,
-    previous: PreviousRun | None,
 ) -> Service:
+    noted: _Noted = {}
+    if given.notes is not None:
+        noted = {"previous": given.notes.read(), "leave_note": given.notes.write}
     try:
         return Service(
             settings,
@@ -136,7 +131,7 @@ def _service(
             sinks,
             given.kernel,
             status_line=given.line,
-            previous=previous,
+            **noted,
         )
     except OSError as error:
         raise KernelError(f"the rings cannot be mapped: {error.strerror}") from error

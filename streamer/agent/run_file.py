@@ -2,6 +2,9 @@
 
 The file is opened with the rights of root, and read and written by the worker, which has none. It
 is locked for as long as the agent runs: of two agents at a time only the first leaves a note.
+
+It has room for two notes. The older one is overwritten, so that a disk that is full, or a machine
+that loses its power, costs no more than the newest.
 """
 
 from __future__ import annotations
@@ -10,32 +13,138 @@ import errno
 import fcntl
 import logging
 import os
+import stat
+import zlib
 from collections import Counter
 
 import msgspec
 
 from streamer.events.stream import PreviousRun, UntoldLoss
 
-MOST_BYTES = 1 << 20
-"""A note is smaller; what is not was not written by this agent."""
-
-EARLIER = "several, of this run and runs before it"
-
+SLOT_BYTES = 256 << 10
 MOST_UNTOLD = 256
 """Losses in a note, before those of the oldest runs are added up."""
 
+MOST_UNTOLD_BYTES = 64 << 10
+"""Of them in JSON, if it can be had by leaving out ranges: they have to fit into a message."""
+
+EARLIER = "several, of this run and runs before it"
+
 _log = logging.getLogger("streamer")
+
+
+class _Slot(msgspec.Struct):
+    number: int
+    note: PreviousRun
+
+
+class RunFile:
+    """The note, in an open and locked file."""
+
+    def __init__(self, fd: int) -> None:
+        """Take over `fd`."""
+        self._fd = fd
+        self._number = 0
+
+    @classmethod
+    def open(cls, path: str) -> RunFile | None:
+        """The file at `path`, made with its directory if need be.
+
+        None, and a line in the log, if it cannot be had: events are worth more than the note.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = -1
+        try:
+            os.makedirs(os.path.dirname(path) or ".", 0o755, exist_ok=True)
+            fd = os.open(path, flags, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            reason = what_is_wrong(os.fstat(fd), os.stat(os.path.dirname(path) or "."))
+        except OSError as error:
+            held = error.errno == errno.EWOULDBLOCK
+            reason = "another agent on this host has it" if held else str(error.strerror)
+        if not reason:
+            return cls(fd)
+        if fd >= 0:
+            os.close(fd)
+        _log.warning("no note can be left for the next run: %s: %s", path, reason)
+        return None
+
+    def read(self) -> PreviousRun | None:
+        """The note of the run before; None without one, or with one that makes no sense."""
+        try:
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            data = os.read(self._fd, 2 * SLOT_BYTES)
+        except OSError as error:
+            _log.warning("the note of the run before cannot be read: %s", error.strerror)
+            return None
+        found = newest(data)
+        if found is None:
+            if data:
+                _log.warning("the note of the run before cannot be read: it makes no sense")
+            return None
+        self._number = found.number
+        return found.note
+
+    def write(self, note: PreviousRun) -> None:
+        """Leave a note in place of the older one. That it cannot be written is logged."""
+        number = self._number + 1
+        data = msgspec.json.encode(_Slot(number, note))
+        line = b"%08x %b\n" % (zlib.crc32(data), data)
+        try:
+            if len(line) > SLOT_BYTES:
+                raise OSError(errno.EFBIG, "it is too long")
+            os.lseek(self._fd, number % 2 * SLOT_BYTES, os.SEEK_SET)
+            if os.write(self._fd, line) < len(line):
+                raise OSError(errno.ENOSPC, "it was written in part")
+            os.fsync(self._fd)
+        except OSError as error:
+            _log.warning("no note can be left for the next run: %s", error.strerror)
+        else:
+            self._number = number
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
+
+
+def what_is_wrong(file: os.stat_result, directory: os.stat_result) -> str:
+    """Why somebody else could have written the note, or be hurt by it; empty if nothing."""
+    own = os.geteuid()
+    if not stat.S_ISREG(file.st_mode) or file.st_nlink != 1:
+        return "it is no file of its own"
+    if file.st_uid != own or file.st_mode & 0o077:
+        return "others own it, or may read or write it"
+    if directory.st_uid not in (0, own) or directory.st_mode & 0o022:
+        return "others may write to its directory"
+    return ""
+
+
+def newest(data: bytes) -> _Slot | None:
+    """The newest of the notes in a file that is whole."""
+    slots = filter(None, (_decoded(data[at : at + SLOT_BYTES]) for at in (0, SLOT_BYTES)))
+    return max(slots, key=lambda slot: slot.number, default=None)
+
+
+def _decoded(data: bytes) -> _Slot | None:
+    checksum, _, text = data.partition(b"\n")[0].partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        return None
+    try:
+        slot = msgspec.json.decode(text, type=_Slot)
+        msgspec.msgpack.encode(slot)  # what cannot be published is no note
+    except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError):
+        return None
+    return slot
 
 
 def bounded(untold: list[UntoldLoss], most: int = MOST_UNTOLD) -> list[UntoldLoss]:
     """The same losses in at most `most` entries, and one for each sink and stage.
 
-    A sink that is away for many runs in a row is told the oldest as a sum.
+    A sink that is away for many runs in a row is told the oldest as a sum. Ranges are left out,
+    of the oldest first, where they take too much room.
     """
-    if len(untold) <= most:
-        return untold
     sums: dict[tuple[str, str], UntoldLoss] = {}
-    for one in untold[:-most]:
+    for one in untold[: max(len(untold) - most, 0)]:
         found = sums.get((one.sink, one.stage))
         count, kinds = (found.count, found.kinds) if found is not None else (0, {})
         sums[one.sink, one.stage] = UntoldLoss(
@@ -47,63 +156,16 @@ def bounded(untold: list[UntoldLoss], most: int = MOST_UNTOLD) -> list[UntoldLos
             reason=EARLIER,
             ranges=[],
         )
-    return [*sums.values(), *untold[-most:]]
+    return _without_ranges([*sums.values(), *untold[-most:]])
 
 
-class RunFile:
-    """The note, in an open and locked file."""
-
-    def __init__(self, fd: int) -> None:
-        """Take over `fd`."""
-        self._fd = fd
-
-    @classmethod
-    def open(cls, path: str) -> RunFile | None:
-        """The file at `path`, made with its directory if need be.
-
-        None, and a line in the log, if it cannot be had: events are worth more than the note.
-        """
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        try:
-            os.makedirs(os.path.dirname(path) or ".", 0o755, exist_ok=True)
-            fd = os.open(path, flags, 0o600)
-        except OSError as error:
-            _log.warning("no note can be left for the next run: %s: %s", path, error.strerror)
-            return None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            held = error.errno == errno.EWOULDBLOCK
-            reason = "another agent on this host has it" if held else error.strerror
-            _log.warning("no note can be left for the next run: %s: %s", path, reason)
-            return None
-        return cls(fd)
-
-    def read(self) -> PreviousRun | None:
-        """The note of the run before; None without one, or with one that makes no sense."""
-        try:
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            data = os.read(self._fd, MOST_BYTES)
-            return msgspec.json.decode(data, type=PreviousRun) if data else None
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            _log.warning("the note of the run before cannot be read: %s", error)
-            return None
-
-    def write(self, note: PreviousRun) -> None:
-        """Replace the note. A disk that is full costs the note, and is logged."""
-        data = msgspec.json.encode(note)
-        try:
-            os.ftruncate(self._fd, 0)
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            written = os.write(self._fd, data)
-            os.fsync(self._fd)
-        except OSError as error:
-            _log.warning("no note can be left for the next run: %s", error.strerror)
-        else:
-            if written < len(data):
-                _log.warning("no note can be left for the next run: it was written in part")
-
-    def close(self) -> None:
-        """Let go of it."""
-        os.close(self._fd)
+def _without_ranges(untold: list[UntoldLoss]) -> list[UntoldLoss]:
+    sizes = [len(msgspec.json.encode(one)) for one in untold]
+    over = sum(sizes) - MOST_UNTOLD_BYTES
+    short: list[UntoldLoss] = []
+    for one, size in zip(untold, sizes, strict=True):
+        if over > 0 and one.ranges:
+            one = msgspec.structs.replace(one, ranges=[])
+            over -= size - len(msgspec.json.encode(one))
+        short.append(one)
+    return short

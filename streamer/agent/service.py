@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Literal, NamedTuple
 
 from streamer import __version__
 from streamer.agent.fanout import Fanout, policy_of
+from streamer.agent.losses import Lost
 from streamer.agent.reports import Reporter, account_line
 from streamer.agent.run_file import bounded
 from streamer.config.settings import Limits, Settings
@@ -27,6 +28,8 @@ _log = logging.getLogger("streamer")
 
 _MANIFEST_SECONDS = 3600.0
 """How often the manifest is repeated: whoever begins to read a topic later needs it as well."""
+
+_KILLED = "this run was killed, and what it held is lost"
 
 _DELIVERING = 0.75
 """Of the grace period, for delivering what is held; the rest is for telling what was not."""
@@ -52,10 +55,11 @@ class Service:
         *,
         status_line: StatusLine | None = None,
         previous: PreviousRun | None = None,
+        leave_note: Callable[[PreviousRun], None] = lambda note: None,
     ) -> None:
         """`kernel` is loaded and not attached; `sinks` are in the order of `settings.sinks`.
 
-        `previous` is the run before, for the manifest.
+        `previous` is the run before, for the manifest; `leave_note` keeps a note for the next.
 
         Raises:
             OSError: a ring cannot be mapped.
@@ -69,6 +73,8 @@ class Service:
         self._read: Counter[str] = Counter()
         self._error: StreamerError | None = None
         self._previous = previous
+        self._leave_note = leave_note
+        self._untold: list[UntoldLoss] = []
         self._started_ns = time.time_ns()
         self._finished = False
         self.envelope = envelope = Envelope(settings.host, rfc3339_time=settings.rfc3339_time)
@@ -116,7 +122,10 @@ class Service:
     def reopen(self) -> None:
         """Let every sink open anew what it opened by name."""
         for sink in self.fanout.sinks:
-            sink.reopen()
+            try:
+                sink.reopen()
+            except Exception:  # a defect of this sink must not keep the others from it
+                _log.exception("%s could not be opened anew", sink.name)
 
     async def run(self) -> Outcome:
         """Stream until stopped.
@@ -132,15 +141,19 @@ class Service:
             self._kernel.detach()
             self.fanout.stopping = True
             await self._stop_sinks(0)
-            self._finished = True
             raise
+        self._leave_note(self._note())  # true if it is killed
         quiet = False
         try:
             await self._stream()
             quiet = self.ended_quietly
         finally:
             self._kernel.detach()
-            await self._finish()
+            try:
+                await self._finish()
+            finally:
+                self._untold = self._found_untold()
+                self._leave_note(self._note())
         if self._error is not None:
             _log.info(self._account())
             raise self._error
@@ -148,11 +161,18 @@ class Service:
             raise SinkError("no sink is left: " + "; ".join(self.fanout.failures))
         if quiet:
             return Outcome("", "")
-        return Outcome(self._account(), self.fanout.undelivered())
+        return Outcome(self._account(), self._undelivered())
 
-    def note(self) -> PreviousRun:
-        """For the run that comes after this one, which has ended or may be killed."""
-        untold = [
+    def _undelivered(self) -> str:
+        """What was given up at the end, or never told; empty if nothing."""
+        untold: Counter[str] = Counter()
+        for one in self._untold:
+            untold[one.sink] += one.count
+        told = [f"{count:,} lost events not told to {sink}" for sink, count in untold.items()]
+        return "; ".join(filter(None, (self.fanout.undelivered(), *told)))
+
+    def _found_untold(self) -> list[UntoldLoss]:
+        return [
             UntoldLoss(
                 self.envelope.run_id,
                 sink.name,
@@ -163,27 +183,39 @@ class Service:
                 list(one.ranges),
             )
             for sink in self.fanout.sinks
-            for one in (self.fanout.untold(sink) if self._finished else ())
+            if not self.fanout.ended_as_it_should(sink)
+            for one in self.fanout.untold(sink)
         ]
+
+    def _note(self) -> PreviousRun:
+        """For the run that comes after this one, which has ended or may be killed."""
         ended: Literal["delivered", "undelivered", "killed"] = "killed"
         if self._finished:
-            ended = "undelivered" if untold or self.fanout.undelivered() else "delivered"
+            ended = "undelivered" if self._undelivered() else "delivered"
         return PreviousRun(
             run_id=self.envelope.run_id,
             boot_id=self.envelope.boot_id,
             agent=__version__,
             started_ns=self._started_ns,
             ended=ended,
-            untold=bounded([*self._still_untold(), *untold]),
+            untold=bounded([*self._still_untold(), *self._untold]),
         )
 
     def _still_untold(self) -> list[UntoldLoss]:
-        """What the manifest tells of earlier runs, for sinks that it has not reached."""
+        """What the manifest tells of earlier runs, for sinks that it has not reached.
+
+        A sink that is not there any more is told by any other, but not by a terminal or a pipe.
+        """
+        before = self._previous
+        if before is None:
+            return []
         reached = {
             sink.name: sink.account.delivered["stream.manifest"] > 0 for sink in self.fanout.sinks
         }
-        anywhere = any(reached.values())
-        earlier = self._previous.untold if self._previous is not None else []
+        anywhere = any(reached[sink.name] for sink in self.fanout.sinks if not sink.ends_quietly)
+        earlier = list(before.untold)
+        if before.ended == "killed":
+            earlier.append(UntoldLoss(before.run_id, "", "stop", 0, {}, _KILLED, []))
         return [one for one in earlier if not reached.get(one.sink, anywhere)]
 
     def _account(self) -> str:
@@ -241,14 +273,16 @@ class Service:
         while True:
             await asyncio.sleep(1)
             self.reader.refresh_clock()
-            self._lose()
+            self._find_losses()
+            self.fanout.publish_owed()
+            self._log_losses()
             if time.monotonic() >= next_heartbeat:
                 next_heartbeat = max(next_heartbeat + every, time.monotonic())
-                self.fanout.lose(self._reporter.missed())
+                self._lose(self._reporter.missed())
                 self.fanout.publish_if_room(self._reporter.heartbeat(self._read, self.fanout.sinks))
             if time.monotonic() >= next_manifest:
                 next_manifest += _MANIFEST_SECONDS
-                self.fanout.publish_if_room(self._manifest())
+                self.fanout.publish(self._manifest())
 
     async def _draw_status(self, line: StatusLine) -> None:
         before, then = 0, time.monotonic()
@@ -272,19 +306,18 @@ class Service:
     def _on_error(self, error: Exception) -> None:
         self.fail(KernelError(f"the events cannot be read: {error}"))
 
-    def _lose(self, *, final: bool = False) -> None:
-        """Find out what was lost, and tell it the sinks that have room."""
+    def _find_losses(self, *, final: bool = False) -> None:
+        """Find out what was lost since the last time."""
         seqs = self._reporter.seqs()  # before the drain: what was numbered by then is in the rings
         more = self.reader.drain_once()
         if final or not (more or self.reader.paused or self.reader.done):
             self.reader.look_for_tails(seqs, final=final)
-        lost = self._reporter.losses(final=final)
-        if final:
-            lost += self._reporter.missed()
+        self._lose(self._reporter.losses(final=final))
+
+    def _lose(self, lost: list[Lost]) -> None:
+        """Every sink is owed these. What was left unread on purpose is no news for the log."""
         self.fanout.lose(lost)
-        self.fanout.log.add(lost)
-        self.fanout.publish_owed(final=final)
-        self._log_losses()
+        self.fanout.log.add(one for one in lost if one.stage != "stop")
 
     def _log_losses(self) -> None:
         for line in self.fanout.log.lines(time.monotonic()):
@@ -301,18 +334,19 @@ class Service:
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
             # Half for reading what is left, so that there is time to deliver it.
             await self._drain_rest(begun + grace / 2)
-            self._lose(final=True)
+            self._find_losses(final=True)
+            self._lose(self._reporter.missed())
             self.reader.close()
             await self._deliver(begun + grace * _DELIVERING)
             self.fanout.discard("not delivered when the agent stopped")
             self.fanout.publish_owed(final=True)
             self.fanout.publish(self._reporter.heartbeat(self._read, self.fanout.sinks))
+            self._finished = True
         finally:
             self.reader.close()
             self.fanout.stopping = True
             await self._stop_sinks(max(begun + grace - time.monotonic(), 0.1))
             self._log_losses()
-            self._finished = True
 
     async def _deliver(self, deadline: float) -> None:
         """Wait for the sinks. What they cannot deliver by then is told in the rest of the grace.

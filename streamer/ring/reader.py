@@ -31,6 +31,7 @@ LOOKS_IN_VAIN = 5
 _WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}
 _WAKE_WORD = struct.Struct("<I")  # struct reader_state is one for each ring
 _FOREVER = 1 << 64
+_FEW = 16
 _boot_ns = attrgetter("boot_ns")
 _POSITION = struct.Struct("<Q")
 
@@ -162,11 +163,13 @@ class RingReader:
             return False
         read = False
         found: list[Batch] = []
-        for source in self.sources:
-            read |= self._drain(source, found)
-        if found:
-            self._looks_in_vain = 0
-            self._on_batch(in_time_order(found))
+        try:
+            for source in self.sources:
+                read |= self._drain(source, found)
+        finally:  # what was drained is handed on, also if another ring cannot be
+            if found:
+                self._looks_in_vain = 0
+                self._on_batch(in_time_order(found))
         more = any(source.more for source in self.sources)
         # Who drains by the way may have taken the record that would have woken the reader.
         if (read or more) and self._timer is None:
@@ -306,8 +309,10 @@ def in_time_order(batches: list[Batch]) -> Batch:
 
 
 def _merge(one: list[Event], other: list[Event]) -> list[Event]:
-    # Not sorted: two of one CPU whose times are equal, or not in order, have to keep theirs.
     few, many = sorted((one, other), key=len)
+    if len(few) * _FEW > len(many) and _in_order(few) and _in_order(many):
+        return sorted(few + many, key=_boot_ns)  # of two runs in order: few comparisons
+    # Two of one ring whose times are not in order have to keep theirs.
     merged: list[Event] = []
     at = 0
     for event in few:
@@ -316,3 +321,8 @@ def _merge(one: list[Event], other: list[Event]) -> list[Event]:
         merged.append(event)
         at = here
     return merged + many[at:]
+
+
+def _in_order(events: list[Event]) -> bool:
+    times = list(map(_boot_ns, events))
+    return times == sorted(times)

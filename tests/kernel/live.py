@@ -5,6 +5,7 @@ The test's process is then the agent, which is left out; what its actors do is o
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Collection
 from typing import Any, Self
@@ -20,6 +21,7 @@ from streamer.kernel.loader import OBJECTS
 from streamer.ring.reader import RingSource
 from tests.kernel.agent import kind_of
 from tests.kernel.bpf_maps import HeldMap, maps_of
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
 
 DRAIN = 4096
@@ -81,10 +83,20 @@ class Live:
         nothing = KindCounts(produced=0, filtered=0, shed=0, lost=0, read=0)
         return self._counters.kinds(read).get(kind, nothing)
 
+    def _is_accounted(self) -> bool:
+        read = Counter(kind_of(event) for event in self.events)
+        return all(
+            counts.produced == counts.read + counts.filtered + counts.shed + counts.lost
+            for counts in self._counters.kinds(read).values()
+        )
+
     def check(self) -> None:
         """Detach; every event that was produced is in the account, and no number is missing."""
         self.state.detach()
-        self.read()
+        # One that was preempted in the middle finishes its record a moment later.
+        deadline = time.monotonic() + seconds(2)
+        while self.read() or (not self._is_accounted() and time.monotonic() < deadline):
+            time.sleep(0.01)
         read = Counter(kind_of(event) for event in self.events)
         for kind, counts in self._counters.kinds(read).items():
             accounted = counts.read + counts.filtered + counts.shed + counts.lost

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
+from streamer.agent.run_file import newest
 from streamer.events.stream import PreviousRun
 from tests.brokers import free_port
 from tests.kernel.agent import ROOT, Agent, Recording, decoded, kind_of
@@ -115,7 +115,9 @@ topic = "events"
 
 
 def note_of(directory: Path) -> PreviousRun:
-    return msgspec.json.decode((directory / "run.json").read_bytes(), type=PreviousRun)
+    found = newest((directory / "run.json").read_bytes())
+    assert found is not None
+    return found.note
 
 
 def test_the_next_run_tells_of_the_one_before(scope: Scope, tmp_path: Path) -> None:
@@ -137,8 +139,35 @@ def test_the_next_run_tells_of_the_one_before(scope: Scope, tmp_path: Path) -> N
     assert (third.previous.run_id, third.previous.ended) == (second.run_id, "killed")
 
 
+def test_that_one_was_killed_is_handed_on(scope: Scope, tmp_path: Path) -> None:
+    """Over a run that cannot begin, and over one that reaches nobody."""
+    with Agent(tmp_path, *scope.options, events="file.open") as agent:
+        agent.kill()
+        first = decoded((tmp_path / "events.ndjson").read_bytes().splitlines()[0])
+    config = f'state_file = "{tmp_path}/run.json"\ngrace_seconds = 0.3\n'
+    (tmp_path / "own.toml").write_text(config)
+    command = [*STREAMER, *scope.options, "--config", str(tmp_path / "own.toml")]
+    for sink, code in (("file:/no/such/file", 4), (f"mqtt://127.0.0.1:{free_port()}/x", 0)):
+        ended = subprocess.run(
+            [*command, "--sink", sink, "--duration", "300ms"],
+            cwd=ROOT,
+            capture_output=True,
+            timeout=seconds(60),
+        )
+        assert ended.returncode == code
+    (tmp_path / "events.ndjson").unlink()
+    with Agent(tmp_path, *scope.options, events="file.open") as agent:
+        last = agent.stop().manifest
+    assert last.previous is not None
+    assert last.previous.ended != "killed"
+    (killed,) = last.previous.untold
+    assert (killed.run_id, killed.count) == (first.run_id, 0)
+    assert "was killed" in killed.reason
+
+
 @pytest.mark.parametrize("note", [b"", b"{}", b"\xff", b'{"run_id":' + b"1" * 2_000_000])
 def test_a_note_that_makes_no_sense_is_none(scope: Scope, tmp_path: Path, note: bytes) -> None:
+    (tmp_path / "run.json").touch(0o600)
     (tmp_path / "run.json").write_bytes(note)
     with Agent(tmp_path, *scope.options, events="file.open") as agent:
         recording = agent.stop()

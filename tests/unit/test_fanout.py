@@ -29,6 +29,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.made: list[str] = []
+        self._envelope = Envelope("here")
 
     def fanout(self, *sinks: tuple[MemorySink, Policy]) -> Fanout:
         return Fanout(
@@ -40,7 +41,7 @@ class Calls:
         )
 
     def loss_record(self, lost: Lost, sink: Sink) -> StreamLoss:
-        return Envelope("here").record(
+        return self._envelope.record(
             StreamLoss,
             stage=lost.stage,
             count=lost.count,
@@ -217,15 +218,78 @@ async def test_what_a_full_sink_is_not_told_stays_owed() -> None:
     assert sum(loss.count for loss in losses(other)) == 10_000
 
 
-async def test_a_lost_loss_record_makes_no_other() -> None:
-    sink = await opened("one", hold=True)
+async def test_a_loss_record_that_was_lost_is_told_again() -> None:
+    """It, and no other one: not before the next events, and each time later."""
+    sink = await opened("one", 1 << 20, hold=True)
     fanout = Calls().fanout((sink, "pause"))
     fanout.lose([Lost("kernel", "no room", 5, {"file.open": 5})])
-    fanout.publish_owed()
-    sink.discard("stopped")
-    fanout.publish_owed()
-    assert sink.account.dropped == {"stream.loss": 1}
-    assert sink.account.pending == 0
+    for second in range(100):
+        fanout.publish_owed()
+        sink.discard("refused")
+        for _ in range(10):
+            fanout.submit(batch())
+        assert sink.account.dropped["stream.loss"] <= 1 + second
+        sink.release()
+    assert 5 <= sink.account.dropped["stream.loss"] <= 8
+    fanout.publish_owed(final=True)
+    sink.release()
+    (loss,) = losses(sink)
+    assert (loss.count, loss.reason) == (5, "no room")
+    assert fanout.untold(sink) == []
+
+
+async def test_of_several_losses_the_one_that_was_dropped_is_told_again() -> None:
+    """The others were delivered, before it and after it."""
+    sink = await opened("one", 1 << 20, hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    for reason in ("first", "second", "third"):
+        fanout.lose([Lost("kernel", reason, 1, {})])
+        fanout.publish_owed()
+    first, second, third = sink._held
+    sink._held = [first, third]
+    sink._dropped(second.kinds, len(second.lines("json")), "refused", second.spans)
+    sink.release()
+    assert [loss.reason for loss in losses(sink)] == ["first", "third"]
+    assert [lost.reason for lost in fanout.untold(sink)] == ["second"]
+
+
+async def test_the_last_losses_survive_the_backlog_that_is_dropped() -> None:
+    """They were queued behind it."""
+    sink = await opened("slow", 1 << 20, hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    for _ in range(3):
+        fanout.submit(batch())
+    fanout.lose([Lost("kernel", "no room", 7, {"file.open": 7})])
+    fanout.publish_owed(final=True)
+    fanout.discard("stopped")
+    fanout.publish_owed(final=True)
+    sink.release()
+    assert {loss.reason: loss.count for loss in losses(sink)} == {"no room": 7, "stopped": 3}
+    assert fanout.untold(sink) == []
+
+
+async def test_a_sink_that_cannot_discard_costs_the_others_nothing() -> None:
+    class Broken(MemorySink):
+        def discard(self, reason: str) -> None:
+            raise OSError(reason)
+
+    broken, sink = Broken("broken"), await opened("sink", hold=True)
+    await broken.start()
+    fanout = Calls().fanout((broken, "pause"), (sink, "pause"))
+    fanout.submit(batch())
+    fanout.discard("stopped")
+    assert sink.account.dropped == {"test.event": 1}
+
+
+async def test_reasons_without_end_make_no_endless_line() -> None:
+    sink = await opened("one", hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    fanout.ending = True
+    for number in range(1000):
+        fanout.sink_dropped(sink, {"test.event": 1}, f"{number} " + "x" * 1000, {})
+    said = fanout.undelivered()
+    assert len(said) < 40_000
+    assert sum(int(part.split()[0].replace(",", "")) for part in said.split("; ")) == 1000
 
 
 async def test_what_was_never_told_is_known_in_the_end() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from streamer.agent.run_file import EARLIER, RunFile, bounded
-from streamer.events.stream import PreviousRun, UntoldLoss
+from streamer.agent.run_file import EARLIER, MOST_UNTOLD_BYTES, RunFile, bounded
+from streamer.events.stream import PreviousRun, SeqRange, UntoldLoss
 
 
 def loss(number: int, sink: str = "one") -> UntoldLoss:
@@ -79,6 +81,7 @@ def test_what_makes_no_sense_is_no_note(
     tmp_path: Path, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "run.json"
+    path.touch(0o600)
     path.write_bytes(data)
     file = RunFile.open(str(path))
     assert file is not None
@@ -87,9 +90,67 @@ def test_what_makes_no_sense_is_no_note(
     file.close()
 
 
-def test_a_disk_that_is_full_costs_the_note_alone(caplog: pytest.LogCaptureFixture) -> None:
-    fd = os.open("/dev/full", os.O_RDWR)
-    file = RunFile(fd)
-    file.write(note([]))
-    file.close()
+def test_a_disk_that_is_full_costs_the_newest_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be written in part, or not at all."""
+    path = tmp_path / "run.json"
+    file = RunFile.open(str(path))
+    assert file is not None
+    file.write(note([loss(1)]))
+    file.write(note([loss(2)]))
+    write = os.write
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda fd, data: write(fd, data[:50]))
+        file.write(note([loss(3)]))
     assert "no note can be left" in caplog.text
+    assert file.read() == note([loss(2)])
+    file.write(note([loss(4)]))
+    assert file.read() == note([loss(4)])
+    file.close()
+
+
+@pytest.mark.parametrize("what", ["mode", "link", "directory", "fifo"])
+def test_what_others_can_write_is_no_note(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who could forge it, or have another file overwritten by it."""
+    directory = tmp_path / "shared"
+    directory.mkdir()
+    path = directory / "run.json"
+    path.touch(0o600)
+    if what == "mode":
+        path.chmod(0o666)
+    elif what == "link":
+        (directory / "other").hardlink_to(path)
+    elif what == "directory":
+        directory.chmod(0o777)
+    else:
+        path.unlink()
+        os.mkfifo(path, 0o600)
+    assert RunFile.open(str(path)) is None
+    assert "no note can be left" in caplog.text
+
+
+def test_a_note_that_could_not_be_published_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    text = b'{"number":3,"note":%b}' % msgspec.json.encode(note([])).replace(
+        b'"started_ns":1', b'"started_ns":1%b' % (b"0" * 30)
+    )
+    path.touch(0o600)
+    path.write_bytes(b"%08x %b\n" % (zlib.crc32(text), text))
+    file = RunFile.open(str(path))
+    assert file is not None
+    assert file.read() is None
+    file.close()
+
+
+def test_ranges_are_left_out_where_they_take_too_much_room() -> None:
+    """Of the oldest first: a note has to fit into a message."""
+    ranges = [SeqRange("bulk", cpu, 1, 10**9) for cpu in range(64)]
+    untold = [UntoldLoss("run", "one", "sink", 1, {}, "refused", ranges) for _ in range(200)]
+    short = bounded(untold)
+    assert len(msgspec.json.encode(short)) < MOST_UNTOLD_BYTES + 200
+    assert [one.count for one in short] == [1] * 200
+    assert short[-1].ranges == ranges
+    assert short[0].ranges == []
