@@ -90,11 +90,6 @@ class LossBook:
         if len(entry.ranges) > 2 * MOST_RANGES:
             entry.ranges = merged(entry.ranges)
 
-    def tick(self) -> bool:
-        """Called every second: whether it is to be told now."""
-        self._seconds = max(self._seconds - 1, 0)
-        return not self._seconds
-
     def take(self) -> list[Lost]:
         """All of them; the book is empty afterwards."""
         entries, self._entries, self._reasons = self._entries, {}, 0
@@ -159,7 +154,8 @@ class Owed:
         Where others of these numbers are under way, the newest are taken for the ones.
         """
         self.refused = True
-        self._seconds, self._backoff = self._backoff + 1, min(2 * self._backoff, MOST_BACKOFF)
+        self._seconds = self._backoff + 1
+        self._backoff = min(2 * self._backoff, MOST_BACKOFF)
         gone = [told for told in self._told if first <= told[0] <= last][-count:]
         for told in gone:
             self._told.remove(told)

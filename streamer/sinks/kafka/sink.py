@@ -325,6 +325,8 @@ class KafkaSink(Sink):
         except DeliveryError as error:
             self._problem("", error)
             raise
+        if "" in self._problems:  # what lasts longer than it should begins only now
+            topic.failing_since = None
         self._mended("")
         leader = client.leader(topic.name, self._key)
         if leader is None:
