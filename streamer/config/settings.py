@@ -232,10 +232,48 @@ class StdoutSink(SinkCommon, tag="stdout", frozen=True, kw_only=True):
 
 
 class FileSink(SinkCommon, tag="file", frozen=True, kw_only=True):
-    """Events appended to a file."""
+    """Events appended to a file. Renamed or removed by others, it is made anew.
+
+    Delivered are, with `fsync = "never"`, the events that are in a file that has a name: they
+    survive the agent, and not a machine that loses power. With `interval` and `batch` they are on
+    the disk. With `rotate_bytes` or `rotate_seconds` the agent renames a full file to `PATH.1`,
+    the older ones to `PATH.2` and so on.
+    """
 
     path: Annotated[Text, doc("The file; made when it is not there.")]
     mode: Annotated[FileMode, doc("Permissions of a file that is made.")] = "0640"
+    rotate_bytes: Annotated[
+        Annotated[int, Meta(ge=4096, le=1 << 40)] | None,
+        doc("Size at which a file is full; it is larger by at most one batch."),
+    ] = None
+    rotate_seconds: Annotated[
+        Annotated[int, Meta(ge=1, le=366 * 86400)] | None,
+        doc(
+            "A file is full at each multiple of this many seconds since 1970, when the next event "
+            "comes: 86400 is midnight UTC."
+        ),
+    ] = None
+    rotate_keep: Annotated[
+        int, Meta(ge=1, le=100), doc("How many full files are kept; the oldest is removed.")
+    ] = 7
+    rotate_compress: Annotated[
+        Literal["none", "gzip"], doc("Whether full files are compressed, to `PATH.1.gz` and so on.")
+    ] = "none"
+    fsync: Annotated[
+        Literal["never", "interval", "batch"],
+        doc(
+            "When the disk is waited for: `never`, every `fsync_seconds`, or after each write. "
+            "Until then events are held, and count against `budget_bytes`."
+        ),
+    ] = "never"
+    fsync_seconds: Annotated[
+        PositiveSeconds, doc("Longest wait of an event for the disk, with `interval`.")
+    ] = 1.0
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the agent rotates the file itself."""
+        return self.rotate_bytes is not None or self.rotate_seconds is not None
 
 
 class KafkaSink(SinkCommon, tag="kafka", frozen=True, kw_only=True):

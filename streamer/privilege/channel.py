@@ -87,6 +87,12 @@ class Channel:
         poll.register(self._socket, 0)
         return bool(poll.poll(0))
 
+    def readable(self) -> bool:
+        """Whether a message waits, or the other end has gone."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
         """Close this end."""
         self._socket.close()

@@ -24,7 +24,14 @@ from streamer.kernel.loader import (
     last_possible_cpu,
 )
 from streamer.privilege.channel import Channel, Message, MessageError
-from streamer.privilege.files import Appendable, NamedFile, own_descriptor
+from streamer.privilege.files import (
+    Appendable,
+    AppendFile,
+    NamedFile,
+    OwnDescriptor,
+    Packing,
+    own_descriptor,
+)
 from streamer.privilege.proc import Found
 
 ANSWER_SECONDS = 30.0
@@ -112,9 +119,16 @@ class HelperClient:
         """Call `gone` once, when the helper has ended."""
 
         def look() -> None:
-            # Whatever comes without having been asked for is not an answer.
-            loop.remove_reader(self._channel.fileno())
-            gone()
+            # Another thread may have asked: then it is its answer, which it is about to take.
+            if not self._lock.acquire(blocking=False):
+                return
+            try:
+                unasked = self._channel.readable()
+            finally:
+                self._lock.release()
+            if unasked:  # what comes without having been asked for is not an answer
+                loop.remove_reader(self._channel.fileno())
+                gone()
 
         loop.add_reader(self._channel.fileno(), look)
 
@@ -141,8 +155,12 @@ class HelperClient:
     def close(self) -> None:
         """Let the helper detach everything and end. Harmless when it has ended."""
         with suppress(OSError, StreamerError):
-            if not self._gone:
-                self.ask("end", seconds=END_SECONDS)
+            # A thread may wait for a disk that hangs.
+            if not self._gone and self._lock.acquire(timeout=END_SECONDS):
+                try:
+                    self._receive(self._begin("end", END_SECONDS, {}))
+                finally:
+                    self._lock.release()
         self._channel.close()
         # It is another user's process by now, and cannot be killed; without its socket it ends.
         with suppress(subprocess.TimeoutExpired):
@@ -286,25 +304,53 @@ class RemoteOpener:
         index = self._index(path, "read")
         return self._client.ask_for("open", 1, index=index)[1][0]
 
-    def append(self, path: str, bits: int) -> Appendable:
-        """See `Opener`."""
+    def append(self, path: str, bits: int) -> AppendFile:
+        """See `Opener`; `bits` are what the helper was told."""
         own = own_descriptor(path)
         if own is not None:
-            return Appendable(os.dup(own), False)
-        index = self._index(path, "append")
-        result, (fd,) = self._client.ask_for("open", 1, index=index)
-        return Appendable(fd, result["torn"] is True)
-
-    def rotate(self, path: str, keep: int) -> None:
-        """Rename a file to append to. See `AppendTarget.rotate`. Raises OSError."""
-        index = self._index(path, "append")
-        self._client.ask("rotate", index=index, keep=keep)
+            return OwnDescriptor(own)
+        return RemoteFile(self._client, self._index(path, "append"))
 
     def _index(self, path: str, use: str) -> int:
         try:
             return self._indexes[os.path.abspath(path), use]
         except KeyError:
             raise PermissionError(errno.EPERM, "not named in the configuration", path) from None
+
+
+class RemoteFile:
+    """An `AppendFile` that the helper opens and renames. Any thread may use it."""
+
+    def __init__(self, client: HelperClient, index: int) -> None:
+        """`index` is that of the file among those named to the helper."""
+        self._client = client
+        self._index = index
+
+    def open(self) -> Appendable:
+        """See `AppendFile`."""
+        result, (fd,) = self._client.ask_for("open", 1, index=self._index)
+        return Appendable(fd, result["torn"] is True)
+
+    def current(self) -> bool:
+        """See `AppendFile`."""
+        return self._client.ask("current", index=self._index) is True
+
+    def rotate(self, keep: int) -> Appendable:
+        """See `AppendFile`."""
+        result, (fd,) = self._client.ask_for("rotate", 1, index=self._index, keep=keep)
+        return Appendable(fd, result["torn"] is True)
+
+    def pack(self, keep: int) -> Packing | None:
+        """See `AppendFile`."""
+        _, found = self._client.ask_for("pack", None, index=self._index, keep=keep)
+        return Packing(*found) if found else None
+
+    def packed(self, whole: bool) -> None:
+        """See `AppendFile`."""
+        self._client.ask("packed", index=self._index, whole=whole)
+
+    def close(self) -> None:
+        """Nothing is held here."""
 
 
 def look_up(client: HelperClient, pid: int, name: str) -> Found:

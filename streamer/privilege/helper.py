@@ -27,7 +27,7 @@ from streamer.kernel.loading import LoaderLike
 from streamer.kernel.perf_event import open_sampling
 from streamer.privilege import proc, seccomp
 from streamer.privilege.channel import Channel, Message, MessageError
-from streamer.privilege.files import AppendTarget, NamedFile, open_read
+from streamer.privilege.files import Appendable, AppendTarget, NamedFile, open_read
 from streamer.privilege.policies import helper_filter
 from streamer.privilege.requests import Refused, parse
 
@@ -81,14 +81,16 @@ class Files:
         file = self[index]
         if file.use == "read":
             return Answer({"torn": False}, [open_read(file.path)], owned=True)
-        opened = self._target(index).open(file.bits)
-        return Answer({"torn": opened.torn}, [opened.fd], owned=True)
+        return _opened(self.target(index).open())
 
-    def rotate(self, index: int, keep: int) -> None:
-        """See `AppendTarget.rotate`. Raises Refused, OSError."""
+    def target(self, index: int) -> AppendTarget:
+        """Raises Refused: it is no file to append to. Raises OSError: its directory was missing."""
         if self[index].use != "append":
             raise Refused("no file to append to")
-        self._target(index).rotate(keep)
+        target = self._targets[index]
+        if isinstance(target, OSError):
+            raise target
+        return target
 
     def path_to_read(self, index: int) -> str:
         """Raises Refused: it is no file to read."""
@@ -97,16 +99,14 @@ class Files:
             raise Refused("no file to read")
         return file.path
 
-    def _target(self, index: int) -> AppendTarget:
-        target = self._targets[index]
-        if isinstance(target, OSError):
-            raise target
-        return target
+
+def _opened(file: Appendable) -> Answer:
+    return Answer({"torn": file.torn}, [file.fd], owned=True)
 
 
 def _target(file: NamedFile) -> AppendTarget | OSError:
     try:
-        return AppendTarget(file.path)
+        return AppendTarget(file.path, file.bits)
     except OSError as error:  # said when it is to be opened
         return error
 
@@ -136,7 +136,10 @@ class Helper:
             "delete": self._delete,
             "read": self._read,
             "open": self._open,
+            "current": self._current,
             "rotate": self._rotate,
+            "pack": self._pack,
+            "packed": self._packed,
             "proc": self._proc,
             "end": self._end,
         }
@@ -246,8 +249,18 @@ class Helper:
     def _open(self, index: int) -> Iterator[Answer]:
         yield self._files.open(index)
 
+    def _current(self, index: int) -> Iterator[Answer]:
+        yield Answer(self._files.target(index).current())
+
     def _rotate(self, index: int, keep: int) -> Iterator[Answer]:
-        self._files.rotate(index, keep)
+        yield _opened(self._files.target(index).rotate(keep))
+
+    def _pack(self, index: int, keep: int) -> Iterator[Answer]:
+        found = self._files.target(index).pack(keep)
+        yield Answer(None, found or (), owned=True)
+
+    def _packed(self, index: int, whole: bool) -> Iterator[Answer]:
+        self._files.target(index).packed(whole)
         yield Answer(None)
 
     def _proc(self, pid: int, name: str) -> Iterator[Answer]:

@@ -3,20 +3,67 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
-from streamer.config.settings import AnySink, FileSink, KafkaSink, MqttSink, Settings, Tls
-from streamer.privilege.files import NamedFile, own_descriptor
+from streamer.config.settings import (
+    AnySink,
+    FileSink,
+    KafkaSink,
+    MqttSink,
+    Settings,
+    StdoutSink,
+    Tls,
+)
+from streamer.errors import ConfigError
+from streamer.privilege.files import PACKED, NamedFile, identity, own_descriptor
 
 
 def named_files(settings: Settings) -> tuple[NamedFile, ...]:
-    """Every file that `settings` name, by absolute path; each once for each use."""
+    """Every file that `settings` name, by absolute path; each once for each use.
+
+    Raises:
+        ConfigError: two sinks would write to one file.
+    """
+    _check_distinct(settings.sinks)
     files: dict[NamedFile, None] = {}
     if settings.btf is not None:
         files[_read(settings.btf)] = None
     for sink in settings.sinks:
         files |= dict.fromkeys(_of_sink(sink))
     return tuple(file for file in files if own_descriptor(file.path) is None)
+
+
+def _check_distinct(sinks: Sequence[AnySink]) -> None:
+    """Refuse one file by two names: links lead to it, or rotation would."""
+    seen: dict[object, int] = {}
+    for index, sink in enumerate(sinks):
+        for mark in _marks(sink):
+            first = seen.setdefault(mark, index)
+            if first != index:
+                where = "standard output" if mark == _STDOUT else f"the file of sinks[{first}]"
+                raise ConfigError(f"sinks[{index}]: found {where} by another name, allowed: once")
+
+
+_STDOUT = 1
+
+
+def _marks(sink: AnySink) -> Iterator[object]:
+    """What no other sink may have: the descriptor; or path, identity and paths of siblings."""
+    if isinstance(sink, StdoutSink):
+        yield _STDOUT
+    if not isinstance(sink, FileSink):
+        return
+    own = own_descriptor(sink.path)
+    if own is not None:
+        yield own
+        return
+    path = os.path.realpath(sink.path)
+    yield path
+    with suppress(OSError):  # a file that is not there is no other one's
+        yield identity(os.stat(path))
+    for number in range(1, sink.rotate_keep + 1) if sink.rotates else ():
+        yield from (f"{path}.{number}", f"{path}.{number}{PACKED}")
 
 
 def _of_sink(sink: AnySink) -> Iterator[NamedFile]:

@@ -54,7 +54,7 @@ epoll_create1 epoll_ctl epoll_pwait2 eventfd2 connect bind getsockname getpeerna
 sendmmsg recvmmsg shutdown memfd_create ftruncate fsync fdatasync
 """
 
-_HELPER = "bpf perf_event_open open openat rename renameat renameat2 fchmod"
+_HELPER = "bpf perf_event_open open openat rename renameat renameat2 unlink unlinkat fchmod"
 _HELPER_HOT = "recvmsg sendmsg read write"
 
 

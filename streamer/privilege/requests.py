@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from streamer.privilege.files import MOST_KEPT
+
 MOST_PID = 1 << 22  # PID_MAX_LIMIT
 MOST_RING = 1 << 30
 """Bytes of a ring."""
@@ -21,8 +23,6 @@ MOST_NAMED = 64
 MOST_BYTES = 1 << 16
 """Of a key or a value."""
 MOST_FILES = 1 << 16
-MOST_KEPT = 100
-"""Of a rotated file."""
 
 PROC_FILES = ("stat", "status", "comm", "cmdline", "cgroup", "loginuid", "sessionid")
 PROC_LINKS = (
@@ -118,7 +118,14 @@ def _bytes(value: Any) -> bytes:
     return binascii.a2b_base64(value.encode("ascii"), strict_mode=True)
 
 
+def _boolean(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError
+    return value
+
+
 _INDEX = _integer(0, MOST_FILES)
+_KEEP = _integer(1, MOST_KEPT)
 REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "load_core": {"rings": _numbers(MOST_RING), "btf": _optional(_INDEX)},
     "load": {"sensor": _string(_SENSOR), "options": _numbers(MOST_OPTION)},
@@ -128,7 +135,10 @@ REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "delete": {"map": _string(_MAP), "key": _bytes},
     "read": {"map": _string(_MAP)},
     "open": {"index": _INDEX},
-    "rotate": {"index": _INDEX, "keep": _integer(1, MOST_KEPT)},
+    "current": {"index": _INDEX},
+    "rotate": {"index": _INDEX, "keep": _KEEP},
+    "pack": {"index": _INDEX, "keep": _KEEP},
+    "packed": {"index": _INDEX, "whole": _boolean},
     "proc": {"pid": _integer(1, MOST_PID), "name": _one_of(PROC_FILES + PROC_LINKS)},
     "end": {},
 }

@@ -133,6 +133,8 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "time": (201, None),
     "times": (100, 153),
     "uname": (63, 160),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
     "wait4": (61, 260),
     "waitid": (247, 95),
     "write": (1, 64),

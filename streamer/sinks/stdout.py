@@ -35,10 +35,6 @@ class StdoutSink(WriterSink):
         self._render = render
         self._encoding: Encoding = "json" if settings.encoding == "auto" else settings.encoding
 
-    @property
-    def _owns_descriptor(self) -> bool:
-        return False
-
     def _open(self) -> int:
         try:
             os.fstat(self._fd)

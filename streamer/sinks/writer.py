@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from streamer.events.batch import Batch
 from streamer.sinks.base import Sink
@@ -68,13 +68,17 @@ def is_gone(error: OSError, terminal: bool) -> bool:
     return error.errno in (errno.EPIPE, errno.ECONNRESET, errno.EBADF)
 
 
+class Marker:
+    """What is handed over between byte strings and is not written: it says what is to be done."""
+
+
 class WriterThread:
     """Writes byte strings to `fd` in order, from a thread of its own.
 
-    The callbacks run on `loop`: `written(count)` after each write, with how many of the byte
-    strings handed over were finished by it; `failing(error)` once when writes begin to fail and
-    `failing(None)` once when they work again; `ended(error)` last, where `error` says why no
-    more can be written, or is None.
+    The callbacks run on `loop`: `written(count)` with how many more of the byte strings handed
+    over are safe, in the sense of the sink; `failing(reason)` when writes begin to fail, or fail
+    for another reason, and `failing("")` once when they work again; `ended(error)` last, where
+    `error` says why no more can be written, or is None.
     """
 
     def __init__(
@@ -83,23 +87,21 @@ class WriterThread:
         *,
         loop: asyncio.AbstractEventLoop,
         written: Callable[[int], None],
-        failing: Callable[[OSError | None], None],
+        failing: Callable[[str], None],
         ended: Callable[[Exception | None], None],
-        close: bool,
     ) -> None:
-        """`close` says whether `fd` is closed when the thread ends."""
+        """`fd` stays its owner's, and is the same number for as long as the thread lives."""
         self._fd = fd
         self._terminal = os.isatty(fd)
         self._loop = loop
         self._written = written
         self._failing = failing
         self._ended = ended
-        self._close = close
-        self._queue: SimpleQueue[bytes | int | None] = SimpleQueue()
+        self._queue: SimpleQueue[bytes | Marker | None] = SimpleQueue()
         self._abandoned = Event()
-        self._fails = False
+        self._reason = ""
         self._last = False
-        self._new: int | None = None
+        self._marker: Marker | None = None
         self._thread = Thread(target=self._run, name="streamer-writer", daemon=True)
 
     def finish(self) -> None:
@@ -111,11 +113,8 @@ class WriterThread:
         self._abandoned.set()
         self.hand_over(None)
 
-    def hand_over(self, data: bytes | int | None) -> None:
-        """Hand over one byte string; None is the end. Never waits.
-
-        A number is a descriptor: it takes the old one's place for all that comes after it.
-        """
+    def hand_over(self, data: bytes | Marker | None) -> None:
+        """Hand over one byte string; None is the end. Never waits."""
         # Only when there is something to write: the process gives up its privileges before, and
         # cannot while it has several threads.
         if self._thread.ident is None:
@@ -126,56 +125,56 @@ class WriterThread:
         error: Exception | None = None
         try:
             while not self._last and not self._abandoned.is_set():
-                self._write(self._gather())
-                self._switch()
+                if buffers := self._gather():
+                    self._write(buffers)
+                self._pause()
         except Exception as caught:  # what ends this thread must end the sink
             error = caught
         finally:
-            self._close_old()
+            self._close()
             self._tell(self._ended, error)
 
-    def _close_old(self) -> None:
-        if self._close:
-            with contextlib.suppress(OSError):
-                os.close(self._fd)
+    def _close(self) -> None:
+        """Release what the thread alone uses."""
 
-    def _switch(self) -> None:
-        """Write to the new descriptor from now on, if there is one: the old one has it all."""
-        new, self._new = self._new, None
-        if new is not None:
-            self._close_old()
-            self._fd, self._terminal = new, os.isatty(new)
+    def _pause(self) -> None:
+        """Do what is to be done between two writes: a marker asks for it, or the time has come."""
 
-    def _gather(self) -> list[Buffer]:
+    def _patience(self) -> float | None:
+        """Seconds until `_pause` has something to do, though nothing is handed over."""
+        return None
+
+    def _gather(self) -> list[bytes]:
         """Everything that waits, up to the size of one write. Blocks until there is something.
 
-        What is for another descriptor is left for the next time.
+        What comes after a marker is left for the next time.
         """
-        buffers: list[Buffer] = []
+        buffers: list[bytes] = []
         size = 0
-        data = self._queue.get()
-        while data is not None:
-            if isinstance(data, int):
-                self._new = data
-                return buffers
-            buffers.append(data)
-            size += len(data)
-            if size >= WRITE_BYTES or len(buffers) == WRITE_BUFFERS:
-                return buffers
-            try:
+        try:
+            data = self._queue.get(timeout=self._patience())
+            while data is not None:
+                if isinstance(data, Marker):
+                    self._marker = data
+                    return buffers
+                buffers.append(data)
+                size += len(data)
+                if size >= WRITE_BYTES or len(buffers) == WRITE_BUFFERS:
+                    return buffers
                 data = self._queue.get_nowait()
-            except Empty:
-                return buffers
+        except Empty:
+            return buffers
         self._last = True
         return buffers
 
-    def _write(self, buffers: list[Buffer]) -> None:
-        while buffers and not self._abandoned.is_set():
-            done, buffers = advance(buffers, self._write_some(buffers))
+    def _write(self, buffers: list[bytes]) -> None:
+        rest: Sequence[Buffer] = buffers
+        while rest and not self._abandoned.is_set():
+            done, rest = advance(rest, self._write_some(rest))
             if done:
                 self._tell(self._written, done)
 
-    def _write_some(self, buffers: list[Buffer]) -> int:
+    def _write_some(self, buffers: Sequence[Buffer]) -> int:
         """One successful write, however many attempts it takes. 0 when abandoned.
 
         Raises:
@@ -184,19 +183,25 @@ class WriterThread:
         delay = RETRY_FIRST
         while not self._abandoned.is_set():
             try:
-                written = os.writev(self._fd, buffers)
-            except BlockingIOError:
-                self._await_room()
+                written = self._attempt(buffers)
             except OSError as error:
                 if is_gone(error, self._terminal):
                     raise
-                self._report(error)
+                self._report(f"cannot write: {error.strerror}")
                 self._abandoned.wait(delay)
                 delay = min(2 * delay, RETRY_MOST)
             else:
-                self._report(None)
+                self._report("")
                 return written
         return 0
+
+    def _attempt(self, buffers: Sequence[Buffer]) -> int:
+        """One write; 0 where there was no room for a while. Raises OSError."""
+        try:
+            return os.writev(self._fd, buffers)
+        except BlockingIOError:
+            self._await_room()
+            return 0
 
     def _await_room(self) -> None:
         """Wait a little for room: another program that shares `fd` made it non-blocking."""
@@ -204,10 +209,10 @@ class WriterThread:
         poll.register(self._fd, select.POLLOUT)
         poll.poll(POLL_MS)
 
-    def _report(self, error: OSError | None) -> None:
-        if self._fails != (error is not None):
-            self._fails = error is not None
-            self._tell(self._failing, error)
+    def _report(self, reason: str) -> None:
+        if reason != self._reason:
+            self._reason = reason
+            self._tell(self._failing, reason)
 
     def _tell(self, callback: Callable[[T], None], argument: T) -> None:
         # The loop may have been closed while a write was blocked.
@@ -219,6 +224,15 @@ def _is_writing_end(fd: int) -> bool:
     """Whether it is a pipe's end that cannot be read from."""
     only_writes = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
     return only_writes and stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
+class Callbacks(TypedDict):
+    """Arguments of a `WriterThread`."""
+
+    loop: asyncio.AbstractEventLoop
+    written: Callable[[int], None]
+    failing: Callable[[str], None]
+    ended: Callable[[Exception | None], None]
 
 
 class WriterSink(Sink):
@@ -245,37 +259,29 @@ class WriterSink(Sink):
     def _encode(self, batch: Batch) -> bytes:
         """What is written for a batch."""
 
-    @property
-    @abstractmethod
-    def _owns_descriptor(self) -> bool:
-        """Whether the descriptor is closed in the end."""
-
     async def start(self) -> None:
         """Open the descriptor; the thread starts with the first batch.
 
         Raises:
             SinkError: it cannot be opened, or is not open.
         """
-        loop = asyncio.get_running_loop()
-        self._ended = loop.create_future()
+        self._ended = asyncio.get_running_loop().create_future()
         fd = self._open()
-        self._thread = WriterThread(
-            fd,
-            loop=loop,
-            written=self._on_written,
-            failing=self._on_failing,
-            ended=self._on_ended,
-            close=self._owns_descriptor,
-        )
+        self._thread = self._make_thread(fd)
         self._watch(fd)
         self._set_status("up")
 
-    def _switch(self, fd: int) -> None:
-        """Write what is submitted from now on to another descriptor, which is then the sink's."""
-        assert self._thread is not None, "started"
-        self._unwatch()
-        self._watch(fd)
-        self._thread.hand_over(fd)
+    def _make_thread(self, fd: int) -> WriterThread:
+        return WriterThread(fd, **self._callbacks())
+
+    def _callbacks(self) -> Callbacks:
+        """What every thread of this sink calls, and where."""
+        return {
+            "loop": asyncio.get_running_loop(),
+            "written": self._on_written,
+            "failing": self._on_failing,
+            "ended": self._on_ended,
+        }
 
     def _watch(self, fd: int) -> None:
         """Notice when the last reader of a pipe goes, also while nothing is written to it."""
@@ -319,13 +325,15 @@ class WriterSink(Sink):
             kinds, size = self._held.popleft()
             self._delivered(kinds, size)
 
-    def _on_failing(self, error: OSError | None) -> None:
+    def _on_failing(self, reason: str) -> None:
         if self._over:
             return
-        if error is None:
+        if not reason:
             self._set_status("up", "writing works again")
+        elif self.status == "down":  # for another reason now
+            self.listener.sink_status(self, "down", f"{reason}; trying again")
         else:
-            self._set_status("down", f"cannot write: {error.strerror}; trying again")
+            self._set_status("down", f"{reason}; trying again")
 
     def _on_hangup(self) -> None:
         # A writing end becomes readable only when it has an error.

@@ -244,6 +244,10 @@ MISTAKES = [
         "sinks[1]: found standard output again, allowed: once (it is sinks[0])",
     ),
     (
+        '[[sinks]]\ntype = "file"\npath = "p"\n[[sinks]]\ntype = "file"\npath = "./a/../p"',
+        'sinks[1]: found file "./a/../p" again, allowed: once (it is sinks[0])',
+    ),
+    (
         '[[sinks]]\ntype = "file"\npath = "p"\n[[sinks]]\ntype = "file"\npath = "p"',
         'sinks[1]: found file "p" again, allowed: once (it is sinks[0])',
     ),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from streamer.privilege.drop import account_of
 from streamer.privilege.files import (
     DIRECT,
     READ_MOST,
+    Appendable,
     AppendTarget,
     in_memory,
     own_descriptor,
@@ -102,11 +105,36 @@ def test_a_descriptor_by_its_path() -> None:
     """As a shell's process substitution makes them: no other process could open it."""
     reading, writing = os.pipe()
     try:
-        os.write(DIRECT.append(f"/dev/fd/{writing}", 0).fd, b"secret")
+        os.write(DIRECT.append(f"/dev/fd/{writing}", 0).open().fd, b"secret")
         os.close(writing)
         assert os.read(DIRECT.open(f"/dev/fd/{reading}"), 100) == b"secret"
     finally:
         os.close(reading)
+
+
+def test_one_file_by_two_names(tmp_path: Path) -> None:
+    """Links lead to it, or rotation would rename the one to the other."""
+    file, other = tmp_path / "file", tmp_path / "other"
+    for path in (file, other):
+        path.touch()
+    (tmp_path / "hard").hardlink_to(file)
+    (tmp_path / "soft").symlink_to(file)
+    (tmp_path / "here").symlink_to(tmp_path)
+    (tmp_path / "new").symlink_to(tmp_path / "none")
+    for first, second in (
+        (FileSink(path=str(file)), FileSink(path=f"{tmp_path}/hard")),
+        (FileSink(path=str(file)), FileSink(path=f"{tmp_path}/soft")),
+        (FileSink(path=str(file)), FileSink(path=f"{tmp_path}/here/file")),
+        (FileSink(path=f"{tmp_path}/none"), FileSink(path=f"{tmp_path}/new")),
+        (FileSink(path=str(file), rotate_bytes=4096), FileSink(path=f"{file}.7.gz")),
+        (FileSink(path=f"{file}.1"), FileSink(path=str(file), rotate_seconds=60)),
+        (StdoutSink(), FileSink(path="/dev/stdout")),
+        (FileSink(path="/dev/fd/7"), FileSink(path="/proc/self/fd/7")),
+    ):
+        with pytest.raises(ConfigError, match=r"^sinks\[1\]: found .* by another name"):
+            named_files(Settings(sinks=(first, second)))
+    sinks = (FileSink(path=str(file), rotate_bytes=4096, rotate_keep=7), StdoutSink())
+    named_files(Settings(sinks=(*sinks, FileSink(path=f"{file}.8"), FileSink(path=str(other)))))
 
 
 # ---------------------------------------------------------------- opening
@@ -116,12 +144,12 @@ def test_a_link_is_followed_once(tmp_path: Path) -> None:
     """Who can write to the directory later cannot have another file written to."""
     real, link, victim = tmp_path / "real", tmp_path / "link", tmp_path / "victim"
     link.symlink_to(real)
-    target = AppendTarget(str(link))
-    os.write(target.open(0o600).fd, b"one\n")
+    target = AppendTarget(str(link), 0o600)
+    os.write(target.open().fd, b"one\n")
     real.unlink()
     real.symlink_to(victim)
     with pytest.raises(OSError, match="symbolic links"):
-        target.open(0o600)
+        target.open()
     assert not victim.exists()
     target.close()
 
@@ -131,10 +159,10 @@ def test_a_directory_is_held(tmp_path: Path) -> None:
     directory, elsewhere = tmp_path / "logs", tmp_path / "elsewhere"
     directory.mkdir()
     elsewhere.mkdir()
-    target = AppendTarget(str(directory / "events"))
+    target = AppendTarget(str(directory / "events"), 0o600)
     directory.rename(tmp_path / "moved")
     directory.symlink_to(elsewhere)
-    os.write(target.open(0o600).fd, b"one\n")
+    os.write(target.open().fd, b"one\n")
     assert (tmp_path / "moved" / "events").read_bytes() == b"one\n"
     assert not list(elsewhere.iterdir())
     target.close()
@@ -145,19 +173,192 @@ def test_no_directory(tmp_path: Path) -> None:
         DIRECT.append(str(tmp_path / "none" / "events"), 0o600)
 
 
-def test_rotation(tmp_path: Path) -> None:
-    """The oldest goes; without a file there is nothing to do."""
-    path = tmp_path / "events"
-    target = AppendTarget(str(path))
-    target.rotate(2)
-    assert not list(tmp_path.iterdir())
-    for number in range(4):
-        path.write_text(str(number))
-        target.rotate(2)
-    assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {
-        "events.1": "3",
-        "events.2": "2",
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[AppendTarget]:
+    """`events` in the directory of the test."""
+    made = AppendTarget(str(tmp_path / "events"), 0o640)
+    yield made
+    made.close()
+
+
+def written(opened: Appendable, text: str) -> None:
+    os.write(opened.fd, text.encode())
+    os.close(opened.fd)
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """What the files of a directory hold, those that are compressed expanded."""
+    return {
+        path.name: (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode()
+        for path in directory.iterdir()
     }
+
+
+def pack(target: AppendTarget, keep: int) -> bool:
+    """Compress the next file, if there is one."""
+    packing = target.pack(keep)
+    if packing is None:
+        return False
+    with open(packing.source, "rb") as source, open(packing.target, "wb") as packed:
+        packed.write(gzip.compress(source.read()))
+    target.packed(True)
+    return True
+
+
+def test_rotation(target: AppendTarget, tmp_path: Path) -> None:
+    """The oldest goes. What somebody else renamed or removed is not renamed once more."""
+    written(target.open(), "0")
+    for number in range(1, 5):
+        written(target.rotate(2), str(number))
+    assert contents(tmp_path) == {"events": "4", "events.1": "3", "events.2": "2"}
+    (tmp_path / "events").rename(tmp_path / "theirs")
+    assert not target.current()
+    written(target.rotate(2), "5")
+    (tmp_path / "events").unlink()
+    written(target.rotate(2), "6")
+    kept = {"events": "6", "events.1": "3", "events.2": "2", "theirs": "4"}
+    assert contents(tmp_path) == kept
+    assert (tmp_path / "events").stat().st_mode & 0o7777 == 0o640
+
+
+def test_compressed_files_move_on_with_the_others(target: AppendTarget, tmp_path: Path) -> None:
+    written(target.open(), "0")
+    for number in range(1, 4):
+        written(target.rotate(3), str(number))
+        assert pack(target, 3)
+        assert not pack(target, 3)
+    assert contents(tmp_path) == {
+        "events": "3",
+        "events.1.gz": "2",
+        "events.2.gz": "1",
+        "events.3.gz": "0",
+    }
+    assert (tmp_path / "events.3.gz").stat().st_mode & 0o7777 == 0o640
+    for number in range(4, 7):  # not compressed: they take the others' places all the same
+        written(target.rotate(3), str(number))
+    assert contents(tmp_path) == {"events": "6", "events.1": "5", "events.2": "4", "events.3": "3"}
+    while pack(target, 3):
+        pass
+    assert set(contents(tmp_path)) == {"events", "events.1.gz", "events.2.gz", "events.3.gz"}
+
+
+def test_a_file_that_moves_on_while_it_is_compressed(target: AppendTarget, tmp_path: Path) -> None:
+    written(target.open(), "0")
+    written(target.rotate(2), "1")
+    packing = target.pack(2)
+    assert packing is not None
+    written(target.rotate(2), "2")
+    os.write(packing.target, gzip.compress(os.read(packing.source, 100)))
+    target.packed(True)
+    assert contents(tmp_path) == {"events": "2", "events.1": "1", "events.2.gz": "0"}
+    again = target.pack(2)
+    assert again is not None
+    for number in (3, 4):  # now it goes before it is done
+        written(target.rotate(2), str(number))
+    target.packed(True)
+    assert contents(tmp_path) == {"events": "4", "events.1": "3", "events.2": "2"}
+
+
+def test_what_a_compressor_gave_up_stays_as_it_was(target: AppendTarget, tmp_path: Path) -> None:
+    written(target.open(), "0")
+    written(target.rotate(2), "1")
+    packing = target.pack(2)
+    assert packing is not None
+    os.write(packing.target, b"half")
+    target.packed(False)
+    assert contents(tmp_path) == {"events": "1", "events.1": "0"}
+    assert target.pack(2) is not None  # and an agent that is killed leaves the part behind
+    target.packed(True)  # no second time
+    target.packed(True)
+    assert len(contents(tmp_path)) == 2
+
+
+def test_siblings_that_others_put_there(target: AppendTarget, tmp_path: Path) -> None:
+    """In a directory that others can write to, only what the agent has written is compressed."""
+    secret, victim = tmp_path / "secret", tmp_path / "victim"
+    secret.write_text("secret")
+    tmp_path.chmod(0o777)
+    written(target.open(), "0")
+    for name in ("events.1", "events.2", "events.gz.part"):
+        (tmp_path / name).symlink_to(victim)
+    assert target.pack(5) is None
+    (tmp_path / "events.gz.part").unlink()
+    (tmp_path / "events.gz.part").symlink_to(victim)
+    written(target.rotate(5), "1")  # the links are renamed, not followed
+    os.link(secret, tmp_path / "events.4")
+    secret.rename(tmp_path / "events.5")
+    assert pack(target, 5)
+    assert not pack(target, 5)
+    assert not victim.exists()
+    (tmp_path / "events.4").unlink()
+    assert target.pack(5) is None, "it is not known whose that file is"
+    tmp_path.chmod(0o755)
+    assert target.pack(5) is not None, "nobody else can have put it there"
+    target.packed(False)
+    assert os.readlink(tmp_path / "events.2") == os.readlink(tmp_path / "events.3") == str(victim)
+    assert (tmp_path / "events.5").read_text() == "secret"
+    assert gzip.decompress((tmp_path / "events.1.gz").read_bytes()) == b"0"
+
+
+def test_a_file_that_others_put_in_its_place(
+    target: AppendTarget, tmp_path: Path, require: Callable[[object, str], None]
+) -> None:
+    """Whoever can write to the directory gets no events by it, and has no file written to."""
+    require(os.geteuid() == 0, "to make files of others' needs root")
+    events, other = tmp_path / "events", tmp_path / "other"
+    written(target.open(), "0")
+    events.unlink()
+    events.touch()
+    os.chown(events, 65534, 65534)
+    with pytest.raises(PermissionError, match="others may have put a file there"):
+        target.open()
+    events.unlink()
+    other.touch()
+    os.link(other, events)
+    with pytest.raises(PermissionError):
+        target.open()
+    events.unlink()
+    events.touch()
+    written(target.open(), "1")
+    assert contents(tmp_path) == {"events": "1", "other": ""}
+    first = AppendTarget(str(other), 0o600)
+    os.chown(other, 65534, 65534)
+    for _ in range(2):  # whose it is at first is the administrator's choice
+        written(first.open(), "2")
+    first.close()
+
+
+def test_a_rotation_that_fails_leaves_the_file(target: AppendTarget, tmp_path: Path) -> None:
+    written(target.open(), "0")
+    (tmp_path / "events.1" / "full").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        target.rotate(1)
+    assert (tmp_path / "events").read_text() == "0"
+    assert target.current()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_directory_that_is_made_anew(tmp_path: Path, moved: bool) -> None:
+    """It is used if whoever made it could have written to the old one, too."""
+    directory = tmp_path / "logs"
+    directory.mkdir(0o755)
+    target = AppendTarget(str(directory / "events"), 0o600)
+    written(target.open(), "0")
+    if moved:
+        directory.rename(tmp_path / "old")
+        assert target.current(), "it is where it was, and nothing is in its place"
+    else:
+        shutil.rmtree(directory)
+        assert not target.current()
+        with pytest.raises(FileNotFoundError):
+            target.open()
+    directory.mkdir(0o777)
+    directory.chmod(0o777)
+    assert target.current() == moved, "that one is anybody's to write to"
+    directory.chmod(0o755)
+    assert not target.current()
+    written(target.open(), "1")
+    assert (directory / "events").read_text() == "1"
     target.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import signal
@@ -125,25 +126,51 @@ def test_a_file_to_read(helper: Setting) -> None:
 
 def test_a_file_to_append_to(helper: Setting) -> None:
     """Made with exactly its mode; opened anew when the name has come to mean another file."""
+    file = helper.opener.append(str(helper.events), 0o640)
     before = os.umask(0o077)
     try:
-        first = helper.opener.append(str(helper.events), 0o640)
+        first = file.open()
     finally:
         os.umask(before)
     assert not first.torn
     assert helper.events.stat().st_mode & 0o7777 == 0o640
     os.write(first.fd, b"one")
-    again = helper.opener.append(str(helper.events), 0o640)
+    again = file.open()
     assert again.torn
+    assert file.current()
     os.write(again.fd, b"\n")
-    helper.opener.rotate(str(helper.events), 2)
-    rotated = helper.opener.append(str(helper.events), 0o640)
+    rotated = file.rotate(2)
     os.write(rotated.fd, b"two\n")
     assert not rotated.torn
     assert helper.events.read_bytes() == b"two\n"
-    assert Path(f"{helper.events}.1").read_bytes() == b"one\n"
-    for opened in (first, again, rotated):
-        os.close(opened.fd)
+    older = Path(f"{helper.events}.1")
+    assert older.read_bytes() == b"one\n"
+    packing = file.pack(2)
+    assert packing is not None
+    os.write(packing.target, gzip.compress(os.read(packing.source, 100)))
+    file.packed(True)
+    assert gzip.decompress(Path(f"{older}.gz").read_bytes()) == b"one\n"
+    assert not older.exists()
+    assert file.pack(2) is None
+    helper.events.unlink()
+    assert not file.current()
+    for fd in (first.fd, again.fd, rotated.fd, *packing):
+        os.close(fd)
+
+
+async def test_an_answer_to_a_thread_is_no_end_of_the_helper(helper: Setting) -> None:
+    """The loop watches the socket on which answers come that threads have asked for."""
+    loop, ends = asyncio.get_running_loop(), []
+    file = helper.opener.append(str(helper.events), 0o640)
+    os.close(file.open().fd)
+    helper.client.watch(loop, lambda: ends.append(True))
+    answers = await asyncio.to_thread(lambda: [file.current() for _ in range(2000)])
+    assert answers == [True] * 2000
+    assert not ends
+    os.kill(helper.client.pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while not ends:  # noqa: ASYNC110 - the watch is what is looked at
+            await asyncio.sleep(0.01)
 
 
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
@@ -153,7 +180,7 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     client = start_helper(PROGRAM)
     client.set_up(files)
     opener = RemoteOpener(client, files)
-    with open(opener.append(path, 0o600).fd, "wb") as file:
+    with open(opener.append(path, 0o600).open().fd, "wb") as file:
         file.write(b"data")
     assert read_all(opener.open(path)) == b"data"
     client.close()
@@ -307,6 +334,13 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("rotate", {"index": 0, "keep": 3}),
     ("rotate", {"index": 1, "keep": 0}),
     ("rotate", {"index": 1, "keep": 101}),
+    ("rotate", {"index": 1, "keep": True}),
+    ("current", {"index": 0}),
+    ("current", {"index": 2}),
+    ("pack", {"index": 0, "keep": 3}),
+    ("pack", {"index": 1, "keep": 0}),
+    ("packed", {"index": 0, "whole": True}),
+    ("packed", {"index": 1, "whole": 1}),
     ("proc", {"pid": 1, "name": "environ"}),
     ("proc", {"pid": 1, "name": "mem"}),
     ("proc", {"pid": 1, "name": "fd/0"}),

@@ -176,6 +176,7 @@ ALLOWED = [
     ("helper", "ioctl", (3, 0x40042408)),
     ("helper", "sendmsg", (3,)),
     ("helper", "renameat", ()),
+    ("helper", "unlinkat", ()),
 ]
 REFUSED = [
     ("worker", "openat", (0, 0, O_CREAT | O_WRONLY)),
@@ -203,6 +204,7 @@ REFUSED = [
     ("worker", "bpf", (5,)),
     ("worker", "perf_event_open", ()),
     ("worker", "renameat", ()),
+    ("worker", "unlinkat", ()),
     ("worker", "fchmod", ()),
     ("worker", "seccomp", ()),
     ("helper", "socket", (1, 1, 0)),
@@ -242,7 +244,7 @@ keyctl add_key request_key init_module finit_module delete_module kexec_load kex
 reboot userfaultfd fanotify_init setuid setreuid setresuid setgid setregid setresgid setgroups
 setfsuid setfsgid capset personality acct swapon swapoff quotactl syslog iopl ioperm
 settimeofday clock_settime adjtimex clock_adjtime chown fchown lchown fchownat chmod fchmodat
-unlink unlinkat link linkat symlink symlinkat mknod mknodat mkdir mkdirat rmdir truncate
+link linkat symlink symlinkat mknod mknodat mkdir mkdirat rmdir truncate
 listen accept accept4 setpriority sched_setscheduler sched_setaffinity timer_create openat2
 """
 HEADERS = {

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
+import gzip
 import itertools
+import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +24,7 @@ from streamer.config import settings
 from streamer.errors import SinkError
 from streamer.events.batch import Batch
 from streamer.sinks.base import Sink
-from streamer.sinks.file import FileSink
+from streamer.sinks.file import FileSink, Rotation
 from streamer.sinks.stdout import StdoutSink
 from streamer.sinks.writer import advance
 from tests.recorder import Recorder
@@ -386,7 +390,7 @@ def small_disk(tmp_path: Path, require: Callable[[object, str], None]) -> Iterat
     require(os.geteuid() == 0, "mounting a small file system needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "tmpfs", disk], check=True)
     yield disk
     subprocess.run(["umount", disk], check=True)
 
@@ -420,6 +424,356 @@ async def test_a_full_disk_loses_nothing_when_space_returns(small_disk: Path) ->
     assert [status for status, _ in recorder.statuses] == ["up", "down", "up", "closed"]
 
 
+# ---------------------------------------------------------------- file, renamed by others
+
+
+def numbers(*paths: Path) -> list[int]:
+    """The numbers of the events in files, in order; compressed ones are expanded."""
+    found = []
+    for path in paths:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        found += [int(json.loads(line)["id"][2:]) for line in data.splitlines()]
+    return found
+
+
+def older(path: Path) -> list[Path]:
+    """The rotated siblings of a file, the oldest first."""
+    siblings = path.parent.glob(f"{path.name}.[0-9]*")
+    return sorted(siblings, key=lambda one: -int(one.name.split(".")[1]))
+
+
+async def feed(sink: Sink, start: int, count: int = 1) -> None:
+    """Events one after the other, each written before the next is there."""
+    for number in range(start, start + count):
+        sink.submit(execs(1, number))
+        await until(lambda: not sink.account.pending)
+
+
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamer.sinks.file.LOOK_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_renamed_file_is_noticed_without_a_signal(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    sink = file_sink(path)
+    await sink.start()
+    await feed(sink, 0, 3)
+    path.rename(tmp_path / "renamed")
+    await feed(sink, 3, 2)
+    path.rename(tmp_path / "again")
+    path.touch(0o600)  # as `create` of logrotate does
+    await feed(sink, 5, 2)
+    await sink.stop(WAIT)
+    assert numbers(tmp_path / "renamed") == [0, 1, 2]
+    assert numbers(tmp_path / "again") == [3, 4]
+    assert numbers(path) == [5, 6]
+    assert path.stat().st_mode & 0o7777 == 0o600
+    assert sink.account.delivered == {"process.exec": 7}
+
+
+async def test_what_is_written_to_a_removed_file_is_written_again(tmp_path: Path) -> None:
+    """At once, not only at the next look: it does not count before it can be read."""
+    path = tmp_path / "events"
+    sink = file_sink(path)
+    await sink.start()
+    await feed(sink, 0, 2)
+    path.unlink()
+    await feed(sink, 2, 2)
+    await sink.stop(WAIT)
+    assert numbers(path) == [2, 3]
+    assert sink.account.delivered == {"process.exec": 4}
+
+
+async def test_a_truncated_file_goes_on_at_its_beginning(tmp_path: Path) -> None:
+    """As `copytruncate` of logrotate does it."""
+    path = tmp_path / "events"
+    sink = file_sink(path)
+    await sink.start()
+    await feed(sink, 0, 3)
+    os.truncate(path, 0)
+    await feed(sink, 3, 2)
+    await sink.stop(WAIT)
+    assert numbers(path) == [3, 4]
+
+
+async def test_a_directory_that_vanishes_is_a_state_and_costs_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "logs"
+    directory.mkdir()
+    path = directory / "events"
+    sink = file_sink(path)
+    recorder = recorded(sink)
+    await sink.start()
+    await feed(sink, 0, 2)
+    shutil.rmtree(directory)
+    sink.submit(execs(3, 2))
+    await until(lambda: sink.status == "down")
+    sink.submit(execs(1, 5))
+    assert sink.account.delivered == {"process.exec": 2}
+    directory.mkdir()
+    await until(lambda: not sink.account.pending)
+    await sink.stop(WAIT)
+    assert numbers(path) == [2, 3, 4, 5]
+    assert sink.account.delivered == {"process.exec": 6}
+    reason = "was removed, and cannot be opened again: No such file or directory; trying again"
+    assert recorder.statuses[:3] == [
+        ("up", ""),
+        ("down", reason),
+        ("up", "writing works again"),
+    ]
+
+
+async def test_a_directory_that_stays_away_drops_exactly_the_rest(tmp_path: Path) -> None:
+    directory = tmp_path / "logs"
+    directory.mkdir()
+    sink = file_sink(directory / "events")
+    await sink.start()
+    await feed(sink, 0, 2)
+    shutil.rmtree(directory)
+    sink.submit(execs(3, 2))
+    await until(lambda: sink.status == "down")
+    await sink.stop(0.1)
+    assert sink.account.delivered == {"process.exec": 2}
+    assert sink.account.dropped == {"process.exec": 3}
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_full_disk_is_left_by_renaming(small_disk: Path) -> None:
+    """The line that was under way is whole in the new file, a bad one at the old one's end."""
+    (small_disk / "ballast").write_bytes(bytes(40 << 10))
+    path = small_disk / "events"
+    sink = file_sink(path)
+    await sink.start()
+    for number in range(400):
+        sink.submit(execs(1, number, pad=77))
+    await until(lambda: sink.status == "down")
+    path.rename(small_disk / "old")
+    (small_disk / "ballast").unlink()
+    await until(lambda: not sink.account.pending)
+    await sink.stop(WAIT)
+    *lines, torn = (small_disk / "old").read_bytes().split(b"\n")
+    assert torn, "the disk was to fill up within a line"
+    first = [int(json.loads(line)["id"][2:]) for line in lines]
+    assert first + numbers(path) == list(range(400))
+    assert sink.account.delivered == {"process.exec": 400}
+
+
+# ---------------------------------------------------------------- file, rotated
+
+
+@pytest.mark.parametrize("compress", ["none", "gzip"])
+async def test_rotation_by_size_keeps_so_many_and_loses_nothing(
+    tmp_path: Path, compress: Any
+) -> None:
+    path = tmp_path / "events"
+    sink = file_sink(path, rotate_bytes=4096, rotate_keep=40, rotate_compress=compress)
+    await sink.start()
+    for number in range(0, 1000, 10):
+        sink.submit(execs(10, number, pad=90))
+        if number % 90 == 0:
+            await asyncio.sleep(0.001)
+    await until(lambda: not sink.account.pending)
+    if compress == "gzip":
+        await until(lambda: all(one.suffix == ".gz" for one in older(path)))
+    await sink.stop(WAIT)
+    files = older(path)
+    batch = len(execs(10, pad=90).lines("json"))
+    assert [one.name.split(".")[1] for one in files] == [str(n) for n in range(len(files), 0, -1)]
+    assert numbers(*files, path) == list(range(1000))
+    if compress == "none":
+        assert {one.stat().st_size for one in files} == {-(-4096 // batch) * batch}
+    assert sink.account.delivered == {"process.exec": 1000}
+    assert not [name for name in descriptors() if name.startswith(str(tmp_path))]
+
+
+async def test_rotation_removes_the_oldest(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    sink = file_sink(path, rotate_bytes=4096, rotate_keep=2)
+    await sink.start()
+    for number in range(10):
+        sink.submit(execs(1, number, pad=4096))
+    await sink.stop(WAIT)
+    assert [one.name for one in older(path)] == ["events.2", "events.1"]
+    assert numbers(*older(path), path) == [7, 8, 9]
+
+
+async def test_rotation_by_age_goes_by_the_clock_and_survives_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    day = 86400
+    now = 20000.5 * day
+
+    async def run(start: int, count: int) -> None:
+        config = settings.FileSink(path=str(path), rotate_seconds=day)
+        sink = FileSink(config, clock=lambda: now)
+        await sink.start()
+        await feed(sink, start, count)
+        await sink.stop(WAIT)
+        if path.exists():
+            os.utime(path, (now, now))
+
+    await run(0, 2)
+    await run(2, 1)  # the same day
+    now += day
+    await run(3, 2)
+    assert [numbers(one) for one in (*older(path), path)] == [[0, 1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("size", "begun", "now", "due"),
+    [
+        (0, 0.0, 1e9, False),
+        (99, 50.0, 99.9, False),
+        (100, 50.0, 50.0, True),
+        (1, 50.0, 100.0, True),
+        (1, 100.0, 99.9, True),  # the clock was set
+    ],
+)
+def test_when_a_file_is_full(size: int, begun: float, now: float, due: bool) -> None:
+    assert Rotation(100, 100).is_due(size, begun, now) == due
+    assert not Rotation(None, None).is_due(size, begun, now)
+
+
+async def test_a_rotation_that_fails_is_said_once_and_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "events"
+    (tmp_path / "events.1" / "full").mkdir(parents=True)
+    sink = file_sink(path, rotate_bytes=4096, rotate_keep=1)
+    await sink.start()
+    for number in range(10):
+        sink.submit(execs(1, number, pad=4096))
+    await sink.stop(WAIT)
+    assert numbers(path) == list(range(10))
+    assert caplog.messages == [
+        f"file:{path} cannot be rotated: Is a directory; writing to the old file goes on"
+    ]
+
+
+async def test_a_compressor_without_room_leaves_the_file(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the next run compresses what it finds."""
+    path = small_disk / "events"
+    (small_disk / "ballast").write_bytes(bytes(40 << 10))
+    sink = file_sink(path, rotate_bytes=4096, rotate_compress="gzip")
+    await sink.start()
+    await feed(sink, 0)
+    sink.submit(Batch([Exec("b-1", os.urandom(8000).hex())]))
+    await until(lambda: not sink.account.pending)
+    await feed(sink, 2)
+    await until(lambda: caplog.messages)
+    await sink.stop(WAIT)
+    said = "an older file cannot be compressed, and stays as it is: No space left on device"
+    assert caplog.messages == [f"file:{path}: {said}"]
+    assert sorted(os.listdir(small_disk)) == ["ballast", "events", "events.1"]
+    (small_disk / "ballast").unlink()
+    again = file_sink(path, rotate_bytes=4096, rotate_compress="gzip")
+    await again.start()
+    await asyncio.sleep(1)
+    await feed(again, 3)
+    await until((small_disk / "events.1.gz").exists)
+    await again.stop(WAIT)
+    assert numbers(*older(path), path) == [0, 1, 2, 3]
+
+
+async def test_only_a_regular_file_can_be_rotated() -> None:
+    with pytest.raises(SinkError, match="only a regular file can be rotated"):
+        await file_sink(Path("/dev/null"), rotate_bytes=4096).start()
+
+
+# ---------------------------------------------------------------- file, and the disk
+
+
+class Disk:
+    """Counts what is synchronised, and fails as often as it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.synced = 0
+        self.fails = 0
+        self._real = os.fdatasync
+        monkeypatch.setattr("streamer.sinks.file.os.fdatasync", self._sync)
+
+    def _sync(self, fd: int) -> None:
+        if self.fails:
+            self.fails -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._real(fd)
+        self.synced += 1
+
+
+async def test_delivered_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    counts = {}
+    for policy in ("never", "batch"):
+        sink = file_sink(tmp_path / policy, fsync=policy)
+        await sink.start()
+        before = disk.synced
+        await feed(sink, 0, 5)
+        counts[policy] = disk.synced - before
+        await sink.stop(WAIT)
+    assert counts == {"never": 0, "batch": 5}
+
+
+async def test_with_an_interval_it_is_held_until_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    path = tmp_path / "events"
+    sink = file_sink(path, fsync="interval", fsync_seconds=0.5)
+    await sink.start()
+    sink.submit(execs(5))
+    await until(lambda: path.read_bytes().count(b"\n") == 5)
+    assert (disk.synced, sink.account.pending) == (0, 5)
+    await until(lambda: not sink.account.pending)
+    assert disk.synced == 1
+    await asyncio.sleep(0.6)
+    assert disk.synced == 1, "nothing was written since"
+    sink.submit(execs(5, 5))
+    await sink.stop(WAIT)
+    assert disk.synced == 2
+    assert sink.account.delivered == {"process.exec": 10}
+
+
+async def test_what_could_not_be_synchronised_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel forgets it, and says so once only: a second fsync would succeed without it."""
+    disk = Disk(monkeypatch)
+    path = tmp_path / "events"
+    sink = file_sink(path, fsync="batch")
+    recorder = recorded(sink)
+    await sink.start()
+    await feed(sink, 0)
+    disk.fails = 1
+    await feed(sink, 1)
+    await sink.stop(WAIT)
+    assert numbers(path) == [0, 1, 1]
+    assert recorder.statuses[1] == (
+        "down",
+        "cannot be synchronised: Input/output error; trying again",
+    )
+    assert sink.account.delivered == {"process.exec": 2}
+
+
+async def test_what_is_not_on_the_disk_is_written_again_after_a_removal(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    sink = file_sink(path, fsync="interval", fsync_seconds=60)
+    await sink.start()
+    sink.submit(execs(2))
+    await until(lambda: path.read_bytes().count(b"\n") == 2)
+    path.unlink()
+    sink.submit(execs(1, 2))
+    await until(lambda: path.exists() and path.read_bytes().count(b"\n") == 3)
+    path.rename(tmp_path / "old")
+    sink.reopen()
+    await until(lambda: not sink.account.pending)  # the old one is finished first
+    sink.submit(execs(1, 3))
+    await sink.stop(WAIT)
+    assert numbers(tmp_path / "old", path) == [0, 1, 2, 3]
+
+
 # ---------------------------------------------------------------- file, opened anew
 
 
@@ -434,6 +788,7 @@ async def test_a_rotated_file_is_opened_anew_and_nothing_is_lost(tmp_path: Path)
         if number % 100 == 99:
             path.rename(tmp_path / f"events.{number // 100}")
             sink.reopen()
+            await until(path.exists)
         if number % 7 == 0:
             await asyncio.sleep(0)
     await until(lambda: not sink.account.pending)
@@ -462,7 +817,7 @@ async def test_what_waits_for_the_old_file_is_written_there(tmp_path: Path) -> N
     path.unlink()
     sink.reopen()
     sink.submit(after)
-    assert path.read_bytes() == b""
+    assert not path.exists(), "the old one is still written to"
     assert await read(reader, len(before.lines("json"))) == before.lines("json")
     await until(lambda: not sink.account.pending)
     assert path.read_bytes() == after.lines("json")
