@@ -27,7 +27,7 @@ from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import TypedDict, TypeVar
 
-from streamer.events.batch import Batch
+from streamer.events.batch import Batch, Spans
 from streamer.sinks.base import Sink
 
 Buffer = bytes | memoryview
@@ -120,6 +120,21 @@ class WriterThread:
         if self._thread.ident is None:
             self._thread.start()
         self._queue.put(data)
+
+    def take_back(self) -> int:
+        """Take out what no write has begun with. How many byte strings it was."""
+        count = 0
+        kept: list[Marker | None] = []
+        with contextlib.suppress(Empty):
+            while True:
+                data = self._queue.get_nowait()
+                if isinstance(data, bytes):
+                    count += 1
+                else:
+                    kept.append(data)
+        for one in kept:
+            self._queue.put(one)
+        return count
 
     def _run(self) -> None:
         error: Exception | None = None
@@ -241,7 +256,7 @@ class WriterSink(Sink):
     def __init__(self, name: str, budget_bytes: int) -> None:
         """See `Sink`."""
         super().__init__(name, budget_bytes)
-        self._held: deque[tuple[Mapping[str, int], int]] = deque()
+        self._held: deque[tuple[Mapping[str, int], int, Spans]] = deque()
         self._thread: WriterThread | None = None
         self._ended: asyncio.Future[None] | None = None
         self._over = ""
@@ -294,12 +309,19 @@ class WriterSink(Sink):
         """Take a batch; its size is that of what will be written."""
         if self._over or self._thread is None:
             self._take(batch.kinds, 0)
-            self._dropped(batch.kinds, 0, self._over or "not started")
+            self._dropped(batch.kinds, 0, self._over or "not started", batch.spans)
             return
         data = self._encode(batch)
         self._take(batch.kinds, len(data))
-        self._held.append((batch.kinds, len(data)))
+        self._held.append((batch.kinds, len(data), batch.spans))
         self._thread.hand_over(data)
+
+    def discard(self, reason: str) -> None:
+        """Drop what no write has begun with."""
+        count = 0 if self._over or self._thread is None else self._thread.take_back()
+        dropped = [self._held.pop() for _ in range(count)]
+        for kinds, size, spans in reversed(dropped):
+            self._dropped(kinds, size, reason, spans)
 
     async def stop(self, grace: float) -> None:
         """Write what is held within `grace` seconds and drop the rest.
@@ -322,7 +344,7 @@ class WriterSink(Sink):
         if self._over:
             return
         for _ in range(count):
-            kinds, size = self._held.popleft()
+            kinds, size, _ = self._held.popleft()
             self._delivered(kinds, size)
 
     def _on_failing(self, reason: str) -> None:
@@ -356,6 +378,6 @@ class WriterSink(Sink):
         self._over = reason
         self._unwatch()
         while self._held:
-            kinds, size = self._held.popleft()
-            self._dropped(kinds, size, reason)
+            kinds, size, spans = self._held.popleft()
+            self._dropped(kinds, size, reason, spans)
         self._set_status("closed", reason)

@@ -9,7 +9,6 @@ import gzip
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -106,12 +105,12 @@ def test_removed(scope: Scope, tmp_path: Path, output: Path) -> None:
 
 def test_truncated_after_a_copy(scope: Scope, tmp_path: Path, output: Path) -> None:
     """As `copytruncate` of logrotate does it, between two bursts: it loses what comes meanwhile."""
-    copies = []
+    copies: list[Path] = []
     with agent(tmp_path, scope, output) as running:
         for number in range(3):
             scope.act(bursts, 1)
             running.wait_for(b'{"event":"file.open"', BURST)
-            copies.append(shutil.copy(output, output.with_suffix(f".copy{number}")))
+            copies.append(Path(shutil.copy(output, output.with_suffix(f".copy{number}"))))
             os.truncate(output, 0)
         recording = running.stop(check=False)
     parts = [path.read_bytes() for path in (*copies, output)]
@@ -165,8 +164,7 @@ def test_a_directory_that_vanishes(scope: Scope, tmp_path: Path, output: Path) -
         before = output.read_bytes()
         shutil.rmtree(output.parent)
         with scope.start(bursts) as actor:
-            for _ in wait_for_line(running, "file:", "is down: was removed"):
-                pass
+            wait_for_line(running, "file:", "is down: was removed")
             output.parent.mkdir(mode=0o700)
             opened = BURST + actor.result()
         recording = running.stop(check=False)
@@ -175,9 +173,9 @@ def test_a_directory_that_vanishes(scope: Scope, tmp_path: Path, output: Path) -
     check([before, output.read_bytes()], recording, opened)
 
 
-def wait_for_line(running: Agent, *words: str) -> Iterator[None]:
+def wait_for_line(running: Agent, *words: str) -> None:
     """Wait until a line of the log has all the words."""
     deadline = time.monotonic() + seconds(20)
     while not any(all(word in line for word in words) for line in running.stderr.splitlines()):
         assert time.monotonic() < deadline, running.stderr
-        yield time.sleep(0.02)
+        time.sleep(0.02)

@@ -18,7 +18,7 @@ from streamer.kernel.objects import KIND_NUMBERS
 from streamer.kernel.state import KernelState, ProgramStatus, coverage
 from streamer.privilege import files, proc, requests
 from streamer.privilege.channel import MESSAGE_BYTES, MOST_DESCRIPTORS, Channel, MessageError
-from streamer.privilege.files import AppendTarget, DirectOpener, open_read, read_all
+from streamer.privilege.files import MOST_KEPT, AppendTarget, DirectOpener, open_read, read_all
 from streamer.privilege.requests import Refused, parse
 from streamer.sinks.base import Watermarks
 from tests.memory_kernel import MemoryPrograms
@@ -64,7 +64,7 @@ JUST_ALLOWED = [
     request("open", index=0),
     request("open", index=requests.MOST_FILES),
     request("rotate", index=0, keep=1),
-    request("rotate", index=0, keep=requests.MOST_KEPT),
+    request("rotate", index=0, keep=MOST_KEPT),
     request("load_core", rings={"bulk": requests.MOST_RING}, btf=None),
     request("load", sensor="a" * 32, options=NAMED),
     request("load", sensor="net", options={"connections": requests.MOST_OPTION}),
@@ -78,7 +78,7 @@ TOO_MUCH = [
     (request("open", index=-1), "open: index"),
     (request("open", index=requests.MOST_FILES + 1), "open: index"),
     (request("rotate", index=0, keep=0), "rotate: keep"),
-    (request("rotate", index=0, keep=requests.MOST_KEPT + 1), "rotate: keep"),
+    (request("rotate", index=0, keep=MOST_KEPT + 1), "rotate: keep"),
     (request("load_core", rings={"bulk": requests.MOST_RING + 1}, btf=None), "load_core: rings"),
     (request("load", sensor="a" * 33, options={}), "load: sensor"),
     (request("load", sensor="net", options=NAMED | {"more": 1}), "load: options"),
@@ -150,7 +150,9 @@ def test_a_file_is_made_with_the_mode_that_is_asked_for_whatever_the_umask(tmp_p
     before = os.umask(0o077)
     try:
         with nothing_left_open():
-            os.close(DirectOpener().append(str(tmp_path / "made"), 0o664).fd)
+            file = DirectOpener().append(str(tmp_path / "made"), 0o664)
+            os.close(file.open().fd)
+            file.close()
     finally:
         os.umask(before)
     assert (tmp_path / "made").stat().st_mode & 0o777 == 0o664
@@ -159,8 +161,8 @@ def test_a_file_is_made_with_the_mode_that_is_asked_for_whatever_the_umask(tmp_p
 def test_descriptors_block(tmp_path: Path) -> None:
     """The writer waits for a slow device in a thread, and does not ask it again and again."""
     (tmp_path / "file").write_text("content")
-    target = AppendTarget(str(tmp_path / "file"))
-    opened = [open_read(str(tmp_path / "file")), target.open(0o600).fd]
+    target = AppendTarget(str(tmp_path / "file"), 0o600)
+    opened = [open_read(str(tmp_path / "file")), target.open().fd]
     target.close()
     assert [os.get_blocking(fd) for fd in opened] == [True, True]
     for fd in opened:
@@ -171,8 +173,10 @@ def test_descriptors_block(tmp_path: Path) -> None:
 def test_a_file_that_ends_within_a_line(tmp_path: Path, content: str, torn: bool) -> None:
     (tmp_path / "file").write_text(content)
     with nothing_left_open():
-        opened = DirectOpener().append(str(tmp_path / "file"), 0o600)
+        file = DirectOpener().append(str(tmp_path / "file"), 0o600)
+        opened = file.open()
         os.close(opened.fd)
+        file.close()
     assert opened.torn is torn
 
 

@@ -212,6 +212,28 @@ async def test_a_stalled_pipe_stalls_neither_the_loop_nor_stop(pipe: Pipe) -> No
     assert recorder.statuses[-1] == ("closed", "stopped before it was written")
 
 
+async def test_what_waits_can_be_dropped_for_what_comes_then(pipe: Pipe) -> None:
+    """Behind a write that is blocked: what it has begun with stays, and what is new follows."""
+    sink = stdout_sink(pipe)
+    recorder = recorded(sink)
+    await sink.start()
+    first = execs(10, pad=1000)
+    sink.submit(first)
+    await asyncio.sleep(0.05)  # the thread has taken it, and waits for room
+    for n in range(10, 60, 10):
+        sink.submit(Batch(execs(10, start=n).events, spans={("bulk", 0): (n, n + 9)}))
+    sink.discard("no time")
+    assert recorder.drops == [({"process.exec": 10}, "no time")] * 5
+    assert sink.account.pending == 10
+    last = execs(1, start=99)
+    sink.submit(last)
+    expected = first.lines("json") + last.lines("json")
+    assert await read(pipe.read_end, len(expected)) == expected
+    await sink.stop(WAIT)
+    assert sink.account.delivered == {"process.exec": 11}
+    assert sink.watermarks.held == 0
+
+
 async def test_backpressure_is_at_the_exact_marks(pipe: Pipe) -> None:
     """The batch that reaches the budget makes it full, once; half of the budget makes room."""
     batch = execs(1, pad=1000)
