@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -9,13 +13,16 @@ from pathlib import Path
 import pytest
 
 from tests.brokers import KafkaBroker, MosquittoBroker, subscribed
-from tests.kernel.agent import Agent, decoded
+from tests.kernel.agent import Agent, decoded, kind_of
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
+from tests.kernel.system import open_missing
 
 pytestmark = [pytest.mark.kernel, pytest.mark.kafka, pytest.mark.mqtt]
 
 EXECS = 200
 TOPIC = "kernel-events"
+BACKLOG = 60_000
 
 
 def run_programs(first: int, count: int) -> list[list[str]]:
@@ -80,3 +87,65 @@ def test_a_killed_kafka_costs_no_event(scope: Scope, tmp_path: Path) -> None:
     assert [event.argv for event in events if hasattr(event, "argv")] == commands
     assert values == agent.output.read_bytes().splitlines()
     assert recording.returncode == 0
+
+
+def test_a_backlog_that_cannot_be_delivered_is_told(scope: Scope, tmp_path: Path) -> None:
+    """The last losses and the last heartbeat do not wait behind it: they name it, to the last one.
+
+    The broker stands still until the agent has given up what waits, and goes on with what it was
+    sent before.
+    """
+    grace = seconds(8)
+    with KafkaBroker(tmp_path / "kafka") as kafka:
+        with Agent(
+            tmp_path / "a",
+            *scope.options,
+            events="file.open",
+            config=f"grace_seconds = {grace}\n",
+            sinks=(f"kafka://{kafka.address}/{TOPIC}",),
+        ) as agent:
+            scope.act(open_missing, "/no/", 10)
+            wait_for_topic(kafka, 11)
+            os.kill(kafka.pid, signal.SIGSTOP)
+            try:
+                scope.act(open_missing, "/no/", BACKLOG)
+                agent.wait_for(b'"event":"file.open"', BACKLOG + 10)
+                agent.send(signal.SIGTERM)
+                time.sleep(grace * 0.8)
+            finally:
+                os.kill(kafka.pid, signal.SIGCONT)
+            recording = agent.wait()
+        values = [decoded(value) for value in by_kcat(kafka)]
+    assert recording.returncode == 5
+    opens = [event for event in values if kind_of(event) == "file.open"]
+    losses = [event for event in values if kind_of(event) == "stream.loss"]
+    lost = sum(loss.count for loss in losses)
+    assert lost > BACKLOG // 10
+    assert len(opens) + lost == BACKLOG + 10
+    assert {loss.stage for loss in losses} == {"sink"}
+    assert sum(loss.kinds["file.open"] for loss in losses) == lost
+    # Which they are: what is not there, and nothing else.
+    there = {(event.ring, event.cpu, event.seq) for event in opens}
+    told = [
+        (one.ring, one.cpu, seq)
+        for loss in losses
+        for one in loss.ranges
+        for seq in range(one.seq_from, one.seq_to + 1)
+    ]
+    missing = {(e.ring, e.cpu, e.seq) for e in recording.events} - there
+    assert missing <= set(told)
+    assert kind_of(values[-1]) == "stream.heartbeat"
+    assert values[-1].sink_counts[f"kafka://{kafka.address}/{TOPIC}"].dropped == lost
+    (said,) = re.findall("not delivered: (.*)", recording.stderr)
+    counts = re.findall("([0-9,]+) events to kafka://", said)
+    assert sum(int(count.replace(",", "")) for count in counts) == lost
+
+
+def wait_for_topic(kafka: KafkaBroker, count: int) -> None:
+    deadline = time.monotonic() + seconds(30)
+    while time.monotonic() < deadline:
+        with contextlib.suppress(subprocess.CalledProcessError):  # it is not there yet
+            if len(by_kcat(kafka)) >= count:
+                return
+        time.sleep(0.1)
+    raise AssertionError("nothing came")
