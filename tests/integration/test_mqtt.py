@@ -566,6 +566,118 @@ async def test_an_exceeded_quota_is_waited_for(start_sink: StartSink) -> None:
     assert [status for status, _ in recorder.statuses] == ["up", "closed"]
 
 
+def delivered_for_good(payloads: list[bytes], codes: list[int]) -> list[str]:
+    """Ids in the order in which a consumer has each for the last time."""
+    taken = b"".join(payload for payload, code in zip(payloads, codes, strict=True) if code < 0x80)
+    return list(dict.fromkeys(reversed(ids(taken))))[::-1]
+
+
+class Answers:
+    """Answers by number, 0 otherwise, and keeps them."""
+
+    def __init__(self, codes: dict[int, int]) -> None:
+        self.codes = codes
+        self.given: list[int] = []
+
+    def __call__(self, n: int) -> int:
+        self.given.append(self.codes.get(n, 0))
+        return self.given[-1]
+
+
+@pytest.mark.parametrize("code", [0x80, 0x83, 0x91, 0x97])
+async def test_one_refused_for_now_in_the_middle_of_a_window_keeps_the_order(
+    start_sink: StartSink, code: int
+) -> None:
+    """At the default number in flight: what was taken behind it comes once more, behind it."""
+    answers = Answers({1: code})
+    async with ScriptedBroker(answers) as broker:
+        sink, recorder = await start_sink(broker.port, batch_events=10)
+        sink.submit(execs(50))
+        await sink.stop(GRACE)
+    chunks = [execs(10, start).lines("json") for start in (0, 10, 20, 30, 40)]
+    assert broker.payloads == chunks + chunks[1:]
+    assert delivered_for_good(broker.payloads, answers.given) == ids(execs(50).lines("json"))
+    assert account(sink) == (50, 0, 0)
+    assert sink.watermarks.held == 0
+    assert [status for status, _ in recorder.statuses] == ["up", "closed"]
+
+
+async def test_several_refused_for_now_are_sent_again_in_their_order(
+    start_sink: StartSink,
+) -> None:
+    """Then one at a time until one is taken: what is refused again has nothing behind it."""
+    answers = Answers(dict.fromkeys((1, 2, 3, 5), 0x97))
+    async with ScriptedBroker(answers) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=10)
+        sink.submit(execs(50))
+        await sink.stop(GRACE)
+    chunks = [execs(10, start).lines("json") for start in (0, 10, 20, 30, 40)]
+    assert broker.payloads == [*chunks, chunks[1], *chunks[1:]]
+    assert delivered_for_good(broker.payloads, answers.given) == ids(execs(50).lines("json"))
+    assert account(sink) == (50, 0, 0)
+
+
+async def test_another_topic_is_not_repeated_for_one_that_is_refused_for_now(
+    start_sink: StartSink,
+) -> None:
+    """What was taken of it is delivered; both have all, in order, and are accounted once."""
+    answers = Answers({0: 0x97})
+    async with ScriptedBroker(answers) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=10)
+        batch = Batch([(Exec, Open)[n % 2](f"b-{n}") for n in range(40)])
+        sink.submit(batch)
+        await sink.stop(GRACE)
+    parts = [part.lines("json") for part in batch.by_category().values()]
+    for part in parts:
+        seen = delivered_for_good(broker.payloads, answers.given)
+        assert [name for name in seen if name in ids(part)] == ids(part)
+    assert len(broker.payloads) == 4 + 2
+    assert account(sink) == (40, 0, 0)
+
+
+async def test_what_was_refused_for_now_keeps_the_order_over_a_reconnect(
+    start_sink: StartSink,
+) -> None:
+    """The connection ends while the window runs empty."""
+    codes: dict[int, int | None] = {1: 0x97, 3: None, 4: None}
+    async with ScriptedBroker(lambda n: codes.get(n, 0)) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=10, timeout_seconds=0.5)
+        sink.submit(execs(50))
+        await sink.stop(GRACE)
+    chunks = [execs(10, start).lines("json") for start in (0, 10, 20, 30, 40)]
+    assert broker.connections == 2
+    assert broker.payloads == chunks + chunks[1:]
+    assert account(sink) == (50, 0, 0)
+
+
+async def test_what_was_taken_behind_a_refused_one_is_no_loss_at_the_end(
+    start_sink: StartSink,
+) -> None:
+    """The grace ends before the refused one is taken: it alone is lost, and all is in order."""
+    async with ScriptedBroker(lambda n: 0x97 if n == 1 or n > 2 else 0) as broker:
+        sink, recorder = await start_sink(broker.port, batch_events=10)
+        sink.submit(execs(30))
+        await sink.stop(0.5)
+    assert account(sink) == (20, 10, 0)
+    assert recorder.reasons == {"stopped before the broker acknowledged it"}
+    assert sink.watermarks.held == 0
+
+
+async def test_one_that_is_too_large_in_the_middle_of_a_window_keeps_the_order(
+    start_sink: StartSink,
+) -> None:
+    """PUBACK 0x95: its pieces, then what was behind it once more."""
+    answers = Answers({1: 0x95})
+    async with ScriptedBroker(answers) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=10)
+        sink.submit(execs(50))
+        await sink.stop(GRACE)
+    assert delivered_for_good(broker.payloads, answers.given) == ids(execs(50).lines("json"))
+    assert broker.payloads[5] == execs(5, 10).lines("json")
+    assert account(sink) == (50, 0, 0)
+    assert sink.watermarks.held == 0
+
+
 async def test_a_broker_without_qos_1_is_a_clear_reason(start_sink: StartSink) -> None:
     async with ScriptedBroker(lambda n: 0, b"\x24\x00") as broker:
         sink, recorder = await start_sink(broker.port)
@@ -779,6 +891,82 @@ async def test_stop_does_not_wait_for_a_connection_that_hangs(start_sink: StartS
         await until(lambda: sink.status == "down")
         await asyncio.wait_for(sink.stop(0), WAIT)
         assert recorder.statuses[0] == ("down", "no answer within 0.2 s")
+
+
+class Spans(Recorder):
+    """Keeps the numbers that were dropped as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: list[dict[tuple[str, int], tuple[int, int]]] = []
+
+    def sink_dropped(self, sink: Sink, kinds: Any, reason: str, spans: Any) -> None:
+        super().sink_dropped(sink, kinds, reason, spans)
+        self.spans.append(dict(spans))
+
+
+def numbered(count: int, start: int) -> Batch:
+    return Batch(execs(count, start).events, spans={("bulk", 0): (start, start + count - 1)})
+
+
+async def test_discard_drops_what_waits_and_says_which_and_what_comes_next_is_delivered(
+    start_sink: StartSink,
+) -> None:
+    """Two of ten in flight: the other eight are lost, with their numbers, and no more."""
+    async with ScriptedBroker(lambda n: None) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=10, max_inflight=2)
+        recorder = sink.listener = Spans()
+        for start in range(0, 100, 10):
+            sink.submit(numbered(10, start))
+        await until(lambda: len(broker.unanswered) == 2)
+        sink.discard("no time left")
+        assert account(sink) == (0, 80, 20)
+        assert recorder.reasons == {"no time left"}
+        assert recorder.spans == [{("bulk", 0): (n, n + 9)} for n in range(20, 100, 10)]
+        sink.submit(numbered(5, 100))
+        broker.answer = lambda n: 0
+        broker.answer_all()
+        await sink.stop(GRACE)
+    assert b"".join(broker.payloads) == execs(20).lines("json") + execs(5, 100).lines("json")
+    assert account(sink) == (25, 80, 0)
+    assert sink.watermarks.held == 0
+
+
+async def test_every_loss_says_which_numbers_it_may_have(start_sink: StartSink) -> None:
+    """Refused, too large by itself, and given up at the end; a message of two drains has both."""
+    codes = {0: 0x87, 1: 0x95, 2: 0}
+    async with ScriptedBroker(lambda n: codes.get(n)) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=2, max_inflight=1, linger_ms=1000)
+        recorder = sink.listener = Spans()
+        for n in range(8):
+            sink.submit(numbered(1, n))
+        await until(lambda: len(broker.payloads) >= 3)
+        await sink.stop(0)
+        sink.submit(numbered(1, 8))
+    joined = [{("bulk", 0): (n, n + 1)} for n in (0, 2, 4, 6)]
+    assert recorder.spans[0] == joined[0]
+    assert all(found in joined for found in recorder.spans[1:-1])
+    assert recorder.spans[-1] == {("bulk", 0): (8, 8)}
+    assert account(sink)[2] == 0
+
+
+async def test_a_size_limit_that_a_refusal_taught_outlives_the_connection(
+    start_broker: StartBroker, start_sink: StartSink
+) -> None:
+    """Mosquitto's 0x95 for what is over its `message_size_limit`: once, not once a connection."""
+    broker = start_broker("message_size_limit 1000")
+    sink, _ = await start_sink(broker.port)
+    sink.submit(execs(200, pad=50))
+    await until(lambda: account(sink) == (200, 0, 0))
+    limit = sink._size_limit.now(asyncio.get_running_loop().time())
+    assert 0 < limit <= 1000
+    broker.kill()
+    await until(lambda: sink.status == "down")
+    broker.start()
+    sink.submit(execs(200, 200, pad=50))
+    await sink.stop(GRACE)
+    assert account(sink) == (400, 0, 0)
+    assert sink._size_limit.now(asyncio.get_running_loop().time()) == limit
 
 
 async def test_a_cancelled_stop_still_gives_the_account(start_sink: StartSink) -> None:

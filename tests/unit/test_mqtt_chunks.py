@@ -14,7 +14,7 @@ from paho.mqtt.properties import Properties
 
 from streamer.errors import ConfigError
 from streamer.events.batch import Batch
-from streamer.sinks.mqtt.chunks import Chunk, ChunkQueue, cut
+from streamer.sinks.mqtt.chunks import Chunk, ChunkQueue, SizeLimit, cut
 from streamer.sinks.mqtt.connection import (
     PackedProperties,
     code_name,
@@ -23,6 +23,7 @@ from streamer.sinks.mqtt.connection import (
     user_property,
 )
 from streamer.sinks.mqtt.sink import MAX_TRIES, expand_topic, retry_delay, verdict
+from streamer.sinks.mqtt.window import Window
 
 
 class Exec(msgspec.Struct, tag_field="event", tag="process.exec"):
@@ -215,3 +216,51 @@ def test_retries_slow_down_to_a_limit() -> None:
         1.0,
         1.0,
     ]
+
+
+# ---------------------------------------------------------------- what was refused
+
+
+def test_a_size_limit_is_learned_once_for_all_that_were_in_flight_and_grows_back() -> None:
+    limit = SizeLimit()
+    assert limit.now(0.0) == 0
+    assert limit.refused(1000, 0.0) == 500
+    assert limit.refused(900, 0.0) == 500, "sent before the limit was known"
+    assert limit.refused(400, 1.0) == 200, "and that was too much still"
+    assert limit.now(120.0) == 200
+    assert limit.now(121.0) == 400
+    assert limit.now(361.0) == 800
+    assert limit.now(601.0) == 0, "as large as what was refused first: nothing is known"
+
+
+@given(
+    topics=st.lists(st.sampled_from("ab"), max_size=12),
+    codes=st.lists(st.booleans(), min_size=12, max_size=12),
+    answered=st.integers(min_value=0, max_value=12),
+)
+def test_what_comes_again_is_each_topic_from_its_first_refusal_on(
+    topics: list[str], codes: list[bool], answered: int
+) -> None:
+    """And all that has no answer, in the order in which it was sent."""
+    window = Window()
+    chunks = [Chunk(topic, b"", {}, str(n), str(n)) for n, topic in enumerate(topics)]
+    for mid, chunk in enumerate(chunks):
+        window.put(mid, chunk)
+    waiting: set[str] = set()
+    expected: list[Chunk] = []
+    for mid, chunk in enumerate(chunks):
+        if mid >= answered:
+            expected.append(chunk)
+            continue
+        found = window.pop(mid)
+        assert found is not None
+        if codes[mid]:
+            assert window.keep(*found) == (chunk.topic in waiting)
+        else:
+            window.again(*found, [chunk])
+            waiting.add(chunk.topic)
+        if chunk.topic in waiting:
+            expected.append(chunk)
+    assert window.running_empty == bool(waiting)
+    assert window.take_back() == expected
+    assert not window

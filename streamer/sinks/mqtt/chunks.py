@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from streamer.events.batch import Batch, Encoding, Event, count_kinds
+from streamer.events.batch import NO_SPANS, Batch, Encoding, Event, Spans, count_kinds, join_spans
 
 TIMER_SLACK = 0.001
 """Seconds: event loops round timers to milliseconds, and may be early by that."""
@@ -22,26 +22,45 @@ TIMER_SLACK = 0.001
 class Chunk:
     """The payload of one message. Its first and last id name it: a replay has the same bytes."""
 
-    __slots__ = ("count", "first_id", "kinds", "last_id", "payload", "sent_at", "topic", "tries")
+    __slots__ = (
+        "count",
+        "first_id",
+        "kinds",
+        "last_id",
+        "payload",
+        "sent_at",
+        "spans",
+        "taken",
+        "topic",
+        "tries",
+    )
 
     def __init__(
-        self, topic: str, payload: bytes, kinds: Mapping[str, int], first_id: str, last_id: str
+        self,
+        topic: str,
+        payload: bytes,
+        kinds: Mapping[str, int],
+        first_id: str,
+        last_id: str,
+        spans: Spans = NO_SPANS,
     ) -> None:
-        """`kinds` are the events in `payload`, counted per kind."""
+        """`kinds` are the events in `payload`, counted per kind; `spans` those of their batches."""
         self.topic = topic
         self.payload = payload
         self.kinds = kinds
         self.count = sum(kinds.values())
         self.first_id = first_id
         self.last_id = last_id
+        self.spans = spans
         self.sent_at = 0.0
-        self.tries = 0
+        self.tries = 0  # that were refused
+        self.taken = False  # by the broker, at least once
 
 
 class _Open:
     """A chunk that still takes events. `due` is when it is to be sent even if it has room."""
 
-    __slots__ = ("count", "due", "first_id", "kinds", "last_id", "parts")
+    __slots__ = ("count", "due", "first_id", "kinds", "last_id", "parts", "spans")
 
     def __init__(self, due: float) -> None:
         self.due = due
@@ -50,6 +69,7 @@ class _Open:
         self.count = 0
         self.first_id = ""
         self.last_id = ""
+        self.spans: Spans = NO_SPANS
 
     def add(self, batch: Batch, encoding: Encoding) -> int:
         """Take all of `batch`; its size in bytes."""
@@ -60,11 +80,13 @@ class _Open:
         self.parts.append(data)
         self.kinds.update(batch.kinds)
         self.count += len(batch)
+        if batch.spans is not self.spans:  # of one drain, cut up, they are the same
+            self.spans = join_spans(self.spans, batch.spans)
         return len(data)
 
     def seal(self, topic: str) -> Chunk:
         payload = b"".join(self.parts)
-        return Chunk(topic, payload, self.kinds, self.first_id, self.last_id)
+        return Chunk(topic, payload, self.kinds, self.first_id, self.last_id, self.spans)
 
 
 class ChunkQueue:
@@ -134,8 +156,8 @@ def _piece(batch: Batch, start: int, stop: int) -> Batch:
         return batch
     events = batch.events[start:stop]
     if len(batch.kinds) == 1:
-        return Batch(events, dict.fromkeys(batch.kinds, len(events)))
-    return Batch(events, count_kinds(events))
+        return Batch(events, dict.fromkeys(batch.kinds, len(events)), batch.spans)
+    return Batch(events, count_kinds(events), batch.spans)
 
 
 def _id_of(event: Event) -> str:
@@ -170,7 +192,7 @@ def cut(chunk: Chunk, encoding: Encoding, max_bytes: int) -> list[Chunk]:
             room = max_bytes
         pieces[-1].append(record)
         room -= len(record)
-    return [_rejoin(chunk.topic, piece, encoding) for piece in pieces]
+    return [_rejoin(chunk, piece, encoding) for piece in pieces]
 
 
 def _records(chunk: Chunk, encoding: Encoding) -> Iterator[bytes]:
@@ -182,8 +204,47 @@ def _records(chunk: Chunk, encoding: Encoding) -> Iterator[bytes]:
     return map(bytes, _MSGPACK_MAPS.decode(array))
 
 
-def _rejoin(topic: str, records: list[bytes], encoding: Encoding) -> Chunk:
+def _rejoin(whole: Chunk, records: list[bytes], encoding: Encoding) -> Chunk:
     decoder = _JSON if encoding == "json" else _MSGPACK
     tags = [decoder.decode(record) for record in records]
     kinds = Counter(tag.event for tag in tags)
-    return Chunk(topic, b"".join(records), kinds, tags[0].id, tags[-1].id)
+    payload = b"".join(records)
+    piece = Chunk(whole.topic, payload, kinds, tags[0].id, tags[-1].id, whole.spans)
+    piece.taken = whole.taken
+    return piece
+
+
+class SizeLimit:
+    """The most bytes of payload that are tried, learned from what was refused.
+
+    It doubles again after a wait, which doubles with every refusal: a limit can be raised, and
+    small messages cost a multiple of the CPU time. An event by itself is tried at any size.
+    """
+
+    FIRST_WAIT = 60.0
+    LONGEST_WAIT = 3600.0
+
+    def __init__(self) -> None:
+        self._limit = 0  # none is known
+        self._most = 0
+        self._wait = self.FIRST_WAIT
+        self._grows_at = 0.0
+
+    def now(self, now: float) -> int:
+        """The most bytes of payload that a message should have; 0 where no limit is known."""
+        while self._limit and now >= self._grows_at:
+            self._limit *= 2
+            self._grows_at += self._wait
+            if self._limit >= self._most:
+                self._limit = 0
+        return self._limit
+
+    def refused(self, size: int, now: float) -> int:
+        """A payload of `size` bytes was too large; how much of it to try at once instead."""
+        if self._limit and size > self._limit:
+            return self._limit  # it was sent before the limit was known
+        self._most = max(self._most, size)
+        self._limit = max(1, size // 2)
+        self._grows_at = now + self._wait
+        self._wait = min(self.LONGEST_WAIT, 2 * self._wait)
+        return self._limit

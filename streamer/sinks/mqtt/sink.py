@@ -4,6 +4,11 @@ What is not acknowledged is kept in a window and sent again, in order and byte f
 next connection: at least once. A broker that dies after it took a message and before it
 answered has passed it on already, so then a whole message comes twice; its user properties
 `first_id` and `last_id`, or the ids of its events, let a consumer drop the second.
+
+A message that the broker cannot take for now, or only in pieces, may have others of its topic
+behind it that were taken. Nothing more is sent until the window is empty; then it comes again,
+and all of its topic that was behind it too, with the same ids. So the last copies of the events
+of a topic are always in order, and an event counts as delivered when its last copy was taken.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from streamer.events.batch import Batch
 from streamer.privilege.files import DIRECT, Opener
 from streamer.sinks.base import Sink, Status
 from streamer.sinks.credentials import read_secret, ssl_context
-from streamer.sinks.mqtt.chunks import Chunk, ChunkQueue, cut
+from streamer.sinks.mqtt.chunks import Chunk, ChunkQueue, SizeLimit, cut
 from streamer.sinks.mqtt.connection import (
     Connection,
     PackedProperties,
@@ -31,6 +36,7 @@ from streamer.sinks.mqtt.connection import (
     packet_size,
     user_property,
 )
+from streamer.sinks.mqtt.window import Window
 
 CONTENT_TYPES = {"json": "application/x-ndjson", "msgpack": "application/vnd.msgpack"}
 """NDJSON has no registered type, this one is common; MessagePack's is registered with IANA."""
@@ -44,6 +50,8 @@ QUOTA_FIRST, QUOTA_MOST = 0.1, 5.0
 
 MAX_TRIES = 10
 """How often a message is sent that the broker answers with an error that may pass."""
+
+TOO_LARGE = "larger than the broker accepts"
 
 Verdict = Literal["delivered", "later", "cut", "dropped"]
 _PASSING = frozenset({0x80, 0x83, 0x91})
@@ -119,8 +127,10 @@ class MqttSink(Sink):
         self._queue = ChunkQueue(
             settings.encoding, settings.batch_events, settings.linger_ms / 1000
         )
-        self._window: dict[int, Chunk] = {}
+        self._window = Window()
         self._limit = 0
+        self._allowed = 0  # of `_limit`: one after a refusal, and one more with each that is taken
+        self._size_limit = SizeLimit()
         self._connection: Connection | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -143,7 +153,8 @@ class MqttSink(Sink):
         """Take a batch; its size is that of its encoded events."""
         if self._over or self._loop is None:
             self._take(batch.kinds, 0)
-            self._dropped(batch.kinds, 0, "stopped" if self._over else "not started")
+            reason = "stopped" if self._over else "not started"
+            self._dropped(batch.kinds, 0, reason, batch.spans)
             return
         now = self._loop.time()
         parts = batch.by_category() if self._by_category else {"": batch}
@@ -152,6 +163,12 @@ class MqttSink(Sink):
         )
         self._take(batch.kinds, size)
         self._pump()
+
+    def discard(self, reason: str) -> None:
+        """Drop what waits and is not in flight; what was answered with "later" stays meanwhile."""
+        for chunk in self._queue.clear():
+            self._finish(chunk, reason)
+        self._settle()
 
     async def stop(self, grace: float) -> None:
         """Publish what is held within `grace` seconds, drop the rest, disconnect.
@@ -185,8 +202,7 @@ class MqttSink(Sink):
                 reason = await self._serve(connection)
             finally:
                 self._connection = None
-                self._queue.push_front(self._window.values())
-                self._window.clear()
+                self._queue.push_front(self._window.take_back())
                 await connection.close()
             self._set_status("down", reason)
             self._connect_failures += 1
@@ -235,6 +251,7 @@ class MqttSink(Sink):
     async def _serve(self, connection: Connection) -> str:
         """Publish until the connection ends; why it did."""
         self._limit = min(self._settings.max_inflight, connection.receive_maximum)
+        self._allowed = self._limit
         self._connection = connection
         self._pump()
         check = min(1.0, self._settings.timeout_seconds / 4)
@@ -246,7 +263,7 @@ class MqttSink(Sink):
     def _overdue(self) -> str:
         """Why a connection that looks alive is not: an acknowledgement is missing too long."""
         assert self._loop is not None
-        oldest = next(iter(self._window.values()), None)
+        oldest = self._window.oldest
         timeout = self._settings.timeout_seconds
         if oldest is None or self._loop.time() - oldest.sent_at < timeout:
             return ""
@@ -278,8 +295,10 @@ class MqttSink(Sink):
         """Publish what is ready, as far as the window allows."""
         if self._connection is None or self._held_back is not None or self._loop is None:
             return
+        if self._window.running_empty:
+            return
         now = self._loop.time()
-        while len(self._window) < self._limit:
+        while len(self._window) < self._allowed:
             chunk = self._queue.pop(now)
             if chunk is None:
                 self._await_linger()
@@ -295,12 +314,16 @@ class MqttSink(Sink):
         if excess > 0:
             self._cut(chunk, len(chunk.payload) - excess)
             return True
+        most = self._size_limit.now(now)
+        if chunk.count > 1 and 0 < most < len(chunk.payload):
+            self._cut(chunk, most)
+            return True
         mid = connection.publish_nowait(chunk.topic, chunk.payload, properties)
         if mid is None:
             self._queue.push_front([chunk])
             return False
         chunk.sent_at = now
-        self._window[mid] = chunk
+        self._window.put(mid, chunk)
         return True
 
     def _properties_of(self, chunk: Chunk) -> PackedProperties:
@@ -313,7 +336,7 @@ class MqttSink(Sink):
 
     def _cut(self, chunk: Chunk, max_bytes: int) -> None:
         if chunk.count == 1:
-            self._give_up(chunk, "larger than the broker accepts")
+            self._give_up(chunk, TOO_LARGE)
         else:
             self._queue.push_front(cut(chunk, self._settings.encoding, max_bytes))
 
@@ -329,25 +352,39 @@ class MqttSink(Sink):
     # -------------------------------------------------------------- acknowledgements
 
     def _acknowledged(self, mid: int, code: int) -> None:
-        chunk = self._window.pop(mid, None)
-        if chunk is None:
+        found = self._window.pop(mid)
+        if found is None:
             return
-        chunk.tries += 1
-        match verdict(code, chunk.tries):
-            case "delivered":
+        position, chunk = found
+        if code >= 0x80:
+            self._refused(position, chunk, code)
+        else:
+            self._allowed = min(self._limit, self._allowed + 1)
+            if not self._window.keep(position, chunk):
                 self._connect_failures = self._publish_failures = 0
                 self._delivered(chunk.kinds, len(chunk.payload))
+        if self._window.running_empty and not len(self._window):
+            self._queue.push_front(self._window.take_back())
+            self._allowed = 1
+        self._pump()
+        self._settle()
+
+    def _refused(self, position: int, chunk: Chunk, code: int) -> None:
+        chunk.tries += 1
+        match verdict(code, chunk.tries):
             case "later":
-                self._queue.push_front([chunk])
+                self._window.again(position, chunk, [chunk])
                 self._hold_back()
+            case "cut" if chunk.count > 1 and self._loop is not None:
+                most = self._size_limit.refused(len(chunk.payload), self._loop.time())
+                pieces = cut(chunk, self._settings.encoding, most)
+                self._window.again(position, chunk, pieces)
             case "cut":
-                self._cut(chunk, len(chunk.payload) // 2)
-            case "dropped":
+                self._give_up(chunk, TOO_LARGE)
+            case _:
                 reason = f"publishing to {chunk.topic} refused: {code_name(code)}"
                 self._tell_once(self.status, reason)
                 self._give_up(chunk, reason)
-        self._pump()
-        self._settle()
 
     def _hold_back(self) -> None:
         """Send nothing for a while, because the broker cannot take more."""
@@ -361,8 +398,15 @@ class MqttSink(Sink):
         self._pump()
 
     def _give_up(self, chunk: Chunk, reason: str) -> None:
-        self._dropped(chunk.kinds, len(chunk.payload), reason)
+        self._finish(chunk, reason)
         self._settle()
+
+    def _finish(self, chunk: Chunk, reason: str) -> None:
+        """Account for what will not be sent again: lost, unless an earlier copy was taken."""
+        if chunk.taken:
+            self._delivered(chunk.kinds, len(chunk.payload))
+        else:
+            self._dropped(chunk.kinds, len(chunk.payload), reason, chunk.spans)
 
     def _tell_once(self, status: Status, reason: str) -> None:
         """Tell the owner about trouble that the status alone does not show, once per connection."""
@@ -391,8 +435,7 @@ class MqttSink(Sink):
         for timer in (self._linger, self._held_back):
             if timer is not None:
                 timer.cancel()
-        for chunk in [*self._window.values(), *self._queue.clear()]:
-            self._dropped(chunk.kinds, len(chunk.payload), reason)
-        self._window.clear()
+        for chunk in [*self._window.take_back(), *self._queue.clear()]:
+            self._finish(chunk, reason)
         self._drained.set()
         self._set_status("closed", reason)
