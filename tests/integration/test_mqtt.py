@@ -462,6 +462,9 @@ class ScriptedBroker:
         self.silent = silent
         self.connections = 0
         self.payloads: list[bytes] = []
+        self.topics: list[str] = []
+        self.closes: Callable[[str, bytes], bool] = lambda topic, payload: False
+        self.goodbye = b""
         self.unanswered: list[tuple[asyncio.StreamWriter, int]] = []
         self.port = free_port()
         self._server: asyncio.Server | None = None
@@ -515,6 +518,11 @@ class ScriptedBroker:
         mid = int.from_bytes(body[at : at + 2], "big")
         assert body[at + 2] < 0x80, "properties of less than 128 bytes"
         self.payloads.append(body[at + 3 + body[at + 2] :])
+        self.topics.append(body[2:at].decode())
+        if self.closes(self.topics[-1], self.payloads[-1]):
+            writer.write(self.goodbye)
+            writer.close()
+            return
         code = self.answer(len(self.payloads) - 1)
         if code is None:
             self.unanswered.append((writer, mid))
@@ -676,6 +684,55 @@ async def test_one_that_is_too_large_in_the_middle_of_a_window_keeps_the_order(
     assert broker.payloads[5] == execs(5, 10).lines("json")
     assert account(sink) == (50, 0, 0)
     assert sink.watermarks.held == 0
+
+
+async def test_a_refused_topic_is_remembered_and_the_others_go_on(start_sink: StartSink) -> None:
+    """Once 0x87 was answered for one message, the others of the topic are not sent."""
+    async with ScriptedBroker(lambda n: 0) as broker:
+        broker.answer = lambda n: 0x87 if broker.topics[n].endswith("file") else 0
+        sink, recorder = await start_sink(broker.port, batch_events=1, max_inflight=1)
+        sink.submit(Batch([(Exec, Open)[n % 2](f"b-{n}") for n in range(40)]))
+        await sink.stop(GRACE)
+    assert broker.topics.count("kernel/web1/file") == 1
+    assert sink.account.delivered == {"process.exec": 20}
+    assert sink.account.dropped == {"file.open": 20}
+    assert recorder.reasons == {"publishing to kernel/web1/file refused: Not authorized (0x87)"}
+
+
+@pytest.mark.parametrize("goodbye", [b"", b"\xe0\x02\x95\x00"], ids=["silent", "0x95"])
+async def test_a_broker_that_closes_the_connection_over_a_large_message_gets_smaller_ones(
+    start_sink: StartSink, goodbye: bytes
+) -> None:
+    """The limit is found once: what follows costs no connection."""
+    async with ScriptedBroker(lambda n: 0) as broker:
+        broker.closes, broker.goodbye = lambda topic, payload: len(payload) > 2000, goodbye
+        sink, _ = await start_sink(broker.port, batch_events=100)
+        sink.submit(execs(100))
+        await until(lambda: account(sink) == (100, 0, 0))
+        connections = broker.connections
+        assert connections < 10
+        sink.submit(execs(900, 100))
+        await sink.stop(GRACE)
+        assert broker.connections == connections
+        taken = b"".join(payload for payload in broker.payloads if len(payload) <= 2000)
+    assert taken == execs(1000).lines("json")
+    assert account(sink) == (1000, 0, 0)
+
+
+async def test_a_broker_that_closes_the_connection_over_a_topic_gets_the_others(
+    start_sink: StartSink,
+) -> None:
+    """DISCONNECT 0x87: once the message is alone in flight, its topic is known, and dropped."""
+    async with ScriptedBroker(lambda n: 0) as broker:
+        broker.closes = lambda topic, payload: topic.endswith("file")
+        broker.goodbye = b"\xe0\x02\x87\x00"
+        sink, recorder = await start_sink(broker.port, batch_events=1)
+        sink.submit(Batch([(Exec, Open)[n % 2](f"b-{n}") for n in range(200)]))
+        await sink.stop(GRACE)
+        assert broker.connections <= 4
+    assert sink.account.delivered == {"process.exec": 100}
+    assert sink.account.dropped == {"file.open": 100}
+    assert recorder.reasons == {"publishing to kernel/web1/file refused: Not authorized (0x87)"}
 
 
 async def test_a_broker_without_qos_1_is_a_clear_reason(start_sink: StartSink) -> None:
@@ -934,7 +991,7 @@ async def test_discard_drops_what_waits_and_says_which_and_what_comes_next_is_de
 
 async def test_every_loss_says_which_numbers_it_may_have(start_sink: StartSink) -> None:
     """Refused, too large by itself, and given up at the end; a message of two drains has both."""
-    codes = {0: 0x87, 1: 0x95, 2: 0}
+    codes = {0: 0x99, 1: 0x95, 2: 0}
     async with ScriptedBroker(lambda n: codes.get(n)) as broker:
         sink, _ = await start_sink(broker.port, batch_events=2, max_inflight=1, linger_ms=1000)
         recorder = sink.listener = Spans()

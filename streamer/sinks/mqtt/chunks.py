@@ -23,6 +23,7 @@ class Chunk:
     """The payload of one message. Its first and last id name it: a replay has the same bytes."""
 
     __slots__ = (
+        "closings",
         "count",
         "first_id",
         "kinds",
@@ -54,6 +55,7 @@ class Chunk:
         self.spans = spans
         self.sent_at = 0.0
         self.tries = 0  # that were refused
+        self.closings = 0  # of the connection, while nothing else was in flight
         self.taken = False  # by the broker, at least once
 
 

@@ -145,6 +145,8 @@ class Connection(aiomqtt.Client):
         )
         self.receive_maximum = NO_LIMIT
         self.maximum_packet_size = ALL_PACKETS
+        self.closed_by_broker = False
+        self.closing_code = 0  # of the broker's DISCONNECT, where it sent one
         self._acknowledged = acknowledged
         self._loop_thread = get_ident()
         self._abandoned = False
@@ -321,8 +323,11 @@ class Connection(aiomqtt.Client):
         if self._ending:
             pass  # paho may call again while it closes: the first reason is the one
         elif flags.is_disconnect_packet_from_server or reason_code.value == _KEEP_ALIVE:
+            self.closed_by_broker = flags.is_disconnect_packet_from_server
+            self.closing_code = reason_code.value if self.closed_by_broker else 0
             self._ending = f"connection lost: {code_name(reason_code.value)}"
         else:
+            self.closed_by_broker = not self._abandoned
             self._ending = "connection lost"  # all that paho says is "Unspecified error"
         if not self._connected.done():  # aiomqtt would let `open` wait until its timeout
             self._connected.set_exception(aiomqtt.MqttError("the broker closed the connection"))

@@ -48,6 +48,9 @@ RETRY_STOPPING = 0.5
 QUOTA_FIRST, QUOTA_MOST = 0.1, 5.0
 """Seconds without sending after the broker answered that it cannot take more for now."""
 
+REFUSED_TOPIC = 10.0
+"""Seconds for which nothing is sent to a topic that the broker refused: it is dropped at once."""
+
 MAX_TRIES = 10
 """How often a message is sent that the broker answers with an error that may pass."""
 
@@ -55,6 +58,8 @@ TOO_LARGE = "larger than the broker accepts"
 
 Verdict = Literal["delivered", "later", "cut", "dropped"]
 _PASSING = frozenset({0x80, 0x83, 0x91})
+_OF_THE_TOPIC = frozenset({0x87, 0x90})
+_OF_THE_MESSAGE = _OF_THE_TOPIC | {0x95, 0x99}
 _PACKET_TOO_LARGE, _QUOTA_EXCEEDED = 0x95, 0x97
 
 
@@ -131,6 +136,9 @@ class MqttSink(Sink):
         self._limit = 0
         self._allowed = 0  # of `_limit`: one after a refusal, and one more with each that is taken
         self._size_limit = SizeLimit()
+        self._suspicious = False
+        # Until when nothing is sent to a topic, and why.
+        self._refused_topics: dict[str, tuple[float, str]] = {}
         self._connection: Connection | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -202,6 +210,7 @@ class MqttSink(Sink):
                 reason = await self._serve(connection)
             finally:
                 self._connection = None
+                self._suspect(connection)
                 self._queue.push_front(self._window.take_back())
                 await connection.close()
             self._set_status("down", reason)
@@ -251,7 +260,9 @@ class MqttSink(Sink):
     async def _serve(self, connection: Connection) -> str:
         """Publish until the connection ends; why it did."""
         self._limit = min(self._settings.max_inflight, connection.receive_maximum)
-        self._allowed = self._limit
+        # One, where the last connection ended while messages were in flight: should it be one
+        # of them over which the broker closes the connection, it shows itself.
+        self._allowed = 1 if self._suspicious else self._limit
         self._connection = connection
         self._pump()
         check = min(1.0, self._settings.timeout_seconds / 4)
@@ -308,6 +319,9 @@ class MqttSink(Sink):
 
     def _publish(self, connection: Connection, chunk: Chunk, now: float) -> bool:
         """False when the connection is gone."""
+        if self._refused_topics and (refusal := self._refusal_of(chunk.topic, now)):
+            self._give_up(chunk, refusal)
+            return True
         properties = self._properties_of(chunk)
         excess = packet_size(chunk.topic, properties, chunk.payload)
         excess -= connection.maximum_packet_size
@@ -325,6 +339,14 @@ class MqttSink(Sink):
         chunk.sent_at = now
         self._window.put(mid, chunk)
         return True
+
+    def _refusal_of(self, topic: str, now: float) -> str:
+        """Why nothing is sent to the topic for now; empty when something is."""
+        until, reason = self._refused_topics.get(topic, (0.0, ""))
+        if reason and now >= until:
+            del self._refused_topics[topic]
+            return ""
+        return reason
 
     def _properties_of(self, chunk: Chunk) -> PackedProperties:
         return PackedProperties(
@@ -375,16 +397,45 @@ class MqttSink(Sink):
             case "later":
                 self._window.again(position, chunk, [chunk])
                 self._hold_back()
-            case "cut" if chunk.count > 1 and self._loop is not None:
-                most = self._size_limit.refused(len(chunk.payload), self._loop.time())
-                pieces = cut(chunk, self._settings.encoding, most)
-                self._window.again(position, chunk, pieces)
+            case "cut" if chunk.count > 1:
+                self._cut_in_flight(position, chunk)
             case "cut":
                 self._give_up(chunk, TOO_LARGE)
             case _:
                 reason = f"publishing to {chunk.topic} refused: {code_name(code)}"
                 self._tell_once(self.status, reason)
+                if code in _OF_THE_TOPIC and self._loop is not None:
+                    until = self._loop.time() + REFUSED_TOPIC
+                    self._refused_topics[chunk.topic] = (until, reason)
                 self._give_up(chunk, reason)
+
+    def _cut_in_flight(self, position: int, chunk: Chunk) -> None:
+        assert self._loop is not None
+        most = self._size_limit.refused(len(chunk.payload), self._loop.time())
+        self._window.again(position, chunk, cut(chunk, self._settings.encoding, most))
+
+    def _suspect(self, connection: Connection) -> None:
+        """The connection ended: perhaps over the only message that was in flight.
+
+        A DISCONNECT that says why is the answer to that message. Without one it may be a
+        broker that was restarted: the second time the message is cut, because small ones may
+        get through, and an event by itself is given up after as many times as others.
+        """
+        self._suspicious = connection.closed_by_broker and len(self._window) > 0
+        lone = self._window.lone() if connection.closed_by_broker else None
+        if lone is None:
+            return
+        mid, position, chunk = lone
+        chunk.closings += 1
+        if connection.closing_code in _OF_THE_MESSAGE:
+            self._window.pop(mid)
+            self._refused(position, chunk, connection.closing_code)
+        elif chunk.count > 1 and chunk.closings > 1:
+            self._window.pop(mid)
+            self._cut_in_flight(position, chunk)
+        elif chunk.closings >= MAX_TRIES:
+            self._window.pop(mid)
+            self._give_up(chunk, f"the broker closes the connection over it, {MAX_TRIES} times")
 
     def _hold_back(self) -> None:
         """Send nothing for a while, because the broker cannot take more."""

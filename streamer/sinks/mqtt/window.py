@@ -39,6 +39,13 @@ class Window:
         """The message in flight that waits longest for its answer."""
         return next(iter(self._sent.values()))[1] if self._sent else None
 
+    def lone(self) -> tuple[int, int, Chunk] | None:
+        """The only message in flight: its number, position and content."""
+        if len(self._sent) != 1:
+            return None
+        ((mid, (position, chunk)),) = self._sent.items()
+        return mid, position, chunk
+
     def put(self, mid: int, chunk: Chunk) -> None:
         """`chunk` was sent as message `mid`."""
         self._sent[mid] = (self._next, chunk)
