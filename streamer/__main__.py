@@ -1,6 +1,6 @@
 """`python -m streamer`, the same as the command `streamer`."""
 
-from streamer.cli import main
+from streamer.cli import script
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    script()

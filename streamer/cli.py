@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as of a program that SIGINT ended."""
+DEFECT = 1
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _FOREVER = 1e10
@@ -74,6 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def script() -> NoReturn:
+    """The command as a process: ends at once when `main` has ended.
+
+    Python, and the event loop's library, would wait for threads that look up a name.
+    """
+    try:
+        code = main()
+    except Exception as error:
+        from streamer.terminal.console import say
+        from streamer.terminal.log import traceback_of
+
+        say(f"streamer: a defect ended it\n{traceback_of(error)}")
+        code = DEFECT
+    with suppress(OSError):
+        print(end="", flush=True)
+    os._exit(code)
+
+
 def _fill_standard_descriptors() -> None:
     """Open what was closed (`>&-`), so that no other file gets the number of a standard one."""
     for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
@@ -85,9 +105,10 @@ def _fill_standard_descriptors() -> None:
 
 
 def _failed(error: StreamerError) -> int:
+    from streamer.terminal.console import say
     from streamer.terminal.lines import printable
 
-    print(f"streamer: {printable(str(error))}", file=sys.stderr)
+    say(f"streamer: {printable(str(error))}")
     return error.exit_code
 
 

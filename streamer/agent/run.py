@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import re
 import select
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import uvloop
 
@@ -28,11 +25,16 @@ from streamer.kernel import capabilities, state
 from streamer.privilege.split import Split
 from streamer.sinks.base import Sink
 from streamer.sinks.factory import Render, make_sink
+from streamer.terminal.console import Console
 from streamer.terminal.lines import Renderer, StatusLine, printable, same_terminal, wants_color
+from streamer.terminal.log import logging_to
 
 INTERRUPTED = 130
 UNDELIVERED = 5
-_log = logging.getLogger("streamer")
+CLOSE_SECONDS = 1.0
+"""How long the last lines wait for somebody to read them."""
+
+T = TypeVar("T")
 
 
 def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> int:
@@ -43,23 +45,25 @@ def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> in
     """
     keep_freed_memory()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to open anew
-    line = StatusLine() if limits.status and os.isatty(2) else None
-    _log.setLevel(settings.log_level.upper())
-    _log.addHandler(handler := _LogHandler(line))
+    console = Console()
+    line = StatusLine(console) if limits.status and os.isatty(2) else None
     try:
-        outcome = _split_and_run(settings, kinds, limits, line)
+        with logging_to(console, settings.log_level):
+            outcome = _split_and_run(settings, kinds, limits, console, line)
+        undelivered = f"not delivered: {outcome.undelivered}" if outcome.undelivered else ""
+        for said in filter(None, (undelivered, outcome.account)):
+            console.write(f"streamer: {printable(said)}\n".encode("utf-8", "backslashreplace"))
     finally:
-        _log.removeHandler(handler)
-    undelivered = f"not delivered: {outcome.undelivered}" if outcome.undelivered else ""
-    for said in filter(None, (undelivered, outcome.account)):
-        # A reader that closed the pipe may have closed stderr with it.
-        with suppress(OSError):
-            print(f"streamer: {printable(said)}", file=sys.stderr, flush=True)
+        console.close(CLOSE_SECONDS)
     return UNDELIVERED if undelivered else 0
 
 
 def _split_and_run(
-    settings: Settings, kinds: frozenset[str], limits: Limits, line: StatusLine | None
+    settings: Settings,
+    kinds: frozenset[str],
+    limits: Limits,
+    console: Console,
+    line: StatusLine | None,
 ) -> Outcome:
     capabilities.require()
     with contextlib.ExitStack() as stack:
@@ -72,8 +76,27 @@ def _split_and_run(
         if notes is not None:
             stack.callback(notes.close)
         split.drop()
+        console.start()
         given = Surroundings(line, split, kernel, terminal, notes)
-        return uvloop.run(_run(settings, kinds, limits, given))
+        return run_loop(_run(settings, kinds, limits, given))
+
+
+def run_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` on a loop of its own, which is not closed: the process ends after it.
+
+    A name that is being looked up can take a minute. `asyncio.run`, and the loop's own `close`,
+    would wait for it after everything is delivered and said.
+    """
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
 
 
 class _Noted(TypedDict, total=False):
@@ -149,27 +172,6 @@ def _controlling_terminal() -> Iterator[int | None]:
         yield fd
     finally:
         os.close(fd)
-
-
-class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to stderr, taking the status line away first."""
-
-    def __init__(self, line: StatusLine | None) -> None:
-        super().__init__(sys.stderr)
-        self._line = line
-        self.setFormatter(_LogFormatter("streamer: %(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._line is not None:
-            self._line.clear()
-        super().emit(record)
-
-
-class _LogFormatter(logging.Formatter):
-    """Escapes what a terminal would act upon: reasons can quote a peer."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
 
 
 def _render(settings: Settings, line: StatusLine | None) -> Render | None:

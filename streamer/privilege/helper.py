@@ -15,7 +15,6 @@ import resource
 import select
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -333,9 +332,17 @@ def main(descriptor: int, make_loader: MakeLoader | None = None) -> int:
         loader.close()
         channel.close()
     if not orderly:
-        with suppress(OSError):
-            print(ORPHANED, file=sys.stderr, flush=True)
+        _say(ORPHANED)
     return 0
+
+
+def _say(line: str) -> None:
+    """On standard error, unless that takes nothing: a pipe that nobody reads must not hold it."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    with suppress(OSError):
+        if poll.poll(0):
+            os.write(2, f"{line}\n".encode())
 
 
 def _kernel_loader(targets: Mapping[str, Targets]) -> LoaderLike:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
 import stat
 import time
@@ -20,11 +19,10 @@ from typing import Any, NamedTuple
 from streamer.events.batch import Batch, Event, kind_of
 from streamer.events.kinds import TaskEvent
 from streamer.events.stream import StreamHeartbeat, StreamLoss, StreamManifest, StreamRecord
+from streamer.terminal.console import CLEAR_LINE, Console
 
 ENVELOPE = frozenset(TaskEvent.__struct_fields__ + StreamRecord.__struct_fields__)
 """Fields that every event has: not part of what a kind says of its own."""
-
-CLEAR_LINE = b"\r\x1b[K"
 
 _RESET = "\x1b[0m"
 _COLORS = {
@@ -449,14 +447,19 @@ def same_terminal(first: int, second: int) -> bool:
 class StatusLine:
     """A line that rewrites itself on a terminal, at most every `interval` seconds.
 
-    Draws nothing on a descriptor that is no terminal, and nothing while the terminal takes no
-    output (Ctrl-S): waiting for it would stop the event loop.
+    Draws nothing on a descriptor that is no terminal. Waiting for one that takes no output
+    (Ctrl-S) is left to the console.
     """
 
     def __init__(
-        self, fd: int = 2, interval: float = 0.25, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        fd: int = 2,
+        interval: float = 0.25,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`fd` is written to; `clock` gives seconds."""
+        """`console` writes to `fd`; `clock` gives seconds."""
+        self._console = console
         self._fd = fd
         self._interval = interval
         self._clock = clock
@@ -466,13 +469,13 @@ class StatusLine:
 
     @property
     def shown(self) -> bool:
-        """Whether the line is on the terminal now."""
+        """Whether the line is on the terminal now, or will be when it takes output again."""
         return bool(self._shown)
 
     def draw(self, text: str) -> bool:
         """Show `text`, cut to the terminal's width, unless it is too early. True when drawn."""
         now = self._clock()
-        if not self.enabled or now - self._drawn_at < self._interval or not self._writable():
+        if not self.enabled or now - self._drawn_at < self._interval:
             return False
         self._drawn_at = now
         try:
@@ -480,19 +483,13 @@ class StatusLine:
         except OSError:  # the terminal is gone, and with it whoever would read the line
             self.enabled = False
             return False
-        return self._write(CLEAR_LINE + self._shown)
-
-    def clear(self) -> None:
-        """Take the line away before another one is written, as to a log."""
-        if self._shown:
-            self._shown = b""
-            self._write(CLEAR_LINE)
+        self._console.draw(self._shown)
+        return True
 
     def close(self) -> None:
-        """Take the line away for good. Calling it again clears what a late writer repeated."""
+        """Take the line away for good."""
         self._shown = b""
-        if self._drawn_at > float("-inf"):
-            self._write(CLEAR_LINE)
+        self._console.draw(b"")
         self.enabled = False
 
     def around(self, lines: bytes) -> bytes:
@@ -505,17 +502,3 @@ class StatusLine:
         # not know its width says 0.
         cut = _cut([(printable(text), "")], max(width - 1, 0))
         return "".join(part for part, _ in cut).encode("utf-8", "backslashreplace")
-
-    def _writable(self) -> bool:
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        return any(events & select.POLLOUT for _, events in poll.poll(0))
-
-    def _write(self, data: bytes) -> bool:
-        try:
-            os.write(self._fd, data)
-        except OSError:  # likewise
-            self.enabled = False
-            self._shown = b""
-            return False
-        return True

@@ -37,28 +37,28 @@ def planned(*arguments: str) -> Plan:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_shows_an_example(
-    command: str, capsys: pytest.CaptureFixture[str]
+    command: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     assert caught.value.code == 0
     assert f"usage: streamer {command}" in text
     assert f"streamer {command} " in text.partition("\nexample:\n")[2]
 
 
-def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_lists_the_commands(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     assert caught.value.code == 0
     assert all(f"\n    {command} " in text for command in COMMANDS)
 
 
-def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
-    assert capsys.readouterr().out == f"streamer {__version__}\n"
+    assert capfd.readouterr().out == f"streamer {__version__}\n"
 
 
 def test_help_loads_nothing_but_argparse() -> None:
@@ -202,18 +202,18 @@ RUN_ERRORS = [
 
 @pytest.mark.parametrize(("arguments", "message"), RUN_ERRORS)
 def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", *arguments]) == 2
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert captured.err == f"streamer: {message}\n"
     assert captured.out == ""
 
 
-def test_no_command_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_is_bad_input(capfd: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     expected = "the following arguments are required: COMMAND (see streamer --help)"
-    assert capsys.readouterr().err == f"streamer: {expected}\n"
+    assert capfd.readouterr().err == f"streamer: {expected}\n"
 
 
 def test_a_glob_names_where_it_is_from(tmp_path: Path) -> None:
@@ -231,9 +231,9 @@ def test_a_glob_names_where_it_is_from(tmp_path: Path) -> None:
 # --------------------------------------------------------------------- `events`, `schema`
 
 
-def test_events_lists_every_kind_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_lists_every_kind_with_its_default(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["events"]) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
+    head, *rows = capfd.readouterr().out.splitlines()
     assert head.split() == ["kind", "ring", "default", "meaning"]
     listed = {row.split()[0]: tuple(row.split()[1:3]) for row in rows}
     assert listed == {
@@ -246,9 +246,9 @@ def test_events_lists_every_kind_with_its_default(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *STREAM_KINDS])
-def test_events_of_a_kind_shows_every_field(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_of_a_kind_shows_every_field(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["events", kind]) == 0
-    head, *unseen, table = capsys.readouterr().out.split("\n\n")
+    head, *unseen, table = capfd.readouterr().out.split("\n\n")
     columns, *rows = table.splitlines()
     info = tables.all_kinds()[kind]
     assert head.startswith(f"{kind} ({info.ring}, ")
@@ -272,9 +272,9 @@ def test_events_of_a_kind_says_when_it_is_on(kind: str, when: str) -> None:
     assert tables.kind_text(info).startswith(f"{kind} ({when}): {info.doc}\n\n")
 
 
-def test_events_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_as_json(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["events", "--json", "process.exec", "file.open"]) == 0
-    exec_, open_ = json.loads(capsys.readouterr().out)
+    exec_, open_ = json.loads(capfd.readouterr().out)
     assert (exec_["kind"], exec_["ring"], exec_["default"]) == ("process.exec", "critical", True)
     assert (open_["kind"], open_["default"]) == ("file.open", False)
     assert "open_by_handle_at" in open_["unseen"]
@@ -284,26 +284,26 @@ def test_events_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", ["events", "schema"])
 def test_an_unknown_kind_lists_the_known_ones(
-    command: str, capsys: pytest.CaptureFixture[str]
+    command: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, "disk.read"]) == 2
     allowed = ", ".join([*KINDS, *STREAM_KINDS])
     expected = f"streamer: 'disk.read' is no kind of event, allowed: {allowed}\n"
-    assert capsys.readouterr().err == expected
+    assert capfd.readouterr().err == expected
 
 
-def test_the_schema_of_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_schema_of_a_kind(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", "net.connect"]) == 0
-    schema = json.loads(capsys.readouterr().out)
+    schema = json.loads(capfd.readouterr().out)
     (definition,) = schema["$defs"].values()
     assert schema["$ref"] == f"#/$defs/{definition['title']}"
     assert definition["properties"]["event"] == {"enum": ["net.connect"]}
     assert definition["properties"]["remote_port"]["type"] == "integer"
 
 
-def test_the_schema_of_any_event(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_schema_of_any_event(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
-    schema = json.loads(capsys.readouterr().out)
+    schema = json.loads(capfd.readouterr().out)
     tags = [
         schema["$defs"][choice["$ref"].rpartition("/")[2]]["properties"]["event"]["enum"]
         for choice in schema["anyOf"]
@@ -311,9 +311,9 @@ def test_the_schema_of_any_event(capsys: pytest.CaptureFixture[str]) -> None:
     assert tags == [[kind] for kind in (*KINDS, *STREAM_KINDS)]
 
 
-def test_the_schema_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_schema_of_the_configuration(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", "config"]) == 0
-    assert "MqttSink" in json.loads(capsys.readouterr().out)["$defs"]
+    assert "MqttSink" in json.loads(capfd.readouterr().out)["$defs"]
 
 
 # ----------------------------------------------------------------------------------- `check`

@@ -208,7 +208,7 @@ else:
         ssl_context(Tls(cert_file={str(authority.certificate)!r},
                         key_file={str(authority.encrypted_key())!r}))
     except Exception as error:
-        print(type(error).__name__)
+        print(type(error).__name__, flush=True)
     os._exit(0)
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

@@ -28,6 +28,7 @@ from streamer.events.stream import (
     StreamManifest,
 )
 from streamer.terminal import lines as render
+from streamer.terminal.console import Console
 from streamer.terminal.lines import Rates, Renderer, StatusLine, printable, status_text
 
 COMMON = {"time_ns": 1_800_000_000_123_456_789, "pid": 42, "uid": 1000, "comm": "bash"}
@@ -503,26 +504,30 @@ def terminal() -> Iterator[Terminal]:
     os.close(made.master)
 
 
+def status_line(terminal: Terminal, **options: Any) -> StatusLine:
+    return StatusLine(Console(terminal.fd), terminal.fd, **options)
+
+
 def test_the_status_line_is_drawn_at_most_four_times_a_second(terminal: Terminal) -> None:
     clock = Clock()
-    status = StatusLine(terminal.fd, clock=clock)
+    status = status_line(terminal, clock=clock)
     drawn = []
-    for _ in range(9):
-        drawn.append(status.draw("s"))
+    for number in range(9):
+        drawn.append(status.draw(str(number)))
         clock.now += 0.125
     assert drawn == [True, False] * 4 + [True]
-    expected = b"\r\x1b[Ks" * 5
+    expected = b"".join(b"\r\x1b[K%d" % number for number in (0, 2, 4, 6, 8))
     assert terminal.read(expected) == expected
 
 
 def test_the_status_line_never_wraps(terminal: Terminal) -> None:
-    StatusLine(terminal.fd).draw("0123456789" * 5)
+    status_line(terminal).draw("0123456789" * 5)
     expected = "\r\x1b[K012345678901234567…".encode()
     assert terminal.read(expected) == expected
 
 
 def test_event_lines_take_the_place_of_the_status_line(terminal: Terminal) -> None:
-    status = StatusLine(terminal.fd)
+    status = status_line(terminal)
     renderer = Renderer(color=False, width=0, status=status)
     batch = Batch([make("process.fork", child_pid=1)])
     line = Renderer(color=False, width=0)(batch)
@@ -531,7 +536,7 @@ def test_event_lines_take_the_place_of_the_status_line(terminal: Terminal) -> No
     shown = [status.shown]
     assert renderer(batch) == b"\r\x1b[K" + line + b"busy"
     assert renderer(Batch([])) == b""
-    status.clear()
+    status.close()
     shown.append(status.shown)
     assert shown == [True, False]
     assert renderer(batch) == line
@@ -541,7 +546,7 @@ def test_event_lines_take_the_place_of_the_status_line(terminal: Terminal) -> No
 
 def test_a_closed_status_line_stays_away(terminal: Terminal) -> None:
     clock = Clock()
-    status = StatusLine(terminal.fd, clock=clock)
+    status = status_line(terminal, clock=clock)
     status.draw("busy")
     status.close()
     clock.now += 1
@@ -552,27 +557,17 @@ def test_a_closed_status_line_stays_away(terminal: Terminal) -> None:
 
 def test_no_status_line_where_there_is_no_terminal() -> None:
     reader, writer = os.pipe()
-    status = StatusLine(writer)
+    status = StatusLine(Console(writer), writer)
     assert not status.draw("s")
-    status.clear()
     status.close()
     os.close(writer)
     assert os.read(reader, 10) == b""
     os.close(reader)
 
 
-def test_a_stopped_terminal_does_not_stop_the_agent(terminal: Terminal) -> None:
-    clock = Clock()
-    status = StatusLine(terminal.fd, clock=clock)
-    termios.tcflow(terminal.fd, termios.TCOOFF)
-    assert not status.draw("s")
-    termios.tcflow(terminal.fd, termios.TCOON)
-    assert status.draw("s")
-
-
 def test_a_terminal_that_has_gone_ends_the_status_line() -> None:
     terminal = Terminal()
-    status = StatusLine(terminal.fd)
+    status = status_line(terminal)
     os.close(terminal.master)
     assert not status.draw("s")
     assert not status.shown

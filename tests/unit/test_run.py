@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -17,9 +16,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from streamer.agent.run import _LogHandler, ascii_lines
+from streamer.agent.run import ascii_lines
 from streamer.events.batch import Batch
-from streamer.terminal.lines import StatusLine
 
 PROGRAM = Path(__file__).parent / "memory_agent.py"
 SECONDS = 30
@@ -133,33 +131,6 @@ def test_the_same_sink_twice_is_refused(start: Start) -> None:
     assert agent.end() == 2
     assert "sinks: found the same one twice among kafka:" in agent.stderr
     assert "Ctrl-C ends it" not in agent.stderr
-
-
-def test_a_log_line_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """What brokers answer can hold anything."""
-    line = Line()
-    handler = _LogHandler(line)
-    logger = logging.getLogger("streamer.test")
-    logger.addHandler(handler)
-    try:
-        logger.warning("%s is down: %s", "kafka:", f"{HOSTILE}\nstreamer: all is well")
-    finally:
-        logger.removeHandler(handler)
-    written = capsys.readouterr().err
-    assert written == (
-        "streamer: kafka: is down: \\x1b]0;owned\\x07\\x9b2J\\u202e\\nstreamer: all is well\n"
-    )
-    assert line.cleared == 1  # else both would be in one line
-
-
-class Line(StatusLine):
-    cleared = 0
-
-    def __init__(self) -> None:
-        pass
-
-    def clear(self) -> None:
-        self.cleared += 1
 
 
 class Named(msgspec.Struct, tag_field="event", tag="test.named"):
