@@ -48,7 +48,18 @@ setup() {
 running() { # running NAME CONFIG
     local pid
     pid=$(cat "$state/$1.pid" 2>/dev/null) || return 1
-    tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF -- "$2" && echo "$pid"
+    [ -r "/proc/$pid/cmdline" ] || return 1
+    { tr '\0' ' ' <"/proc/$pid/cmdline"; } 2>/dev/null | grep -qF -- "$2" && echo "$pid"
+}
+
+# Who answers there already would be taken for the one that is started, which then ends.
+refuse_taken() { # refuse_taken NAME PORT...
+    local port
+    for port in "${@:2}"; do
+        if (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+            die "$1 cannot be started: another program has port $port of 127.0.0.1"
+        fi
+    done
 }
 
 launch() { # launch NAME COMMAND...
@@ -100,6 +111,7 @@ configure_mqtt() {
 
 start_kafka() {
     running kafka "$kafka_config" >/dev/null && return
+    refuse_taken Kafka "${kafka_address#*:}" "${controller_address#*:}"
     say "starting Kafka"
     configure_kafka
     launch kafka "${java[@]}" kafka.Kafka "$kafka_config"
@@ -108,6 +120,7 @@ start_kafka() {
 
 start_mqtt() {
     running mosquitto "$mqtt_config" >/dev/null && return
+    refuse_taken Mosquitto "$mqtt_port"
     say "starting Mosquitto"
     configure_mqtt
     launch mosquitto mosquitto -c "$mqtt_config"
