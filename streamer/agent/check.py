@@ -19,6 +19,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
     Through a privileged helper, as `run` does: that it has fewer rights can make a difference.
     """
     programs: list[ProgramStatus] = []
+    had_tracefs = loader.has_tracefs()
     reason, no_functions = "", "not tried"
     try:
         kernel = _loaded(settings, kinds)
@@ -37,7 +38,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
         kernel=f"{uname.sysname} {uname.release} {uname.machine}",
         ok=all(one.status == "full" for one in found.values()),
         capabilities=capabilities.held(),
-        features=_features(settings, reason, no_functions),
+        features=_features(settings, reason, no_functions, had_tracefs),
         programs=programs,
         kinds=found,
     )
@@ -53,8 +54,12 @@ def _loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
         raise
 
 
-def _features(settings: Settings, reason: str, no_functions: str) -> dict[str, str]:
+def _features(
+    settings: Settings, reason: str, no_functions: str, had_tracefs: bool
+) -> dict[str, str]:
     tracefs = loader.ensure_tracefs() if not reason else ""
+    if not tracefs and not had_tracefs and loader.has_tracefs():
+        tracefs = "yes: it was not mounted before this check, and is now"
     return {
         "btf": settings.btf or _yes(os.path.exists(loader.KERNEL_BTF)),
         "load": reason or "yes",

@@ -600,13 +600,18 @@ def _check_btf(path: str) -> None:
         raise KernelError(f"btf: {path} holds no BTF")
 
 
+def has_tracefs() -> bool:
+    """Whether tracefs is mounted where it is looked for."""
+    return any(os.path.isdir(os.path.join(place, "events")) for place in TRACEFS)
+
+
 def ensure_tracefs() -> str:
     """Mount tracefs where the kernel expects it, if it is not there. Why not, or nothing.
 
     Debian mounts it at boot; a minimal system or container may not. The system-call hooks need
     it to be found, nothing else does.
     """
-    if any(os.path.isdir(os.path.join(place, "events")) for place in TRACEFS):
+    if has_tracefs():
         return ""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"tracefs", TRACEFS[0].encode(), b"tracefs", 0, None) == 0:

@@ -157,6 +157,15 @@ def test_without_tracefs(scope: Scope, tmp_path: Path, at_functions: bool) -> No
     assert "NetAccept" not in found  # nobody accepts
 
 
+def test_check_says_that_it_mounted_tracefs() -> None:
+    unmount = "for place in /sys/kernel/tracing /sys/kernel/debug/tracing; do"
+    unmount += ' while umount "$place" 2>/dev/null; do :; done; done; exec "$@"'
+    ended = streamer(("unshare", "--mount", "sh", "-ec", unmount, "sh"), "check", "--json")
+    found = json.loads(ended.stdout)["features"]["tracefs"]
+    assert found == "yes: it was not mounted before this check, and is now"
+    assert json.loads(streamer((), "check", "--json").stdout)["features"]["tracefs"] == "yes"
+
+
 def test_check_without_tracefs(tmp_path: Path, at_functions: bool) -> None:
     ended = streamer(no_tracefs(tmp_path / "btf"), "check", "--json", "--events", "*")
     found = json.loads(ended.stdout)
