@@ -344,11 +344,7 @@ class MqttSink(SinkCommon, tag="mqtt", frozen=True, kw_only=True):
     tls: Annotated[Tls | None, doc("TLS, when the table is there, even if empty.")] = None
 
 
-class MemorySink(SinkCommon, tag="memory", frozen=True, kw_only=True):
-    """Events kept in memory, for tests."""
-
-
-AnySink = StdoutSink | FileSink | KafkaSink | MqttSink | MemorySink
+AnySink = StdoutSink | FileSink | KafkaSink | MqttSink
 
 
 class Settings(Section, frozen=True, kw_only=True):

@@ -5,7 +5,6 @@
 `file:PATH`                            a file, appended to
 `kafka://HOST[:PORT][,…][/TOPIC]`      Kafka; `kafkas://` with TLS; port 9092 unless given
 `mqtt://[USER@]HOST[:PORT][/TOPIC]`    MQTT; `mqtts://` with TLS; port 1883 or 8883
-`memory:`                              memory, for tests
 =====================================  ====================================================
 
 `?key=value&…` sets the sink's other settings, those of its tables as `tls.ca_file=…`. `%XX`
@@ -33,7 +32,7 @@ FORMS = (
 NO_PASSWORD = "a password does not belong into a URL, use password_env or password_file"
 NOTHING: Mapping[str, str] = {}
 
-_LOCAL = frozenset({"stdout", "memory", "file"})
+_LOCAL = frozenset({"stdout", "file"})
 _SCHEMES = _LOCAL | {"kafka", "kafkas", "mqtt", "mqtts"}
 _SECRETS = frozenset({"password", "key_password", "passwd", "secret"})
 

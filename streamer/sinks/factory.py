@@ -41,7 +41,3 @@ def make_sink(
             from streamer.sinks.mqtt import MqttSink
 
             return MqttSink(chosen, host=host, opener=opener)
-        case settings.MemorySink():
-            from streamer.sinks.memory import MemorySink
-
-            return MemorySink(budget_bytes=chosen.budget_bytes)

@@ -1,4 +1,4 @@
-"""Keeps events in memory: for tests of the line, and of programs that embed the service."""
+"""Keeps events in memory, for ever: for tests. No configuration can ask for it."""
 
 from __future__ import annotations
 

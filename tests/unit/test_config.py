@@ -18,7 +18,6 @@ from streamer.config.settings import (
     FileSink,
     Filters,
     KafkaSink,
-    MemorySink,
     MqttSink,
     Rings,
     Sasl,
@@ -35,7 +34,7 @@ ROOT_KEYS = (
     "btf, events, filters, grace_seconds, heartbeat_seconds, host, kernel, "
     "log_level, rfc3339_time, rings, sinks, state_file, user"
 )
-SINKS = '"stdout", "file", "kafka", "mqtt", "memory"'
+SINKS = '"stdout", "file", "kafka", "mqtt"'
 PAGE = mmap.PAGESIZE
 KAFKA = '[[sinks]]\ntype = "kafka"\nbootstrap = ["b:9092"]\n'
 MQTT = '[[sinks]]\ntype = "mqtt"\nhost = "b"\n'
@@ -84,8 +83,8 @@ MISTAKES = [
     ("[[sinks]]\ncolor = 1", f"sinks[0].type: missing, allowed: {SINKS}"),
     ('[[sinks]]\ntype = "file"', "sinks[0].path: missing, allowed: a non-empty string"),
     (
-        '[[sinks]]\ntype = "memory"\nhost = "h"',
-        "sinks[0].host: unknown key, allowed: budget_bytes, encoding, on_full, type",
+        '[[sinks]]\ntype = "stdout"\nhost = "h"',
+        "sinks[0].host: unknown key, allowed: budget_bytes, color, encoding, on_full, type",
     ),
     (
         MQTT + "tls.ca_fil = 1",
@@ -393,7 +392,6 @@ def test_values_at_the_limits_are_accepted(file: Path) -> None:
 URLS = [
     ("stdout:", StdoutSink()),
     ("stdout:?encoding=json&color=never", StdoutSink(encoding="json", color="never")),
-    ("memory:", MemorySink()),
     ("file:events.ndjson", FileSink(path="events.ndjson")),
     ("file:/a/b?mode=0600", FileSink(path="/a/b", mode="0600")),
     ("file:///a/b%20c%3F", FileSink(path="/a/b c?")),
@@ -663,7 +661,7 @@ def test_the_page_names_every_sink_and_section() -> None:
     page = reference.documentation()
     for title in ("rings", "filters"):
         assert f"## `[{title}]`" in page
-    for sink in ("stdout", "file", "kafka", "mqtt", "memory"):
+    for sink in ("stdout", "file", "kafka", "mqtt"):
         assert f'## `[[sinks]] with type = "{sink}"`' in page
     assert "`4194304`" in page
 

@@ -16,8 +16,7 @@ import msgspec
 import pytest
 
 from streamer.agent.service import Service
-from streamer.config.settings import Filters, Limits, Rings, Settings
-from streamer.config.settings import MemorySink as MemorySettings
+from streamer.config.settings import Filters, Limits, Rings, Settings, StdoutSink
 from streamer.errors import ConfigError, HelperGone, KernelError, SinkError
 from streamer.events.batch import Batch, kind_of
 from streamer.events.kinds import KINDS
@@ -41,7 +40,7 @@ class Run:
         on_full: str = "auto",
     ) -> None:
         self.sinks = sinks or (MemorySink(),)
-        chosen = tuple(MemorySettings(on_full=on_full) for _ in self.sinks)  # type: ignore[arg-type]
+        chosen = tuple(StdoutSink(on_full=on_full) for _ in self.sinks)  # type: ignore[arg-type]
         self.settings = msgspec.structs.replace(settings or Settings(), sinks=chosen)
         self.kernel = MemoryKernel(self.settings, ALL, programs)
         self.programs = self.kernel.programs
