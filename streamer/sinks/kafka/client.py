@@ -47,6 +47,9 @@ CONNECT_SECONDS = 10.0
 TOPIC_SECONDS = 5.0
 """How long a topic may be missing before it is told: a broker that creates it needs a while."""
 
+LOADING_SECONDS = 10.0
+"""How long a broker that has just started may give no producer id, untold."""
+
 LEADER_SECONDS = 3.0
 """How long a partition may be without a leader, or it without a connection, untold."""
 
@@ -390,7 +393,7 @@ def _refusal(code: int) -> DeliveryError:
     """Why there is no producer id; a broker that has just started gives none at first."""
     error = error_of_code(code)
     if getattr(error, "retriable", False):
-        return DeliveryError(reason_of_code(code), grace=LEADER_SECONDS)
+        return DeliveryError(reason_of_code(code), grace=LOADING_SECONDS)
     return delivery_error_of(error)
 
 
