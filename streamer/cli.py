@@ -106,9 +106,9 @@ def _fill_standard_descriptors() -> None:
 
 def _failed(error: StreamerError) -> int:
     from streamer.terminal.console import say
-    from streamer.terminal.lines import printable
+    from streamer.terminal.lines import printable, shortened
 
-    say(f"streamer: {printable(str(error))}")
+    say(f"streamer: {printable(shortened(str(error)))}")
     return error.exit_code
 
 

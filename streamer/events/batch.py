@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from types import MappingProxyType
@@ -18,6 +19,31 @@ NO_SPANS: Spans = MappingProxyType({})
 
 _JSON = msgspec.json.Encoder()
 _MSGPACK = msgspec.msgpack.Encoder()
+
+# UTF-8 by its first byte, with which no other character's bytes can be confused: DEL, C1, the
+# Arabic letter mark, the marks and overrides of direction with the separators of lines.
+_ACTIVE = (
+    (b"\x7f", re.compile(rb"\x7f")),
+    (b"\xc2", re.compile(rb"\xc2[\x80-\x9f]")),
+    (b"\xd8", re.compile(rb"\xd8\x9c")),
+    (b"\xe2", re.compile(rb"\xe2(?:\x80[\x8e\x8f\xa8-\xae]|\x81[\xa6-\xa9])")),
+)
+
+
+def inert(data: bytes) -> bytes:
+    r"""JSON with what terminals and editors act upon as `\u009b`, which means the same.
+
+    JSON itself has C0 escaped only. Whoever is observed chooses these characters, and events are
+    looked at with `cat`, `kcat` and `mosquitto_sub`.
+    """
+    for first, pattern in _ACTIVE:
+        if first in data:  # one look at each byte; the rest pays for the pattern
+            data = pattern.sub(_escaped, data)
+    return data
+
+
+def _escaped(match: re.Match[bytes]) -> bytes:
+    return b"\\u%04x" % ord(match[0].decode())
 
 
 def kind_of(event: Event) -> str:
@@ -74,8 +100,11 @@ class Batch:
         """One encoded record per event, without a line end."""
         found = self._records.get(encoding)
         if found is None:
-            encoder = _JSON if encoding == "json" else _MSGPACK
-            found = self._records[encoding] = list(map(encoder.encode, self.events))
+            if encoding == "json":
+                found = [inert(_JSON.encode(event)) for event in self.events]
+            else:
+                found = list(map(_MSGPACK.encode, self.events))
+            self._records[encoding] = found
         return found
 
     def lines(self, encoding: Encoding) -> bytes:
@@ -83,7 +112,7 @@ class Batch:
         found = self._lines.get(encoding)
         if found is None:
             if encoding == "json":
-                found = _JSON.encode_lines(self.events)
+                found = inert(_JSON.encode_lines(self.events))
             else:
                 found = b"".join(map(_MSGPACK.encode, self.events))
             self._lines[encoding] = found

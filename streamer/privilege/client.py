@@ -292,6 +292,7 @@ class RemoteOpener:
     def __init__(self, client: HelperClient, files: Sequence[NamedFile]) -> None:
         """`files` are those that the helper was told."""
         self._client = client
+        self._directory = os.getcwd()  # it is another one when privileges are given up
         self._indexes: dict[tuple[str, str], int] = {
             (file.path, file.use): index for index, file in enumerate(files)
         }
@@ -313,7 +314,7 @@ class RemoteOpener:
 
     def _index(self, path: str, use: str) -> int:
         try:
-            return self._indexes[os.path.abspath(path), use]
+            return self._indexes[os.path.normpath(os.path.join(self._directory, path)), use]
         except KeyError:
             raise PermissionError(errno.EPERM, "not named in the configuration", path) from None
 

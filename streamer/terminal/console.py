@@ -42,7 +42,7 @@ class Console:
     def write(self, lines: bytes) -> None:
         """Write whole lines, when that can be. Never waits."""
         with self._changed:
-            if self._bytes + len(lines) > self._most:
+            if self._bytes and self._bytes + len(lines) > self._most:
                 self._dropped += 1
             else:
                 self._lines.append(lines)

@@ -39,6 +39,8 @@ _COLORS = {
 _KIND_STYLES = {"process": "green", "file": "blue", "net": "cyan", "stream": "magenta"}
 _ARROWS = {"outbound": "->", "inbound": "<-"}
 _MAX_VALUE = 80
+MOST_SAID = 2000
+"""Most characters of a message: paths, keys and reasons of peers have any length."""
 
 # Those that hold the bits of another one come first.
 _OPEN_FLAGS = (
@@ -121,6 +123,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def shortened(text: str, most: int = MOST_SAID) -> str:
+    """`text`, or its beginning and its end: a message ends with its reason."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def _escaped(char: str) -> str:

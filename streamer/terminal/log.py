@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from streamer.terminal.console import Console
-from streamer.terminal.lines import printable
+from streamer.terminal.lines import printable, shortened
 
 ExceptionInfo = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -34,7 +34,7 @@ class LogFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """One line, whatever is in it."""
-        return printable(super().formatMessage(record))
+        return printable(shortened(super().formatMessage(record)))
 
     def formatException(self, ei: ExceptionInfo) -> str:
         """A traceback."""

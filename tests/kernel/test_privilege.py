@@ -368,6 +368,16 @@ def test_a_file_in_a_directory_of_roots(scope: Scope, tmp_path: Path) -> None:
     assert [event.path for event in whole.events] == [f"/no/{i}-0" for i in range(opened)]
 
 
+def test_a_file_below_the_directory_that_it_was_started_in(tmp_path: Path) -> None:
+    """The process that asks for it is in another one by then."""
+    command = [sys.executable, "-m", "streamer", "run", "--no-status", "--comm", "nobody"]
+    command += ["--duration", "1s", "--sink", "file:./events"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert b'"event":"stream.heartbeat"' in (tmp_path / "events").read_bytes()
+
+
 def test_a_signal_to_open_anew_without_files(scope: Scope) -> None:
     """Standard output has nothing to open anew, and goes on."""
     command = [sys.executable, "-m", "streamer", "run", "--no-status", "--events", "file.open"]

@@ -210,6 +210,26 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert captured.out == ""
 
 
+def test_no_message_is_longer_than_what_somebody_reads(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its beginning says where, its end says why, whatever is between."""
+    long = "k" * 1_000_000
+    file = tmp_path / "streamer.toml"
+    for text in (f"{long} = 1", f"[{long}]\n[{long}]", f"[kernel.sample]\n{long} = 1"):
+        file.write_text(text)
+        assert main(["run", "-c", str(file)]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"streamer: {file}: ")
+        assert len(line) < 2100
+    assert main(["run", "-c", "/" + "n/" * 4000]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("/n: cannot be read: File name too long")
+    assert len(line) < 2100
+    assert main(["run", "--events", long]) == 2
+    assert len(capfd.readouterr().err) < 2100
+
+
 def test_no_command_is_bad_input(capfd: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     expected = "the following arguments are required: COMMAND (see streamer --help)"

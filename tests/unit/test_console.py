@@ -174,3 +174,19 @@ def test_errors_that_nobody_catches_are_logged(pipe: tuple[int, int]) -> None:
 def test_the_stack_of_a_call_is_escaped() -> None:
     assert LogFormatter().formatStack("a\x1b\nb") == "    a\\x1b\n    b"
     assert traceback_of(ValueError("\x9b")) == "    ValueError: \\x9b"
+
+
+def test_a_line_beyond_the_bound_is_written_where_nothing_waits(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    console = Console(writer, most_bytes=10)
+    console.start()
+    console.write(line(1))
+    assert read(reader, b"\n") == line(1)
+    console.close(10)
+
+
+def test_a_long_message_of_a_peer_is_cut_in_the_middle() -> None:
+    record = logging.LogRecord("a", logging.INFO, "", 0, "x" * 10**6 + " its reason", (), None)
+    text = LogFormatter().format(record)
+    assert len(text) < 2100
+    assert text.endswith("xxx its reason")
