@@ -123,8 +123,10 @@ def test_a_name_that_is_not_resolved(scope: Scope, tmp_path: Path, url: str) -> 
     resolver.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")
     prefix = ("unshare", "--net", "--mount", sys.executable, "-c", SILENT, str(resolver))
     config = f"grace_seconds = {GRACE}\n"
-    options = ("--events", "file.open", *scope.options)
-    with Agent(tmp_path, *options, config=config, sinks=(url,), prefix=prefix) as agent:
+    started = Agent(
+        tmp_path, *scope.options, events="file.open", config=config, sinks=(url,), prefix=prefix
+    )
+    with started as agent:
         scope.act(open_some)
         agent.wait_for(b'"event":"file.open"', OPENS)
         begun = time.monotonic()

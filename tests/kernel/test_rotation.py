@@ -43,8 +43,8 @@ def output(tmp_path: Path) -> Path:
 def agent(directory: Path, scope: Scope, output: Path, settings: str = "") -> Agent:
     """An agent whose only sink is the file, with further `settings` of it."""
     config = f'[[sinks]]\ntype = "file"\npath = "{output}"\non_full = "pause"\n{settings}\n'
-    options = ("--events", "file.open", *scope.options)
-    return Agent(directory, *options, config=config, sinks=None, output=output)
+    events = "file.open"
+    return Agent(directory, *scope.options, events=events, config=config, sinks=None, output=output)
 
 
 def siblings(output: Path) -> list[Path]:
