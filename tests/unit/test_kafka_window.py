@@ -50,6 +50,15 @@ class State(NamedTuple):
     recent: tuple[tuple[int, int], ...]
 
 
+class Request(NamedTuple):
+    """As it was written to a connection."""
+
+    producer: int
+    epoch: int
+    sequence: int
+    content: list[int]
+
+
 class Broker:
     """A partition's leader. `bad` are events that it never takes, `limit` events to a batch."""
 
@@ -61,13 +70,16 @@ class Broker:
         self.states: dict[int, State] = {}
 
     def produce(self, producer: int, epoch: int, entry: Numbered) -> Answer:
-        content = numbers(entry.batches)
+        return self.take(Request(producer, epoch, entry.sequence, numbers(entry.batches)))
+
+    def take(self, request: Request) -> Answer:
+        producer, epoch, sequence, content = request
         if len(content) > self.limit:
             return Answer.of_code(LARGE)
         refused = {i: f"no {n}" for i, n in enumerate(content) if n in self.bad}
         if refused:
             return Answer.of_code(TIME, "the broker's own words", refused if self.names_bad else {})
-        first, last = entry.sequence, (entry.sequence + len(content) - 1) % SEQUENCES
+        first, last = sequence, (sequence + len(content) - 1) % SEQUENCES
         state = self.states.get(producer)
         if state is not None:
             if epoch < state.epoch:
@@ -94,6 +106,7 @@ class Run:
         self.window.identify(next(self.ids))
         self.window._next = first_sequence
         self.way: deque[tuple[Numbered, int, int]] = deque()
+        self.left_behind: deque[Request] = deque()
         self.now = 0.0
         self.delivered: list[int] = []
         self.dropped: list[tuple[int, str]] = []
@@ -102,6 +115,8 @@ class Run:
     def send(self) -> None:
         """All that may be sent."""
         window = self.window
+        tried = [bool(entry.tries) for entry in window.entries]
+        assert tried == sorted(tried, reverse=True)  # what was never sent is behind what was
         while window.may_send(self.now) and (entry := window.next()) is not None:
             if window.producer_id is None:
                 assert not window.in_flight
@@ -124,11 +139,17 @@ class Run:
         for batch, reason in outcome.dropped:
             self.dropped += [(number, reason) for number in batch.times_ns]
 
-    def break_connection(self, handled: int) -> None:
-        """The broker still handles so many requests; no answer of any arrives."""
+    def break_connection(self, handled: int, *, late: bool = False) -> None:
+        """The broker still handles so many requests; no answer of any arrives.
+
+        `late`: it comes to the others much later, when what follows is written already.
+        """
         for index, (entry, producer, epoch) in enumerate(self.way):
             if index < handled:
                 self.broker.produce(producer, epoch, entry)
+            elif late:
+                content = numbers(entry.batches)
+                self.left_behind.append(Request(producer, epoch, entry.sequence, content))
         lost, self.way = list(self.way), deque()
         for entry, _, _ in lost:
             self.take(entry, Answer.lost("gone"))
@@ -148,11 +169,17 @@ class Run:
 
 # ---------------------------------------------------------------- any sequence of faults
 
-FAULTS = ("add", "send", "answer", "error", "lost", "break", "wait")
+FAULTS = ("add", "send", "answer", "error", "lost", "break", "late", "come", "wait")
 steps = st.lists(st.tuples(st.sampled_from(FAULTS), st.integers(0, 6)), max_size=120)
 
 
-def play(run: Run, plan: list[tuple[str, int]], on_break: Callable[[], None]) -> int:
+def play(
+    run: Run,
+    plan: list[tuple[str, int]],
+    on_break: Callable[[], None] = lambda: None,
+    *,
+    late: bool = True,
+) -> int:
     """Carry out a plan; how many events were submitted."""
     submitted = 0
     for what, number in plan:
@@ -171,6 +198,10 @@ def play(run: Run, plan: list[tuple[str, int]], on_break: Callable[[], None]) ->
         elif what == "break" and run.way:
             run.break_connection(number)
             on_break()
+        elif what == "late" and late and run.way:
+            run.break_connection(number, late=True)
+        elif what == "come" and run.left_behind:
+            run.broker.take(run.left_behind.popleft())
         elif what == "wait":
             run.now += number
     run.settle()
@@ -191,7 +222,7 @@ def test_whatever_happens_each_good_event_is_there_once_and_in_order(
     broker = Broker(bad, limit)
     broker.names_bad = names_bad
     run = Run(broker, first)
-    submitted = play(run, plan, lambda: None)
+    submitted = play(run, plan)
     good = [number for number in range(submitted) if number not in bad]
     assert broker.log == good
     assert sorted(run.delivered) == good
@@ -207,7 +238,7 @@ def test_a_broker_that_forgets_the_producer_costs_repetitions_at_most(
     """With each broken connection the leader is another, which has nothing of the producer."""
     broker = Broker(bad)
     run = Run(broker)
-    submitted = play(run, plan, broker.states.clear)
+    submitted = play(run, plan, broker.states.clear, late=False)
     good = [number for number in range(submitted) if number not in bad]
     assert list(dict.fromkeys(broker.log)) == good
     assert Counter(run.delivered) == Counter(good)
@@ -335,6 +366,76 @@ def test_a_batch_that_was_overtaken_goes_alone() -> None:
     assert run.window.epoch == 0
 
 
+def test_what_lies_before_a_broker_from_an_old_connection_takes_no_number_of_another() -> None:
+    """The numbers of batches behind a refused one are given anew, and those would fit later."""
+    run = Run(Broker(bad=frozenset({1})))
+    run.window.add(events(0, 1))
+    run.settle()
+    for number in range(1, 4):
+        run.window.add(events(number, 1))
+    run.send()
+    run.break_connection(0, late=True)
+    run.now = run.window.retry_at
+    run.send()
+    run.answer()  # 1 is refused, and 2 has its number now
+    run.send()
+    run.answer()
+    while run.left_behind:
+        run.broker.take(run.left_behind.popleft())
+    run.settle()
+    assert run.broker.log == [0, 2, 3]
+    assert run.delivered == [0, 2, 3]
+
+
+@pytest.mark.parametrize("code", [SEQUENCE, EPOCH, 59, 90])
+def test_a_broker_that_never_knows_the_numbers_is_not_asked_all_the_time(code: int) -> None:
+    run = Run(Broker())
+    run.window.add(events(0, 3))
+    while run.now < 60:
+        run.send()
+        while run.way:
+            run.answer(code=code)
+        if not run.window.may_send(run.now):
+            run.now = run.window.retry_at
+    assert run.sent < 30
+    run.settle()
+    assert run.broker.log == [0, 1, 2]
+
+
+def test_a_broker_that_wants_nothing_for_a_while_gets_nothing() -> None:
+    run = Run(Broker())
+    run.window.add(events(0, 1))
+    run.send()
+    entry, _, _ = run.way.popleft()
+    run.take(entry, Answer(0, throttle=7.5))
+    run.window.add(events(1, 1))
+    assert not run.window.may_send(7.4)
+    assert run.window.may_send(7.5)
+
+
+def test_a_broker_cannot_ask_to_be_left_alone_for_ever() -> None:
+    run = Run(Broker())
+    run.window.add(events(0, 1))
+    run.send()
+    entry, _, _ = run.way.popleft()
+    run.take(entry, Answer(19, throttle=2**31 / 1000))
+    assert run.window.may_send(run.now + window_module.MOST_THROTTLE_SECONDS)
+
+
+def test_what_was_refused_in_part_is_discarded_with_what_is_behind_it() -> None:
+    """Else a number would be missing between those that are left."""
+    run = Run(Broker(bad=frozenset({0})))
+    run.broker.names_bad = True
+    run.window.add(events(0, 5))
+    run.window.add(events(5, 5))
+    run.send()
+    run.answer()
+    assert not run.window.clear_unsent() or run.window.entries[0].tries
+    run.window.add(events(10, 2))
+    run.settle()
+    assert run.window.epoch == 0
+
+
 def test_unknown_numbers_raise_the_epoch_and_then_the_producer_id_is_changed() -> None:
     run = Run(Broker())
     run.window.add(events(0, 3))
@@ -386,6 +487,43 @@ def test_a_topic_that_is_denied_is_waited_for_and_loses_nothing(code: int) -> No
     assert run.broker.log == [0, 1, 2, 3, 4]
 
 
+def anew(run: Run, offset: int, move: bool = False) -> bool:
+    """Write one event, which the broker says to have at this offset."""
+    if move:
+        run.window.move()
+    run.window.add(events(0, 1))
+    run.send()
+    entry, _, _ = run.way.popleft()
+    return run.window.answered(entry, Answer(0, offset=offset), run.now).anew
+
+
+def test_a_partition_whose_offsets_begin_again_was_made_anew() -> None:
+    run = Run(Broker())
+    offsets = [5, 6, -1, 9, 0, 1, 1]
+    assert [anew(run, offset) for offset in offsets] == [
+        False, False, False, False, True, False, True,
+    ]  # fmt: skip
+    assert anew(run, 100, move=True)
+    assert not anew(run, 101)
+
+
+def test_a_repetition_that_was_written_before_says_nothing_of_the_partition() -> None:
+    run = Run(Broker())
+    run.window.add(events(0, 1))
+    run.settle()
+    run.window.add(events(1, 1))
+    run.window.add(events(2, 1))
+    run.send()
+    (first, _, _), (second, _, _) = run.way
+    run.way.clear()
+    run.take(first, Answer.of_code(REPLICAS))
+    run.take(second, Answer(0, offset=8))
+    run.now = run.window.retry_at
+    run.send()
+    run.way.clear()
+    assert not run.window.answered(first, Answer(0, offset=7), run.now).anew
+
+
 def test_random_long_runs() -> None:
     """Longer than Hypothesis draws, with all faults at once."""
     for seed in range(30):
@@ -394,5 +532,5 @@ def test_random_long_runs() -> None:
         plan = [(chance.choice(FAULTS), chance.randrange(7)) for _ in range(3000)]
         broker = Broker(bad, chance.choice([3, 5, 100]))
         run = Run(broker)
-        submitted = play(run, plan, lambda: None)
+        submitted = play(run, plan)
         assert broker.log == [number for number in range(submitted) if number not in bad]

@@ -14,6 +14,8 @@ What keeps the order, and each event in the log once:
   that failed says what to do, for those behind it failed because of it.
 - What may be written already is sent again with its number. A batch that was refused for good is
   not written, nor is any behind it: what is left of them is numbered anew from there.
+- A request without an answer may still lie before the broker, and be taken at any time that its
+  numbers fit. So they are not given to others: what has to be numbered anew then gets an epoch.
 - When a broker does not know the numbers, the epoch is raised and numbers begin at 0. Only then
   can an event be written twice: one that was written and whose acknowledgement was lost.
 """
@@ -45,6 +47,9 @@ PAUSE_SECONDS = 60.0
 UNKNOWN_TRIES = 5
 """How often a batch meets an error without a meaning before it counts as refused."""
 
+MOST_THROTTLE_SECONDS = 60.0
+"""The longest that a broker's wish to get nothing for a while is believed."""
+
 
 def backoff(attempt: int, *, permanent: bool, jitter: float) -> float:
     """Seconds before the next attempt after `attempt` (from 0) failed ones, with `jitter` 0-1."""
@@ -55,12 +60,16 @@ def backoff(attempt: int, *, permanent: bool, jitter: float) -> float:
 class Answer(NamedTuple):
     """What a broker said about a batch, or that none was heard of: `code` is Kafka's.
 
-    `bad` are the records that the broker named, by their index, each with its message.
+    `bad` are the records that the broker named, by their index, each with its message. `offset`
+    is where the batch lies in the partition, -1 where that was not said. `throttle`: for so many
+    seconds the broker wants nothing more.
     """
 
     code: int
     reason: str = ""
     bad: Mapping[int, str] = {}
+    offset: int = -1
+    throttle: float = 0.0
 
     @classmethod
     def of_code(cls, code: int, message: str | None = None, bad: Mapping[int, str] = {}) -> Answer:
@@ -76,8 +85,8 @@ class Answer(NamedTuple):
 class Numbered:
     """A record batch in the window. `sequence` is the number of its first record."""
 
-    __slots__ = ("answer", "batches", "count", "in_flight", "overtaken", "payload", "sent_at",
-                 "sequence", "tries")  # fmt: skip
+    __slots__ = ("answer", "batches", "count", "in_flight", "lost", "overtaken", "payload",
+                 "sent_at", "sequence", "tries")  # fmt: skip
 
     def __init__(self, batches: list[EncodedBatch], sequence: int) -> None:
         """Not sent yet. `payload` is set by whoever compresses it."""
@@ -88,6 +97,7 @@ class Numbered:
         self.in_flight = False
         self.answer: Answer | None = None
         self.overtaken = False
+        self.lost = False  # a request with these numbers was never answered
         self.sent_at = 0.0
         self.tries = 0
 
@@ -107,6 +117,7 @@ class Outcome(NamedTuple):
 
     `failed` is what keeps the topic from being written to; `divided` a batch of several events
     that was too large, or had one that is not taken, and is two now; `elsewhere`: ask who leads.
+    `anew`: the partition is another than the one before, which was deleted, or left for another.
     """
 
     delivered: list[EncodedBatch]
@@ -114,6 +125,7 @@ class Outcome(NamedTuple):
     failed: Answer | None = None
     divided: Numbered | None = None
     elsewhere: bool = False
+    anew: bool = False
 
 
 class Window:
@@ -132,6 +144,8 @@ class Window:
         self._known_at: float | None = None  # when the broker last showed that it has our numbers
         self._failing = False
         self._raised = False
+        self._offset = -1  # of the last batch that was written
+        self._moved = False
 
     def __bool__(self) -> bool:
         """Whether anything is held."""
@@ -151,6 +165,7 @@ class Window:
     def move(self) -> None:
         """Begin anew, because the events go to another partition; nothing may be in flight."""
         self._raise_epoch()
+        self._moved = True
 
     def add(self, batches: list[EncodedBatch]) -> None:
         """Number a record batch behind the others."""
@@ -180,9 +195,7 @@ class Window:
         first, second = halves(entry.batches)
         one = Numbered(first, entry.sequence)
         two = Numbered(second, one.next_sequence)
-        # What was tried with both need not be tried as often with each.
-        one.tries = two.tries = min(entry.tries, UNKNOWN_TRIES - 2)
-        self.entries[at : at + 1] = [one, two]
+        self.entries[at : at + 1] = [_tried_as(entry, one), _tried_as(entry, two)]
 
     def sent(self, entry: Numbered, now: float) -> None:
         """Note that a batch, the one that is `next`, is under way."""
@@ -193,18 +206,22 @@ class Window:
     def fail(self, permanent: bool, now: float) -> None:
         """Wait before anything is sent: the partition's leader is not known or not reached."""
         wait = backoff(self.attempts, permanent=permanent, jitter=self._jitter())
-        self.retry_at = now + wait
+        self.retry_at = max(self.retry_at, now + wait)
         self.attempts += 1
 
     def answered(self, entry: Numbered, answer: Answer, now: float) -> Outcome:
         """Take the answer to a batch in flight."""
         entry.in_flight = False
         outcome = Outcome([], [])
+        if answer.throttle > 0:
+            self.retry_at = max(self.retry_at, now + min(answer.throttle, MOST_THROTTLE_SECONDS))
         if verdict_of(answer.code) is Verdict.WRITTEN:
+            outcome = outcome._replace(anew=self._is_anew(entry, answer))
             self._acknowledge(entry, now)
             outcome.delivered.extend(entry.batches)
         else:
             entry.answer = answer
+            entry.lost = entry.lost or answer.code == NETWORK
             self._failing = True
         if self._failing and not self.in_flight:
             return self._recover(outcome, now)
@@ -228,6 +245,18 @@ class Window:
     def oldest_sent(self) -> float | None:
         """When the batch was sent that waits longest for its answer."""
         return min((entry.sent_at for entry in self.entries if entry.in_flight), default=None)
+
+    def _is_anew(self, entry: Numbered, answer: Answer) -> bool:
+        """Whether what was written before is not in this partition any more.
+
+        Offsets only grow, for as long as a topic is not deleted and made again. One that was
+        overtaken lies before what overtook it.
+        """
+        moved, self._moved = self._moved, False
+        if answer.offset < 0 or entry.overtaken:
+            return moved
+        back, self._offset = answer.offset <= self._offset, answer.offset
+        return moved or back
 
     # Recovery
 
@@ -258,6 +287,8 @@ class Window:
             again = first.tries < UNKNOWN_TRIES
             verdict = Verdict.AGAIN if again else Verdict.REFUSED
         if verdict is Verdict.NUMBERS:
+            if self._raised:  # not even the new ones
+                self.fail(False, now)
             self._raise_epoch()
             return outcome._replace(failed=answer)
         if verdict is Verdict.REFUSED:
@@ -274,8 +305,9 @@ class Window:
         else:
             left, out = take_out(entry.batches, bad or {0: ""})
             outcome.dropped.extend((event, bad.get(i) or answer.reason) for i, event in out.items())
-            self.entries[:1] = [Numbered(left, entry.sequence)] if left else []
-        if entry.overtaken:
+            rest = [_tried_as(entry, Numbered(left, entry.sequence))] if left else []
+            self.entries[:1] = rest
+        if entry.overtaken or entry.lost or any(each.lost for each in self.entries):
             self._raise_epoch()
         else:
             self._begin_at(entry.sequence)
@@ -297,6 +329,16 @@ class Window:
         self._known_at = None
         for entry in self.entries:
             entry.sequence = sequence
-            entry.overtaken = False
+            entry.overtaken = entry.lost = False
             sequence = entry.next_sequence
         self._next = sequence
+
+
+def _tried_as(whole: Numbered, part: Numbered) -> Numbered:
+    """A part of a batch, of which the same is known.
+
+    What was tried with the whole need not be tried as often with each part.
+    """
+    part.tries = min(whole.tries, UNKNOWN_TRIES - 2)
+    part.lost = whole.lost
+    return part
