@@ -12,7 +12,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic  # type: ignore[import-untyped]
+from aiokafka.admin import (  # type: ignore[import-untyped]
+    AIOKafkaAdminClient,
+    NewPartitions,
+    NewTopic,
+)
 from aiokafka.admin.config_resource import (  # type: ignore[import-untyped]
     ConfigResource,
     ConfigResourceType,
@@ -74,6 +78,15 @@ async def alter(broker: KafkaBroker, topic: str, **config: str) -> None:
     try:
         resource = ConfigResource(ConfigResourceType.TOPIC, topic, configs=config)
         await admin.alter_configs([resource])
+    finally:
+        await admin.close()
+
+
+async def add_partitions(broker: KafkaBroker, topic: str, count: int) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.address)
+    await admin.start()
+    try:
+        await admin.create_partitions({topic: NewPartitions(count)})
     finally:
         await admin.close()
 

@@ -15,6 +15,7 @@ class Recorder(Listener):
         self.marks: list[str] = []
         self.statuses: list[tuple[Status, str]] = []
         self.drops: list[tuple[dict[str, int], str]] = []
+        self.anew = 0
 
     @property
     def reasons(self) -> set[str]:
@@ -29,6 +30,9 @@ class Recorder(Listener):
 
     def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
         self.statuses.append((status, reason))
+
+    def sink_anew(self, sink: Sink) -> None:
+        self.anew += 1
 
     def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         self.drops.append((dict(kinds), reason))

@@ -62,6 +62,7 @@ class Fanout(Listener):
         self._loss_record = loss_record
         self._owed = {sink: Owed() for sink in self.sinks}
         self._trouble: dict[Sink, str] = {}
+        self._anew: set[Sink] = set()
         self._given_up: Counter[str] = Counter()
         for sink in self.sinks:
             sink.listener = self
@@ -95,6 +96,12 @@ class Fanout(Listener):
         """Give a record of the agent's own to every sink, also to one that is full."""
         for sink in self.sinks:
             self._give(sink, Batch([record]))
+
+    def publish_anew(self, record: Callable[[], StreamRecord]) -> None:
+        """Give a record to the sinks whose readers lack what was published at the start."""
+        anew, self._anew = self._anew, set()
+        for sink in anew:
+            self._give(sink, Batch([record()]))
 
     def publish_if_room(self, record: StreamRecord) -> None:
         """Give one that can be left out, such as a heartbeat, to the sinks that are not full."""
@@ -234,6 +241,10 @@ class Fanout(Listener):
         recovered = sink in self._down
         self._down.discard(sink)
         return logging.INFO if recovered else logging.DEBUG
+
+    def sink_anew(self, sink: Sink) -> None:
+        """See `Listener`. With the next second, for the sink is just taking an answer in."""
+        self._anew.add(sink)
 
     def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         """See `Listener`."""

@@ -283,6 +283,7 @@ class Service:
             if time.monotonic() >= next_manifest:
                 next_manifest += _MANIFEST_SECONDS
                 self.fanout.publish(self._manifest())
+            self.fanout.publish_anew(self._manifest)
 
     async def _draw_status(self, line: StatusLine) -> None:
         before, then = 0, time.monotonic()

@@ -78,6 +78,9 @@ class Listener:
     def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
         """The sink came up, went down or closed for good; called on changes only."""
 
+    def sink_anew(self, sink: Sink) -> None:
+        """What is written from now on lies where nothing before it lies: a topic was made anew."""
+
     def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         """Events were given up, counted per kind; `spans` say which, as far as that is known."""
 

@@ -23,12 +23,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from streamer.agent.service import Service
 from streamer.config.settings import KafkaSink as Settings
-from streamer.config.settings import Sasl, Tls
+from streamer.config.settings import Limits, Sasl, Tls
+from streamer.config.settings import Settings as AgentSettings
 from streamer.errors import ConfigError
 from streamer.events.batch import Batch
 from streamer.sinks.kafka import client
 from streamer.sinks.kafka import sink as kafka_sink
+from streamer.sinks.kafka.client import partition_of
 from streamer.sinks.kafka.encoded import EncodedBatch
 from streamer.sinks.kafka.queue import SizeLimit
 from streamer.sinks.kafka.sink import KafkaSink
@@ -39,6 +42,7 @@ from tests.kafka_helpers import (
     NOW_NS,
     FileOpen,
     NetClose,
+    add_partitions,
     allow_writing,
     alter,
     create,
@@ -52,6 +56,7 @@ from tests.kafka_helpers import (
     topics,
     until,
 )
+from tests.memory_kernel import MemoryKernel
 
 pytestmark = pytest.mark.kafka
 
@@ -535,6 +540,77 @@ async def test_topic_deleted_while_it_is_written_to(mortal: KafkaBroker) -> None
     assert ids(await read_back(mortal, f"{topic}.file")) == expected(0, 200)
     # Those before were deleted with the topic.
     assert ids(await read_back(mortal, f"{topic}.net")) == [f"net-{n}" for n in range(100, 200)]
+
+
+async def test_a_topic_that_was_made_anew_is_noticed(mortal: KafkaBroker) -> None:
+    """Also if nothing was sent while it was away: its offsets begin again."""
+    topic = next(topics)
+    await create(mortal, topic)
+    sink, heard = make(mortal.address, topic, linger_ms=1)
+    async with started(sink):
+        for start in range(0, 300, 100):
+            sink.submit(Batch(opens(start, 100)))
+            await until(lambda: not sink.account.pending)
+        assert heard.anew == 0
+        await delete(mortal, topic)
+        await asyncio.sleep(0.5)
+        await create(mortal, topic)
+        sink.submit(Batch(opens(300, 100)))
+        await until(lambda: not sink.account.pending)
+        assert heard.anew == 1
+        sink.submit(Batch(opens(400, 100)))
+    assert heard.anew == 1
+    assert ids(await read_back(mortal, topic)) == expected(300, 200)
+
+
+async def test_the_manifest_comes_again_after_a_topic_was_made_anew(mortal: KafkaBroker) -> None:
+    """A whole service: who reads the new topic finds what is observed there."""
+    topic = next(topics)
+    await create(mortal, topic)
+    sink, _ = make(mortal.address, topic, linger_ms=1)
+    kinds = frozenset({"process.exec"})
+    kept = AgentSettings(sinks=(sink._settings,), heartbeat_seconds=1)
+    service = Service(kept, kinds, Limits(), [sink], MemoryKernel(kept, kinds, None))
+    running = asyncio.create_task(service.run())
+    manifests = partial(sink.account.delivered.get, "stream.manifest", 0)
+    await until(lambda: manifests() == 1 and sink.account.delivered["stream.heartbeat"] > 1)
+    await delete(mortal, topic)
+    await create(mortal, topic)
+    await until(lambda: manifests() == 2)
+    await asyncio.sleep(2)
+    service.stop()
+    await running
+    found = [msgspec.json.decode(one.value)["event"] for one in await read_back(mortal, topic)]
+    assert found.count("stream.manifest") == 1
+    assert manifests() == 2
+
+
+async def test_partitions_that_are_added_move_the_key(
+    broker: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While events flow: each once and in order, the later ones in the other partition."""
+    monkeypatch.setattr(kafka_sink, "METADATA_SECONDS", 0.5)
+    topic, before, after = next(topics), 3, 7
+    assert partition_of(HOST.encode(), before) != partition_of(HOST.encode(), after)
+    await create(broker, topic)
+    sink, heard = make(broker.address, topic, linger_ms=1, batch_bytes=2048)
+    async with started(sink):
+        for start in range(0, 40_000, 20):
+            sink.submit(Batch(opens(start, 20)))
+            await asyncio.sleep(0.002)
+            if start == 8_000:
+                await add_partitions(broker, topic, after)
+        await until(lambda: not sink.account.pending)
+    records = await read_back(broker, topic)
+    old, new = (
+        [one for one in records if one.partition == partition_of(HOST.encode(), count)]
+        for count in (before, after)
+    )
+    assert old
+    assert new
+    assert ids(old) + ids(new) == expected(0, 40_000)
+    assert heard.drops == []
+    assert heard.anew == 1
 
 
 async def test_why_nothing_was_delivered_is_said_at_the_end(mortal: KafkaBroker) -> None:

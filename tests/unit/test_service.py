@@ -770,3 +770,19 @@ def test_filters_that_change_leave_only_the_new_ones() -> None:
     }
     kernel.close()
     programs.release()
+
+
+async def test_the_manifest_comes_again_where_a_topic_was_made_anew() -> None:
+    """To that sink, and once."""
+    one, other = MemorySink(), MemorySink()
+    run = Run(one, other)
+    await run.start()
+    one.listener.sink_anew(one)
+    one.listener.sink_anew(one)
+    await until(lambda: len(run.of("stream.manifest", one)) == 2)
+    await asyncio.sleep(1.2)
+    await run.stop()
+    first, second = run.of("stream.manifest", one)
+    assert first.coverage == second.coverage
+    assert first.seq != second.seq
+    assert len(run.of("stream.manifest", other)) == 1

@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import ssl
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Set
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -53,6 +53,9 @@ LOADING_SECONDS = 10.0
 LEADER_SECONDS = 3.0
 """How long a partition may be without a leader, or it without a connection, untold."""
 
+ANSWER_MOST = 16 << 20
+"""Bytes of the largest answer that is read: those to what is asked here are small."""
+
 _ALL_REPLICAS = -1
 _TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
@@ -93,6 +96,13 @@ class _Topic(NamedTuple):
     leaders: dict[int, int]
 
 
+class _Metadata(NamedTuple):
+    """What the cluster says of itself."""
+
+    brokers: dict[int, Address]
+    topics: dict[str, _Topic]
+
+
 def partition_of(key: bytes, count: int) -> int:
     """The partition that Kafka's default partitioner (murmur2) gives to `key`."""
     return int(murmur2(key) & 0x7FFFFFFF) % count
@@ -131,7 +141,8 @@ class Connection:
         """Connect. Raises what aiokafka, a socket or TLS raises."""
         connection = AIOKafkaConnection(*address, **options)
         async with asyncio.timeout(CONNECT_SECONDS):
-            _, writer = await connection.connect()
+            reader, writer = await connection.connect()
+        reader.readexactly = _bounded(reader.readexactly)
         return cls(connection, writer.transport)
 
     @property
@@ -168,7 +179,6 @@ class Client:
         self._brokers: dict[int, Address] = {}
         self._topics: dict[str, _Topic] = {}
         self._producer_id: int | None = None
-        self._closed = False
         self._options()
 
     # Connections
@@ -260,20 +270,23 @@ class Client:
             if self._refreshed_at >= asked_at:
                 return
             begun = loop.time()
-            self._learn(await self._metadata())
+            self._brokers, topics = await self._metadata()
+            self._topics.update(topics)
             self._refreshed_at = begun
 
-    async def _metadata(self) -> dict[str, Any]:
+    async def _metadata(self) -> _Metadata:
         request = MetadataRequest(sorted(self._wanted))
         errors: list[DeliveryError] = []
         for address in self._addresses():
             try:
-                answer: dict[str, Any] = (await self._ask(address, request)).to_object()
+                found = _metadata_of(await self._ask(address, request), self._wanted)
             except DeliveryError as error:
                 errors.append(error)
+            except Exception as error:  # it has another form than the protocol says
+                errors.append(_nonsense(address, "about the cluster", error))
             else:
-                if answer["brokers"]:
-                    return answer
+                if found.brokers:
+                    return found
                 errors.append(DeliveryError(f"{_name(address)}: names no broker"))
         raise _together(errors)
 
@@ -292,14 +305,11 @@ class Client:
         connected = [at for at, one in self._connections.items() if one.open_still]
         yield from dict.fromkeys((*connected, *known, *self._bootstrap))
 
-    def _learn(self, metadata: dict[str, Any]) -> None:
-        self._brokers = {one["node_id"]: (one["host"], one["port"]) for one in metadata["brokers"]}
-        for one in metadata["topics"]:
-            leaders = {each["partition"]: each["leader"] for each in one["partitions"]}
-            self._topics[one["topic"]] = _Topic(one["error_code"], leaders)
-
-    def leader(self, topic: str, key: bytes) -> Leader | None:
+    def leader(self, topic: str, key: bytes, begun: int | None = None) -> Leader | None:
         """Who takes the events of `key`; None when nobody has been asked about the topic.
+
+        `begun`: the partition in which they were begun to be written, and have to be ended. It
+        is another than that of the key after the topic has got more partitions.
 
         Raises:
             DeliveryError: the topic is not there, or may not be written to, or has no leader.
@@ -314,6 +324,8 @@ class Client:
             reason = f"topic {topic} does not exist, and the broker does not create it"
             raise DeliveryError(reason, grace=TOPIC_SECONDS, own=True)
         partition = partition_of(key, len(found.leaders)) if found.leaders else -1
+        if begun in found.leaders:
+            partition = begun
         node = found.leaders.get(partition, -1)
         if node not in self._brokers:
             said = f": {reason_of_code(found.code)}" if found.code else ""
@@ -359,27 +371,25 @@ class Client:
             except DeliveryError as error:
                 errors.append(error)
                 continue
-            if answer.error_code == 0:
+            if answer.error_code != 0:
+                raise _refusal(answer.error_code)
+            if answer.producer_id >= 0:
                 return int(answer.producer_id)
-            raise _refusal(answer.error_code)
+            errors.append(_nonsense(address, "for a producer id"))
         raise _together(errors)
 
-    async def produced(self, sending: Awaitable[Any], connection: Connection) -> Answer:
-        """The answer to a produce request; one that never comes ends the connection."""
+    async def produced(
+        self, sending: Awaitable[Any], connection: Connection, topic: str, partition: int
+    ) -> Answer:
+        """The answer to a produce request; one that never comes ends the connection.
+
+        So does one about anything else than what was sent.
+        """
         try:
-            response = (await sending).to_object()
-            (topic,) = response["topics"]
-            (said,) = topic["partitions"]
+            return _answer_of((await sending).to_object(), topic, partition)
         except Exception as error:
             await connection.abort()
             return Answer.lost(delivery_error_of(error).reason)
-        bad = {
-            each["batch_index"]: reason_of_code(
-                said["error_code"], each["batch_index_error_message"]
-            )
-            for each in said.get("record_errors") or ()
-        }
-        return Answer.of_code(said["error_code"], said.get("error_message"), bad)
 
     def produce(
         self, connection: Connection, topic: str, partition: int, batch: bytes
@@ -387,6 +397,49 @@ class Client:
         """Send a record batch; see `produced` for the answer. Raises KafkaError."""
         timeout_ms = int(self._settings.request_timeout_seconds * 800)
         return connection.send(Produce(topic, partition, batch, timeout_ms))
+
+
+def _bounded(read: Callable[[int], Awaitable[bytes]]) -> Callable[[int], Awaitable[bytes]]:
+    """Read as `read` does, but not what a length of up to 2 GiB promises."""
+
+    async def bounded(size: int) -> bytes:
+        if size > ANSWER_MOST:
+            raise DeliveryError(f"the broker announces an answer of {size} bytes")
+        return await read(size)
+
+    return bounded
+
+
+def _metadata_of(answer: Any, wanted: Set[str]) -> _Metadata:
+    """What an answer says of the brokers, and of the topics that were asked for."""
+    said = answer.to_object()
+    brokers = {one["node_id"]: (str(one["host"]), one["port"]) for one in said["brokers"]}
+    topics = {}
+    for one in said["topics"]:
+        if one["topic"] in wanted:
+            leaders = {each["partition"]: each["leader"] for each in one["partitions"]}
+            topics[one["topic"]] = _Topic(one["error_code"], leaders)
+    return _Metadata(brokers, topics)
+
+
+def _answer_of(response: Mapping[str, Any], topic: str, partition: int) -> Answer:
+    """What a response says of the one record batch that was sent."""
+    (about,) = response["topics"]
+    (said,) = about["partitions"]
+    if (about["topic"], said["partition"]) != (topic, partition):
+        raise DeliveryError("the broker answers about what it was not sent")
+    code, message = said["error_code"], said.get("error_message")
+    bad = {
+        each["batch_index"]: reason_of_code(code, each["batch_index_error_message"])
+        for each in said.get("record_errors") or ()
+    }
+    throttle = response["throttle_time_ms"] / 1000
+    return Answer(code, reason_of_code(code, message), bad, said["offset"], throttle)
+
+
+def _nonsense(address: Address, asked: str, error: Exception | None = None) -> DeliveryError:
+    how = f" ({type(error).__name__})" if error else ""
+    return DeliveryError(f"{_name(address)}: asked {asked} it answers nonsense{how}")
 
 
 def _refusal(code: int) -> DeliveryError:

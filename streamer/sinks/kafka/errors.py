@@ -137,7 +137,9 @@ def _reason(error: BaseException) -> tuple[str, bool]:
         case errors.ClusterAuthorizationFailedError():
             # Brokers before 2.8 ask for IDEMPOTENT_WRITE on the cluster as well.
             return "not authorised: WRITE is needed on the topic", True
-        case errors.KafkaConnectionError(__cause__=ssl.SSLError() as cause):
+        case DeliveryError():
+            return error.reason, error.permanent
+        case errors.KafkaConnectionError(__cause__=DeliveryError() | ssl.SSLError() as cause):
             return _reason(cause)
         case errors.KafkaConnectionError(__cause__=None | EOFError() | ConnectionError()):
             expects = "TLS, a client certificate or SASL"

@@ -100,6 +100,12 @@ class _Topic:
         """Whether anything is held."""
         return bool(self.queue or self.window)
 
+    @property
+    def begun(self) -> int | None:
+        """The partition where what goes next was sent before, and may be written already."""
+        following = self.window.next()
+        return self.partition if following is not None and following.tries else None
+
 
 class KafkaSink(Sink):
     """Delivers to Kafka, in record batches of about `batch_bytes`. See the module."""
@@ -119,6 +125,7 @@ class KafkaSink(Sink):
         self._client: Client | None = None
         self._compressor: ThreadPoolExecutor | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         self._problems: dict[str, DeliveryError] = {}
 
@@ -165,7 +172,7 @@ class KafkaSink(Sink):
                 await self._flush(grace)
         finally:
             try:
-                await self._release_all()
+                await _to_the_end(self._release_all())
             finally:
                 self._drop_rest(f"not acknowledged within {grace:g} s")
                 self._set_status("closed")
@@ -218,9 +225,7 @@ class KafkaSink(Sink):
     # Delivering
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        _keep(self._tasks, asyncio.ensure_future(work))
 
     async def _connect(self, client: Client) -> None:
         """Find a broker and a producer id, so that what is wrong is known before an event."""
@@ -300,11 +305,11 @@ class KafkaSink(Sink):
         Raises:
             DeliveryError: there is no such place at the moment.
         """
-        leader = None if topic.stale else client.leader(topic.name, self._key)
+        window = topic.window
+        leader = None if topic.stale else client.leader(topic.name, self._key, topic.begun)
         if leader is None:
             leader = await self._find_leader(topic, client)
         connection = await self._to_leader(leader, topic, client)
-        window = topic.window
         if window.in_flight and (connection, leader.partition) != (
             topic.connection,
             topic.partition,
@@ -328,7 +333,7 @@ class KafkaSink(Sink):
         if "" in self._problems:  # what lasts longer than it should begins only now
             topic.failing_since = None
         self._mended("")
-        leader = client.leader(topic.name, self._key)
+        leader = client.leader(topic.name, self._key, topic.begun)
         if leader is None:
             reason = f"topic {topic.name}: the brokers say nothing about it"
             raise DeliveryError(reason, grace=LEADER_SECONDS)
@@ -364,7 +369,9 @@ class KafkaSink(Sink):
             topic.stale = True
             raise DeliveryError(delivery_error_of(error).reason, grace=LEADER_SECONDS) from None
         window.sent(entry, asyncio.get_running_loop().time())
-        self._spawn(self._await_answer(topic, entry, client.produced(sending, connection)))
+        answering = client.produced(sending, connection, topic.name, topic.partition)
+        work = self._await_answer(topic, entry, answering)
+        _keep(self._answers, asyncio.ensure_future(work))
 
     async def _await_answer(
         self, topic: _Topic, entry: Numbered, answering: Awaitable[Answer]
@@ -380,6 +387,8 @@ class KafkaSink(Sink):
 
     def _account_for(self, topic: _Topic, outcome: Outcome, now: float) -> None:
         topic.stale = topic.stale or outcome.elsewhere
+        if outcome.anew:
+            self.listener.sink_anew(self)
         if outcome.delivered:
             topic.acked_at = now
             for batch in outcome.delivered:
@@ -502,10 +511,11 @@ class KafkaSink(Sink):
             self._empty.set()
 
     async def _release_all(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # First those that send: whoever is to wait for an answer has then begun to.
+        for tasks in (self._tasks, self._answers):
+            for task in tuple(tasks):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         client, self._client = self._client, None
         if client is not None:
             await client.close()
@@ -517,6 +527,26 @@ class KafkaSink(Sink):
             batches = topic.window.clear() + topic.queue.clear()
             self._count_payloads(topic)
             self._drop(topic, batches, self._with_error(topic, reason))
+
+
+def _keep(tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
+    """Keep a task until it is done: the loop itself does not."""
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
+async def _to_the_end(work: Coroutine[None, None, None]) -> None:
+    """Wait for short work, also when cancelled meanwhile, and be cancelled after it."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 async def _wait(woken: asyncio.Event, until: float | None) -> None:
