@@ -9,10 +9,13 @@ from aiokafka.record.memory_records import MemoryRecords  # type: ignore[import-
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamer.sinks.kafka import _record_batch
 from streamer.sinks.kafka.codecs import CODECS
 from streamer.sinks.kafka.record_batch import (
     Records,
     compress,
+    crc32c,
+    crc32c_py,
     lay_out,
     lay_out_py,
     record_batch,
@@ -46,7 +49,7 @@ def test_compiled_layout_equals_its_twin(
 def test_batch_reads_back(codec: str, lines: bool) -> None:
     records = [(b'{"seq":%d}' % i, 1_700_000_000_123_456_789 + i * 1_000_000) for i in range(9000)]
     laid = lay_out([piece(records[:100], lines), piece(records[100:], lines)], b"host")
-    batches = MemoryRecords(record_batch(compress(laid, CODECS[codec]), (4711, 3, 17)))
+    batches = MemoryRecords(b"".join(record_batch(compress(laid, CODECS[codec]), (4711, 3, 17))))
     batch = batches.next_batch()
     assert batch.validate_crc()
     assert (batch.producer_id, batch.producer_epoch, batch.base_sequence) == (4711, 3, 17)
@@ -60,7 +63,7 @@ def test_batch_reads_back(codec: str, lines: bool) -> None:
 
 def test_records_that_compress_badly_are_sent_as_they_are() -> None:
     payload = compress(lay_out([([b"x"], array("q", [0]))], b"k"), CODECS["gzip"])
-    batch = MemoryRecords(record_batch(payload, (1, 0, 0))).next_batch()
+    batch = MemoryRecords(b"".join(record_batch(payload, (1, 0, 0)))).next_batch()
     assert [one.value for one in batch] == [b"x"]
 
 
@@ -80,3 +83,25 @@ def test_a_piece_with_other_numbers_of_records_and_times_is_refused(
     for function in (lay_out, lay_out_py):
         with pytest.raises(ValueError, match="as many records as times"):
             function([bad], b"k")
+
+
+@given(st.lists(st.binary(max_size=100), max_size=5), st.binary(max_size=5000))
+def test_checksums_are_those_of_the_oracle(parts: list[bytes], last: bytes) -> None:
+    """Whatever the processor offers, of any length and cut anywhere."""
+    expected = crc32c_py(*parts, last)
+    assert crc32c(*parts, last) == expected
+    assert _record_batch.crc32c_tables(*parts, last) == expected
+
+
+def test_the_checksum_of_the_standard() -> None:
+    """RFC 3720, appendix B.4."""
+    for function in (crc32c, crc32c_py, _record_batch.crc32c_tables):
+        assert function(bytes(32)) == 0x8A9136AA
+        assert function(b"\xff" * 32) == 0x62A8AB43
+        assert function(bytes(range(16)), bytes(range(16, 32))) == 0x46DD794E
+        assert function() == 0
+
+
+def test_a_checksum_is_that_of_bytes() -> None:
+    with pytest.raises(TypeError):
+        crc32c(b"", "text")  # type: ignore[arg-type]

@@ -1,7 +1,9 @@
-"""The records of a Kafka record batch, laid out in one go; see `record_batch.py`."""
+"""The records of a Kafka record batch, and its checksum; see `record_batch.py`."""
 
 from array import array
 
 def records(
     pieces: list[tuple[bytes | list[bytes], array[int]]], key: bytes, /
 ) -> tuple[bytes, int, int, int]: ...
+def crc32c(*parts: bytes) -> int: ...
+def crc32c_tables(*parts: bytes) -> int: ...

@@ -11,7 +11,8 @@ import logging
 import random
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Set
+import struct
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -57,14 +58,42 @@ ANSWER_MOST = 16 << 20
 """Bytes of the largest answer that is read: those to what is asked here are small."""
 
 _ALL_REPLICAS = -1
+_SIZE = struct.Struct(">i")
 _TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 Address = tuple[str, int]
 
 
-class Produce(
-    Request[ProduceRequest_v3 | ProduceRequest_v5 | ProduceRequest_v7 | ProduceRequest_v8]  # type: ignore[misc]
-):
+class _Parts:
+    """A produce request of one record batch in parts: they are put together once.
+
+    The schema's way copies the batch, the last field of all versions, for each level around it.
+    """
+
+    def __init__(self, before: bytes, batch: Sequence[bytes]) -> None:
+        self._parts = (before, *batch)
+
+    def encode(self) -> bytes:
+        return b"".join(self._parts)
+
+
+class _V3(_Parts, ProduceRequest_v3):  # type: ignore[misc]
+    pass
+
+
+class _V5(_Parts, ProduceRequest_v5):  # type: ignore[misc]
+    pass
+
+
+class _V7(_Parts, ProduceRequest_v7):  # type: ignore[misc]
+    pass
+
+
+class _V8(_Parts, ProduceRequest_v8):  # type: ignore[misc]
+    pass
+
+
+class Produce(Request[_V3 | _V5 | _V7 | _V8]):  # type: ignore[misc]
     """A produce request; from version 8 on the answer names the records that are not taken.
 
     aiokafka's own, which stops at version 7, reads the versions as from this base class.
@@ -72,13 +101,17 @@ class Produce(
 
     API_KEY = 0
 
-    def __init__(self, topic: str, partition: int, batch: bytes, timeout_ms: int) -> None:
+    def __init__(self, topic: str, partition: int, batch: Sequence[bytes], timeout_ms: int) -> None:
         """One record batch, for all in-sync replicas to have within `timeout_ms`."""
-        self._fields = (None, _ALL_REPLICAS, timeout_ms, [(topic, [(partition, batch)])])
+        about = [(topic, [(partition, b"")])]
+        empty: bytes = ProduceRequest_v3(None, _ALL_REPLICAS, timeout_ms, about).encode()
+        size = sum(map(len, batch))
+        self._before = empty[: -_SIZE.size] + _SIZE.pack(size)
+        self._batch = batch
 
     def build(self, version: Any) -> Any:
         """The request in the version that both sides know."""
-        return version(*self._fields)
+        return version(self._before, self._batch)
 
 
 class Leader(NamedTuple):
@@ -392,7 +425,7 @@ class Client:
             return Answer.lost(delivery_error_of(error).reason)
 
     def produce(
-        self, connection: Connection, topic: str, partition: int, batch: bytes
+        self, connection: Connection, topic: str, partition: int, batch: Sequence[bytes]
     ) -> Awaitable[Any]:
         """Send a record batch; see `produced` for the answer. Raises KafkaError."""
         timeout_ms = int(self._settings.request_timeout_seconds * 800)

@@ -1,7 +1,8 @@
 """Kafka record batches, built in one go from events that are encoded already.
 
 The format is version 2 of Kafka's documentation ("Message Format", "Record Batch"). The records
-are laid out by a compiled module, or by its twin here where that was not compiled.
+are laid out, and the checksum is made, by a compiled module, or by its twin here where that was
+not compiled.
 """
 
 from __future__ import annotations
@@ -80,14 +81,21 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
+def crc32c_py(*parts: bytes) -> int:
+    """CRC-32C of all parts, one behind the other."""
+    return int(calc_crc32c(b"".join(parts)))
+
+
 if TYPE_CHECKING:
     lay_out = lay_out_py
+    crc32c = crc32c_py
 else:
     try:
+        from streamer.sinks.kafka._record_batch import crc32c
         from streamer.sinks.kafka._record_batch import records as lay_out
     # Only an absent module: one that is there and does not load is a mistake to be seen.
     except ModuleNotFoundError:
-        lay_out = lay_out_py
+        lay_out, crc32c = lay_out_py, crc32c_py
 
 
 class Payload(NamedTuple):
@@ -118,10 +126,13 @@ def compress(laid: Laid, codec: Codec) -> Payload:
     return Payload(attributes, count, first_ms, latest_ms, smaller)
 
 
-def record_batch(payload: Payload, producer: tuple[int, int, int]) -> bytes:
-    """A record batch. `producer` is its id, epoch and the sequence number of the first record."""
+def record_batch(payload: Payload, producer: tuple[int, int, int]) -> tuple[bytes, ...]:
+    """A record batch, in parts that follow each other.
+
+    `producer` is its id, epoch and the sequence number of the first record.
+    """
     codec, count, first_ms, latest_ms, records = payload
     body = _BODY.pack(codec, count - 1, first_ms, latest_ms, *producer, count)
     length = _HEAD.size - _BEFORE_LENGTH + len(body) + len(records)
-    checksum = calc_crc32c(body + records)
-    return b"".join((_HEAD.pack(0, length, -1, _MAGIC, checksum), body, records))
+    checksum = crc32c(body, records)
+    return _HEAD.pack(0, length, -1, _MAGIC, checksum), body, records
