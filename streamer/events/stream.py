@@ -111,7 +111,7 @@ class PreviousRun(Struct, gc=False):
 
 
 class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
-    """What is observed, what is not, and why. Sent at the start, every hour, to a new topic."""
+    """What is observed, what is not, and why. Sent at the start, hourly, to a topic made anew."""
 
     agent: Annotated[str, Meta(description="version of the agent")]
     agent_pid: Annotated[
