@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from streamer.agent.fanout import Fanout, Policy, policy_of
-from streamer.agent.losses import MOST_RANGES, Lost
+from streamer.agent.losses import MOST_RANGES, OWN_RECORDS, Lost
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
 from streamer.events.stream import SeqRange, StreamLoss
@@ -251,6 +251,48 @@ async def test_of_several_losses_the_one_that_was_dropped_is_told_again() -> Non
     sink.release()
     assert [loss.reason for loss in losses(sink)] == ["first", "third"]
     assert [lost.reason for lost in fanout.untold(sink)] == ["second"]
+
+
+async def test_after_a_refusal_all_is_as_before_once_it_takes_them_again() -> None:
+    """A debt is paid before the next events, and a refusal of later is told again soon."""
+    sink = await opened("one", 1 << 20, hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    for _ in range(2):
+        fanout.lose([Lost("kernel", "no room", 5, {})])
+        fanout.submit(batch())
+        sink.discard("refused")
+        for _ in range(3):
+            fanout.publish_owed()
+        sink.release()
+        fanout.lose([Lost("kernel", "no more room", 1, {})])
+        fanout.submit(batch())
+        sink.release()
+    assert [getattr(event, "reason", "event") for event in sink.events] == 2 * [
+        "no room",
+        "refused",
+        "no more room",
+        "event",
+    ]
+
+
+async def test_loss_records_are_no_numbers_of_events() -> None:
+    """Where they are dropped with events: their own numbers are those of the run."""
+    sink = await opened("one", hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    spans = {("bulk", 1): (4, 6), OWN_RECORDS: (7, 7)}
+    fanout.sink_dropped(sink, {"file.open": 3, "stream.loss": 1}, "refused", spans)
+    (lost,) = fanout.untold(sink)
+    assert (lost.count, lost.ranges) == (3, (SeqRange("bulk", 1, 4, 6),))
+
+
+async def test_what_a_sink_never_said_anything_about_is_known_in_the_end() -> None:
+    """Neither delivered nor dropped: it hangs, or has a defect."""
+    sink = await opened("one", hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    for reason in ("first", "second"):
+        fanout.lose([Lost("kernel", reason, 1, {})])
+        fanout.publish_owed()
+    assert [lost.reason for lost in fanout.untold(sink)] == ["first", "second"]
 
 
 async def test_the_last_losses_survive_the_backlog_that_is_dropped() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from streamer.agent.losses import (
@@ -15,6 +19,7 @@ from streamer.agent.losses import (
     LossBook,
     LossLog,
     Lost,
+    Owed,
     merged,
 )
 from streamer.events.stream import SeqRange
@@ -39,12 +44,16 @@ def numbers(ranges: list[SeqRange]) -> dict[tuple[str, int], set[int]]:
 
 
 @given(RANGES)
+@example([SeqRange("bulk", 0, 1, 1), SeqRange("bulk", 0, 3, 3)])
+@example([SeqRange("bulk", 0, 1, 9), SeqRange("bulk", 0, 2, 3), SeqRange("bulk", 0, 10, 10)])
 def test_merged_ranges_have_the_same_numbers(ranges: list[SeqRange]) -> None:
     joined = merged(ranges, most=1000)
     assert numbers(joined) == numbers(ranges)
     assert sum(one.seq_to - one.seq_from + 1 for one in joined) == sum(
         map(len, numbers(ranges).values())
     )
+    for one, other in pairwise(joined):  # what touches is one range
+        assert (one.ring, one.cpu) != (other.ring, other.cpu) or one.seq_to + 1 < other.seq_from
 
 
 @given(RANGES, st.integers(1, 20))
@@ -95,6 +104,47 @@ def test_reasons_without_end_take_bounded_room() -> None:
     for number in range(MOST_REASONS):  # and all have room again
         book.add(Lost("sink", f"again: {number}", 1, {}))
     assert OTHER_REASONS not in {lost.reason for lost in book.take()}
+
+
+@contextmanager
+def bounded_memory(most: int = 100_000) -> Iterator[None]:
+    """What is done here leaves at most so many bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[0] < most
+    finally:
+        tracemalloc.stop()
+
+
+def test_losses_that_nobody_takes_need_bounded_memory() -> None:
+    """A sink that is away for days has as many gaps as there were."""
+    book = LossBook()
+    with bounded_memory():
+        for seq in range(5000):
+            where = (SeqRange("bulk", 0, 2 * seq, 2 * seq),)
+            book.add(Lost("kernel", "no room", 1, {"file.open": 1}, where, "bulk", 0))
+
+
+def test_what_was_delivered_is_forgotten() -> None:
+    owed = Owed()
+    with bounded_memory():
+        for seq in range(2000):
+            owed.add(Lost("kernel", "no room", 1, {"file.open": 1}))
+            owed.told([seq], owed.take(), under_way=0)
+    assert len(owed.untold(under_way=0)) == 0
+
+
+def test_a_reason_that_comes_again_is_one_reason() -> None:
+    """And many CPUs are no reasons: each keeps its own numbers."""
+    book = LossBook()
+    for _ in range(2 * MOST_REASONS):
+        book.add(Lost("sink", "refused", 1, {}))
+    for cpu in range(4 * MOST_REASONS):
+        book.add(Lost("kernel", "no room", 1, {}, (SeqRange("bulk", cpu, 1, 1),), "bulk", cpu))
+    book.add(Lost("sink", "another", 1, {}))
+    reasons = [lost.reason for lost in book.take()]
+    assert reasons == ["refused", *["no room"] * (4 * MOST_REASONS), "another"]
 
 
 def test_losses_are_logged_at_once_and_then_as_a_rate() -> None:
