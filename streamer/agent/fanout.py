@@ -89,8 +89,7 @@ class Fanout(Listener):
         rest = {k: n for k, n in batch.kinds.items() if k not in critical.kinds}
         if critical:
             self._give(sink, critical)
-        if rest:
-            self._refuse(sink, rest, reason, batch.spans)
+        self._refuse(sink, rest, reason, batch.spans)
 
     def publish(self, record: StreamRecord) -> None:
         """Give a record of the agent's own to every sink, also to one that is full."""
@@ -205,7 +204,7 @@ class Fanout(Listener):
     @property
     def filled(self) -> float:
         """The share of its budget that the fullest sink holds."""
-        return max((s.watermarks.held / s.watermarks.high for s in self.sinks), default=0.0)
+        return max(s.watermarks.held / s.watermarks.high for s in self.sinks)
 
     def sink_full(self, sink: Sink) -> None:
         """See `Listener`."""
@@ -214,7 +213,7 @@ class Fanout(Listener):
 
     def sink_room(self, sink: Sink) -> None:
         """See `Listener`."""
-        if not self.stopping and not self.blocked:
+        if not self.blocked:
             self._resume()
 
     def sink_status(self, sink: Sink, status: Status, reason: str) -> None:

@@ -14,9 +14,14 @@ from streamer.events.envelope import Envelope
 from streamer.events.stream import SeqRange, StreamLoss
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
+from tests.unit.bounds import bounded_memory
 
 
 class Event(msgspec.Struct, tag_field="event", tag="test.event", gc=False):
+    text: str
+
+
+class Open(msgspec.Struct, tag_field="event", tag="file.open", gc=False):
     text: str
 
 
@@ -285,6 +290,16 @@ async def test_loss_records_are_no_numbers_of_events() -> None:
     assert (lost.count, lost.ranges) == (3, (SeqRange("bulk", 1, 4, 6),))
 
 
+async def test_a_loss_record_that_was_dropped_without_its_number_is_told_again() -> None:
+    sink = await opened("one", hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    fanout.lose([Lost("kernel", "no room", 1, {})])
+    fanout.publish_owed()
+    sink._held = []
+    sink._dropped({"stream.loss": 1}, 0, "refused")
+    assert [lost.reason for lost in fanout.untold(sink)] == ["no room"]
+
+
 async def test_what_a_sink_never_said_anything_about_is_known_in_the_end() -> None:
     """Neither delivered nor dropped: it hangs, or has a defect."""
     sink = await opened("one", hold=True)
@@ -310,7 +325,9 @@ async def test_the_last_losses_survive_the_backlog_that_is_dropped() -> None:
     assert fanout.untold(sink) == []
 
 
-async def test_a_sink_that_cannot_discard_costs_the_others_nothing() -> None:
+async def test_a_sink_that_cannot_discard_costs_the_others_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Broken(MemorySink):
         def discard(self, reason: str) -> None:
             raise OSError(reason)
@@ -321,17 +338,30 @@ async def test_a_sink_that_cannot_discard_costs_the_others_nothing() -> None:
     fanout.submit(batch())
     fanout.discard("stopped")
     assert sink.account.dropped == {"test.event": 1}
+    assert "broken could not drop what waits" in caplog.text
 
 
 async def test_reasons_without_end_make_no_endless_line() -> None:
     sink = await opened("one", hold=True)
     fanout = Calls().fanout((sink, "pause"))
     fanout.ending = True
-    for number in range(1000):
-        fanout.sink_dropped(sink, {"test.event": 1}, f"{number} " + "x" * 1000, {})
+    with bounded_memory(300_000):
+        for number in range(2000):
+            fanout.sink_dropped(sink, {"test.event": 1}, f"{number} " + "x" * 1000, {})
     said = fanout.undelivered()
     assert len(said) < 40_000
-    assert sum(int(part.split()[0].replace(",", "")) for part in said.split("; ")) == 1000
+    assert sum(int(part.split()[0].replace(",", "")) for part in said.split("; ")) == 2000
+
+
+async def test_a_reason_that_comes_again_is_said_with_all_its_events() -> None:
+    """Also when there were more reasons in between than are kept."""
+    sink = await opened("one", hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    fanout.ending = True
+    for number in range(200):
+        fanout.sink_dropped(sink, {"test.event": 1}, f"{number}", {})
+        fanout.sink_dropped(sink, {"test.event": 1}, "refused", {})
+    assert "200 events to one: refused" in fanout.undelivered()
 
 
 async def test_what_was_never_told_is_known_in_the_end() -> None:
@@ -359,22 +389,94 @@ async def test_critical_events_are_lost_last() -> None:
     for _ in range(4):
         fanout.submit(batch())
     for _ in range(3):
-        fanout.submit(Batch([Event("x" * 1000), Exec("y" * 500), Event("x" * 1000)]))
-    assert sink.account.dropped == {"test.event": 6, "process.exec": 1}
+        fanout.submit(Batch([Event("x" * 1000), Exec("y" * 500), Open("x" * 1000)]))
+    assert sink.account.dropped == {"test.event": 3, "file.open": 3, "process.exec": 1}
     sink.release()
     assert [type(event) for event in sink.events] == [Event] * 4 + [Exec] * 2
 
 
 async def test_what_was_given_up_in_the_end_has_its_reason() -> None:
+    """What was given up before is in the stream already."""
     sink, gone = await opened("slow", hold=True), await opened("gone", hold=True)
     gone.ends_quietly = True
     fanout = Calls().fanout((sink, "pause"), (gone, "pause"))
+    fanout.submit(batch())
+    fanout.discard("too old")
     sink._set_status("down", "refused")
     fanout.submit(batch())
     assert fanout.undelivered() == ""
     fanout.ending = True
     fanout.discard("stopped")
     assert fanout.undelivered() == "1 events to slow: stopped; down: refused"
+
+
+async def test_trouble_that_is_over_is_no_reason() -> None:
+    sink = await opened("slow", hold=True)
+    fanout = Calls().fanout((sink, "pause"))
+    sink._set_status("down", "refused")
+    sink._set_status("up", "")
+    fanout.ending = True
+    fanout.submit(batch())
+    fanout.discard("stopped")
+    assert fanout.undelivered() == "1 events to slow: stopped"
+
+
+async def test_a_reader_that_goes_away_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a pipe: nothing is logged of it, and what others lost is."""
+    pipe, other = await opened("pipe", hold=True), await opened("other", hold=True)
+    pipe.ends_quietly = True
+    fanout = Calls().fanout((pipe, "pause"), (other, "pause"))
+    fanout.submit(batch())
+    other.discard("refused")
+    assert not fanout.ended_as_it_should(pipe)
+    await pipe.stop(0)
+    fanout.submit(batch())
+    assert pipe.account.dropped == {"test.event": 2}
+    assert (fanout.failures, fanout.ended_as_it_should(pipe)) == ([], True)
+    assert fanout.log.lines(0.0) == ["1 events lost in other: refused"]
+    assert [record.levelno for record in caplog.records if record.levelno > logging.DEBUG] == []
+    await other.stop(0)
+    assert (fanout.failures, fanout.ended_as_it_should(other)) == (["other: "], False)
+    assert "other is closed" in caplog.text
+
+
+class Fails(MemorySink):
+    """Takes what comes, and from some time on nothing more."""
+
+    failing = False
+
+    def submit(self, batch: Batch) -> None:
+        if self.failing:
+            raise ValueError("a defect")
+        super().submit(batch)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+async def test_a_sink_that_fails_is_a_failure_and_nobody_waits_for_it(quiet: bool) -> None:
+    """Neither the reader nor the end; also of a sink that may end quietly."""
+    calls, sink, other = Calls(), Fails("fails", 4000), await opened("other", hold=True)
+    await sink.start()
+    sink.hold, sink.ends_quietly = True, quiet
+    fanout = calls.fanout((sink, "pause"), (other, "drop"))
+    for _ in range(4):
+        fanout.submit(batch())
+    assert calls.made == ["pause"]
+    other.release()
+    assert fanout.pending
+    sink.failing = True
+    fanout.submit(batch())
+    assert calls.made[-1] == "resume"
+    assert not is_blocked(fanout)
+    assert sink.account.received == {"test.event": 5}
+    assert sink.account.dropped == {"test.event": 1}
+    assert fanout.failures == ["fails: ValueError: a defect"]
+    other.release()
+    assert sink.account.pending
+    assert not fanout.pending
+    await sink.stop(0)
+    assert not fanout.ended_as_it_should(sink)
+    fanout.submit(batch())
+    assert sink.account.received == sink.account.dropped == {"test.event": 6}
 
 
 async def test_a_closed_sink_is_no_reason_to_wait() -> None:
@@ -396,11 +498,11 @@ async def test_a_closed_sink_is_no_reason_to_wait() -> None:
 async def test_the_service_is_told_when_no_sink_is_left() -> None:
     calls = Calls()
     one, two = await opened("one"), await opened("two")
-    calls.fanout((one, "pause"), (two, "pause"))
+    fanout = calls.fanout((one, "pause"), (two, "pause"))
     await one.stop(0)
-    assert "closed" not in calls.made
+    assert ("closed" in calls.made, fanout.deserted) == (False, False)
     await two.stop(0)
-    assert "closed" in calls.made
+    assert ("closed" in calls.made, fanout.deserted) == (True, True)
 
 
 async def test_how_full_the_fullest_sink_is() -> None:
@@ -413,9 +515,11 @@ async def test_how_full_the_fullest_sink_is() -> None:
 
 
 async def test_trouble_is_logged_once_and_its_end(caplog: pytest.LogCaptureFixture) -> None:
-    sink = await opened("broker")
+    """And not that a sink came up as expected."""
+    sink = MemorySink("broker")
     fanout = Calls().fanout((sink, "pause"))
     with caplog.at_level(logging.INFO, "streamer"):
+        await sink.start()
         for status, reason in (("down", "refused"), ("up", ""), ("up", "")):
             sink._set_status(status, reason)  # type: ignore[arg-type]
     assert not fanout.blocked

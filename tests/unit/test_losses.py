@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 from hypothesis import example, given
@@ -23,6 +20,7 @@ from streamer.agent.losses import (
     merged,
 )
 from streamer.events.stream import SeqRange
+from tests.unit.bounds import bounded_memory
 
 RANGES = st.lists(
     st.builds(
@@ -104,17 +102,6 @@ def test_reasons_without_end_take_bounded_room() -> None:
     for number in range(MOST_REASONS):  # and all have room again
         book.add(Lost("sink", f"again: {number}", 1, {}))
     assert OTHER_REASONS not in {lost.reason for lost in book.take()}
-
-
-@contextmanager
-def bounded_memory(most: int = 100_000) -> Iterator[None]:
-    """What is done here leaves at most so many bytes."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[0] < most
-    finally:
-        tracemalloc.stop()
 
 
 def test_losses_that_nobody_takes_need_bounded_memory() -> None:
