@@ -278,7 +278,6 @@ class Service:
             self._log_losses()
             if time.monotonic() >= next_heartbeat:
                 next_heartbeat = max(next_heartbeat + every, time.monotonic())
-                self._lose(self._reporter.missed())
                 self.fanout.publish_if_room(self._reporter.heartbeat(self._read, self.fanout.sinks))
             if time.monotonic() >= next_manifest:
                 next_manifest += _MANIFEST_SECONDS
@@ -313,7 +312,7 @@ class Service:
         more = self.reader.drain_once()
         if final or not (more or self.reader.paused or self.reader.done):
             self.reader.look_for_tails(seqs, final=final)
-        self._lose(self._reporter.losses(final=final))
+        self._lose([*self._reporter.losses(final=final), *self._reporter.missed()])
 
     def _lose(self, lost: list[Lost]) -> None:
         """Every sink is owed these. What was left unread on purpose is no news for the log."""
@@ -336,7 +335,6 @@ class Service:
             # Half for reading what is left, so that there is time to deliver it.
             await self._drain_rest(begun + grace / 2)
             self._find_losses(final=True)
-            self._lose(self._reporter.missed())
             self.reader.close()
             await self._deliver(begun + grace * _DELIVERING)
             self.fanout.discard("not delivered when the agent stopped")

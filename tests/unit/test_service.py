@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -15,11 +16,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from streamer.agent.service import Service
+from streamer.agent.service import Outcome, Service
 from streamer.config.settings import Filters, Limits, Rings, Settings, StdoutSink
 from streamer.errors import ConfigError, HelperGone, KernelError, SinkError
 from streamer.events.batch import Batch, kind_of
 from streamer.events.kinds import KINDS
+from streamer.events.stream import PreviousRun, UntoldLoss
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
 from tests.memory_kernel import INITIAL_MNTNS, MemoryKernel, MemoryPrograms
@@ -38,16 +40,24 @@ class Run:
         limits: Limits | None = None,
         programs: MemoryPrograms | None = None,
         on_full: str = "auto",
+        previous: PreviousRun | None = None,
     ) -> None:
+        self.notes: list[PreviousRun] = []
         self.sinks = sinks or (MemorySink(),)
         chosen = tuple(StdoutSink(on_full=on_full) for _ in self.sinks)  # type: ignore[arg-type]
         self.settings = msgspec.structs.replace(settings or Settings(), sinks=chosen)
         self.kernel = MemoryKernel(self.settings, ALL, programs)
         self.programs = self.kernel.programs
         self.service = Service(
-            self.settings, ALL, limits or Limits(), list(self.sinks), self.kernel
+            self.settings,
+            ALL,
+            limits or Limits(),
+            list(self.sinks),
+            self.kernel,
+            previous=previous,
+            leave_note=self.notes.append,
         )
-        self.task: asyncio.Task[Any] | None = None
+        self.task: asyncio.Task[Outcome] | None = None
 
     @property
     def sink(self) -> MemorySink:
@@ -69,9 +79,12 @@ class Run:
 
     async def end(self) -> str:
         """The account, when it has ended by itself."""
+        return (await self.outcome()).account
+
+    async def outcome(self) -> Outcome:
+        """The same, with what was not delivered."""
         assert self.task is not None
-        outcome = await asyncio.wait_for(self.task, 20)
-        return str(getattr(outcome, "account", outcome))
+        return await asyncio.wait_for(self.task, 20)
 
     def of(self, kind: str, sink: MemorySink | None = None) -> list[Any]:
         return [event for event in (sink or self.sink).events if kind_of(event) == kind]
@@ -139,6 +152,36 @@ def seconds_fly(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = SimpleNamespace(**vars(asyncio))
     fast.sleep = lambda seconds: asyncio.sleep(seconds / 50)
     monkeypatch.setattr("streamer.agent.service.asyncio", fast)
+
+
+class Clock:
+    """The service's time: it passes only where the service sleeps, and there at once.
+
+    It stands still until a test gives it a rate.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.rate = 0.0
+        self.due: list[tuple[float, Callable[[], object]]] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds * self.rate
+        for one in [one for one in self.due if one[0] <= self.now]:
+            self.due.remove(one)
+            one[1]()
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    asleep = SimpleNamespace(**vars(asyncio))
+    asleep.sleep = made.sleep
+    monkeypatch.setattr("streamer.agent.service.asyncio", asleep)
+    told = SimpleNamespace(monotonic=lambda: made.now, time_ns=time.time_ns)
+    monkeypatch.setattr("streamer.agent.service.time", told)
+    return made
 
 
 # ---------------------------------------------------------------- start and stop
@@ -430,7 +473,8 @@ async def test_records_that_cannot_be_decoded_are_told_as_lost_once(
 
 
 async def test_runs_that_the_kernel_left_out_are_told_once(runs: Runs, seconds_fly: None) -> None:
-    run = runs(settings=Settings(heartbeat_seconds=0.02))
+    """As soon as other losses, and those of the end as well."""
+    run = runs()
     run.kernel.runs_missed["on_exec"] = 3
     await run.start()
     await until(lambda: bool(run.of("stream.loss")))
@@ -677,13 +721,279 @@ async def test_a_sink_that_pauses_and_closes_lets_the_others_go_on(runs: Runs) -
     assert held.account.received == held.account.delivered + held.account.dropped
 
 
-async def test_every_sink_is_asked_to_open_anew(runs: Runs) -> None:
+async def test_every_sink_is_asked_to_open_anew(
+    runs: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if one of them has a defect."""
     one, two = Reopening("one"), Reopening("two")
-    run = runs(one, two)
+    run = runs(one, CannotReopen("bad"), two)
     await run.start()
     run.service.reopen()
     await run.stop()
     assert (one.reopened, two.reopened) == (1, 1)
+    assert "bad could not be opened anew" in caplog.text
+
+
+# ---------------------------------------------------------------- the end, and the note of it
+
+
+class Stuck(MemorySink):
+    """Delivers nothing until what waits is discarded, as a broker that answers slowly."""
+
+    grace = -1.0
+
+    def discard(self, reason: str) -> None:
+        super().discard(reason)
+        self.hold = False
+
+    async def stop(self, grace: float) -> None:
+        self.grace = grace
+        await super().stop(grace)
+
+
+async def test_what_cannot_be_delivered_is_told_in_the_rest_of_the_grace(
+    runs: Runs, clock: Clock
+) -> None:
+    """By the topic itself, before the last heartbeat; and by the outcome and the note."""
+    sink = Stuck()
+    run = runs(sink, settings=Settings(grace_seconds=80))
+    await run.start()
+    sink.hold = True
+    run.programs.emit("process.exec", 5)
+    await until(lambda: sink.account.pending == 5)
+    begun, clock.rate = clock.now, 1
+    run.service.stop()
+    outcome = await run.outcome()
+    loss, heartbeat = sink.events[-2:]
+    assert (kind_of(loss), kind_of(heartbeat)) == ("stream.loss", "stream.heartbeat")
+    assert (loss.stage, loss.count, loss.kinds) == ("sink", 5, {"process.exec": 5})  # type: ignore[attr-defined]
+    assert heartbeat.sink_counts["memory:"].dropped == 5  # type: ignore[attr-defined]
+    assert outcome.undelivered == "5 events to memory:: not delivered when the agent stopped"
+    assert "0 delivered, 5 dropped" in outcome.account
+    assert (run.notes[-1].ended, run.notes[-1].untold) == ("undelivered", [])
+    # Most of the grace is for delivering; what is left has to be enough for telling.
+    assert sink.grace >= 10
+    assert clock.now - begun >= 40
+
+
+async def test_a_sink_that_needs_a_while_delivers_all_and_nobody_waits_longer(
+    runs: Runs, clock: Clock
+) -> None:
+    sink = Stuck()
+    run = runs(sink, settings=Settings(grace_seconds=100))
+    await run.start()
+    sink.hold = True
+    run.programs.emit("process.exec", 5)
+    await until(lambda: sink.account.pending == 5)
+    begun, clock.rate = clock.now, 1
+    clock.due.append((begun + 30, sink.release))
+    run.service.stop()
+    assert (await run.outcome()).undelivered == ""
+    assert len(run.of("process.exec")) == 5
+    assert 30 <= clock.now - begun < 32
+    assert run.notes[-1].ended == "delivered"
+    run.check()
+
+
+async def test_what_is_in_the_rings_is_read_as_soon_as_there_is_room(
+    runs: Runs, clock: Clock
+) -> None:
+    sink = Stuck(budget_bytes=2000)
+    run = runs(sink, settings=Settings(grace_seconds=100))
+    await full_with_more_in_the_rings(run, sink)
+
+    def release() -> None:
+        sink.hold = False
+        sink.release()
+
+    clock.due.append((clock.now + 20, release))
+    clock.rate = 1
+    run.service.stop()
+    assert (await run.outcome()).undelivered == ""
+    assert len(run.of("process.exec")) == 60
+    run.check()
+
+
+async def test_what_finds_no_room_in_half_of_the_grace_is_told_as_not_read(
+    runs: Runs, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of it is untold: what waits, what is in the rings, and what found no room there."""
+    sink = Stuck(budget_bytes=2000)
+    run = runs(sink, settings=Settings(grace_seconds=80))
+    await full_with_more_in_the_rings(run, sink)
+    begun, clock.rate = clock.now, 1
+    run.service.stop()
+    await run.outcome()
+    counts = Counter[str]()
+    for loss in run.of("stream.loss"):
+        counts[loss.stage] += loss.count
+    assert counts == {"sink": 30, "stop": 30}
+    assert sink.grace >= 10
+    assert clock.now - begun < 80
+    assert "stop" not in {loss.stage for loss in run.service.fanout.untold(sink)}
+    assert "not read" not in caplog.text  # on purpose: no news for the log
+
+
+async def full_with_more_in_the_rings(run: Run, sink: MemorySink) -> None:
+    await run.start()
+    sink.hold = True
+    run.programs.emit("process.exec", 30)
+    await until(lambda: run.service.reader.paused)
+    run.programs.emit("process.exec", 30)
+    assert sink.account.pending == 30
+
+
+async def test_the_manifest_comes_every_hour(runs: Runs, clock: Clock) -> None:
+    """Whoever begins to read a topic later needs it as well."""
+    run = runs()
+    clock.rate = 30
+    await run.start()
+    await until(lambda: clock.now > 2.5 * 3600)
+    assert len(run.of("stream.manifest")) == 3
+    assert len({manifest.id for manifest in run.of("stream.manifest")}) == 3
+    assert clock.now < 3 * 3600
+    await run.stop()
+
+
+async def test_a_note_is_left_before_the_end_and_at_the_end(runs: Runs) -> None:
+    """Killed, as long as nothing else is known."""
+    run = runs()
+    await run.start()
+    assert [note.ended for note in run.notes] == ["killed"]
+    await run.stop()
+    assert [note.ended for note in run.notes] == ["killed", "delivered"]
+    manifest = run.of("stream.manifest")[0]
+    assert manifest.previous is None
+    for note in run.notes:
+        assert (note.run_id, note.boot_id, note.untold) == (manifest.run_id, manifest.boot_id, [])
+
+
+async def test_a_run_that_did_not_begin_leaves_no_note(
+    runs: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = runs(Unstartable("broken"), MemorySink("other"))
+    await run.start()
+    with pytest.raises(ConfigError):
+        await run.end()
+    assert run.notes == []
+    assert "is closed" not in caplog.text  # the reason is said once
+
+
+async def test_an_end_that_is_broken_off_is_noted_as_killed(runs: Runs) -> None:
+    sink = Stuck()
+    run = runs(sink)
+    await run.start()
+    sink.hold = True
+    run.programs.emit("process.exec", 5)
+    await until(lambda: sink.account.pending == 5)
+    run.service.stop()
+    await until(lambda: run.programs.attached == set())
+    assert run.task is not None
+    run.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run.task
+    assert run.notes[-1].ended == "killed"
+    assert [(one.sink, one.count) for one in run.notes[-1].untold] == [("memory:", 5)]
+
+
+async def test_what_a_sink_was_never_told_is_in_the_note(runs: Runs, seconds_fly: None) -> None:
+    good, deaf = MemorySink("good"), Deaf("deaf")
+    run = runs(good, deaf, settings=Settings(grace_seconds=0.2))
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    await until(lambda: len(run.events(good)) == 5)
+    run.service.stop()
+    outcome = await run.outcome()
+    (untold,) = run.notes[-1].untold
+    assert (untold.sink, untold.stage, untold.count) == ("deaf", "sink", 5)
+    assert (untold.kinds, untold.reason) == ({"process.exec": 5}, "refused")
+    assert [(one.ring, one.seq_from, one.seq_to) for one in untold.ranges] == [("critical", 1, 5)]
+    assert untold.run_id == run.notes[-1].run_id == run.of("stream.manifest")[0].run_id
+    assert run.notes[-1].ended == "undelivered"
+    assert outcome.undelivered == "5 lost events not told to deaf"
+
+
+class Deaf(MemorySink):
+    """Refuses everything at once."""
+
+    def submit(self, batch: Batch) -> None:
+        size = len(batch.lines("json"))
+        self._take(batch.kinds, size)
+        self._dropped(batch.kinds, size, "refused", batch.spans)
+
+
+def before(ended: Any, *sinks: str) -> PreviousRun:
+    untold = [UntoldLoss("old", sink, "sink", 3, {}, "refused", []) for sink in sinks]
+    return PreviousRun("old", "boot", "1.0", 1, ended, untold)
+
+
+async def test_what_the_run_before_could_not_tell_is_told_or_handed_on(runs: Runs) -> None:
+    """To each sink its own; of one that is not there any more, to any that is reached."""
+    run = runs(
+        MemorySink("good"),
+        Deaf("deaf"),
+        previous=before("undelivered", "good", "deaf", "gone"),
+        settings=Settings(grace_seconds=0.2),
+    )
+    await run.start()
+    await run.stop()
+    assert run.of("stream.manifest")[0].previous == run.service._previous
+    for note in run.notes[1:]:
+        assert [one.sink for one in note.untold if one.run_id == "old"] == ["deaf"]
+
+
+@pytest.mark.parametrize("ended", ["killed", "delivered"])
+@pytest.mark.parametrize("reached", ["none", "pipe", "file"])
+async def test_that_a_run_was_killed_is_handed_on_until_it_is_told(
+    runs: Runs, ended: str, reached: str
+) -> None:
+    """By a sink that stays: what a terminal or a pipe was told is gone with its reader."""
+    sink = Deaf("deaf") if reached == "none" else MemorySink("sink")
+    sink.ends_quietly = reached == "pipe"
+    run = runs(
+        sink, previous=before(ended, "gone"), settings=Settings(grace_seconds=0.2)
+    )
+    run.task = asyncio.create_task(run.service.run())
+    await until(lambda: sink.account.received["stream.manifest"] == 1)
+    await run.stop()
+    said = [(one.sink, one.count) for one in run.notes[-1].untold if one.run_id == "old"]
+    if reached == "file":
+        assert said == []
+    else:
+        assert said == [("gone", 3), ("", 0)] if ended == "killed" else [("gone", 3)]
+        assert not said[1:] or "was killed" in run.notes[-1].untold[1].reason
+
+
+async def test_a_reader_that_went_away_is_a_quiet_end_and_owed_nothing(runs: Runs) -> None:
+    pipe = MemorySink("pipe")
+    pipe.ends_quietly = True
+    run = runs(pipe)
+    await run.start()
+    pipe.hold = True
+    run.programs.emit("process.exec", 5)
+    await until(lambda: pipe.account.pending == 5)
+    await pipe.stop(0)
+    assert await run.outcome() == Outcome("", "")
+    assert run.notes[-1].untold == []
+
+
+async def test_the_end_is_not_quiet_where_another_sink_failed(runs: Runs) -> None:
+    pipe = MemorySink("pipe")
+    pipe.ends_quietly = True
+    run = runs(pipe, Failing("bad"))
+    await run.start()
+    await pipe.stop(0)
+    with pytest.raises(SinkError, match="no sink is left: bad: ValueError: a defect"):
+        await run.outcome()
+
+
+async def test_events_have_the_time_as_text_if_that_is_asked_for(runs: Runs) -> None:
+    run = runs(settings=Settings(rfc3339_time=True))
+    await run.start()
+    run.programs.emit("process.exec")
+    await run.stop()
+    for event in run.sink.events:
+        assert event.time.endswith("Z")  # type: ignore[attr-defined]
 
 
 class Unstartable(MemorySink):
@@ -739,6 +1049,11 @@ class Dropping(MemorySink):
             size = len(one.lines("json"))
             extra = [one.spans] if hasattr(one, "spans") else []
             self._dropped(one.kinds, size, "too large", *extra)
+
+
+class CannotReopen(MemorySink):
+    def reopen(self) -> None:
+        raise ValueError("a defect")
 
 
 class Reopening(MemorySink):
