@@ -74,6 +74,11 @@ def is_blocked(fanout: Fanout) -> bool:
     return fanout.blocked
 
 
+def is_pending(fanout: Fanout) -> bool:
+    """See `is_blocked`."""
+    return fanout.pending
+
+
 def assert_balanced(*sinks: MemorySink) -> None:
     for sink in sinks:
         account = sink.account
@@ -462,7 +467,7 @@ async def test_a_sink_that_fails_is_a_failure_and_nobody_waits_for_it(quiet: boo
         fanout.submit(batch())
     assert calls.made == ["pause"]
     other.release()
-    assert fanout.pending
+    assert is_pending(fanout)
     sink.failing = True
     fanout.submit(batch())
     assert calls.made[-1] == "resume"
@@ -472,7 +477,7 @@ async def test_a_sink_that_fails_is_a_failure_and_nobody_waits_for_it(quiet: boo
     assert fanout.failures == ["fails: ValueError: a defect"]
     other.release()
     assert sink.account.pending
-    assert not fanout.pending
+    assert not is_pending(fanout)
     await sink.stop(0)
     assert not fanout.ended_as_it_should(sink)
     fanout.submit(batch())

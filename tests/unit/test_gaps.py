@@ -10,12 +10,13 @@ from streamer.ring.gaps import MOST_GAPS, GapTracker, Loss
 
 GRACE = 100
 LATER = 1000
+CPU = 3
 
 
 class Line:
     """A ring of one CPU, as a reader sees it: numbers in the order in which they come."""
 
-    def __init__(self, cpu: int = 0, most: int = MOST_GAPS) -> None:
+    def __init__(self, cpu: int = CPU, most: int = MOST_GAPS) -> None:
         self.tracker = GapTracker(GRACE, most)
         self.cpu = cpu
         self.expected = 1
@@ -37,11 +38,14 @@ class Line:
         if self.expected <= taken:
             self.tracker.tail(self.cpu, self.expected, taken, now)
 
-    def losses(self, now: int = LATER) -> list[Loss]:
-        return list(self.tracker.expire(now, lambda cpu: self.expected))
+    def losses(self, now: int = LATER, *, produced: int = 0, consumed: int = 0) -> list[Loss]:
+        found = self.tracker.expire(
+            now, lambda cpu: self.expected, produced=produced, consumed=consumed
+        )
+        return list(found)
 
 
-def loss(first: int, last: int, count: int | None = None, cpu: int = 0) -> Loss:
+def loss(first: int, last: int, count: int | None = None, cpu: int = CPU) -> Loss:
     return Loss(cpu, first, last, last - first + 1 if count is None else count)
 
 
@@ -98,7 +102,7 @@ def test_each_cpu_has_its_own_numbers() -> None:
     tracker = GapTracker(GRACE)
     tracker.feed([("missing", 0, 1, 2), ("missing", 1, 1, 4), ("late", 1, 2, 2)], 0)
     found = list(tracker.expire(LATER, lambda cpu: 9))
-    assert found == [loss(1, 2), loss(1, 1, cpu=1), loss(3, 4, cpu=1)]
+    assert found == [loss(1, 2, cpu=0), loss(1, 1, cpu=1), loss(3, 4, cpu=1)]
 
 
 # ------------------------------------------------------------------ numbers given up
@@ -175,6 +179,62 @@ def test_records_after_a_tail_that_was_told() -> None:
     line.tail(8, now=2 * LATER)
     line.read(9, now=2 * LATER)
     assert line.losses(now=3 * LATER) == [loss(7, 8)]
+
+
+def test_what_comes_after_it_was_told_opens_no_gap() -> None:
+    line = Line()
+    line.tail(3)
+    assert line.losses() == [loss(1, 3)]
+    line.read(2, 3, 5)
+    assert line.losses(now=2 * LATER) == [loss(4, 4)]
+
+
+# ------------------------------------------------------------------ a reader that is behind
+
+
+def test_a_gap_waits_until_what_was_in_the_ring_is_read() -> None:
+    """A reader that pauses finds what is late much later; it is there all the same."""
+    line = Line()
+    line.read(1, 5)
+    assert line.losses(produced=500, consumed=100) == []
+    line.read(3)
+    assert line.losses(2 * LATER, produced=900, consumed=499) == []
+    line.read(4)
+    assert line.losses(3 * LATER, produced=1300, consumed=500) == [loss(2, 2)]
+
+
+def test_a_late_record_leaves_the_other_gaps() -> None:
+    line = Line()
+    line.read(1, 3, 5, 7, 2)
+    assert line.losses() == [loss(4, 4), loss(6, 6)]
+
+
+def test_a_gap_that_was_joined_waits_anew() -> None:
+    line = Line(most=1)
+    line.read(1, 3)
+    line.read(5, now=GRACE - 1)
+    assert line.losses(now=GRACE) == []
+    line.read(4)
+    assert line.losses(now=2 * GRACE) == [loss(2, 4, count=1)]
+
+
+def test_a_gap_that_is_due_takes_no_other_with_it() -> None:
+    line = Line(most=1)
+    line.read(1, 3)
+    assert line.losses(now=GRACE, produced=500, consumed=100) == []
+    line.read(5, now=GRACE)
+    assert line.losses(now=GRACE, produced=600, consumed=500) == [loss(2, 2)]
+    line.read(4)
+    assert line.losses(produced=700, consumed=700) == []
+
+
+def test_a_tail_is_joined_with_no_gap() -> None:
+    """It may come as a whole, and then in order."""
+    line = Line(most=1)
+    line.read(1, 3)
+    line.tail(6)
+    line.read(4, 5, 6)
+    assert line.losses() == [loss(2, 2)]
 
 
 # ------------------------------------------------------------------ whatever happens

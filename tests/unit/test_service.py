@@ -950,9 +950,7 @@ async def test_that_a_run_was_killed_is_handed_on_until_it_is_told(
     """By a sink that stays: what a terminal or a pipe was told is gone with its reader."""
     sink = Deaf("deaf") if reached == "none" else MemorySink("sink")
     sink.ends_quietly = reached == "pipe"
-    run = runs(
-        sink, previous=before(ended, "gone"), settings=Settings(grace_seconds=0.2)
-    )
+    run = runs(sink, previous=before(ended, "gone"), settings=Settings(grace_seconds=0.2))
     run.task = asyncio.create_task(run.service.run())
     await until(lambda: sink.account.received["stream.manifest"] == 1)
     await run.stop()
