@@ -105,9 +105,8 @@ class Service:
 
     @property
     def ended_quietly(self) -> bool:
-        """Whether it ended because whoever read stdout went away."""
-        sinks = self.fanout.sinks
-        return not self.fanout.failures and all(s.status == "closed" for s in sinks)
+        """Whether it ended because whoever read stdout went away, if no sink failed."""
+        return all(sink.status == "closed" for sink in self.fanout.sinks)
 
     def stop(self) -> None:
         """Ask the service to end; it drains, flushes and reports first."""
@@ -143,7 +142,6 @@ class Service:
             await self._stop_sinks(0)
             raise
         self._leave_note(self._note())  # true if it is killed
-        quiet = False
         try:
             await self._stream()
             quiet = self.ended_quietly

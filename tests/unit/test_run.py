@@ -27,10 +27,12 @@ HOSTILE = "\x1b]0;owned\x07\x9b2J\u202e"
 class Agent:
     """The agent as a process of its own."""
 
-    def __init__(self, directory: Path, *arguments: str, events: int = 100) -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, events: int = 100, config: str = ""
+    ) -> None:
         self._stderr = directory / "stderr"
         command = [sys.executable, str(PROGRAM), str(events), "run", "--no-status"]
-        command += ["--config", configuration(directory), *arguments]
+        command += ["--config", configuration(directory, config), *arguments]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
@@ -54,10 +56,17 @@ class Agent:
         return self.process.wait(SECONDS)
 
 
-def configuration(directory: Path) -> str:
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def configuration(directory: Path, more: str = "") -> str:
     """Its note of the run is its own, and not that of this host."""
     path = directory / "streamer.toml"
-    path.write_text(f'state_file = "{directory}/run.json"\n')
+    path.write_text(f'state_file = "{directory}/run.json"\n{more}\n')
     return str(path)
 
 
@@ -68,8 +77,8 @@ Start = Callable[..., Agent]
 def start(tmp_path: Path) -> Iterator[Start]:
     made: list[Agent] = []
 
-    def run(*arguments: str, events: int = 100) -> Agent:
-        made.append(Agent(tmp_path, *arguments, events=events))
+    def run(*arguments: str, events: int = 100, config: str = "") -> Agent:
+        made.append(Agent(tmp_path, *arguments, events=events, config=config))
         return made[-1]
 
     yield run
@@ -122,6 +131,66 @@ def test_a_reader_that_goes_away_is_a_quiet_end(start: Start) -> None:
     agent.process.stdout.close()
     assert agent.end() == 0
     assert len(agent.stderr.splitlines()) == 1  # what it streams, and no account nor complaint
+
+
+def test_a_terminal_that_hangs_up_ends_it_and_any_other_sighup_opens_files_anew(
+    tmp_path: Path,
+) -> None:
+    ours, its = os.openpty()
+    output = tmp_path / "events"
+    command = ["setsid", "--ctty", sys.executable, str(PROGRAM), "100", "run", "--no-status"]
+    command += ["--config", configuration(tmp_path), "--events", "*", "--sink", f"file:{output}"]
+    with subprocess.Popen(
+        command, stdin=its, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        os.close(its)
+        wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") == 201)
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            output.rename(tmp_path / f"before-{number.name}")
+            process.send_signal(number)
+            wait_until(output.exists)
+        os.close(ours)
+        for _ in range(3):
+            process.send_signal(signal.SIGHUP)
+        assert process.wait(SECONDS) == 0
+    assert kinds_in(output)["stream.heartbeat"] == 1
+    assert kinds_in(tmp_path / "before-SIGHUP")["process.exec"] == 100
+
+
+def test_signals_that_are_ignored_from_the_start_stay_so(tmp_path: Path) -> None:
+    """As nohup and the background of a shell have it: its terminal may go."""
+    ours, its = os.openpty()
+    output = tmp_path / "events"
+    ignoring = "import os, signal, sys; [signal.signal(n, signal.SIG_IGN) for n in (1, 2)]; "
+    ignoring += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = ["setsid", "--ctty", sys.executable, "-c", ignoring, str(PROGRAM), "100"]
+    command += ["run", "--no-status", "--config", configuration(tmp_path), "--events", "*"]
+    command += ["--sink", f"file:{output}"]
+    with subprocess.Popen(
+        command, stdin=its, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        os.close(its)
+        wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") == 201)
+        os.close(ours)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
+            process.send_signal(number)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0
+    assert kinds_in(output)["stream.heartbeat"] == 1
+
+
+def test_what_is_not_delivered_is_said_with_an_exit_code_of_its_own(start: Start) -> None:
+    """Nobody listens there."""
+    agent = start(
+        "--events", "*", "--sink", "kafka://127.0.0.1:1/topic", config="grace_seconds = 0.3"
+    )
+    agent.streams()
+    agent.process.send_signal(signal.SIGTERM)
+    assert agent.end() == 5
+    assert "not delivered: 200 events to kafka://127.0.0.1:1/topic: " in agent.stderr
+    assert "0 delivered, 200 dropped" in agent.stderr.splitlines()[-1]
 
 
 def test_the_same_sink_twice_is_refused(start: Start) -> None:

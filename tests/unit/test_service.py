@@ -439,6 +439,38 @@ async def test_a_loss_at_the_tail_is_told_while_it_runs(runs: Runs, seconds_fly:
     run.check()
 
 
+async def test_a_single_event_lost_at_the_tail_is_told(runs: Runs, seconds_fly: None) -> None:
+    run = runs(settings=Settings(rings=TINY))
+    await run.start()
+    run.service.reader.pause()
+    while run.programs.emit("process.exit", cpu=1):
+        pass
+    run.service.reader.resume()
+    await until(lambda: bool(run.of("stream.loss")))
+    (loss,) = run.of("stream.loss")
+    assert (loss.ring, loss.cpu, loss.count) == ("critical", 1, 1)
+    await run.stop()
+    run.check()
+
+
+async def test_an_event_that_is_late_is_named_where_a_sink_cannot_deliver_it(runs: Runs) -> None:
+    """A program took its number, and another one interrupted it before it could write."""
+    good, deaf = MemorySink("good"), Deaf("deaf")
+    run = runs(good, deaf, settings=Settings(grace_seconds=0.1))
+    await run.start()
+    programs = run.programs
+    number = programs._next_seq("critical", 0)
+    programs.emit("process.exec")
+    await until(lambda: len(run.events(good)) == 1)
+    programs.rings["critical"].write(programs._record("process.exec", 0, number))
+    await until(lambda: len(run.events(good)) == 2)
+    await run.stop()
+    assert [event.seq for event in run.events(good)] == [2, 1]
+    assert run.of("stream.loss", good) == []
+    ranges = [(one.ring, one.seq_from, one.seq_to) for one in run.notes[-1].untold[0].ranges]
+    assert ranges == [("critical", 1, 2)]
+
+
 async def test_what_a_filter_keeps_back_is_no_loss(runs: Runs) -> None:
     run = runs()
     await run.start()
@@ -689,7 +721,7 @@ async def test_a_full_sink_holds_a_bounded_amount_whatever_there_is_to_tell(
     runs: Runs, seconds_fly: None
 ) -> None:
     """Records of losses go to a full sink as well, which must not make it grow for ever."""
-    budget = 60_000
+    budget = 30_000
     full = MemorySink("full", budget_bytes=budget)
     run = runs(full, MemorySink("good"), settings=Settings(rings=TINY))
     await run.start()
@@ -702,6 +734,7 @@ async def test_a_full_sink_holds_a_bounded_amount_whatever_there_is_to_tell(
         await asyncio.sleep(0.025)
         most = max(most, full.watermarks.held)
     full.hold = False
+    full.release()
     await run.stop()
     assert most > budget
     assert most < 2.5 * budget  # with what is critical, and the batch that took it there
@@ -973,6 +1006,17 @@ async def test_a_reader_that_went_away_is_a_quiet_end_and_owed_nothing(runs: Run
     await pipe.stop(0)
     assert await run.outcome() == Outcome("", "")
     assert run.notes[-1].untold == []
+
+
+async def test_the_end_is_not_quiet_where_another_sink_went_on(runs: Runs) -> None:
+    file, pipe = MemorySink("file"), MemorySink("pipe")
+    pipe.ends_quietly = True
+    run = runs(file, pipe)
+    await run.start()
+    await pipe.stop(0)
+    run.programs.emit("process.exec", 5)
+    await until(lambda: len(run.of("process.exec")) == 5)
+    assert "file 5 delivered, 0 dropped" in await run.stop()
 
 
 async def test_the_end_is_not_quiet_where_another_sink_failed(runs: Runs) -> None:
