@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from streamer.agent.run_file import EARLIER, MOST_UNTOLD_BYTES, RunFile, bounded
+from streamer.agent.run_file import EARLIER, MOST_UNTOLD_BYTES, SLOT_BYTES, RunFile, bounded
 from streamer.events.stream import PreviousRun, SeqRange, UntoldLoss
 
 
@@ -54,6 +54,36 @@ def test_a_note_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert again is not None
     assert again.read() == note([loss(1)])
     again.close()
+
+
+def test_the_newest_note_is_read_over_many_runs(tmp_path: Path) -> None:
+    """Each opens the file, reads the note of the one before, and leaves its own, or several."""
+    path = str(tmp_path / "run.json")
+    expected = None
+    for run, notes in enumerate((3, 1, 2, 1)):
+        file = RunFile.open(path)
+        assert file is not None
+        assert file.read() == expected
+        for number in range(notes):
+            expected = note([loss(10 * run + number)])
+            file.write(expected)
+            assert file.read() == expected
+        file.close()
+
+
+def test_a_note_that_is_too_long_leaves_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A reason or a name can be long; it would reach into the other note."""
+    file = RunFile.open(str(tmp_path / "run.json"))
+    assert file is not None
+    for number in (1, 2):
+        file.write(note([loss(number)]))
+    for _ in range(2):
+        file.write(note([loss(3, sink="x" * SLOT_BYTES)]))
+    assert "it is too long" in caplog.text
+    assert file.read() == note([loss(2)])
+    file.close()
 
 
 def test_only_one_has_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
