@@ -402,7 +402,10 @@ async def test_overload_of_both_rings_is_accounted_to_the_last_number(runs: Runs
     run.check()
     assert len(run.events()) + run.lost() == happened
     assert {loss.ring for loss in run.of("stream.loss")} == {"critical", "bulk"}
-    assert {loss.stage for loss in run.of("stream.loss")} == {"kernel"}
+    assert {(loss.stage, loss.sink) for loss in run.of("stream.loss")} == {("kernel", None)}
+    for loss in run.of("stream.loss"):
+        ends = loss.ranges[0].seq_from, loss.ranges[-1].seq_to
+        assert (loss.seq_from, loss.seq_to) == ends
     assert f"{len(run.events())} delivered, 0 dropped" in account
     assert account.endswith(f"{run.lost():,} lost")
     assert run.of("stream.heartbeat")[-1].reader.pauses >= 4
