@@ -19,6 +19,8 @@ MOST_KEPT = 100
 """The most older files that rotation keeps."""
 PACKED = ".gz"
 """How the name of a compressed file ends."""
+UNFINISHED = f"{PACKED}.part"
+"""How the name of one that is not whole yet ends."""
 
 _COMMON = os.O_CLOEXEC | os.O_NOCTTY
 # O_NONBLOCK only for the open: a FIFO without a reader is refused instead of waited for.
@@ -217,10 +219,11 @@ class AppendTarget:
                 fd = self._make(self._name)
             except FileExistsError:
                 fd = self._open_theirs()
-            os.set_blocking(fd, True)
-            self._opened = identity(os.fstat(fd))
-            self._own.append(self._opened)
-            return Appendable(fd, _is_torn(fd))
+            with _closed_on_error(fd):
+                os.set_blocking(fd, True)
+                self._opened = identity(os.fstat(fd))
+                self._own.append(self._opened)
+                return Appendable(fd, _is_torn(fd))
 
     def current(self) -> bool:
         """See `AppendFile`."""
@@ -273,19 +276,19 @@ class AppendTarget:
         by who is to read no events, or to have them written to another's file.
         """
         fd = os.open(self._name, _APPEND, dir_fd=self._directory)
-        status = os.fstat(fd)
-        if self._opened is None:
-            self._owner = status.st_uid
+        with _closed_on_error(fd):
+            status = os.fstat(fd)
+            if self._opened is None:
+                self._owner = status.st_uid
+                return fd
+            linked = stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+            if linked or status.st_uid not in (self._owner, 0):
+                raise PermissionError(errno.EPERM, "others may have put a file there")
             return fd
-        linked = stat.S_ISREG(status.st_mode) and status.st_nlink > 1
-        if linked or status.st_uid not in (self._owner, 0):
-            os.close(fd)
-            raise PermissionError(errno.EPERM, "others may have put a file there")
-        return fd
 
     @property
     def _unfinished(self) -> str:
-        return f"{self._name}{PACKED}.part"
+        return f"{self._name}{UNFINISHED}"
 
     def _shift(self, keep: int) -> None:
         names = [self._name, *(f"{self._name}.{number}" for number in range(1, keep + 1))]
@@ -303,12 +306,15 @@ class AppendTarget:
             fd = os.open(name, _READ | os.O_NOFOLLOW, dir_fd=self._directory)
         except OSError:  # most of all: there is none
             return None
-        status = os.fstat(fd)
-        ours = identity(status) in self._own or self._is_guarded()
-        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and ours:
-            self._packing = identity(status)
-            os.set_blocking(fd, True)
-            return fd
+        with _closed_on_error(fd):
+            status = os.fstat(fd)
+            ours = identity(status) in self._own or self._is_guarded()
+            # What was opened last is written to, also under another name.
+            done = identity(status) != self._opened
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and ours and done:
+                self._packing = identity(status)
+                os.set_blocking(fd, True)
+                return fd
         os.close(fd)
         return None
 
@@ -320,13 +326,15 @@ class AppendTarget:
     def _make_anew(self, name: str) -> int:
         self._remove(name)
         fd = self._make(name)
-        os.set_blocking(fd, True)
-        return fd
+        with _closed_on_error(fd):
+            os.set_blocking(fd, True)
+            return fd
 
     def _make(self, name: str) -> int:
         fd = os.open(name, _APPEND | os.O_CREAT | os.O_EXCL, self._bits, dir_fd=self._directory)
-        os.fchmod(fd, self._bits)  # the umask does not change what the settings say
-        return fd
+        with _closed_on_error(fd):
+            os.fchmod(fd, self._bits)  # the umask does not change what the settings say
+            return fd
 
     def _rename(self, old: str, new: str) -> None:
         os.rename(old, new, src_dir_fd=self._directory, dst_dir_fd=self._directory)
@@ -356,6 +364,16 @@ class AppendTarget:
         if identity(old) != identity(new) and alike:
             found, self._directory = self._directory, found
         os.close(found)
+
+
+@contextmanager
+def _closed_on_error(fd: int) -> Iterator[None]:
+    """Close the descriptor if it cannot be handed on after all."""
+    try:
+        yield
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _walk(path: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
@@ -16,7 +17,7 @@ from streamer.config.settings import (
     Tls,
 )
 from streamer.errors import ConfigError
-from streamer.privilege.files import PACKED, NamedFile, identity, own_descriptor
+from streamer.privilege.files import PACKED, UNFINISHED, NamedFile, identity, own_descriptor
 
 
 def named_files(settings: Settings) -> tuple[NamedFile, ...]:
@@ -52,18 +53,30 @@ def _marks(sink: AnySink) -> Iterator[object]:
     """What no other sink may have: the descriptor; or path, identity and paths of siblings."""
     if isinstance(sink, StdoutSink):
         yield _STDOUT
+        yield from _regular(_STDOUT)
     if not isinstance(sink, FileSink):
         return
     own = own_descriptor(sink.path)
     if own is not None:
         yield own
+        yield from _regular(own)
         return
     path = os.path.realpath(sink.path)
     yield path
     with suppress(OSError):  # a file that is not there is no other one's
         yield identity(os.stat(path))
-    for number in range(1, sink.rotate_keep + 1) if sink.rotates else ():
-        yield from (f"{path}.{number}", f"{path}.{number}{PACKED}")
+    if sink.rotates:
+        yield f"{path}{UNFINISHED}"
+        for number in range(1, sink.rotate_keep + 1):
+            yield from (f"{path}.{number}", f"{path}.{number}{PACKED}")
+
+
+def _regular(fd: int) -> Iterator[object]:
+    """The file that a descriptor of this process was opened for, as a shell's `>` does it."""
+    with suppress(OSError):
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            yield identity(status)
 
 
 def _of_sink(sink: AnySink) -> Iterator[NamedFile]:

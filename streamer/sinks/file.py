@@ -160,7 +160,10 @@ class FileThread(WriterThread):
         self._tried_at = float("-inf")
         self._leftovers = self._packer is not None
         self._doing = self._failed = ""
+        # A torn line stays one bad line, and spoils no event.
+        self._torn_end = b"\n" if settings.encoding == "json" else b""
         self._line_end = b""
+        self._size = 0
         self._synchronises = False
         self._take_over(opened.torn)
 
@@ -209,13 +212,16 @@ class FileThread(WriterThread):
         self._write_once()
 
     def _write_once(self) -> None:
-        self._restart_if_truncated()
+        self._restart_if_disturbed()
+        if not self._size:
+            self._begun = self._clock()
         line_end, portion = self._line_end, self._portion()
         written = self._attempt([line_end, *portion] if line_end else portion)
+        if written and self._regular:
+            self._size = os.lseek(self._fd, 0, os.SEEK_CUR)  # the end of this, not of what follows
         if line_end and written:
             self._line_end, written = b"", written - len(line_end)
         done, self._rest = advance(self._rest, written)
-        self._size = os.fstat(self._fd).st_size
         if self._is_removed():
             self._rest = list(self._unsafe)  # nobody finds it there
         elif done and not self._synchronises:
@@ -230,17 +236,32 @@ class FileThread(WriterThread):
             size += len(buffer)
         return self._rest[: WRITE_BUFFERS - 1]
 
-    def _restart_if_truncated(self) -> None:
-        """Somebody truncated the file within a line of it: that line begins anew."""
-        if not self._is_between_lines() and os.fstat(self._fd).st_size < self._size:
-            self._rest = self._unwritten()
+    def _restart_if_disturbed(self) -> None:
+        """Within a line of it, somebody truncated the file, or wrote to it as well."""
+        if self._is_between_lines():
+            return
+        size = os.fstat(self._fd).st_size
+        if size < self._size:
+            self._rest = self._unsafe[-len(self._rest) :]  # what went before it may be gone, too
+        elif size > self._size:
+            self._rest = self._unwritten()  # what follows would be the end of the other's line
 
     def _is_between_lines(self) -> bool:
-        return isinstance(self._rest[0], bytes)
+        return not self._begun_bytes()
 
-    def _unwritten(self) -> list[bytes]:
-        """The rest, from the beginning of its first line."""
-        return self._unsafe[len(self._unsafe) - len(self._rest) :]
+    def _begun_bytes(self) -> int:
+        """How much of the first line of the rest is written; of MessagePack, of the first batch."""
+        first, whole = self._rest[0], self._unsafe[-len(self._rest)]
+        written = len(whole) - len(first)
+        return written - (whole.rfind(b"\n", 0, written) + 1 if self._encoding == "json" else 0)
+
+    def _unwritten(self) -> Sequence[Buffer]:
+        """The rest, from the beginning of its first line; of MessagePack, of its first batch."""
+        if not self._rest or self._is_between_lines():
+            return self._rest
+        first, whole = self._rest[0], self._unsafe[-len(self._rest)]
+        begin = len(whole) - len(first) - self._begun_bytes()
+        return [memoryview(whole)[begin:], *self._rest[1:]]
 
     def _sync(self) -> None:
         """Have what is written on the disk, which makes it safe. Raises OSError."""
@@ -249,6 +270,8 @@ class FileThread(WriterThread):
             os.fdatasync(self._fd)
         except OSError:
             # What could not be written the kernel forgets, and says so only once.
+            if self._rest and not self._is_between_lines():
+                self._line_end = self._torn_end
             self._rest = list(self._unsafe)
             raise
         self._safe(len(self._unsafe) - len(self._rest))
@@ -317,7 +340,7 @@ class FileThread(WriterThread):
     def _switch(self, open_: Callable[[], Appendable]) -> None:
         """Go on in another file, with the first line that is not safe here. Raises OSError."""
         removed = self._is_removed()
-        if self._sync_at is not None and not removed:
+        if self._synchronises and self._unsafe and not removed:
             self._sync()
         try:
             opened = open_()
@@ -330,8 +353,7 @@ class FileThread(WriterThread):
         self._take_over(opened.torn)
 
     def _take_over(self, torn: bool) -> None:
-        # The torn line stays one bad line, and spoils no event.
-        self._line_end = b"\n" if torn and self._encoding == "json" else b""
+        self._line_end = self._torn_end if torn else b""
         status = os.fstat(self._fd)
         self._regular = stat.S_ISREG(status.st_mode)
         self._synchronises = self._regular and self._sync_seconds is not None

@@ -84,10 +84,12 @@ class Packer:
         try:
             whole = self._compress(*packing)
         finally:
-            for fd in packing:
-                os.close(fd)
-            with suppress(HelperGone):
-                self._file.packed(whole)
+            try:
+                with suppress(HelperGone):
+                    self._file.packed(whole)
+            finally:
+                for fd in packing:  # until then no other file can be taken for the old one
+                    os.close(fd)
         return whole
 
     def _compress(self, source: int, target: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import shutil
@@ -128,6 +129,7 @@ def test_one_file_by_two_names(tmp_path: Path) -> None:
         (FileSink(path=f"{tmp_path}/none"), FileSink(path=f"{tmp_path}/new")),
         (FileSink(path=str(file), rotate_bytes=4096), FileSink(path=f"{file}.7.gz")),
         (FileSink(path=f"{file}.1"), FileSink(path=str(file), rotate_seconds=60)),
+        (FileSink(path=str(file), rotate_bytes=4096), FileSink(path=f"{file}.gz.part")),
         (StdoutSink(), FileSink(path="/dev/stdout")),
         (FileSink(path="/dev/fd/7"), FileSink(path="/proc/self/fd/7")),
     ):
@@ -135,6 +137,17 @@ def test_one_file_by_two_names(tmp_path: Path) -> None:
             named_files(Settings(sinks=(first, second)))
     sinks = (FileSink(path=str(file), rotate_bytes=4096, rotate_keep=7), StdoutSink())
     named_files(Settings(sinks=(*sinks, FileSink(path=f"{file}.8"), FileSink(path=str(other)))))
+
+
+def test_a_file_that_a_descriptor_was_opened_for(tmp_path: Path) -> None:
+    """As `streamer run … > FILE` does it: the two would write over each other."""
+    file = tmp_path / "file"
+    with file.open("wb") as opened:
+        sinks = (FileSink(path=f"/dev/fd/{opened.fileno()}"), FileSink(path=str(file)))
+        with pytest.raises(ConfigError, match=r"^sinks\[1\]: found .* by another name"):
+            named_files(Settings(sinks=sinks))
+    with open(os.devnull, "wb") as opened:
+        named_files(Settings(sinks=(FileSink(path=f"/dev/fd/{opened.fileno()}"), sinks[1])))
 
 
 # ---------------------------------------------------------------- opening
@@ -240,6 +253,34 @@ def test_compressed_files_move_on_with_the_others(target: AppendTarget, tmp_path
     while pack(target, 3):
         pass
     assert set(contents(tmp_path)) == {"events", "events.1.gz", "events.2.gz", "events.3.gz"}
+
+
+def test_what_is_written_to_is_not_compressed(target: AppendTarget, tmp_path: Path) -> None:
+    """Whatever its name: others renamed it, or there was no opening a new one after a rotation."""
+    opened = target.open()
+    os.write(opened.fd, b"0")
+    (tmp_path / "events").rename(tmp_path / "events.1")
+    assert not pack(target, 3)
+    os.write(opened.fd, b"1")
+    written(target.open(), "2")
+    assert pack(target, 3)
+    os.close(opened.fd)
+    assert contents(tmp_path) == {"events": "2", "events.1.gz": "01"}
+
+
+def test_a_file_whose_mode_cannot_be_set(
+    target: AppendTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on file systems without modes: nothing stays open."""
+
+    def refuse(fd: int, bits: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr("streamer.privilege.files.os.fchmod", refuse)
+    with pytest.raises(PermissionError):
+        target.open()
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_file_that_moves_on_while_it_is_compressed(target: AppendTarget, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import gzip
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from streamer.config import settings
 from streamer.errors import SinkError
 from streamer.events.batch import Batch
+from streamer.privilege.files import AppendFile, AppendTarget, DirectOpener, Packing
 from streamer.sinks.base import Sink
 from streamer.sinks.file import FileSink, Rotation
 from streamer.sinks.stdout import StdoutSink
@@ -562,14 +564,18 @@ async def test_a_directory_that_stays_away_drops_exactly_the_rest(tmp_path: Path
 
 
 @pytest.mark.usefixtures("looks_often")
-async def test_a_full_disk_is_left_by_renaming(small_disk: Path) -> None:
-    """The line that was under way is whole in the new file, a bad one at the old one's end."""
+@pytest.mark.parametrize("each", [1, 8])
+async def test_a_full_disk_is_left_by_renaming(small_disk: Path, each: int) -> None:
+    """The line that was under way is whole in the new file, a bad one at the old one's end.
+
+    The lines before it, of the same batch, are in the old file and nowhere else.
+    """
     (small_disk / "ballast").write_bytes(bytes(40 << 10))
     path = small_disk / "events"
     sink = file_sink(path)
     await sink.start()
-    for number in range(400):
-        sink.submit(execs(1, number, pad=77))
+    for number in range(0, 400, each):
+        sink.submit(execs(each, number, pad=77))
     await until(lambda: sink.status == "down")
     path.rename(small_disk / "old")
     (small_disk / "ballast").unlink()
@@ -580,6 +586,38 @@ async def test_a_full_disk_is_left_by_renaming(small_disk: Path) -> None:
     first = [int(json.loads(line)["id"][2:]) for line in lines]
     assert first + numbers(path) == list(range(400))
     assert sink.account.delivered == {"process.exec": 400}
+
+
+def readable(*paths: Path) -> list[int]:
+    """The numbers of the events in the lines that are whole."""
+    found = []
+    for path in paths:
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(int(json.loads(line)["id"][2:]))
+    return found
+
+
+async def test_a_line_of_another_writer_within_one_of_ours(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where half a line fitted, another agent goes on before us: ours begins anew."""
+    monkeypatch.setattr("streamer.sinks.file.RETRY_FIRST", 1.0)
+    path = small_disk / "events"
+    (small_disk / "ballast").write_bytes(bytes(40 << 10))
+    sink = file_sink(path)
+    await sink.start()
+    for number in range(0, 400, 10):
+        sink.submit(execs(10, number, pad=77))
+    await until(lambda: sink.status == "down")
+    assert not path.read_bytes().endswith(b"\n"), "the disk was to fill up within a line"
+    (small_disk / "ballast").unlink()
+    with path.open("ab") as other:
+        other.write(b"their line\n")
+    await until(lambda: not sink.account.pending)
+    await sink.stop(WAIT)
+    assert readable(path) == list(range(400))
+    assert len(path.read_bytes().splitlines()) == 401, "one line is both halves"
 
 
 # ---------------------------------------------------------------- file, rotated
@@ -642,6 +680,24 @@ async def test_rotation_by_age_goes_by_the_clock_and_survives_a_restart(tmp_path
     assert [numbers(one) for one in (*older(path), path)] == [[0, 1, 2], [3, 4]]
 
 
+async def test_a_file_is_as_old_as_its_first_event(tmp_path: Path) -> None:
+    """And not as its name: one that is opened at the end of a day may get the next day's events."""
+    day = 86400
+    now = [20000.9 * day]
+    path = tmp_path / "events"
+    config = settings.FileSink(path=str(path), rotate_seconds=day)
+    sink = FileSink(config, clock=lambda: now[0])
+    await sink.start()
+    now[0] += 0.5 * day
+    await feed(sink, 0, 3)
+    now[0] += day
+    await feed(sink, 3, 1)
+    now[0] -= 2 * day  # the clock was set: once, not for each batch
+    await feed(sink, 4, 3)
+    await sink.stop(WAIT)
+    assert [numbers(one) for one in (*older(path), path)] == [[0, 1, 2], [3], [4, 5, 6]]
+
+
 @pytest.mark.parametrize(
     ("size", "begun", "now", "due"),
     [
@@ -698,6 +754,37 @@ async def test_a_compressor_without_room_leaves_the_file(
     await until((small_disk / "events.1.gz").exists)
     await again.stop(WAIT)
     assert numbers(*older(path), path) == [0, 1, 2, 3]
+
+
+async def test_the_old_file_is_open_until_the_compressed_one_takes_its_place(
+    tmp_path: Path,
+) -> None:
+    """Else its inode may be a newer file's by then, which would be taken for it and removed."""
+
+    class Checked(AppendTarget):
+        def pack(self, keep: int) -> Packing | None:
+            self.packing = super().pack(keep)
+            return self.packing
+
+        def packed(self, whole: bool) -> None:
+            assert self.packing is not None
+            seen.append(os.fstat(self.packing.source).st_size)
+            super().packed(whole)
+
+    class Opener(DirectOpener):
+        def append(self, path: str, bits: int) -> AppendFile:
+            return Checked(path, bits)
+
+    seen: list[int] = []
+    path = tmp_path / "events"
+    config = settings.FileSink(path=str(path), rotate_bytes=4096, rotate_compress="gzip")
+    sink = FileSink(config, Opener())
+    await sink.start()
+    sink.submit(execs(1, 0, pad=4096))
+    await feed(sink, 1)
+    await until((tmp_path / "events.1.gz").exists)
+    await sink.stop(WAIT)
+    assert seen == [len(execs(1, 0, pad=4096).lines("json"))]
 
 
 async def test_only_a_regular_file_can_be_rotated() -> None:
@@ -794,6 +881,30 @@ async def test_what_is_not_on_the_disk_is_written_again_after_a_removal(tmp_path
     sink.submit(execs(1, 3))
     await sink.stop(WAIT)
     assert numbers(tmp_path / "old", path) == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_disk_that_fails_within_a_line(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full, renamed, and then not synchronised: what is written again begins with a line."""
+    disk = Disk(monkeypatch)
+    path, old = small_disk / "events", small_disk / "old"
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(52 << 10))
+    sink = file_sink(path, fsync="interval", fsync_seconds=60)
+    await sink.start()
+    for number in range(0, 120, 10):
+        sink.submit(execs(10, number, pad=77))
+    await until(lambda: sink.status == "down")
+    assert not path.read_bytes().endswith(b"\n"), "the disk was to fill up within a line"
+    disk.fails = 1
+    path.rename(old)
+    await until(lambda: not disk.fails)  # before it goes on in another file
+    ballast.unlink()
+    await sink.stop(WAIT)
+    assert sink.account.delivered == {"process.exec": 120}
+    assert sorted(set(readable(old, path))) == list(range(120))
 
 
 # ---------------------------------------------------------------- file, opened anew
