@@ -17,6 +17,8 @@ Spans = Mapping[tuple[str, int], tuple[int, int]]
 """Per ring and CPU, the first and the last sequence number: events are somewhere between them."""
 NO_SPANS: Spans = MappingProxyType({})
 
+TRIMMED_BYTES = 64 << 10
+
 _JSON = msgspec.json.Encoder()
 _MSGPACK = msgspec.msgpack.Encoder()
 
@@ -44,6 +46,15 @@ def inert(data: bytes) -> bytes:
 
 def _escaped(match: re.Match[bytes]) -> bytes:
     return b"\\u%04x" % ord(match[0].decode())
+
+
+def trimmed(data: bytes) -> bytes:
+    """`data` in no more memory than it takes, if it is small.
+
+    msgspec encodes into a buffer of a KiB or more and keeps all of it. Of a small batch that is
+    more than the events; of a large one it is a share, and copying would cost its events time.
+    """
+    return bytes(memoryview(data)) if len(data) < TRIMMED_BYTES else data
 
 
 def kind_of(event: Event) -> str:
@@ -112,7 +123,7 @@ class Batch:
         found = self._lines.get(encoding)
         if found is None:
             if encoding == "json":
-                found = inert(_JSON.encode_lines(self.events))
+                found = trimmed(inert(_JSON.encode_lines(self.events)))
             else:
                 found = b"".join(map(_MSGPACK.encode, self.events))
             self._lines[encoding] = found

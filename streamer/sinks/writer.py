@@ -28,7 +28,7 @@ from threading import Event, Thread
 from typing import TypedDict, TypeVar
 
 from streamer.events.batch import Batch, Spans
-from streamer.sinks.base import Sink
+from streamer.sinks.base import Sink, size_beside
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -306,14 +306,15 @@ class WriterSink(Sink):
             self._unwatch = lambda: loop.remove_reader(fd)
 
     def submit(self, batch: Batch) -> None:
-        """Take a batch; its size is that of what will be written."""
+        """Take a batch; its size is that of what will be written, and of what is kept with it."""
         if self._over or self._thread is None:
             self._take(batch.kinds, 0)
             self._dropped(batch.kinds, 0, self._over or "not started", batch.spans)
             return
         data = self._encode(batch)
-        self._take(batch.kinds, len(data))
-        self._held.append((batch.kinds, len(data), batch.spans))
+        size = len(data) + size_beside(batch)
+        self._take(batch.kinds, size)
+        self._held.append((batch.kinds, size, batch.spans))
         self._thread.hand_over(data)
 
     def discard(self, reason: str) -> None:

@@ -1,12 +1,14 @@
 """Standard error as the agent uses it: lines, and a status line below them, without ever waiting.
 
-A pipe that nobody reads and a terminal that was stopped (Ctrl-S) take nothing. What is to be
-written therefore waits in a queue with a bound, and a thread of its own writes it. What is beyond
-the bound is dropped and counted, and the count is written when there is room again.
+A pipe that nobody reads, a terminal that was stopped (Ctrl-S) and a file on a full disk take
+nothing. What is to be written therefore waits in a queue with a bound, and a thread of its own
+writes it. What is beyond the bound is dropped and counted, and the count is written when there is
+room again.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import time
@@ -16,6 +18,8 @@ from threading import Condition, Thread
 CLEAR_LINE = b"\r\x1b[K"
 QUEUE_BYTES = 1 << 18
 """The most that waits."""
+_RETRY_SECONDS = 1.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRITE_BYTES = select.PIPE_BUF
 """How much a pipe takes for sure when it says that it takes something."""
 
@@ -34,6 +38,7 @@ class Console:
         self._lines: deque[bytes] = deque()
         self._bytes = 0
         self._dropped = 0
+        self._rest = memoryview(b"")
         self._status = self._shown = b""
         self._changed = Condition()
         self._thread: Thread | None = None
@@ -43,7 +48,7 @@ class Console:
         """Write whole lines, when that can be. Never waits."""
         with self._changed:
             if self._bytes and self._bytes + len(lines) > self._most:
-                self._dropped += 1
+                self._dropped += lines.count(b"\n")
             else:
                 self._lines.append(lines)
                 self._bytes += len(lines)
@@ -86,14 +91,16 @@ class Console:
         return self._gone or not (self._busy or self._has_work())
 
     def _has_work(self) -> bool:
-        return bool(self._lines or self._dropped or self._status != self._shown)
+        return bool(self._rest or self._lines or self._dropped or self._status != self._shown)
 
     def _wake(self) -> None:
         if self._thread is not None:
             self._changed.notify_all()
             return
         while self._has_work() and not self._gone and _takes_some(self._fd):
-            self._write(self._taken(_WRITE_BYTES))
+            self._rest = self._rest or memoryview(self._taken(_WRITE_BYTES))
+            if not self._write():
+                return  # tried again with the next line
 
     def _run(self) -> None:
         while True:
@@ -104,8 +111,9 @@ class Console:
                 if self._gone or not self._has_work():
                     return
                 self._busy = True
-                data = self._taken(self._most)
-            self._write(data)
+                self._rest = self._rest or memoryview(self._taken(self._most))
+            while not self._write():
+                time.sleep(_RETRY_SECONDS)
 
     def _taken(self, most: int) -> bytes:
         """What is to be written next: some lines, and the status line as it is to be."""
@@ -122,15 +130,18 @@ class Console:
         self._shown = self._status
         return clear + b"".join(lines) + self._shown
 
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view and not self._gone:
+    def _write(self) -> bool:
+        """Write what was taken. False: a full disk has no room for the rest of it."""
+        while self._rest and not self._gone:
             try:
-                view = view[os.write(self._fd, view) :]
+                self._rest = self._rest[os.write(self._fd, self._rest) :]
             except BlockingIOError:  # another program that shares it made it so
                 _await_room(self._fd)
-            except OSError:  # the terminal is gone, and with it whoever would read
-                self._gone = True
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    return False
+                self._gone = True  # the terminal, and with it whoever would read
+        return True
 
 
 def say(line: str, seconds: float = 1.0) -> None:

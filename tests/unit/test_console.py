@@ -8,11 +8,13 @@ import os
 import pty
 import re
 import select
+import subprocess
 import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +90,64 @@ def test_closing_waits_for_the_lines_and_not_for_ever(pipe: tuple[int, int]) -> 
     other.write(line(1))
     other.close(10)
     assert read(reader, b"\n") == line(1)
+
+
+def test_what_is_dropped_is_counted_by_lines(pipe: tuple[int, int]) -> None:
+    """A traceback is many."""
+    reader, writer = pipe
+    console = Console(writer, most_bytes=PIPE)
+    for number in range(1000):
+        console.write(line(number) * 10)
+    console.start()
+    text = read(reader, b"nobody read them\n")
+    count = re.search(rb"streamer: (\d+) lines were dropped: ", text)
+    assert count is not None
+    assert int(count[1]) + text.count(b"\n") - 1 == 10000
+    console.close(10)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_full_disk_is_waited_for(
+    tmp_path: Path,
+    require: Callable[[object, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    started: bool,
+) -> None:
+    """A log goes on when there is room again, at the byte where it ended."""
+    require(os.geteuid() == 0, "mounting a small file system needs root")
+    monkeypatch.setattr("streamer.terminal.console._RETRY_SECONDS", 0.01)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path], check=True)
+    try:
+        ballast, log = tmp_path / "ballast", tmp_path / "log"
+        ballast.write_bytes(bytes(8 << 10))
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        console = Console(fd)
+        if started:
+            console.start()
+        for number in range(120):
+            console.write(line(number))
+        console.close(0.2)
+        assert not console.is_gone
+        assert log.stat().st_size == 8 << 10, "the disk was to fill up within a line"
+        ballast.unlink()
+        console.close(10)
+        assert log.read_bytes() == b"".join(map(line, range(120)))
+        os.close(fd)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_disk_that_stays_full_does_not_hold_up_the_end() -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        console = Console(full.fileno())
+        for number in range(100):
+            console.write(line(number))
+        console.start()
+        console.draw(b"status")
+        before = time.monotonic()
+        console.close(0.2)
+        assert time.monotonic() - before < 5
+        assert not console.is_gone
 
 
 def test_a_reader_that_has_gone_costs_nothing() -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from streamer.config import settings
 from streamer.errors import SinkError
 from streamer.events.batch import Batch
 from streamer.privilege.files import AppendFile, AppendTarget, DirectOpener, Packing
-from streamer.sinks.base import Sink
+from streamer.sinks.base import Sink, size_beside
 from streamer.sinks.file import FileSink, Rotation
 from streamer.sinks.stdout import StdoutSink
 from streamer.sinks.writer import advance
@@ -239,11 +240,13 @@ async def test_what_waits_can_be_dropped_for_what_comes_then(pipe: Pipe) -> None
 async def test_backpressure_is_at_the_exact_marks(pipe: Pipe) -> None:
     """The batch that reaches the budget makes it full, once; half of the budget makes room."""
     batch = execs(1, pad=1000)
-    size = len(batch.lines("json"))
+    written = len(batch.lines("json"))
+    size = written + size_beside(batch)
     sink = stdout_sink(pipe, budget=20 * size)
     recorder = recorded(sink)
     await sink.start()
-    sink.submit(execs(1, pad=pipe.capacity))  # more than the pipe takes: the write blocks
+    large = execs(1, pad=pipe.capacity)
+    sink.submit(large)  # more than the pipe takes: the write blocks
     first = sink.watermarks.held
     submitted = 0
     while not recorder.marks:
@@ -253,11 +256,34 @@ async def test_backpressure_is_at_the_exact_marks(pipe: Pipe) -> None:
     assert sink.watermarks.held == first + submitted * size
     sink.submit(batch)
     assert recorder.marks == ["full"]
-    await read(pipe.read_end, first + (submitted + 1) * size)
+    await read(pipe.read_end, len(large.lines("json")) + (submitted + 1) * written)
     await until(lambda: not sink.account.pending)
     assert recorder.marks == ["full", "room"]
     await sink.stop(WAIT)
     assert sink.account.delivered == {"process.exec": submitted + 2}
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+@pytest.mark.parametrize("each", [1, 3, 50])
+async def test_the_budget_bounds_the_memory(encoding: Any, each: int) -> None:
+    """Also where a batch is one event, and what is kept with it more than the event."""
+    budget = 1 << 20
+    sink = file_sink(Path("/dev/full"), encoding=encoding, budget_bytes=budget)
+    await sink.start()
+    sink.submit(execs(1))
+    await until(lambda: sink.status == "down")
+    tracemalloc.start()
+    try:
+        number = 10**6
+        while not sink.watermarks.full:
+            number += each
+            spans = {("bulk", 0): (number, number + 1), ("critical", 1): (number + 2, number + 3)}
+            sink.submit(Batch(execs(each, number, pad=300).events, spans=spans))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.8 * budget < held < 1.1 * budget
+    await sink.stop(0.01)
 
 
 async def test_a_descriptor_that_others_made_non_blocking_loses_nothing(pipe: Pipe) -> None:
