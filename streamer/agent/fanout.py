@@ -20,7 +20,7 @@ _CRITICAL = frozenset(kind for kind, info in KINDS.items() if info.ring == "crit
 _NEWEST = 1 << 63
 _MOST_GIVEN_UP = 100
 _CRITICAL_SHARE = 5 / 4
-"""Of its budget, what a sink may hold before it loses critical events as well."""
+"""Of its budget, what a sink may hold before critical events wait, or are lost, as well."""
 
 
 def policy_of(on_full: str, sinks: int) -> Policy:
@@ -37,12 +37,14 @@ class Fanout(Listener):
         self,
         sinks: Sequence[tuple[Sink, Policy]],
         *,
-        pause: Callable[[], None],
+        pause: Callable[[bool], None],
         resume: Callable[[], None],
         closed: Callable[[], None],
         loss_record: Callable[[Lost, Sink], StreamLoss],
     ) -> None:
         """`pause` and `resume` act on the reader; `closed` is called when no sink is left.
+
+        Without its argument true, `pause` leaves what is critical to be read.
 
         `loss_record` makes a loss that a sink is to be told into a record for it.
         """
@@ -70,7 +72,8 @@ class Fanout(Listener):
     def submit(self, batch: Batch) -> None:
         """Give the batch to every sink that is open; one that may drop and is full loses it.
 
-        What is critical is lost last: for that a sink has a quarter of its budget more.
+        What is critical is lost last, and waits last: for that a sink has a quarter of its budget
+        more.
         """
         for sink in self.sinks:
             if self._policies[sink] == "drop" and sink.watermarks.full and self.is_open(sink):
@@ -79,10 +82,12 @@ class Fanout(Listener):
                 if not self._owed[sink].refused:  # else with the next second: not for each batch
                     self._publish_owed(sink)
                 self._give(sink, batch)
+                if _is_over(sink) and self._blocks(sink):
+                    self._pause(True)
 
     def _squeeze(self, sink: Sink, batch: Batch) -> None:
         reason = f"no room, sink {sink.status}"
-        if sink.watermarks.held >= _CRITICAL_SHARE * sink.watermarks.high:
+        if _is_over(sink):
             self._refuse(sink, batch.kinds, reason, batch.spans)
             return
         critical = batch.only(_CRITICAL)
@@ -209,7 +214,7 @@ class Fanout(Listener):
     def sink_full(self, sink: Sink) -> None:
         """See `Listener`."""
         if self._blocks(sink):
-            self._pause()
+            self._pause(False)
 
     def sink_room(self, sink: Sink) -> None:
         """See `Listener`."""
@@ -262,6 +267,11 @@ class Fanout(Listener):
                 if len(self._given_up) > _MOST_GIVEN_UP and what not in self._given_up:
                     what = f"{sink.name}: {OTHER_REASONS}"
                 self._given_up[what] += lost.count
+
+
+def _is_over(sink: Sink) -> bool:
+    """Whether it holds all that it may, also of what is critical."""
+    return sink.watermarks.held >= _CRITICAL_SHARE * sink.watermarks.high
 
 
 def _under_way(sink: Sink) -> int:

@@ -3,7 +3,7 @@
 A timer looks at every ring; a wake-up from the kernel, which comes only when a ring is filling
 fast or the reader sleeps, is answered sooner. Each callback drains a bounded number of records
 and goes back to the loop, so that the sinks get their turn. A paused reader leaves the records
-in the rings, where the kernel counts what no longer fits.
+in the rings, where the kernel counts what no longer fits. The bulk ring is paused first.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}
 _WAKE_WORD = struct.Struct("<I")  # struct reader_state is one for each ring
 _FOREVER = 1 << 64
 _FEW = 16
+_CRITICAL = "critical"
 _boot_ns = attrgetter("boot_ns")
 _POSITION = struct.Struct("<Q")
 
@@ -107,6 +108,7 @@ class RingReader:
         """
         self.sources = sources
         self.paused = False
+        """Whether any ring has to wait: the bulk one, or both."""
         self.pauses = 0
         self.done = max_events == 0
         self._left = max_events
@@ -117,6 +119,7 @@ class RingReader:
         self._drain_records = drain_records
         self._looks_in_vain = 0
         self._looks = False
+        self._reading = sources
         self._armed: set[RingSource] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.Handle | None = None
@@ -137,16 +140,22 @@ class RingReader:
         self.done = True
         self.stop()
 
-    def pause(self) -> None:
-        """Leave the records in the rings until `resume`."""
-        if not self.paused:
-            self.paused = True
-            self.pauses += 1
+    def pause(self, critical: bool = True) -> None:
+        """Leave the records in the rings until `resume`; unless `critical`, not in that one."""
+        self.pauses += not self.paused
+        self.paused = True
+        reading = [] if critical else [one for one in self._reading if one.name == _CRITICAL]
+        for source in self._reading:
+            if source not in reading:
+                self._disarm(source)
+        self._reading = reading
+        if not reading:
             self._halt()
 
     def resume(self) -> None:
         """Read on."""
         self.paused = False
+        self._reading = self.sources
         self._wake()
 
     def drain_once(self) -> bool:
@@ -159,18 +168,18 @@ class RingReader:
             return False
 
     def _drain_each(self) -> bool:
-        if self.paused or self.done:
+        if self.done:
             return False
         read = False
         found: list[Batch] = []
         try:
-            for source in self.sources:
+            for source in self._reading:
                 read |= self._drain(source, found)
         finally:  # what was drained is handed on, also if another ring cannot be
             if found:
                 self._looks_in_vain = 0
                 self._on_batch(in_time_order(found))
-        more = any(source.more for source in self.sources)
+        more = any(source.more for source in self._reading)
         # Who drains by the way may have taken the record that would have woken the reader.
         if (read or more) and self._timer is None:
             self._wake()
@@ -197,7 +206,7 @@ class RingReader:
         return int(self._loop.time() * 1e9)
 
     def _wake(self) -> None:
-        if self.paused or self.done or not self._looks:
+        if not self._reading or self.done or not self._looks:
             return
         self._looks_in_vain = 0
         self._drain_soon()
@@ -220,7 +229,7 @@ class RingReader:
         if self._timer is not this:  # halted in the meantime, and perhaps woken again
             return
         # One look more after the programs were asked to wake it: one may just have missed that.
-        sleeps = self._looks_in_vain > LOOKS_IN_VAIN and len(self._armed) == len(self.sources)
+        sleeps = self._looks_in_vain > LOOKS_IN_VAIN and len(self._armed) == len(self._reading)
         self._timer = None if sleeps else self._loop.call_later(self._interval, self._tick)
         self._arm(_WAKE["WAKE_ANY" if self._looks_in_vain >= LOOKS_IN_VAIN else "WAKE_FULL"])
 
@@ -240,7 +249,7 @@ class RingReader:
         or whose first record is not finished, would keep the loop spinning. So after each wake-up
         the timer alone looks, until it finds the ring empty.
         """
-        for source in self.sources:
+        for source in self._reading:
             if source in self._armed:
                 self._ask(source, wake)
             elif not source.ring.pending:

@@ -39,7 +39,7 @@ class Calls:
     def fanout(self, *sinks: tuple[MemorySink, Policy]) -> Fanout:
         return Fanout(
             sinks,
-            pause=lambda: self.made.append("pause"),
+            pause=lambda critical: self.made.append("pause all" if critical else "pause"),
             resume=lambda: self.made.append("resume"),
             closed=lambda: self.made.append("closed"),
             loss_record=self.loss_record,
@@ -114,7 +114,10 @@ async def test_every_sink_gets_every_batch_in_order() -> None:
 
 
 async def test_a_full_sink_that_pauses_is_waited_for() -> None:
-    """At the high mark, once; until it is below the low mark. It loses nothing."""
+    """At the high mark, once; until it is below the low mark. It loses nothing.
+
+    What is critical waits a quarter of the budget later.
+    """
     calls, sink = Calls(), await opened("slow", hold=True)
     fanout = calls.fanout((sink, "pause"))
     for _ in range(3):
@@ -124,12 +127,14 @@ async def test_a_full_sink_that_pauses_is_waited_for() -> None:
     fanout.submit(batch())
     assert calls.made == ["pause"]
     assert is_blocked(fanout)
-    fanout.submit(batch())  # what was on its way when the reader paused
+    fanout.submit(batch(100))  # what was on its way when the reader paused
     assert calls.made == ["pause"]
+    fanout.submit(batch())
+    assert calls.made == ["pause", "pause all"]
     sink.release()
-    assert calls.made == ["pause", "resume"]
+    assert calls.made == ["pause", "pause all", "resume"]
     assert not is_blocked(fanout)
-    assert (len(sink.events), sink.account.dropped.total()) == (5, 0)
+    assert (len(sink.events), sink.account.dropped.total()) == (6, 0)
 
 
 async def test_reading_goes_on_only_when_no_sink_is_waited_for() -> None:

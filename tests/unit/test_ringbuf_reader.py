@@ -212,6 +212,37 @@ async def test_the_limit_of_events_is_exact() -> None:
     bench.bulk.close()
 
 
+async def test_the_bulk_ring_is_paused_first(bench: Bench) -> None:
+    """What is critical is read on, also out of sleep, until that is paused as well."""
+    reader, critical, bulk = bench.reader, bench.critical, bench.bulk
+    reader.start()
+    await bench.until_asleep()
+    reader.pause(critical=False)
+    reader.pause(critical=False)
+    bulk.ring.held = 35
+    critical.ring.held = 35
+    bulk.wake()
+    critical.wake()
+    await bench.until_read(35)
+    os.read(critical.fd, 1)
+    await until(lambda: bench.asked == [WAKE["WAKE_ANY"], WAKE["WAKE_NEVER"]])
+    assert not reader.drain_once()
+    assert (critical.ring.held, bulk.ring.held) == (0, 35)
+    reader.pause()
+    critical.ring.held = 5
+    critical.wake()
+    await asyncio.sleep(5 * INTERVAL_MS / 1000)
+    assert not reader.drain_once()
+    reader.pause(critical=False)  # another sink is full, too: no ring is read for that
+    assert not reader.drain_once()
+    assert (critical.ring.held, bulk.ring.held) == (5, 35)
+    assert (reader.paused, reader.pauses) == (True, 1)
+    critical.ring.held = 0
+    reader.resume()
+    await bench.until_read(70)
+    assert not bench.errors
+
+
 async def test_a_reader_that_sleeps_and_is_paused_is_not_woken(bench: Bench) -> None:
     """Neither do the programs wake it for nothing, nor does it read what it was to leave."""
     bench.reader.start()
