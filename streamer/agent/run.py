@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import uvloop
 
+from streamer.agent import signals
 from streamer.agent.allocator import keep_freed_memory
 from streamer.agent.run_file import RunFile
 from streamer.agent.service import Outcome, Service
@@ -44,7 +45,6 @@ def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> in
         StreamerError: what kept it from starting, or ended it.
     """
     keep_freed_memory()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to open anew
     console = Console()
     line = StatusLine(console) if limits.status and os.isatty(2) else None
     try:
@@ -67,11 +67,11 @@ def _split_and_run(
 ) -> Outcome:
     capabilities.require()
     with contextlib.ExitStack() as stack:
+        terminal = stack.enter_context(_controlling_terminal())  # while there is one
         split = Split(settings)
         stack.callback(split.close)
         kernel = state.load(settings, kinds, split.loader)
         stack.callback(kernel.close)
-        terminal = stack.enter_context(_controlling_terminal())
         notes = RunFile.open(settings.state_file) if settings.state_file else None
         if notes is not None:
             stack.callback(notes.close)
@@ -242,6 +242,7 @@ def _handle_signals(service: Service, given: Surroundings) -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
         loop.add_signal_handler(signal.SIGHUP, hang_up)
     loop.add_signal_handler(signal.SIGUSR1, service.reopen)
+    signals.release()
 
 
 def _hung_up(terminal: int) -> bool:

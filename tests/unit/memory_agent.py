@@ -60,6 +60,8 @@ class Busy(MemoryKernel):
 
 
 def load(settings: Settings, kinds: Collection[str], *_: Any) -> MemoryKernel:
+    if settings.btf is not None:  # a FIFO: loading lasts for as long as a test wants
+        Path(settings.btf).read_bytes()
     return Busy(settings, frozenset(kinds))
 
 

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -28,14 +29,20 @@ class Agent:
     """The agent as a process of its own."""
 
     def __init__(
-        self, directory: Path, *arguments: str, events: int = 100, config: str = ""
+        self,
+        directory: Path,
+        *arguments: str,
+        events: int = 100,
+        config: str = "",
+        prefix: Sequence[str] = (),
+        stdin: int = subprocess.DEVNULL,
     ) -> None:
         self._stderr = directory / "stderr"
-        command = [sys.executable, str(PROGRAM), str(events), "run", "--no-status"]
+        command = [*prefix, sys.executable, str(PROGRAM), str(events), "run", "--no-status"]
         command += ["--config", configuration(directory, config), *arguments]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
+                command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr
             )
 
     @property
@@ -66,8 +73,23 @@ def wait_until(condition: Callable[[], object]) -> None:
 def configuration(directory: Path, more: str = "") -> str:
     """Its note of the run is its own, and not that of this host."""
     path = directory / "streamer.toml"
-    path.write_text(f'state_file = "{directory}/run.json"\n{more}\n')
+    gate = directory / "gate"
+    slow = f'btf = "{gate}"\n' if gate.exists() else ""
+    path.write_text(f'state_file = "{directory}/run.json"\n{slow}{more}\n')
     return str(path)
+
+
+class Gate:
+    """Makes an agent that is started afterwards wait within its loading."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "gate"
+        os.mkfifo(self._path)
+
+    @contextmanager
+    def while_it_loads(self) -> Iterator[None]:
+        with self._path.open("wb"):  # as soon as the agent reads
+            yield
 
 
 Start = Callable[..., Agent]
@@ -77,8 +99,8 @@ Start = Callable[..., Agent]
 def start(tmp_path: Path) -> Iterator[Start]:
     made: list[Agent] = []
 
-    def run(*arguments: str, events: int = 100, config: str = "") -> Agent:
-        made.append(Agent(tmp_path, *arguments, events=events, config=config))
+    def run(*arguments: str, **options: Any) -> Agent:
+        made.append(Agent(tmp_path, *arguments, **options))
         return made[-1]
 
     yield run
@@ -122,6 +144,41 @@ def test_a_second_signal_does_not_wait_for_who_does_not_read(start: Start) -> No
     agent.process.send_signal(signal.SIGTERM)
     assert agent.end() == 130
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_for_files_while_it_loads(
+    start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    """As logrotate sends it: it ends nothing, and the file is opened anew once there is one."""
+    output, gate = tmp_path / "events", Gate(tmp_path)
+    agent = start("--events", "*", "--sink", f"file:{output}")
+    with gate.while_it_loads():
+        for _ in range(2):
+            agent.process.send_signal(number)
+        time.sleep(0.1)
+        assert agent.process.poll() is None
+    agent.streams()
+    output.rename(tmp_path / "older")
+    agent.process.send_signal(number)
+    agent.wait_for(output.exists)
+    agent.process.send_signal(signal.SIGTERM)
+    assert agent.end() == 0
+    counts = kinds_in(output) + kinds_in(tmp_path / "older")
+    assert counts["process.exec"] == counts["file.open"] == 100
+
+
+def test_a_terminal_that_is_closed_while_it_loads(start: Start, tmp_path: Path) -> None:
+    """It ends in order as soon as it can, and does not stay behind without a terminal."""
+    output, gate = tmp_path / "events", Gate(tmp_path)
+    own, terminal = os.openpty()
+    agent = start("--sink", f"file:{output}", prefix=("setsid", "--ctty"), stdin=terminal)
+    os.close(terminal)
+    with gate.while_it_loads():
+        os.close(own)  # which sends SIGHUP
+    assert agent.end() == 0
+    assert kinds_in(output)["stream.heartbeat"] == 1
+    assert kinds_in(output)["process.exec"] == 100
 
 
 def test_a_reader_that_goes_away_is_a_quiet_end(start: Start) -> None:
