@@ -8,6 +8,7 @@ import os
 import shutil
 import ssl
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from streamer.privilege.files import (
 )
 from streamer.privilege.named import named_files
 from streamer.sinks.credentials import read_secret, ssl_context
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # ---------------------------------------------------------------- which they are
 
@@ -341,6 +344,34 @@ def test_siblings_that_others_put_there(target: AppendTarget, tmp_path: Path) ->
     assert gzip.decompress((tmp_path / "events.1.gz").read_bytes()) == b"0"
 
 
+@pytest.mark.parametrize(("mode", "guarded"), [(0o755, True), (0o775, False), (0o757, False)])
+def test_who_else_can_have_put_a_file_there(
+    target: AppendTarget, tmp_path: Path, mode: int, guarded: bool
+) -> None:
+    """An older file that this run has not written: another's group is as little ours as all."""
+    (tmp_path / "events.1").write_text("of an earlier run, or a secret")
+    tmp_path.chmod(mode)
+    packing = target.pack(1)
+    assert (packing is not None) == guarded
+    for fd in packing or ():
+        os.close(fd)
+
+
+def test_a_terminal_that_is_written_to_is_not_taken_over() -> None:
+    """Else its closing would end the agent, which under a service manager has none."""
+    code = (
+        "import os\n"
+        "from streamer.privilege.files import AppendTarget, open_read\n"
+        "own, its = os.openpty()\n"
+        "open_read(os.ttyname(its))\n"
+        "AppendTarget(os.ttyname(its), 0o600).open()\n"
+        "print(open('/proc/self/stat').read().rpartition(')')[2].split()[4])\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, start_new_session=True, capture_output=True)
+    assert (done.stdout, done.stderr) == (b"0\n", b"")
+
+
 def test_a_file_that_others_put_in_its_place(
     target: AppendTarget, tmp_path: Path, require: Callable[[object, str], None]
 ) -> None:
@@ -351,8 +382,10 @@ def test_a_file_that_others_put_in_its_place(
     events.unlink()
     events.touch()
     os.chown(events, 65534, 65534)
+    before = os.listdir("/proc/self/fd")
     with pytest.raises(PermissionError, match="others may have put a file there"):
         target.open()
+    assert os.listdir("/proc/self/fd") == before
     events.unlink()
     other.touch()
     os.link(other, events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
 import json
 import os
@@ -19,13 +20,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamer.errors import HelperGone, KernelError, PrivilegeError
+from streamer.config.settings import Settings
+from streamer.errors import ContractError, HelperGone, KernelError, PrivilegeError, StreamerError
 from streamer.kernel.loader import ProgramState
+from streamer.privilege import split
 from streamer.privilege.channel import MESSAGE_BYTES, Channel
-from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener, look_up
+from streamer.privilege.client import (
+    HelperClient,
+    RemoteLoader,
+    RemoteOpener,
+    _error,
+    look_up,
+)
 from streamer.privilege.files import NamedFile, read_all
+from streamer.privilege.helper import told
 from streamer.privilege.proc import MOST_BYTES
-from streamer.privilege.requests import PROC_FILES, PROC_LINKS, REQUESTS
+from streamer.privilege.requests import PROC_FILES, PROC_LINKS, REQUESTS, Refused, parse
 from streamer.privilege.split import start_helper
 
 PROGRAM = str(Path(__file__).parent / "memory_helper.py")
@@ -158,6 +168,37 @@ def test_a_file_to_append_to(helper: Setting) -> None:
         os.close(fd)
 
 
+def test_it_keeps_no_descriptor_of_what_it_opened(helper: Setting) -> None:
+    """One for each rotation would be none left after a while."""
+    file = helper.opener.append(str(helper.events), 0o640)
+    kept = Path(f"/proc/{helper.client.pid}/fd")
+    before = len(list(kept.iterdir()))
+    for _ in range(3):
+        given = [file.open().fd, file.rotate(5).fd, helper.opener.open(str(helper.secret))]
+        file.packed(False)
+        os.write(given[1], b"one\n")
+        given += file.pack(5) or ()
+        for fd in given:
+            os.close(fd)
+        assert file.current()  # what it sent is closed by then
+    assert len(list(kept.iterdir())) == before
+
+
+def test_a_fifo_does_not_hold_it_up(helper: Setting) -> None:
+    """It has one thread: whoever can put a FIFO somewhere could stop everything."""
+    helper.secret.unlink()
+    os.mkfifo(helper.secret)
+    assert read_all(helper.opener.open(str(helper.secret))) == b""
+    file = helper.opener.append(str(helper.events), 0o640)
+    os.close(file.open().fd)
+    os.mkfifo(f"{helper.events}.1")
+    assert file.pack(2) is None
+    helper.events.unlink()
+    os.mkfifo(helper.events)
+    with pytest.raises(OSError, match="No such device or address"):  # nobody reads
+        file.open()
+
+
 async def test_an_answer_to_a_thread_is_no_end_of_the_helper(helper: Setting) -> None:
     """The loop watches the socket on which answers come that threads have asked for."""
     loop, ends = asyncio.get_running_loop(), []
@@ -171,6 +212,8 @@ async def test_an_answer_to_a_thread_is_no_end_of_the_helper(helper: Setting) ->
     async with asyncio.timeout(10):
         while not ends:  # noqa: ASYNC110 - the watch is what is looked at
             await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert ends == [True]
 
 
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
@@ -264,9 +307,68 @@ def test_what_it_keeps(helper: Setting) -> None:
     if os.geteuid() == 0:
         assert int(status["CapBnd"], 16) == 0
     assert (status["NoNewPrivs"], status["Seccomp"], status["Threads"]) == ("1", "2", "1")
+    assert status["Name"] == "streamer-helper"
+    # No file system is kept from being unmounted by where it was started.
+    assert os.readlink(f"/proc/{helper.client.pid}/cwd") == "/"
 
 
 # ---------------------------------------------------------------- what it refuses
+
+
+def parsed(request: str, **parameters: Any) -> dict[str, Any] | str:
+    """What a request comes to, or the word for what is wrong with it."""
+    try:
+        return parse({"request": request, "id": 0, **parameters}).parameters
+    except Refused as error:
+        return str(error)
+
+
+def options(count: int, size: int) -> dict[str, Any]:
+    return {"sensor": "s" * 32, "options": {f"t{i}": size for i in range(count)}}
+
+
+def element(size: int) -> dict[str, Any]:
+    return {"map": "m" * 64, "key": base64.b64encode(bytes(size)).decode()}
+
+
+LIMITS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("open", {"index": 0}, {"index": -1}),
+    ("open", {"index": 1 << 16}, {"index": (1 << 16) + 1}),
+    ("rotate", {"index": 0, "keep": 1}, {"index": 0, "keep": 0}),
+    ("pack", {"index": 0, "keep": 100}, {"index": 0, "keep": 101}),
+    ("proc", {"pid": 1, "name": "stat"}, {"pid": 0, "name": "stat"}),
+    ("proc", {"pid": 1 << 22, "name": "exe"}, {"pid": (1 << 22) + 1, "name": "exe"}),
+    ("load", options(64, 1 << 22), options(65, 1)),
+    ("load", options(1, 0), options(1, (1 << 22) + 1)),
+    ("load", {"sensor": "s", "options": {}}, {"sensor": "s" * 33, "options": {}}),
+    ("load_core", {"rings": {"r": 1 << 30}, "btf": None}, {"rings": {"r": -1}, "btf": None}),
+    ("load_core", {"rings": {}, "btf": 0}, {"rings": {"r": (1 << 30) + 1}, "btf": 0}),
+    ("delete", element(1 << 16), element(2 << 16)),
+    ("read", {"map": "m" * 64}, {"map": "m" * 65}),
+    ("read", {"map": ".rodata_x"}, {"map": "a b"}),
+]
+
+
+@pytest.mark.parametrize(("name", "last", "beyond"), LIMITS)
+def test_the_last_value_that_is_in_order(
+    name: str, last: dict[str, Any], beyond: dict[str, Any]
+) -> None:
+    found = parsed(name, **last)
+    assert isinstance(found, dict), found
+    assert isinstance(parsed(name, **beyond), str)
+
+
+def test_only_exact_base64_is_taken() -> None:
+    assert parsed("delete", map="m", key="AA==") == {"map": "m", "key": b"\0"}
+    for wrong in ("A*A==", "AA==\n", "AA==AA==", "AA"):
+        assert parsed("delete", map="m", key=wrong) == "delete: key"
+
+
+@pytest.mark.parametrize("kind", [PrivilegeError, KernelError, ContractError])
+def test_an_error_of_the_kernel_is_the_same_here(kind: type[StreamerError]) -> None:
+    """Its exit code depends on it."""
+    error = _error(told(kind("why")))
+    assert (type(error), str(error)) == (kind, "why")
 
 
 class Raw:
@@ -344,6 +446,10 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("proc", {"pid": 1, "name": "environ"}),
     ("proc", {"pid": 1, "name": "mem"}),
     ("proc", {"pid": 1, "name": "fd/0"}),
+    ("proc", {"pid": 1, "name": "maps"}),
+    ("proc", {"pid": 1, "name": "auxv"}),
+    ("proc", {"pid": 1, "name": "root/etc/shadow"}),
+    ("proc", {"pid": 1, "name": "task/1/environ"}),
     ("proc", {"pid": 1, "name": "../../etc/shadow"}),
     ("proc", {"pid": 1, "name": ["stat"]}),
     ("proc", {"pid": 0, "name": "stat"}),
@@ -485,7 +591,10 @@ def test_files_that_were_not_named(helper: Setting) -> None:
 
 
 def test_signals_that_are_meant_for_the_worker(helper: Setting) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+    for number in (
+        *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
+        *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPIPE),
+    ):
         os.kill(helper.client.pid, number)
     helper.loader.update("small", b"", b"")
 
@@ -573,6 +682,15 @@ def test_a_helper_that_cannot_run(tmp_path: Path, capfd: pytest.CaptureFixture[s
         assert client.obituary() == "the privileged helper ended with exit code 2"
     finally:
         client.close()
+    assert "none.py" in capfd.readouterr().err
+
+
+def test_a_helper_that_did_not_start_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(split, "start_helper", lambda: start_helper(str(tmp_path / "none.py")))
+    with pytest.raises(HelperGone):
+        split.with_helper(Settings())
     assert "none.py" in capfd.readouterr().err
 
 

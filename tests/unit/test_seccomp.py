@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import struct
 import subprocess
 import sys
+import termios
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -235,6 +238,71 @@ def test_what_each_may_not_do(
     assert decide(who, machine, name, *arguments) == EPERM
 
 
+# ---------------------------------------------------------------- every value of an argument
+
+IOCTLS = {
+    *(termios.TCGETS, termios.TIOCGWINSZ, termios.FIONREAD),
+    *(termios.FIONBIO, termios.FIONCLEX, termios.FIOCLEX),
+    *(0x8910, 0x8933),  # SIOCGIFNAME, SIOCGIFINDEX
+}
+FCNTLS = {
+    *(fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD),
+    *(fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW),
+    *(fcntl.F_OFD_GETLK, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW),
+    *(1031, 1032),  # F_SETPIPE_SZ, F_GETPIPE_SZ
+}
+SOL_SOCKET_FILTERS = {26, 50, 51, 52}  # SO_ATTACH_FILTER, _BPF, _REUSEPORT_CBPF, _REUSEPORT_EBPF
+INET = {(kind, protocol) for kind in (1, 2) for protocol in (0, 6, 17)}
+
+
+def decided(who: str, name: str, calls: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """Those of the calls that are allowed."""
+    code = FILTERS[who](PID, "x86_64")
+    number = number_of(name, "x86_64")
+    assert number is not None
+    return {call for call in calls if run(code, ARCHITECTURES["x86_64"], number, call) == ALLOW}
+
+
+@pytest.mark.parametrize("who", FILTERS)
+def test_every_command_of_a_descriptor(who: str) -> None:
+    """By the names of Python's own modules: not TIOCSTI, nor whatever sends signals."""
+    commands = [(3, command) for command in (*range(0x600), *range(0x5400, 0x5480))]
+    assert decided(who, "fcntl", commands) == {(3, command) for command in FCNTLS}
+    commands += [(3, command) for command in (*range(0x8900, 0x8980), *range(0x2400, 0x2410))]
+    perf_events = {(3, 0x2400 + n) for n in range(16)} if who == "helper" else set()
+    allowed = {(3, command) for command in IOCTLS}
+    assert decided(who, "ioctl", commands) == allowed | perf_events
+    assert decided(who, "prctl", [(option,) for option in range(80)]) == {(15,), (16,)}
+
+
+def test_every_socket_of_the_worker() -> None:
+    """A client of networks over IP or by a local socket, and questions to the routing tables."""
+    kinds = [(kind, protocol) for kind in range(7) for protocol in range(20)]
+    allowed = {
+        family: {(kind, protocol) for _, kind, protocol in found}
+        for family in range(46)
+        if (found := decided("worker", "socket", [(family, *one) for one in kinds]))
+    }
+    assert allowed == {1: set(kinds), 2: INET, 10: INET, 16: {(kind, 0) for kind in range(7)}}
+    assert decided("worker", "socketpair", [(family,) for family in range(46)]) == {(1,)}
+    options = [(3, level, option) for level in (0, 1, 6, 41) for option in range(80)]
+    refused = {(3, 1, option) for option in SOL_SOCKET_FILTERS}
+    assert decided("worker", "setsockopt", options) == set(options) - refused
+
+
+def test_every_flag_of_a_new_thread() -> None:
+    """None that makes a process, a namespace, or something that is traced."""
+    bits = [1 << bit for bit in range(32)]
+    assert decided("worker", "clone", [(THREAD ^ bit,) for bit in bits]) == {
+        (THREAD ^ bit,) for bit in bits if bit & 0x7D0F00 and bit != 0x10000
+    }
+    flags = [(0, 0, bit) for bit in bits]
+    assert set(flags) - decided("worker", "openat", flags) == {(0, 0, 0o100), (0, 0, 0o20000000)}
+    assert decided("worker", "openat", flags) == {
+        (0, 0, flag) for _, flag in decided("worker", "open", [(0, bit) for bit in bits])
+    }
+
+
 NEVER = """
 execve execveat fork vfork ptrace process_vm_readv process_vm_writev process_madvise kcmp
 pidfd_open pidfd_getfd pidfd_send_signal tkill rt_sigqueueinfo rt_tgsigqueueinfo
@@ -318,3 +386,35 @@ def test_every_thread_is_under_an_installed_filter() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{[errno.EPERM] * 3} {os.uname().sysname} AF_UNIX\n"
+
+
+DIVERGED = """
+import ctypes, os, threading
+from streamer.errors import PrivilegeError
+from streamer.kernel import capabilities
+from streamer.privilege import seccomp
+from streamer.privilege.policies import worker_filter
+code = worker_filter(os.getpid(), os.uname().machine)
+capabilities.forgo_gains()
+ready, go = threading.Event(), threading.Event()
+def alone():
+    libc = ctypes.CDLL(None)
+    program = seccomp._FilterProgram(len(code) // 8, code)
+    assert libc.prctl(22, 2, ctypes.byref(program)) == 0  # PR_SET_SECCOMP, this thread's
+    ready.set(); go.wait()
+thread = threading.Thread(target=alone); thread.start(); ready.wait()
+try:
+    seccomp.install(code)
+except PrivilegeError as error:
+    print(str(error).replace(str(thread.native_id), "N"))
+go.set(); thread.join()
+"""
+
+
+def test_a_thread_that_is_not_reached_is_an_error() -> None:
+    """One with a filter of its own would stay outside: then nobody may go on."""
+    done = subprocess.run(
+        [sys.executable, "-c", DIVERGED], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "cannot put thread N under a system-call filter\n"
