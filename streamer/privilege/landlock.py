@@ -19,7 +19,8 @@ _PATH_BENEATH = 1
 _WRITE_FILE = 1 << 1
 # EXECUTE, WRITE_FILE, REMOVE_DIR, REMOVE_FILE, and MAKE_ everything; not READ_FILE and READ_DIR.
 _HANDLED = 0x1FFF & ~(1 << 2 | 1 << 3)
-_REFER, _TRUNCATE = 1 << 13, 1 << 14  # from the second and third version on
+# REFER, to move a file to another directory, is refused unless it is allowed.
+_TRUNCATE = 1 << 14  # from the third version on
 _SCOPES = 1 << 0 | 1 << 1  # abstract sockets and signals, from the sixth on
 
 
@@ -35,7 +36,7 @@ def restrict() -> bool:
     version = _call("landlock_create_ruleset", None, 0, _VERSION)
     if version < 0:
         return False
-    handled = _HANDLED | (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
+    handled = _HANDLED | (_TRUNCATE if version >= 3 else 0)
     # struct landlock_ruleset_attr: files, TCP ports, scopes; older kernels know its beginning.
     attributes = struct.pack("<QQQ", handled, 0, _SCOPES if version >= 6 else 0)
     size = 24 if version >= 6 else 8

@@ -285,6 +285,13 @@ MISTAKES = [
         MQTT + 'tls = {key_file = "k"}',
         "sinks[0].tls.cert_file: missing, allowed: a file, as there is key_file",
     ),
+    *(
+        (
+            KAFKA + f'tls = {{{name} = "A"}}',
+            f"sinks[0].tls.cert_file: missing, allowed: a file, as there is {name}",
+        )
+        for name in ("key_file", "key_password_env", "key_password_file")
+    ),
     (
         MQTT + 'password_env = "hunter2 is my password"',
         "sinks[0].password_env: found a value (not shown), "
@@ -325,6 +332,25 @@ def test_a_mistake_is_one_line_with_file_key_found_and_allowed(
     assert str(caught.value) == f"streamer.toml: {_fixed(expected)}"
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_what_is_possible_is_not_refused(file: Path) -> None:
+    """Several brokers of one kind; a password in the clear, for who says so; topics by category."""
+    sasl = 'sasl = {mechanism = "PLAIN", username = "u", password_env = "A"'
+    topic = f'topic = "{"t" * 239}{{category}}"\n'
+    file.write_text(KAFKA + f"{sasl}, allow_cleartext = true}}\n" + KAFKA + topic + MQTT + MQTT)
+    plain, long, *others = load(file).sinks
+    assert isinstance(plain, KafkaSink)
+    assert plain.sasl == Sasl(
+        mechanism="PLAIN", username="u", password_env="A", allow_cleartext=True
+    )
+    assert isinstance(long, KafkaSink)
+    assert len(long.topic) == 249
+    categories = {kind.partition(".")[0] for kind in events.KINDS}
+    assert all(len(category) <= len("{category}") for category in categories)
+    assert others == [MqttSink(host="b")] * 2
+    file.write_text(KAFKA + f"tls = {{}}\n{sasl}}}\n")
+    assert load(file).sinks
 
 
 def test_the_password_itself_in_the_file_is_refused_and_not_repeated(file: Path) -> None:
@@ -449,6 +475,10 @@ BAD_URLS = [
         '--sink kafka://h/t: linger_ms: found "x" (string), allowed: an integer from 0 to 60000',
     ),
     (
+        "kafka://h/t?batch_bytes=4096&linger_ms=x",
+        '--sink kafka://h/t: linger_ms: found "x" (string), allowed: an integer from 0 to 60000',
+    ),
+    (
         "kafka://h/t?linger_ms=60001",
         '--sink kafka://h/t: linger_ms: found "60001" (string), '
         "allowed: an integer from 0 to 60000",
@@ -537,6 +567,8 @@ def test_encoding_and_color_are_for_every_sink_that_does_not_name_its_own(file: 
         FileSink(path="b", encoding="msgpack"),
     )
     assert load(None, given).sinks == (StdoutSink(encoding="msgpack", color="never"),)
+    colored = Overrides(sinks=("file:b", "stdout:"), color="never")
+    assert load(None, colored).sinks == (FileSink(path="b"), StdoutSink(color="never"))
     urls = Overrides(sinks=("stdout:?encoding=json", "file:b"), encoding="msgpack")
     assert load(None, urls).sinks == (
         StdoutSink(encoding="json"),

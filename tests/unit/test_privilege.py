@@ -560,6 +560,13 @@ def test_it_survives_whatever_it_is_sent(
     raw.check_alive()
 
 
+def test_the_beginning_of_a_packet_is_not_taken(raw: Raw) -> None:
+    """Although it would be a request that is in order."""
+    answer = raw.send(json.dumps(GOOD).encode().ljust(MESSAGE_BYTES + 1))
+    assert answer["error"]["text"] == f"a message of more than {MESSAGE_BYTES} bytes"
+    raw.check_alive()
+
+
 def test_descriptors_are_not_taken(raw: Raw) -> None:
     """The kernel drops what a message brings, and the message is refused."""
     fds = Path(f"/proc/{raw.process.pid}/fd")
@@ -692,6 +699,21 @@ def test_a_helper_that_did_not_start_is_not_gone_on_with(
     with pytest.raises(HelperGone):
         split.with_helper(Settings())
     assert "none.py" in capfd.readouterr().err
+
+
+def test_what_it_is_given_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the secrets of sinks, nor what changes what an interpreter does."""
+    for name in ("KAFKA_PASSWORD", "PYTHONPATH", "PYTHONSTARTUP", "LD_PRELOAD", "LANG"):
+        monkeypatch.setenv(name, "")
+    client = start_helper(PROGRAM)
+    try:
+        client.set_up(())
+        environment = Path(f"/proc/{client.pid}/environ").read_bytes()
+    finally:
+        client.close()
+    names = {entry.partition(b"=")[0].decode() for entry in environment.split(b"\0")} - {""}
+    assert "LANG" in names
+    assert names <= {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH"}
 
 
 def test_an_interpreter_that_cannot_be_executed(

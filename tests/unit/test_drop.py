@@ -1,0 +1,91 @@
+"""Giving up everything, done for real by a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import Require
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDS = """
+import json, os, sys, threading
+from streamer.errors import PrivilegeError
+from streamer.privilege.drop import account_of, drop_privileges
+"""
+DROPPED = (
+    ENDS
+    + """
+before = os.listdir("/proc/self/fd")
+account = account_of("nobody") if sys.argv[1] == "nobody" else None
+drop_privileges(account)
+status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines())
+links = {name: os.readlink(f"/proc/self/{name}") for name in ("cwd", "fd/0")}
+leaked = os.listdir("/proc/self/fd") != before
+print(json.dumps(status | links | {"leaked": leaked, "stdin": os.read(0, 9).decode()}))
+"""
+)
+THREADED = (
+    ENDS
+    + """
+go = threading.Event()
+thread = threading.Thread(target=go.wait); thread.start()
+try:
+    drop_privileges(None)
+except PrivilegeError as error:
+    print(error, os.getcwd())
+go.set()
+"""
+)
+CAPABILITIES = ("CapEff", "CapPrm", "CapInh", "CapAmb", "CapBnd")
+
+
+def after_dropping(account: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED, account],
+        cwd=ROOT,
+        input="a secret",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def check_closed(found: dict[str, Any]) -> None:
+    """What holds whoever it becomes."""
+    assert (found["NoNewPrivs"], found["Seccomp"], found["leaked"]) == ("1", "2", False)
+    assert (found["cwd"], found["fd/0"], found["stdin"]) == ("/", "/dev/null", "")
+    held = {name: int(found[name], 16) for name in CAPABILITIES}
+    if os.geteuid():  # only who has CAP_SETPCAP can empty it
+        del held["CapBnd"]
+    assert not any(held.values()), held
+
+
+def test_root_becomes_another_user(require: Require) -> None:
+    """What is on its standard input is nobody's who takes it over, nor is where it was started."""
+    require(os.geteuid() == 0, "to become another user needs root")
+    found = after_dropping("nobody")
+    check_closed(found)
+    assert set(found["Uid"].split() + found["Gid"].split()) == {"65534"}
+    assert found["Groups"].split() == []
+
+
+def test_who_cannot_change_users_gives_up_the_rest() -> None:
+    found = after_dropping("itself")
+    check_closed(found)
+    assert set(found["Uid"].split()) == {str(os.geteuid())}
+
+
+def test_a_second_thread_would_keep_everything() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", THREADED], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"privileges cannot be given up by several threads {ROOT}\n"
