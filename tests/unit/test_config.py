@@ -475,8 +475,8 @@ BAD_URLS = [
         '--sink kafka://h/t: linger_ms: found "x" (string), allowed: an integer from 0 to 60000',
     ),
     (
-        "kafka://h/t?batch_bytes=4096&linger_ms=x",
-        '--sink kafka://h/t: linger_ms: found "x" (string), allowed: an integer from 0 to 60000',
+        "kafkas://h/t?tls.verify_hostname=false&batch_bytes=4096&linger_ms=x",
+        '--sink kafkas://h/t: linger_ms: found "x" (string), allowed: an integer from 0 to 60000',
     ),
     (
         "kafka://h/t?linger_ms=60001",

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.conftest import Require
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDS = """
-import json, os, sys, threading
+import ctypes, json, os, sys, threading
 from streamer.errors import PrivilegeError
 from streamer.privilege.drop import account_of, drop_privileges
 """
@@ -21,12 +22,17 @@ DROPPED = (
     ENDS
     + """
 before = os.listdir("/proc/self/fd")
-account = account_of("nobody") if sys.argv[1] == "nobody" else None
-drop_privileges(account)
+if sys.argv[1] == "unprivileged":
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, as it is after an exec
+drop_privileges(account_of("nobody") if sys.argv[1] == "nobody" else None)
 status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines())
 links = {name: os.readlink(f"/proc/self/{name}") for name in ("cwd", "fd/0")}
 leaked = os.listdir("/proc/self/fd") != before
-print(json.dumps(status | links | {"leaked": leaked, "stdin": os.read(0, 9).decode()}))
+own = {"leaked": leaked, "stdin": os.read(0, 9).decode()}
+own["owner"] = os.stat("/proc/self/stat").st_uid
+print(json.dumps(status | links | own))
 """
 )
 THREADED = (
@@ -44,10 +50,11 @@ go.set()
 CAPABILITIES = ("CapEff", "CapPrm", "CapInh", "CapAmb", "CapBnd")
 
 
-def after_dropping(account: str) -> dict[str, Any]:
+def after_dropping(account: str, groups: Sequence[int] | None = None) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", DROPPED, account],
         cwd=ROOT,
+        extra_groups=groups,
         input="a secret",
         capture_output=True,
         text=True,
@@ -58,12 +65,13 @@ def after_dropping(account: str) -> dict[str, Any]:
     return found
 
 
-def check_closed(found: dict[str, Any]) -> None:
+def check_closed(found: dict[str, Any], *, was_root: bool) -> None:
     """What holds whoever it becomes."""
     assert (found["NoNewPrivs"], found["Seccomp"], found["leaked"]) == ("1", "2", False)
     assert (found["cwd"], found["fd/0"], found["stdin"]) == ("/", "/dev/null", "")
+    assert found["owner"] == 0  # as of processes that are not dumpable
     held = {name: int(found[name], 16) for name in CAPABILITIES}
-    if os.geteuid():  # only who has CAP_SETPCAP can empty it
+    if not was_root:  # only who has CAP_SETPCAP can empty it
         del held["CapBnd"]
     assert not any(held.values()), held
 
@@ -71,16 +79,16 @@ def check_closed(found: dict[str, Any]) -> None:
 def test_root_becomes_another_user(require: Require) -> None:
     """What is on its standard input is nobody's who takes it over, nor is where it was started."""
     require(os.geteuid() == 0, "to become another user needs root")
-    found = after_dropping("nobody")
-    check_closed(found)
+    found = after_dropping("nobody", groups=[4, 6])  # adm and disk
+    check_closed(found, was_root=True)
     assert set(found["Uid"].split() + found["Gid"].split()) == {"65534"}
     assert found["Groups"].split() == []
 
 
-def test_who_cannot_change_users_gives_up_the_rest() -> None:
-    found = after_dropping("itself")
-    check_closed(found)
-    assert set(found["Uid"].split()) == {str(os.geteuid())}
+def test_who_cannot_change_users_gives_up_the_rest(require: Require) -> None:
+    check_closed(after_dropping("itself"), was_root=os.geteuid() == 0)
+    require(os.geteuid() == 0, "to be another user needs root")
+    check_closed(after_dropping("unprivileged"), was_root=False)
 
 
 def test_a_second_thread_would_keep_everything() -> None:
