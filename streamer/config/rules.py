@@ -138,7 +138,7 @@ def _sasl(sasl: Sasl) -> Iterator[str]:
 def _kafka_topic(topic: str) -> Iterator[str]:
     yield from _placeholders(topic, ("{category}",))
     rest = topic.replace("{category}", "c")  # no category is longer than its placeholder
-    if not _BRACES.search(rest) and not re.fullmatch("[A-Za-z0-9._-]*", rest):
+    if not re.fullmatch("[A-Za-z0-9._-]*", rest):
         yield mistake("topic", topic, KAFKA_TOPIC)
     if rest in (".", ".."):
         yield mistake("topic", topic, 'at most 249 characters, and neither "." nor ".."')

@@ -24,18 +24,18 @@ _TRUNCATE = 1 << 14  # from the third version on
 _SCOPES = 1 << 0 | 1 << 1  # abstract sockets and signals, from the sixth on
 
 
-def restrict() -> bool:
+def restrict() -> None:
     """Keep this thread, and those that it starts, from writing to any file but /dev/null.
 
     Processes outside cannot be traced from then on, nor their memory be opened; from Linux 6.12
-    on, no signals can be sent to them. `no_new_privs` must be set. False on kernels without it.
+    on, no signals can be sent to them. `no_new_privs` must be set. Nothing on kernels without it.
 
     Raises:
         PrivilegeError: the kernel refused.
     """
     version = _call("landlock_create_ruleset", None, 0, _VERSION)
     if version < 0:
-        return False
+        return
     handled = _HANDLED | (_TRUNCATE if version >= 3 else 0)
     # struct landlock_ruleset_attr: files, TCP ports, scopes; older kernels know its beginning.
     attributes = struct.pack("<QQQ", handled, 0, _SCOPES if version >= 6 else 0)
@@ -46,7 +46,6 @@ def restrict() -> bool:
         _checked("landlock_restrict_self", ruleset, 0)
     finally:
         os.close(ruleset)
-    return True
 
 
 def _allow_null(ruleset: int) -> None:

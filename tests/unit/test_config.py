@@ -136,6 +136,7 @@ MISTAKES = [
         'sinks[0].encoding: found "xml" (string), allowed: "json", "msgpack", "auto"',
     ),
     ('[[sinks]]\ntype = "kafak"', f'sinks[0].type: found "kafak" (string), allowed: {SINKS}'),
+    ('[[sinks]]\ntype = ["file"]', f"sinks[0].type: found an array, allowed: {SINKS}"),
     ("[[sinks]]\ntype = 3", f"sinks[0].type: found 3 (integer), allowed: {SINKS}"),
     (
         '[[sinks]]\ntype = "kafka"\nbootstrap = []',

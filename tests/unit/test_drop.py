@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from streamer.errors import PrivilegeError
+from streamer.kernel import capabilities
+from streamer.privilege import drop
 from tests.conftest import Require
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,3 +103,21 @@ def test_a_second_thread_would_keep_everything() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"privileges cannot be given up by several threads {ROOT}\n"
+
+
+def test_who_cannot_become_another_user_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(groups: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "setgroups", refuse)
+    with pytest.raises(PrivilegeError, match="cannot become other: Operation not permitted"):
+        drop._become(drop.Account("other", os.getuid(), os.getgid()))
+
+
+@pytest.mark.parametrize(("held", "can"), [((6, 7), True), ((6,), False), ((7,), False)])
+def test_both_capabilities_are_needed(
+    held: tuple[int, ...], can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CAP_SETGID and CAP_SETUID, as a container may have one of them."""
+    monkeypatch.setattr(capabilities, "effective", lambda: frozenset(held))
+    assert drop.can_change_user() == can

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from streamer.errors import PrivilegeError
+from streamer.privilege import landlock
 from tests.conftest import Require
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +27,7 @@ directory, parent, address = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 os.chdir(directory)
 capabilities.forgo_gains()
 held = os.listdir("/proc/self/fd")
-restricted = landlock.restrict()
+landlock.restrict()
 leaked = os.listdir("/proc/self/fd") != held
 def device(kind):
     os.mknod("new", kind | 0o600, os.makedev(1, 3))
@@ -60,7 +66,7 @@ def outcome(attempt):
     return "done"
 results = {name: outcome(attempt) for name, attempt in attempts.items()}
 version = landlock._call("landlock_create_ruleset", None, 0, 1)
-print(json.dumps([restricted, leaked, version, results]))
+print(json.dumps([leaked, version, results]))
 """
 ALWAYS = {"read", "list", "write nothing"}
 FROM = {"truncate": 3, "signal": 6, "connect": 6}
@@ -81,10 +87,53 @@ def test_what_it_refuses(tmp_path: Path, require: Require) -> None:
         finally:
             other.kill()
     assert done.stderr == ""
-    restricted, leaked, version, results = json.loads(done.stdout)
+    leaked, version, results = json.loads(done.stdout)
     require(version > 0, "this kernel has no Landlock")
-    assert restricted
     assert not leaked
     allowed = {name for name, result in results.items() if result == "done"}
     assert allowed == ALWAYS | {name for name, first in FROM.items() if version < first}, results
     assert (tmp_path / "file").read_text() == "content"
+
+
+@pytest.mark.parametrize("version", range(1, 9))
+def test_an_older_kernel_is_asked_for_what_it_knows(
+    version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses what it does not know, and then nothing would start."""
+    made: list[tuple[int, ...]] = []
+
+    def call(name: str, *arguments: int | bytes | None) -> int:
+        if name != "landlock_create_ruleset":
+            return 0
+        attributes, size, _ = arguments
+        if attributes is None:
+            return version
+        assert isinstance(attributes, bytes)
+        made.append((size, *struct.unpack("<QQQ", attributes)))  # type: ignore[arg-type]
+        return os.open(os.devnull, os.O_RDONLY)
+
+    monkeypatch.setattr(landlock, "_call", call)
+    landlock.restrict()
+    files = 0x1FF3 | (1 << 14 if version >= 3 else 0)
+    assert made == [(24, files, 0, 3) if version >= 6 else (8, files, 0, 0)]
+
+
+@pytest.mark.parametrize("refused", ["create_ruleset", "add_rule", "restrict_self"])
+def test_what_the_kernel_refuses_is_an_error(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody goes on without what was to protect him."""
+
+    def call(name: str, *arguments: int | bytes | None) -> int:
+        if arguments[0] is None:
+            return 7
+        if name.endswith(refused):
+            return -errno.EPERM
+        return os.open(os.devnull, os.O_RDONLY) if name.endswith("create_ruleset") else 0
+
+    monkeypatch.setattr(landlock, "_call", call)
+    with pytest.raises(PrivilegeError, match=f"landlock_{refused}: Operation not permitted"):
+        landlock.restrict()
+
+
+def test_a_kernel_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(landlock, "_call", lambda *_: -errno.ENOSYS)
+    landlock.restrict()
