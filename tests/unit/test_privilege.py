@@ -180,6 +180,7 @@ def test_it_keeps_no_descriptor_of_what_it_opened(helper: Setting) -> None:
         given += file.pack(5) or ()
         for fd in given:
             os.close(fd)
+        look_up(helper.client, os.getpid(), "stat")
         assert file.current()  # what it sent is closed by then
     assert len(list(kept.iterdir())) == before
 
