@@ -88,9 +88,9 @@ def split_host_port(text: str, default: int | None = None) -> tuple[str, int] | 
     None when `text` is neither.
     """
     match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::([0-9]{1,5}))?", text)
-    if match is None or (match[2] is None and default is None):
+    if match is None:
         return None
-    host, port = match[1].strip("[]"), int(match[2]) if match[2] is not None else default or 0
+    host, port = match[1].strip("[]"), int(match[2] or default or 0)
     valid = is_host(host) and (":" in host) == match[1].startswith("[")
     return (host, port) if valid and 0 < port < 65536 else None
 
