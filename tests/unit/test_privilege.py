@@ -217,6 +217,19 @@ async def test_an_answer_to_a_thread_is_no_end_of_the_helper(helper: Setting) ->
     assert ends == [True]
 
 
+async def test_the_loop_does_not_wait_for_a_thread_that_asks(helper: Setting) -> None:
+    """Its disk may hang; that the helper has ended is noticed all the same, once it is back."""
+    ends: list[bool] = []
+    helper.client.watch(asyncio.get_running_loop(), lambda: ends.append(True))
+    with helper.client._lock:  # as a thread holds it until it has its answer
+        os.kill(helper.client.pid, signal.SIGKILL)
+        await asyncio.sleep(0.05)
+        assert not ends
+    async with asyncio.timeout(10):
+        while not ends:  # noqa: ASYNC110 - the watch is what is looked at
+            await asyncio.sleep(0.01)
+
+
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     """Bytes beyond UTF-8, as names of files may have them."""
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xfc \xc3\xbc")
@@ -664,6 +677,20 @@ def orphan(directory: Path, last: dict[str, Any] | None) -> tuple[int, str]:
 
 def test_a_worker_that_ends_in_order(tmp_path: Path) -> None:
     assert orphan(tmp_path, {"request": "end", "id": 1}) == (0, "")
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_end_that_is_meant(waits: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """The helper has nothing to complain about, whether it was waited for or not."""
+    client = start_helper(PROGRAM)
+    client.set_up(())
+    if waits:
+        client.close()
+    else:
+        client.farewell()
+        client._channel.close()
+    assert client._process.wait(30) == 0
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("last", [None, GOOD, {"request": "nonsense"}])
