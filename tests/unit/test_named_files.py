@@ -357,6 +357,21 @@ def test_who_else_can_have_put_a_file_there(
         os.close(fd)
 
 
+def test_what_is_not_packed_leaves_no_descriptor(tmp_path: Path) -> None:
+    """A link or a file of another's, and a directory in the place of the unfinished file."""
+    before = os.listdir("/proc/self/fd")
+    target = AppendTarget(str(tmp_path / "events"), 0o640)
+    tmp_path.chmod(0o777)
+    (tmp_path / "events.1").write_text("another's")
+    assert target.pack(1) is None
+    tmp_path.chmod(0o755)
+    (tmp_path / "events.gz.part").mkdir()
+    with pytest.raises(IsADirectoryError):
+        target.pack(1)
+    target.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_terminal_that_is_written_to_is_not_taken_over() -> None:
     """Else its closing would end the agent, which under a service manager has none."""
     code = (

@@ -179,6 +179,7 @@ def test_it_keeps_no_descriptor_of_what_it_opened(helper: Setting) -> None:
         os.write(given[1], b"one\n")
         given += file.pack(5) or ()
         for fd in given:
+            assert os.get_blocking(fd)  # only for its opening it was not
             os.close(fd)
         look_up(helper.client, os.getpid(), "stat")
         assert file.current()  # what it sent is closed by then
