@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from streamer.errors import KernelError
 from streamer.kernel import loader as module
-from streamer.kernel.loader import Loader
+from streamer.kernel.loader import Loader, Targets
 from streamer.kernel.objects import KIND_END
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
@@ -349,3 +350,50 @@ def test_only_a_helper_hides_its_parent(kernel: Kernel) -> None:
         made = loaded(kernel, parent_is_agent=parent_is_agent)
         assert dict(made.read("identities"))[bytes(4)] == own
         made.close()
+
+
+@pytest.mark.parametrize(
+    ("need", "met"),
+    [
+        ("function:there", True),
+        ("function:gone", False),
+        ("no function:there", False),
+        ("no function:gone", True),
+        ("option:more", True),
+        ("option:off", False),
+        ("option:unknown", False),
+        (platform.machine(), True),
+        ("vax", False),
+        ("interface", True),
+        ("cgroup", False),
+        ("rate", False),
+    ],
+)
+def test_what_a_program_needs(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, need: str, met: bool
+) -> None:
+    """Functions of the kernel, options, the machine, and something to attach to."""
+    monkeypatch.setattr(module, "functions_of", lambda wanted, btf: {"there"})
+    made = loaded(kernel)
+    options = {"more": 1, "off": 0}
+    sensor = module._Sensor(CATALOGUE["thing"], options, Targets(interfaces=("lo",)))
+    assert made._is_given(sensor, (need,)) == met
+    assert made._is_given(sensor, ("option:more", need)) == met
+
+
+def test_a_program_is_at_all_of_its_interfaces_or_at_none(kernel: Kernel) -> None:
+    def attach(name: str) -> Any:
+        if name == "second":
+            raise refusal(errno.EBUSY)
+        return FakeLink(kernel, name)
+
+    with pytest.raises(OSError, match="second: Device or resource busy"):
+        module._attach_to_each(("first", "second", "third"), attach)
+    assert (kernel.attached, kernel.detached) == ([], ["first"])
+    assert len(module._attach_to_each(("first", "third"), attach)) == 2
+
+
+def test_an_interface_that_is_not_there() -> None:
+    program: Any = None  # it does not come to that
+    with pytest.raises(OSError, match="No such device"):
+        module._to_interface(program, "nosuch0")

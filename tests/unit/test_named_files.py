@@ -365,6 +365,9 @@ def test_what_is_not_packed_leaves_no_descriptor(tmp_path: Path) -> None:
     (tmp_path / "events.1").write_text("another's")
     assert target.pack(1) is None
     tmp_path.chmod(0o755)
+    os.link(tmp_path / "events.1", tmp_path / "another name")
+    assert target.pack(1) is None
+    (tmp_path / "another name").unlink()
     (tmp_path / "events.gz.part").mkdir()
     with pytest.raises(IsADirectoryError):
         target.pack(1)
@@ -414,6 +417,9 @@ def test_a_file_that_others_put_in_its_place(
     os.chown(other, 65534, 65534)
     for _ in range(2):  # whose it is at first is the administrator's choice
         written(first.open(), "2")
+    other.unlink()
+    other.touch()
+    written(first.open(), "3")  # made anew by root, as logrotate does
     first.close()
 
 
