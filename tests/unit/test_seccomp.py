@@ -146,6 +146,13 @@ def test_types_of_modules_are_not_there_for_the_helper(machine: str) -> None:
     assert decide("worker", machine, "bpf", 23) == EPERM
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("who", FILTERS)
+def test_a_call_whose_flags_no_filter_sees_is_not_there(who: str, machine: str) -> None:
+    """A C library then starts threads by clone."""
+    assert decide(who, machine, "clone3") == ENOSYS
+
+
 def test_an_architecture_without_numbers() -> None:
     with pytest.raises(PrivilegeError, match="s390x"):
         compile_filter("s390x", {}, {})
@@ -171,8 +178,10 @@ ALLOWED = [
     ("worker", "setsockopt", (3, 1, 9)),
     ("worker", "setsockopt", (3, 6, 26)),
     ("worker", "ioctl", (3, 0x5413)),
+    ("worker", "ioctl", (3, 0x802C542A)),  # TCGETS2, by which newer C libraries know a terminal
     ("worker", "fcntl", (3, 1030)),
     ("worker", "prlimit64", (0, 7)),
+    ("worker", "prlimit64", (PID, 7)),
     ("helper", "openat", (0, 0, O_CREAT | O_WRONLY)),
     ("helper", "bpf", (5,)),
     ("helper", "perf_event_open", ()),
