@@ -17,7 +17,7 @@ from streamer.agent import signals
 from streamer.agent.allocator import keep_freed_memory
 from streamer.agent.run_file import RunFile
 from streamer.agent.service import Outcome, Service
-from streamer.config.settings import Limits, Settings, StdoutSink
+from streamer.config.settings import Limits, Settings, StdoutSink, with_budgets
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.batch import Batch
 from streamer.events.envelope import host_name
@@ -123,7 +123,9 @@ async def _run(
 ) -> Outcome:
     host = host_name(settings.host)
     render = _render(settings, given.line)
-    sinks = [make_sink(one, host, render, given.split.opener) for one in settings.sinks]
+    sinks = [
+        make_sink(one, host, render, given.split.opener) for one in with_budgets(settings.sinks)
+    ]
     names = [sink.name for sink in sinks]
     if len(set(names)) < len(names):
         raise ConfigError(f"sinks: found the same one twice among {', '.join(names)}")

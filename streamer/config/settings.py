@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta, Struct, field
 
 Encoding = Literal["json", "msgpack"]
@@ -200,6 +201,20 @@ class Sasl(Section, frozen=True, kw_only=True):
     ] = False
 
 
+ONLY_BUDGET = 32 << 20
+"""Budget in bytes of a sink that has no other beside it, unless configured."""
+SHARED_BUDGET = 48 << 20
+"""What several sinks have together, those that are given none of their own."""
+
+
+def with_budgets(sinks: tuple[AnySink, ...]) -> tuple[AnySink, ...]:
+    """The sinks, each with the budget that it was given, or its share."""
+    share = SHARED_BUDGET // len(sinks) if len(sinks) > 1 else ONLY_BUDGET
+    return tuple(
+        msgspec.structs.replace(sink, budget_bytes=sink.budget_bytes or share) for sink in sinks
+    )
+
+
 class SinkCommon(Section, tag_field="type", omit_defaults=True, frozen=True, kw_only=True):
     """What every sink has. `on_full = "auto"` pauses reading for an only sink, and drops (and
     accounts) for one of several, so that a dead sink does not stall the others.
@@ -207,8 +222,13 @@ class SinkCommon(Section, tag_field="type", omit_defaults=True, frozen=True, kw_
 
     encoding: Annotated[Encoding, doc("How events are encoded.")] = "json"
     budget_bytes: Annotated[
-        BudgetBytes, doc("Most bytes held for the sink before reading pauses or events drop.")
-    ] = 32 << 20
+        BudgetBytes | None,
+        doc(
+            "Most bytes held for the sink before reading pauses or events drop. Without it, an "
+            "only sink has 32 MiB, and several share 48 MiB evenly: so the agent stays below "
+            "150 MB."
+        ),
+    ] = None
     on_full: Annotated[
         OnFull,
         doc(
@@ -216,6 +236,11 @@ class SinkCommon(Section, tag_field="type", omit_defaults=True, frozen=True, kw_
             "`auto` pauses for an only sink, and drops for one of several."
         ),
     ] = "auto"
+
+    @property
+    def budget(self) -> int:
+        """Its budget in bytes: that of an only sink, if none was given."""
+        return self.budget_bytes or ONLY_BUDGET
 
 
 class StdoutSink(SinkCommon, tag="stdout", frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from streamer.config.settings import (
     Settings,
     StdoutSink,
     Tls,
+    with_budgets,
 )
 from streamer.config.sink_url import parse_sink
 from streamer.errors import ConfigError
@@ -714,3 +715,12 @@ def test_the_json_schema_closes_every_table_and_carries_the_meanings() -> None:
     port = tables["MqttSink"]["properties"]["port"]
     assert (port["minimum"], port["maximum"], port["default"]) == (1, 65535, 1883)
     assert port["description"].startswith("Its port")
+
+
+def test_several_sinks_share_a_budget() -> None:
+    """So that the process has a bound, however many there are; what is configured stays."""
+    urls = ("stdout:", "file:/tmp/e?budget_bytes=65536", "kafka://h:9092/t", "mqtt://h/t")
+    alone = with_budgets((parse_sink(urls[0]),))
+    assert [sink.budget for sink in alone] == [32 << 20]
+    several = with_budgets(tuple(map(parse_sink, urls)))
+    assert [sink.budget for sink in several] == [12 << 20, 65536, 12 << 20, 12 << 20]

@@ -114,13 +114,13 @@ class KafkaSink(Sink):
         """`host` is the key of every record; `opener` opens certificates and secrets."""
         scheme = "kafkas" if settings.tls else "kafka"
         name = f"{scheme}://{','.join(settings.bootstrap)}/{settings.topic}"
-        super().__init__(name, settings.budget_bytes)
+        super().__init__(name, settings.budget)
         self._settings = settings
         self._opener = opener
         self._key = host.encode()
         self._codec = CODECS[settings.compression]
         self._record_most = max(RECORD_MOST, settings.batch_bytes)
-        self._share = settings.budget_bytes // SHARES
+        self._share = settings.budget // SHARES
         self._topics: dict[str, _Topic] = {}
         self._client: Client | None = None
         self._compressor: ThreadPoolExecutor | None = None

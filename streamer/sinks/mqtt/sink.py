@@ -114,7 +114,7 @@ class MqttSink(Sink):
         """
         scheme = "mqtts" if settings.tls else "mqtt"
         name = f"{scheme}://{settings.host}:{settings.port}/{settings.topic}"
-        super().__init__(name, settings.budget_bytes)
+        super().__init__(name, settings.budget)
         expand_topic(settings.topic, host, "category")
         self._settings = settings
         self._opener = opener
