@@ -66,7 +66,14 @@ enum event_kind {
 	KIND_NET_CONNECT = 32,
 	KIND_NET_ACCEPT = 33,
 	KIND_NET_CLOSE = 34,
-	KIND_END, /* one more than the largest */
+	KIND_END = 64, /* more than the largest, of summaries too */
+};
+
+/* Summaries, which the agent makes of what programs count (core/tables.h): the Structs are in
+ * streamer/events/summaries.py. SUMMARY_XDP_COUNTERS is published as `xdp.counters`; the numbers
+ * are of one row with those above. */
+enum summary_kind {
+	SUMMARY_XDP_COUNTERS = 48,
 };
 
 /* A ring, its sequence and its drop counters. */

@@ -126,7 +126,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """
     from streamer.config.selection import select
     from streamer.config.settings import Limits
-    from streamer.events.kinds import KINDS
+    from streamer.events.catalogue import SELECTABLE
+    from streamer.kernel.targets import without_target
 
     settings = _settings(arguments)
     limits = Limits(
@@ -135,7 +136,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
         status=not getattr(arguments, "no_status", False),
     )
     where = "--events" if arguments.events else f"{arguments.config}: events"
-    return Plan(settings, select(settings.events, KINDS, where), limits)
+    missing = without_target(settings.kernel)
+    return Plan(settings, select(settings.events, SELECTABLE, where, missing), limits)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -153,6 +155,7 @@ def _overrides(arguments: argparse.Namespace) -> Overrides:
     names = _LISTS | {f"exclude_{name}": f"exclude_{key}" for name, key in _LISTS.items()}
     return Overrides(
         settings={name: given[name] for name in ("events", "host", "log_level") if name in given},
+        kernel={"interfaces": tuple(given["interface"])} if "interface" in given else {},
         filters={key: tuple(given[name]) for name, key in names.items() if name in given},
         sinks=tuple(given.get("sink", ())),
         encoding=given.get("encoding"),
@@ -181,9 +184,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _events(arguments: argparse.Namespace) -> int:
+    from streamer.events.catalogue import PUBLISHED
     from streamer.terminal import tables as text
 
-    known = text.all_kinds()
+    known = PUBLISHED
     chosen = [text.named(known, kind) for kind in arguments.kinds] or list(known.values())
     if arguments.json:
         print(text.json_text(text.kinds_data(chosen)))
@@ -196,13 +200,14 @@ def _events(arguments: argparse.Namespace) -> int:
 
 def _schema(arguments: argparse.Namespace) -> int:
     from streamer.config.reference import schema
+    from streamer.events.catalogue import PUBLISHED
     from streamer.events.schema import any_of
     from streamer.terminal import tables as text
 
     if arguments.name == "config":
         print(text.json_text(schema()))
         return 0
-    known = text.all_kinds()
+    known = PUBLISHED
     chosen = [text.named(known, arguments.name)] if arguments.name else known.values()
     print(text.json_text(any_of([info.struct for info in chosen])))
     return 0
@@ -273,6 +278,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB,…",
         help="kinds to stream: globs of what `streamer events` lists, or `default`; a leading "
         "`!` (or `-`, written --events=-GLOB) takes kinds away",
+    )
+    parser.add_argument(
+        "--interface",
+        action="append",
+        metavar="NAME",
+        help="network interface to count packets at (xdp.*); may be repeated",
     )
 
 

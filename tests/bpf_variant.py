@@ -113,7 +113,7 @@ def example_of_a_kind(number: int | None = None) -> dict[str, Change | list[Chan
         constant = re.sub(r"= \d+", f"= {number}", constant)
     return {
         "events.h": [
-            ("	KIND_END,", f"	{constant}\n	KIND_END,"),
+            ("	KIND_END = 64,", f"	{constant}\n	KIND_END = {max(64, (number or 0) + 1)},"),
             (EVERY_RECORD, f"{struct}\n\n{EVERY_RECORD}"),
             ("	struct net_close net_close;", f"	struct net_close net_close;\n	{line}"),
         ],

@@ -9,6 +9,7 @@
 
 #include "kernel.bpf.h"
 #include "settings.h"
+#include "tables.h"
 #include "tags.h"
 
 /* The loader sets the sizes of the rings. */
@@ -40,6 +41,15 @@ MAPPED_ARRAY(kind_counters, KIND_END, struct kind_counters) SIZED("cpus,kinds");
 MAPPED_ARRAY(faults, FAULT_END, __u64);
 MAPPED_ARRAY(reader, 1, struct reader_state);
 MAPPED_ARRAY(identities, 1, struct identity);
+
+/* The interfaces that programs attach to: where the entries of each begin, by CPU, in tables that
+ * are kept by interface. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MOST_INTERFACES);
+	__type(key, __u32); /* index */
+	__type(value, __u32);
+} interfaces SEC(".maps") SHARED;
 
 /* A constant index lets the verifier see that the entry is there. */
 #define ONLY_ENTRY(map)                            \
@@ -261,15 +271,19 @@ static __always_inline void output(void *map, struct event_base *record, enum ev
 
 /* Makes the compiler keep the types of the contract in the BTF, which generator and loader read. */
 const union event_record *event_records __attribute__((unused));
+const union table *tables __attribute__((unused));
 const struct {
 	enum event_schema schema;
 	enum event_kind kind;
+	enum summary_kind summary;
+	struct path_prefix prefix;
+	struct exe_key exe;
 	enum event_ring ring;
 	enum event_flags flags;
 	enum filter_mode mode;
 	enum filter_verdict verdict;
 	enum fault fault;
 	enum wake wake;
-} *event_enums __attribute__((unused));
+} *other_types __attribute__((unused));
 
 #endif

@@ -18,6 +18,7 @@ enum filter_verdict {
 };
 
 #define AGENT_PIDS 2
+#define MOST_INTERFACES 64
 
 /* Mapped by the agent, which may change it at any time. */
 struct settings {

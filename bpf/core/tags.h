@@ -19,6 +19,7 @@
  * On a map:
  *   SIZED("cpus")      an entry for each CPU that may come up
  *   SIZED("cpus,kinds")  an entry for each kind on each of them
+ *   SIZED("cpus,interfaces")  an entry for each interface that it attaches to on each of them
  *   SIZED("table:NAME")  as many entries as the configuration says
  *   NEEDS("...")       as on a program: not made where that is not given
  *   SHARED             made by the core object, and used by all

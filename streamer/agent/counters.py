@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from streamer.events.kinds import RECORDS
 from streamer.events.stream import CpuMark, KindCounts
+from streamer.events.summaries import SUMMARIES
 from streamer.kernel.objects import CONTRACT, KIND_END
 from streamer.kernel.state import size_of
 from streamer.kernel.tags import RINGS
@@ -48,7 +49,10 @@ class KernelCounters:
         return {kind: lost for kind, lost in rows if lost}
 
     def kinds(self, read: Mapping[str, int]) -> dict[str, KindCounts]:
-        """The counts of every kind that was produced; `read` is what came out of the rings."""
+        """The counts of every kind that was produced; `read` is what came out of the rings.
+
+        And of the summaries in `read`, which are made by the agent, one as good as the other.
+        """
         found = {}
         for number, layout in RECORDS.items():
             counts = self.of_kind(number)
@@ -56,6 +60,9 @@ class KernelCounters:
                 found[layout.kind] = KindCounts(
                     **dict(zip(_FIELDS, counts, strict=True)), read=read.get(layout.kind, 0)
                 )
+        for kind in SUMMARIES:
+            if made := read.get(kind, 0):
+                found[kind] = KindCounts(made, filtered=0, shed=0, lost=0, read=made)
         return found
 
     def marks(self, passed: Mapping[tuple[str, int], int]) -> list[CpuMark]:

@@ -13,6 +13,7 @@ from streamer import __version__
 from streamer.agent.counters import KernelCounters, LossLedger, faults
 from streamer.agent.losses import Lost
 from streamer.config.settings import Filters
+from streamer.events.catalogue import SELECTABLE
 from streamer.events.envelope import Envelope
 from streamer.events.kinds import KINDS, TaskEvent
 from streamer.events.stream import (
@@ -200,7 +201,7 @@ class Reporter:
 
 def unseen_of(kind: str) -> tuple[str, ...]:
     """What is never observed of a kind, on this host."""
-    info, cgroups = KINDS[kind], cgroups_unseen()
+    info, cgroups = SELECTABLE[kind], cgroups_unseen()
     return (
         (*info.unseen, cgroups) if cgroups and issubclass(info.struct, TaskEvent) else info.unseen
     )

@@ -22,6 +22,7 @@ from streamer.events.stream import PreviousRun, StreamManifest, UntoldLoss
 from streamer.kernel.state import KernelState
 from streamer.ring.reader import RingReader, RingSource
 from streamer.sinks.base import Sink
+from streamer.summaries.period import Summaries
 from streamer.terminal.lines import Rates, StatusLine, status_text
 
 _log = logging.getLogger("streamer")
@@ -62,7 +63,7 @@ class Service:
         `previous` is the run before, for the manifest; `leave_note` keeps a note for the next.
 
         Raises:
-            OSError: a ring cannot be mapped.
+            OSError: a ring or a table cannot be mapped.
         """
         self._settings = settings
         self._kinds = kinds
@@ -90,6 +91,7 @@ class Service:
             drain_records=settings.rings.drain_records,
             max_events=limits.max_events,
         )
+        self._summaries = Summaries(kernel, envelope, kinds)
         self._reporter = Reporter(envelope, kernel, self.reader, settings.filters)
         chosen = settings.sinks
         self.fanout = Fanout(
@@ -268,12 +270,16 @@ class Service:
         every = self._settings.heartbeat_seconds
         next_heartbeat = time.monotonic() + every
         next_manifest = time.monotonic() + _MANIFEST_SECONDS
+        next_summary = time.monotonic() + self._settings.summary_seconds
         while True:
             await asyncio.sleep(1)
             self.reader.refresh_clock()
             self._find_losses()
             self.fanout.publish_owed()
             self._log_losses()
+            if time.monotonic() >= next_summary:
+                next_summary = max(next_summary + self._settings.summary_seconds, time.monotonic())
+                self._summarise()
             if time.monotonic() >= next_heartbeat:
                 next_heartbeat = max(next_heartbeat + every, time.monotonic())
                 self.fanout.publish_if_room(self._reporter.heartbeat(self._read, self.fanout.sinks))
@@ -300,6 +306,12 @@ class Service:
         self.fanout.submit(batch)
         if self.reader.done:
             self.stop()
+
+    def _summarise(self) -> None:
+        """Publish what the programs counted in the period that ends now."""
+        records = self._summaries.collect()
+        if records:
+            self._on_batch(Batch(records))
 
     def _on_error(self, error: Exception) -> None:
         self.fail(KernelError(f"the events cannot be read: {error}"))
@@ -332,6 +344,7 @@ class Service:
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
             # Half for reading what is left, so that there is time to deliver it.
             await self._drain_rest(begun + grace / 2)
+            self._summarise()
             self._find_losses(final=True)
             self.reader.close()
             await self._deliver(begun + grace * _DELIVERING)

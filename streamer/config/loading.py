@@ -26,12 +26,13 @@ _AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     """What the command line says; None and empty where it says nothing.
 
-    `settings` are keys of `Settings`, and `filters` those of its filters. `sinks` are URLs, and
-    replace the file's sinks. `encoding` is that of all sinks whose URL does not name one, and
-    `color` that of standard output.
+    `settings` are keys of `Settings`, `kernel` and `filters` those of these sections. `sinks` are
+    URLs, and replace the file's sinks. `encoding` is that of all sinks whose URL does not name
+    one, and `color` that of standard output.
     """
 
     settings: Mapping[str, Any] = {}
+    kernel: Mapping[str, Any] = {}
     filters: Mapping[str, tuple[int | str, ...]] = {}
     sinks: tuple[str, ...] = ()
     encoding: str | None = None
@@ -52,8 +53,11 @@ def load(path: Path | None, overrides: Overrides = NOTHING) -> Settings:
     settings = _decode(data, str(path), ())
     if overrides == NOTHING:
         return settings
-    filters = {**data.get("filters", {}), **overrides.filters}
-    merged = {**data, **overrides.settings, "filters": filters}
+    sections = {
+        name: {**data.get(name, {}), **given}
+        for name, given in (("kernel", overrides.kernel), ("filters", overrides.filters))
+    }
+    merged = {**data, **overrides.settings, **sections}
     return _decode(merged, "command line", _sinks(settings, overrides))
 
 

@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from streamer.errors import ConfigError
 
-DEFAULT_EVENTS: tuple[str, ...] = ("process.*", "net.*")
+DEFAULT_EVENTS: tuple[str, ...] = ("process.*", "net.*", "xdp.*")
 """What one leaves on in production. `file.open` is left out: its volume is high."""
 
 ALWAYS_ON = "stream."
 
 
 def select(
-    patterns: Sequence[str], known: Collection[str], where: str = "--events"
+    patterns: Sequence[str],
+    known: Collection[str],
+    where: str = "--events",
+    missing: Mapping[str, str] = MappingProxyType({}),
 ) -> frozenset[str]:
     """The kinds that `patterns` choose out of `known`, in the order given.
 
     A pattern is a glob such as `net.*`, or `default` for the default set, and may be several
     with commas between them. A leading `-` or `!` takes kinds away; where the first pattern
     does, it takes from the default set, which is also what no pattern at all chooses. Kinds
-    `stream.*` are always on: they are neither selectable nor in the result.
+    `stream.*` are always on: they are neither selectable nor in the result. Nor are those that are
+    `missing`, for the reason given there; a pattern that chooses no others is an error.
 
     Raises:
         ConfigError: a pattern that matches nothing, or nothing left. `where` is where the
             patterns are from, for the message.
     """
-    selectable = frozenset(kind for kind in known if not kind.startswith(ALWAYS_ON))
+    possible = (kind for kind in known if not kind.startswith(ALWAYS_ON))
+    selectable = frozenset(possible) - missing.keys()
     terms = list(_terms(patterns))
     chosen = _default(selectable) if not terms or terms[0][0] else frozenset[str]()
     for removes, glob in terms:
         matched = _default(selectable) if glob == "default" else _matching(glob, selectable)
         if not matched and glob != "default":
-            raise ConfigError(_no_match(where, glob, selectable))
+            reasons = [why for kind, why in missing.items() if fnmatchcase(kind, glob)]
+            raise ConfigError(_no_match(where, glob, selectable, reasons))
         chosen = chosen - matched if removes else chosen | matched
     if not chosen:
         raise ConfigError(f"{where}: no kind of event is left, allowed: {_listing(selectable)}")
@@ -60,8 +67,10 @@ def _default(selectable: frozenset[str]) -> frozenset[str]:
     return frozenset[str]().union(*(_matching(glob, selectable) for glob in DEFAULT_EVENTS))
 
 
-def _no_match(where: str, glob: str, selectable: frozenset[str]) -> str:
+def _no_match(where: str, glob: str, selectable: frozenset[str], reasons: list[str]) -> str:
     found = f"{where}: found {json.dumps(glob)}"
+    if reasons:
+        return f"{found}, and {reasons[0]}"
     if glob.startswith(ALWAYS_ON):
         return f"{found}, but {ALWAYS_ON}* is always on and cannot be chosen"
     return f"{found}, which matches no event, allowed: {_listing(selectable)}"

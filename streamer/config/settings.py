@@ -27,6 +27,10 @@ def form(pattern: str, allowed: str) -> Meta:
 
 PositiveSeconds = Annotated[float, Meta(gt=0, le=3600)]
 HeartbeatSeconds = Annotated[float, Meta(ge=1, le=3600)]
+SummarySeconds = Annotated[float, Meta(ge=1, le=3600)]
+InterfaceName = Annotated[
+    str, form(r"^(?!\.\.?$)[^\s/:\x00-\x1f]{1,15}$", "the name of a network interface")
+]
 RingBytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
 CriticalBytes = Annotated[int, Meta(ge=1 << 16, le=1 << 30)]
 MANY = Meta(max_length=512)  # two lists share a map of 1024
@@ -92,6 +96,11 @@ class Kernel(Section, frozen=True, kw_only=True):
         bool,
         doc("Whether `file.open` says how long the call took: that needs a hook at its start too."),
     ] = False
+    interfaces: Annotated[
+        tuple[InterfaceName, ...],
+        Meta(max_length=16),
+        doc("Network interfaces to observe (`xdp.*`): no others are touched."),
+    ] = ()
     sample: Annotated[
         dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
         doc("Kinds of which only one in so many events is reported, its `weight` that number."),
@@ -397,6 +406,9 @@ class Settings(Section, frozen=True, kw_only=True):
     ] = False
     heartbeat_seconds: Annotated[
         HeartbeatSeconds, doc("Time between two `stream.heartbeat` events.")
+    ] = 10.0
+    summary_seconds: Annotated[
+        SummarySeconds, doc("Time between two summaries of one kind, such as `xdp.counters`.")
     ] = 10.0
     grace_seconds: Annotated[
         PositiveSeconds, doc("Longest wait, when stopping, for the sinks to deliver the rest.")

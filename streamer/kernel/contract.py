@@ -16,12 +16,18 @@ Layout = tuple[tuple[str, int, int], ...]
 _ENUMS = (
     "event_schema",
     "event_kind",
+    "summary_kind",
     "event_ring",
     "event_flags",
     "filter_mode",
     "filter_verdict",
     "fault",
     "wake",
+    "packet_vlan",
+    "packet_network",
+    "packet_transport",
+    "packet_ports",
+    "packet_verdict",
 )
 _SHARED = (
     "event_base",
@@ -34,6 +40,8 @@ _SHARED = (
     "reader_state",
     "path_prefix",
     "exe_key",
+    "packet_count",
+    "packet_counts",
 )
 _KIND_END = "KIND_END"
 
@@ -49,8 +57,16 @@ def kind_names(btf: Btf) -> dict[str, int]:
     return dict(sorted(kinds.items(), key=lambda item: item[1]))
 
 
+def summary_names(btf: Btf) -> dict[str, int]:
+    """Name and number of every kind of summary: `{"xdp_counters": 48, …}`."""
+    return {
+        name.removeprefix("SUMMARY_").lower(): number
+        for name, number in btf.enum("summary_kind").items()
+    }
+
+
 def kind_end(btf: Btf) -> int:
-    """One more than the largest number of a kind: what is kept by kind has so many entries."""
+    """More than the largest number of a kind: what is kept by kind has so many entries."""
     return btf.constant("event_kind", _KIND_END)
 
 

@@ -20,6 +20,9 @@ from streamer.errors import KernelError
 
 _BTF_KIND_FUNC = 12
 _MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
+_BPF_XDP = 37  # enum bpf_attach_type
+XDP_MODES = {"native": 1 << 2, "generic": 1 << 1}
+"""The ways of an interface to run a program: in its driver, else behind it. XDP_FLAGS_…"""
 LOG_BYTES = 1 << 20
 """Room for one program's verifier log; a longer one loses its beginning or fails to be kept."""
 
@@ -60,6 +63,12 @@ class _TestRunOptions(Structure):
     ]
 
 
+class _LinkOptions(Structure):
+    """The leading members of `struct bpf_link_create_opts`."""
+
+    _fields_ = [("size", c_size_t), ("flags", u32)]
+
+
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "libbpf_set_print": (c_void_p, [c_void_p]),
     "bpf_object__open_file": (c_void_p, [c_char_p, POINTER(_OpenOptions)]),
@@ -89,7 +98,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_map_delete_elem": (c_int, [c_int, c_void_p]),
     "bpf_map_lookup_elem": (c_int, [c_int, c_void_p, c_void_p]),
     "bpf_map_get_next_key": (c_int, [c_int, c_void_p, c_void_p]),
-    "bpf_program__attach_xdp": (c_void_p, [c_void_p, c_int]),
+    "bpf_link_create": (c_int, [c_int, c_int, c_int, POINTER(_LinkOptions)]),
     "bpf_program__attach_cgroup": (c_void_p, [c_void_p, c_int]),
     "bpf_program__attach_perf_event": (c_void_p, [c_void_p, c_int]),
     "btf__load_vmlinux_btf": (c_void_p, []),
@@ -185,9 +194,11 @@ class Program:
         """Attach to the hook that the section names."""
         return Link(_check_pointer(_library().bpf_program__attach(self._handle)))
 
-    def attach_to_interface(self, index: int) -> Link:
-        """Attach an XDP program to a network interface, by its index."""
-        return Link(_check_pointer(_library().bpf_program__attach_xdp(self._handle, index)))
+    def attach_to_interface(self, index: int, mode: int) -> DescriptorLink:
+        """Attach an XDP program to a network interface, by its index, in one of `XDP_MODES`."""
+        options = _LinkOptions(size=ctypes.sizeof(_LinkOptions), flags=mode)
+        fd = _check(_library().bpf_link_create(self.fd, index, _BPF_XDP, byref(options)))
+        return DescriptorLink(fd)
 
     def attach_to_cgroup(self, fd: int) -> Link:
         """Attach to a cgroup, by a descriptor of its directory."""
@@ -216,6 +227,20 @@ class Link:
         handle, self._handle = self._handle, None
         if handle:
             _library().bpf_link__destroy(handle)
+
+
+class DescriptorLink:
+    """The same, known by a descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        """Wrap the descriptor, which is owned from now on."""
+        self._fd: int | None = fd
+
+    def destroy(self) -> None:
+        """Detach. Harmless when done already."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 class Map:

@@ -15,7 +15,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from streamer.errors import KernelError
-from streamer.kernel.libbpf import Link, Map, Object, Program, functions_of
+from streamer.kernel.libbpf import (
+    XDP_MODES,
+    DescriptorLink,
+    Link,
+    Map,
+    Object,
+    Program,
+    functions_of,
+)
 from streamer.kernel.objects import KIND_END, SENSORS
 from streamer.kernel.perf_event import open_sampling
 from streamer.kernel.tags import RINGS, ProgramInfo, SensorInfo
@@ -96,7 +104,7 @@ class _Sensor:
         self.programs: dict[str, Program] = {}  # hook: what is loaded for it
         self.waiting: dict[str, list[_Attempt]] = {}  # hook: what is left to try
         self.states: dict[str, ProgramState] = {}  # program: what became of it
-        self.links: list[Link] = []
+        self.links: list[Link | DescriptorLink] = []
 
     @property
     def maps(self) -> dict[str, Map]:
@@ -166,7 +174,7 @@ class Loader:
                 if one.name.endswith(_VARIABLES):
                     one.leave_out()
             for map_info in self._catalogue[CORE].maps:
-                size = self._entries(map_info.sized, {})
+                size = self._entries(map_info.sized, {}, Targets())
                 if size:
                     core.maps[map_info.name].resize(size)
             for ring in RINGS:
@@ -228,12 +236,14 @@ class Loader:
         except OSError as error:
             raise KernelError(f"cannot open the BPF object {path}: {error.strerror}") from error
 
-    def _entries(self, sized: str, options: Mapping[str, int]) -> int:
+    def _entries(self, sized: str, options: Mapping[str, int], targets: Targets) -> int:
         """How many entries a map is to have; 0 where its own number is right."""
         if sized == "cpus":
             return self.cpus
         if sized == "cpus,kinds":
             return self.cpus * KIND_END
+        if sized == "cpus,interfaces":
+            return self.cpus * len(targets.interfaces)
         kind, _, name = sized.partition(":")
         return options.get(name, 0) if kind == "table" else 0
 
@@ -378,7 +388,7 @@ class Loader:
             elif name in kept:
                 one.reuse(kept[name].fd)
             else:
-                entries = self._entries(sized.get(name, ""), made.options)
+                entries = self._entries(sized.get(name, ""), made.options, made.targets)
                 if entries:
                     one.resize(entries)
 
@@ -407,12 +417,13 @@ class Loader:
             program = made.programs.pop(hook)
             info = next(one for one in made.info.programs if one.name == program.name)
             try:
-                made.links += _attach(program, made.targets)
+                links, way = _attach(program, made.targets)
             except OSError as error:
                 made.note(info, program.section, FAILED, _attach_reason(program, error))
                 self._load_next(made, hook)
             else:
-                made.note(info, program.section, ATTACHED)
+                made.links += links
+                made.note(info, way, ATTACHED)
                 made.programs[hook] = program
                 return
 
@@ -504,21 +515,38 @@ def _core_error(error: OSError) -> KernelError:
     return KernelError(f"the BPF object does not load: {error.strerror}")
 
 
-def _attach(program: Program, targets: Targets) -> list[Link]:
+class _Attachment(NamedTuple):
+    """The links of a program, and where it is attached."""
+
+    links: list[Link | DescriptorLink]
+    way: str
+
+
+def _attach(program: Program, targets: Targets) -> _Attachment:
     kind = program.section.partition("/")[0]
+    way = program.section
     if kind == "xdp":
-        return _attach_to_each(targets.interfaces, lambda name: _to_interface(program, name))
+        modes: list[str] = []
+        links = _attach_to_each(
+            targets.interfaces, lambda name: _to_interface(program, name, modes)
+        )
+        where = zip(targets.interfaces, modes, strict=True)
+        return _Attachment(links, " ".join([way, *(f"{name}:{mode}" for name, mode in where)]))
     if kind.startswith("cgroup"):
-        return _attach_to_each((targets.cgroup,), lambda path: _to_cgroup(program, path))
-    if kind == "perf_event":
+        links = _attach_to_each((targets.cgroup,), lambda path: _to_cgroup(program, path))
+    elif kind == "perf_event":
         cpus = [str(cpu) for cpu in online_cpus()]
-        return _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), targets.rate))
-    return [program.attach()]
+        links = _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), targets.rate))
+    else:
+        links = [program.attach()]
+    return _Attachment(links, way)
 
 
-def _attach_to_each(names: Iterable[str], attach: Callable[[str], Link]) -> list[Link]:
+def _attach_to_each(
+    names: Iterable[str], attach: Callable[[str], Link | DescriptorLink]
+) -> list[Link | DescriptorLink]:
     """To all of them, or to none."""
-    links: list[Link] = []
+    links: list[Link | DescriptorLink] = []
     for name in names:
         try:
             links.append(attach(name))
@@ -529,7 +557,22 @@ def _attach_to_each(names: Iterable[str], attach: Callable[[str], Link]) -> list
     return links
 
 
-def _to_interface(program: Program, name: str) -> Link:
+def _to_interface(program: Program, name: str, modes: list[str]) -> DescriptorLink:
+    """In the driver, where it can; which of the two it is, is added to `modes`."""
+    index = _index_of(name)
+    reasons = []
+    for mode, flag in XDP_MODES.items():
+        try:
+            link = program.attach_to_interface(index, flag)
+        except OSError as error:
+            reasons.append(error)
+        else:
+            modes.append(mode)
+            return link
+    raise reasons[-1]
+
+
+def _index_of(name: str) -> int:
     with open("/proc/self/net/dev") as file:
         ours = {line.partition(":")[0].strip() for line in file if ":" in line}
     if name not in ours:
@@ -539,7 +582,7 @@ def _to_interface(program: Program, name: str) -> Link:
     if shown != ours:
         raise OSError(errno.EXDEV, "/sys/class/net is that of another network namespace")
     with open(f"/sys/class/net/{name}/ifindex") as file:
-        return program.attach_to_interface(int(file.read()))
+        return int(file.read())
 
 
 def _to_cgroup(program: Program, path: str) -> Link:

@@ -20,6 +20,8 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "reader_state": (('wake', 0, 8),),
     "path_prefix": (('bits', 0, 4), ('path', 4, 256)),
     "exe_key": (('inode', 0, 8), ('dev', 8, 4), ('pad', 12, 4)),
+    "packet_count": (('packets', 0, 8), ('bytes', 8, 8)),
+    "packet_counts": (('by_class', 0, 131072),),
     "process_exec": (('base', 0, 32), ('task', 32, 64), ('start_time_ns', 96, 8), ('exe_inode', 104, 8), ('exe_dev', 112, 4), ('exe_nlink', 116, 4), ('exe_mntns', 120, 4), ('cwd_mntns', 124, 4), ('parent_exe_mntns', 128, 4), ('euid', 132, 4), ('auid', 136, 4), ('argc', 140, 4), ('exe_len', 144, 2), ('argv_len', 146, 2), ('cwd_len', 148, 2), ('parent_exe_len', 150, 2), ('filename_len', 152, 2), ('interp_len', 154, 2), ('exe_mntns_initial', 156, 1), ('cwd_mntns_initial', 157, 1), ('parent_exe_mntns_initial', 158, 1), ('exe_deleted', 159, 1), ('exe_memfd', 160, 1), ('pad', 161, 7), ('parent_comm', 168, 16), ('data', 184, 36864)),
     "process_fork": (('base', 0, 32), ('task', 32, 64), ('child_start_boot_ns', 96, 8), ('child_start_time_ns', 104, 8), ('child_pid', 112, 4), ('child_ppid', 116, 4), ('child_pidns', 120, 4), ('child_ns_pid', 124, 4)),
     "process_exit": (('base', 0, 32), ('task', 32, 64), ('start_time_ns', 96, 8), ('duration_ns', 104, 8), ('exit_code', 112, 4), ('signal', 116, 4), ('core_dumped', 120, 1), ('pad', 121, 7)),
@@ -28,21 +30,27 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "net_accept": (('base', 0, 32), ('task', 32, 64), ('fd', 96, 4), ('netns', 100, 4), ('local_port', 104, 2), ('remote_port', 106, 2), ('ip_version', 108, 1), ('direction', 109, 1), ('owner_known', 110, 1), ('pad', 111, 1), ('local_addr', 112, 16), ('remote_addr', 128, 16)),
     "net_close": (('base', 0, 32), ('task', 32, 64), ('duration_ns', 96, 8), ('bytes_sent', 104, 8), ('bytes_received', 112, 8), ('errno', 120, 4), ('netns', 124, 4), ('local_port', 128, 2), ('remote_port', 130, 2), ('ip_version', 132, 1), ('direction', 133, 1), ('owner_known', 134, 1), ('pad', 135, 1), ('local_addr', 136, 16), ('remote_addr', 152, 16)),
     "enum event_schema": (('SCHEMA_VERSION', 3, 0),),
-    "enum event_kind": (('KIND_PROCESS_EXEC', 1, 0), ('KIND_PROCESS_FORK', 2, 0), ('KIND_PROCESS_EXIT', 3, 0), ('KIND_FILE_OPEN', 16, 0), ('KIND_NET_CONNECT', 32, 0), ('KIND_NET_ACCEPT', 33, 0), ('KIND_NET_CLOSE', 34, 0), ('KIND_END', 35, 0)),
+    "enum event_kind": (('KIND_PROCESS_EXEC', 1, 0), ('KIND_PROCESS_FORK', 2, 0), ('KIND_PROCESS_EXIT', 3, 0), ('KIND_FILE_OPEN', 16, 0), ('KIND_NET_CONNECT', 32, 0), ('KIND_NET_ACCEPT', 33, 0), ('KIND_NET_CLOSE', 34, 0), ('KIND_END', 64, 0)),
+    "enum summary_kind": (('SUMMARY_XDP_COUNTERS', 48, 0),),
     "enum event_ring": (('RING_CRITICAL', 0, 0), ('RING_BULK', 1, 0), ('RING_END', 2, 0)),
     "enum event_flags": (('FLAG_INCOMPLETE', 1, 0),),
     "enum filter_mode": (('FILTER_OFF', 0, 0), ('FILTER_EXCLUDE', 1, 0), ('FILTER_INCLUDE', 2, 0)),
     "enum filter_verdict": (('VERDICT_KEEP', 1, 0), ('VERDICT_DROP', 2, 0)),
     "enum fault": (('FAULT_CONNECTIONS_FULL', 0, 0), ('FAULT_SOCKET_STORAGE', 1, 0), ('FAULT_LISTENERS_FULL', 2, 0), ('FAULT_AGENT_PEERS_FULL', 3, 0), ('FAULT_EXITED_FULL', 4, 0), ('FAULT_FAILED_FULL', 5, 0), ('FAULT_OPEN_STARTS_FULL', 6, 0), ('FAULT_UNREADABLE', 7, 0), ('FAULT_NO_SLOT', 8, 0), ('FAULT_CHANGE_UNSEEN', 9, 0), ('FAULT_END', 10, 0)),
     "enum wake": (('WAKE_NEVER', 0, 0), ('WAKE_FULL', 1, 0), ('WAKE_ANY', 2, 0)),
+    "enum packet_vlan": (('VLAN_NONE', 0, 0), ('VLAN_SINGLE', 1, 0), ('VLAN_DOUBLE', 2, 0), ('VLAN_MORE', 3, 0), ('VLAN_END', 4, 0)),
+    "enum packet_network": (('NETWORK_OTHER', 0, 0), ('NETWORK_IPV4', 1, 0), ('NETWORK_IPV6', 2, 0), ('NETWORK_ARP', 3, 0), ('NETWORK_END', 4, 0)),
+    "enum packet_transport": (('TRANSPORT_NONE', 0, 0), ('TRANSPORT_OTHER', 1, 0), ('TRANSPORT_TCP', 2, 0), ('TRANSPORT_UDP', 3, 0), ('TRANSPORT_ICMP', 4, 0), ('TRANSPORT_ICMPV6', 5, 0), ('TRANSPORT_IGMP', 6, 0), ('TRANSPORT_SCTP', 7, 0), ('TRANSPORT_GRE', 8, 0), ('TRANSPORT_ESP', 9, 0), ('TRANSPORT_AH', 10, 0), ('TRANSPORT_IPV4', 11, 0), ('TRANSPORT_IPV6', 12, 0), ('TRANSPORT_OSPF', 13, 0), ('TRANSPORT_PIM', 14, 0), ('TRANSPORT_VRRP', 15, 0), ('TRANSPORT_END', 16, 0)),
+    "enum packet_ports": (('PORTS_NONE', 0, 0), ('PORTS_SYSTEM', 1, 0), ('PORTS_USER', 2, 0), ('PORTS_DYNAMIC', 3, 0), ('PORTS_END', 4, 0)),
+    "enum packet_verdict": (('PACKET_WHOLE', 0, 0), ('PACKET_FIRST_FRAGMENT', 1, 0), ('PACKET_LATER_FRAGMENT', 2, 0), ('PACKET_TRUNCATED', 3, 0), ('PACKET_MALFORMED', 4, 0), ('PACKET_EXTENSIONS', 5, 0), ('PACKET_END', 8, 0)),
 }
 """Every shared struct: its members with offset and size in bytes; and
 every shared enum: its names with their numbers, and 0."""
 
-KIND_NUMBERS: dict[str, int] = {"process.exec": 1, "process.fork": 2, "process.exit": 3, "file.open": 16, "net.connect": 32, "net.accept": 33, "net.close": 34}
+KIND_NUMBERS: dict[str, int] = {"process.exec": 1, "process.fork": 2, "process.exit": 3, "file.open": 16, "net.connect": 32, "net.accept": 33, "net.close": 34, "xdp.counters": 48}
 """The number of each kind."""
 
-KIND_END = 35
+KIND_END = 64
 """What is kept by kind has so many entries for each CPU."""
 
 SENSORS: dict[str, SensorInfo] = {
@@ -60,6 +68,7 @@ SENSORS: dict[str, SensorInfo] = {
         MapInfo("filter_ports", "", True, ()),
         MapInfo("filter_uids", "", True, ()),
         MapInfo("identities", "", True, ()),
+        MapInfo("interfaces", "", True, ()),
         MapInfo("kind_counters", "cpus,kinds", True, ()),
         MapInfo("kind_settings", "", True, ()),
         MapInfo("reader", "", True, ()),
@@ -95,6 +104,7 @@ SENSORS: dict[str, SensorInfo] = {
         MapInfo("filter_ports", "", True, ()),
         MapInfo("filter_uids", "", True, ()),
         MapInfo("identities", "", True, ()),
+        MapInfo("interfaces", "", True, ()),
         MapInfo("kind_counters", "cpus,kinds", True, ()),
         MapInfo("kind_settings", "", True, ()),
         MapInfo("open_scratches", "cpus", False, ()),
@@ -132,6 +142,7 @@ SENSORS: dict[str, SensorInfo] = {
         MapInfo("filter_ports", "", True, ()),
         MapInfo("filter_uids", "", True, ()),
         MapInfo("identities", "", True, ()),
+        MapInfo("interfaces", "", True, ()),
         MapInfo("kind_counters", "cpus,kinds", True, ()),
         MapInfo("kind_settings", "", True, ()),
         MapInfo("reader", "", True, ()),
@@ -155,9 +166,25 @@ SENSORS: dict[str, SensorInfo] = {
         MapInfo("filter_ports", "", True, ()),
         MapInfo("filter_uids", "", True, ()),
         MapInfo("identities", "", True, ()),
+        MapInfo("interfaces", "", True, ()),
         MapInfo("kind_counters", "cpus,kinds", True, ()),
         MapInfo("kind_settings", "", True, ()),
         MapInfo("path_buffers", "cpus", False, ()),
+        MapInfo("reader", "", True, ()),
+        MapInfo("settings", "", True, ()),
+    )),
+    "xdp_counter": SensorInfo("xdp_counter", (
+        ProgramInfo("on_packet", "on_packet", ("xdp.counters",), "", ("interface",)),
+    ), (
+        MapInfo("bulk", "", True, ()),
+        MapInfo("counters", "cpus", True, ()),
+        MapInfo("critical", "", True, ()),
+        MapInfo("faults", "", True, ()),
+        MapInfo("identities", "", True, ()),
+        MapInfo("interfaces", "", True, ()),
+        MapInfo("kind_counters", "cpus,kinds", True, ()),
+        MapInfo("kind_settings", "", True, ()),
+        MapInfo("packets", "cpus,interfaces", False, ("interface",)),
         MapInfo("reader", "", True, ()),
         MapInfo("settings", "", True, ()),
     )),

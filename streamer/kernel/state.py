@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import socket
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -117,6 +118,8 @@ def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, i
 
 
 def _too_large(kind: str, rings: Mapping[str, int]) -> str:
+    if kind not in KINDS:  # a summary
+        return ""
     ring, most = KINDS[kind].ring, RECORDS[KIND_NUMBERS[kind]].max_size
     room = rings[ring] - _RING_OVERHEAD
     if most <= room:
@@ -325,10 +328,14 @@ class KernelState:
         self._filters = Filters()
         self._kinds: frozenset[str] = frozenset()
         self._sample = settings.kernel.sample
+        self.interfaces = dict.fromkeys(settings.kernel.interfaces, 0)
+        """Those that sensors attach to, in the order of their entries in tables, with the index
+        that each had when it was last attached to."""
         self._entries: dict[tuple[str, bytes], bytes] = {}  # of the filters' maps
         self._states: dict[str, list[ProgramState]] = {}  # kept for the last reports
         self._attached: dict[str, Attached] = {}
         self._loaded: list[str] = []
+        self._tables: dict[str, int] = {}  # of sensors: the descriptors of their maps
         self._missed_now: Counter[str] = Counter()
         self._missed_before: Counter[str] = Counter()  # of what was unloaded
         self._mapped: list[mmap.mmap] = []
@@ -430,13 +437,15 @@ class KernelState:
             raise KernelError(f"{sensor} is loaded already")
         try:
             self._check_contract(sensor)
-            self._states[sensor] = self._loader.load(sensor, self._options).programs
+            loaded = self._loader.load(sensor, self._options)
         except KernelError as error:
             self._states[sensor] = [
                 ProgramState(program.name, program.hook, "", FAILED, str(error))
                 for program in SENSORS[sensor].programs
             ]
             raise
+        self._states[sensor] = loaded.programs
+        self._tables |= loaded.maps
         self._loaded.append(sensor)
 
     def attach(self) -> None:
@@ -446,8 +455,25 @@ class KernelState:
 
     def attach_sensor(self, sensor: str) -> None:
         """Attach what was loaded of one sensor."""
+        self._number_interfaces()
         self._attached[sensor] = self._loader.attach(sensor)
         self._states[sensor] = self._attached[sensor].programs
+
+    def _number_interfaces(self) -> None:
+        """Tell the programs where in their tables each interface is counted."""
+        for place, name in enumerate(self.interfaces):
+            with suppress(OSError):  # it is not there, which attaching says
+                self.interfaces[name] = index = socket.if_nametoindex(name)
+                self._loader.update("interfaces", _u32(index), _u32(place * self.cpus))
+
+    def table(self, name: str, size: int) -> mmap.mmap:
+        """A table that programs of a loaded sensor count in, mapped; `size` in bytes.
+
+        Raises:
+            KeyError: no loaded sensor has made it.
+            OSError: it cannot be mapped.
+        """
+        return self._map(self._tables[name], size)
 
     def unload(self, sensor: str) -> None:
         """Detach one sensor and let go of it; the others go on."""

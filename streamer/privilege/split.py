@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from streamer.config.settings import Settings
 from streamer.errors import PrivilegeError
+from streamer.kernel.targets import targets_of
 from streamer.privilege import drop
 from streamer.privilege.channel import MESSAGE_BYTES, MOST_DESCRIPTORS, Channel
 from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener
@@ -74,7 +75,7 @@ def with_helper(settings: Settings) -> Helped:
     files = named_files(settings)
     client = start_helper()
     try:
-        client.set_up(files)
+        client.set_up(files, targets_of(settings.kernel))
     except BaseException:
         client.close()
         raise

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import inspect
 
 from streamer.config.selection import select
 from streamer.errors import ConfigError
-from streamer.events.kinds import KINDS
-from streamer.events.layout import FieldInfo, KindInfo
+from streamer.events.catalogue import SELECTABLE
+from streamer.events.layout import KindInfo
 from streamer.events.stream import STREAM_KINDS
 from streamer.kernel.objects import SENSORS
 from streamer.terminal.lines import printable
@@ -24,32 +23,6 @@ DEGRADED = 1
 
 NOTHING = 3
 """Exit code of `check` when nothing of what was asked for can be observed."""
-
-_TYPE_WORDS: Mapping[type[inspect.Type], str] = {
-    inspect.IntType: "integer",
-    inspect.FloatType: "number",
-    inspect.BoolType: "boolean",
-    inspect.StrType: "string",
-    inspect.LiteralType: "string",
-    inspect.DictType: "object",
-    inspect.StructType: "object",
-    inspect.ListType: "array",
-    inspect.VarTupleType: "array",
-    inspect.NoneType: "null",
-}
-
-
-def all_kinds() -> dict[str, KindInfo]:
-    """Every kind that can be published: those of the kernel, then those of the stream itself."""
-    return KINDS | {kind: stream_kind(kind, struct) for kind, struct in STREAM_KINDS.items()}
-
-
-def stream_kind(kind: str, struct: type) -> KindInfo:
-    """What there is to say about a kind that the agent makes itself, read from its Struct."""
-    node = inspect.type_info(struct)
-    assert isinstance(node, inspect.StructType), "a kind is a Struct"
-    fields = tuple(_field(field) for field in node.fields)
-    return KindInfo(kind, struct, "agent", (struct.__doc__ or "").partition("\n")[0], fields)
 
 
 def named(known: Mapping[str, KindInfo], kind: str) -> KindInfo:
@@ -144,22 +117,4 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 def _default(kind: str) -> str:
     if kind in STREAM_KINDS:
         return "always"
-    return "on" if kind in select((), KINDS) else "off"
-
-
-def _field(field: inspect.Field) -> FieldInfo:
-    node = field.type
-    extra = node.extra_json_schema if isinstance(node, inspect.Metadata) else None
-    meaning = str((extra or {}).get("description", ""))
-    return FieldInfo(field.encode_name, " or ".join(_type_words(node)), meaning)
-
-
-def _type_words(node: inspect.Type) -> Iterator[str]:
-    match node:
-        case inspect.Metadata():
-            yield from _type_words(node.type)
-        case inspect.UnionType():
-            for part in node.types:
-                yield from _type_words(part)
-        case _:
-            yield _TYPE_WORDS[type(node)]
+    return "on" if kind in select((), SELECTABLE) else "off"

@@ -198,7 +198,7 @@ def test_packets_of_interfaces(require: Require, directory: str) -> None:
     """Of each that is named, and of no other, until the sensor is unloaded."""
     require(shutil.which("ip"), "ip (iproute2) is not installed")
     found = Role("test", in_own_system, count_frames, directory).result()
-    assert found["states"] == attached(("on_packet", "packets", "xdp"))
+    assert found["states"] == attached(("on_packet", "packets", "xdp here:native lo:generic"))
     assert found["frames"] == found["frames after"] == 35
     assert found["held"] == [True, True, False]
     assert found["held after"] == [False, False, False]
@@ -352,7 +352,7 @@ def test_interfaces_named_to_the_helper(require: Require, directory: str) -> Non
     require(shutil.which("ip"), "ip (iproute2) is not installed")
     found = Role("test", in_own_system, ask_for_frames, directory).result()
     assert found["states"] == attached(
-        ("on_packet", "packets", "xdp"), ("on_sample", "samples", "perf_event")
+        ("on_packet", "packets", "xdp here:native"), ("on_sample", "samples", "perf_event")
     )
     assert found["capable"]
     assert found["held"] == [True, False]

@@ -19,6 +19,7 @@ from streamer import __version__, cli
 from streamer.cli import Plan, main, plan
 from streamer.config.settings import FileSink, Filters, KafkaSink, Limits, Settings, StdoutSink
 from streamer.errors import ConfigError
+from streamer.events.catalogue import PUBLISHED, SELECTABLE
 from streamer.events.kinds import KINDS
 from streamer.events.stream import STREAM_KINDS
 from streamer.kernel.report import CheckReport
@@ -248,6 +249,23 @@ def test_a_glob_names_where_it_is_from(tmp_path: Path) -> None:
     assert str(caught.value) == f'--events: found "usb.*", {known}'
 
 
+def test_what_is_observed_at_interfaces_needs_one(tmp_path: Path) -> None:
+    counters = {"xdp.counters"}
+    assert planned("run", "--interface", "eth0").kinds == DEFAULT | counters
+    assert planned("run", "--events", "*").kinds == set(KINDS)
+    everything = planned("run", "--events", "*", "--interface", "eth0", "--interface", "eth1")
+    assert everything.kinds == SELECTABLE.keys()
+    assert everything.settings.kernel.interfaces == ("eth0", "eth1")
+    for wanted in ("xdp.counters", "xdp.*", "default,xdp.c*"):
+        with pytest.raises(ConfigError, match="and no interface is named: --interface NAME"):
+            planned("run", "--events", wanted)
+    file = tmp_path / "streamer.toml"
+    file.write_text("[kernel]\ninterfaces = ['br0']\nopen_latency = true\n")
+    assert planned("run", "-c", str(file), "--events", "xdp.*").kinds == counters
+    changed = planned("run", "-c", str(file), "--interface", "eth0").settings.kernel
+    assert (changed.interfaces, changed.open_latency) == (("eth0",), True)
+
+
 # --------------------------------------------------------------------- `events`, `schema`
 
 
@@ -258,6 +276,7 @@ def test_events_lists_every_kind_with_its_default(capfd: pytest.CaptureFixture[s
     listed = {row.split()[0]: tuple(row.split()[1:3]) for row in rows}
     assert listed == {
         **{k: (info.ring, "on" if k in DEFAULT else "off") for k, info in KINDS.items()},
+        "xdp.counters": ("agent", "on"),
         **{kind: ("agent", "always") for kind in STREAM_KINDS},
     }
     column = head.index("meaning")
@@ -265,12 +284,12 @@ def test_events_lists_every_kind_with_its_default(capfd: pytest.CaptureFixture[s
     assert all(row[column - 1] == " " != row[column] for row in rows)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *STREAM_KINDS])
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_events_of_a_kind_shows_every_field(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["events", kind]) == 0
     head, *unseen, table = capfd.readouterr().out.split("\n\n")
     columns, *rows = table.splitlines()
-    info = tables.all_kinds()[kind]
+    info = PUBLISHED[kind]
     assert head.startswith(f"{kind} ({info.ring}, ")
     assert unseen == ([f"Never observed: {'; '.join(info.unseen)}."] if info.unseen else [])
     assert columns.split() == ["field", "type", "meaning"]
@@ -288,7 +307,7 @@ def test_events_of_a_kind_shows_every_field(kind: str, capfd: pytest.CaptureFixt
     ],
 )
 def test_events_of_a_kind_says_when_it_is_on(kind: str, when: str) -> None:
-    info = tables.all_kinds()[kind]
+    info = PUBLISHED[kind]
     assert tables.kind_text(info).startswith(f"{kind} ({when}): {info.doc}\n\n")
 
 
@@ -307,7 +326,7 @@ def test_an_unknown_kind_lists_the_known_ones(
     command: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, "disk.read"]) == 2
-    allowed = ", ".join([*KINDS, *STREAM_KINDS])
+    allowed = ", ".join(PUBLISHED)
     expected = f"streamer: 'disk.read' is no kind of event, allowed: {allowed}\n"
     assert capfd.readouterr().err == expected
 
@@ -328,7 +347,7 @@ def test_the_schema_of_any_event(capfd: pytest.CaptureFixture[str]) -> None:
         schema["$defs"][choice["$ref"].rpartition("/")[2]]["properties"]["event"]["enum"]
         for choice in schema["anyOf"]
     ]
-    assert tags == [[kind] for kind in (*KINDS, *STREAM_KINDS)]
+    assert tags == [[kind] for kind in PUBLISHED]
 
 
 def test_the_schema_of_the_configuration(capfd: pytest.CaptureFixture[str]) -> None:

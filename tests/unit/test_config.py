@@ -33,7 +33,7 @@ from streamer.events import kinds as events
 KINDS = ("process.exec", "process.fork", "process.exit", "file.open", "net.connect", "net.close")
 ROOT_KEYS = (
     "btf, events, filters, grace_seconds, heartbeat_seconds, host, kernel, "
-    "log_level, rfc3339_time, rings, sinks, state_file, user"
+    "log_level, rfc3339_time, rings, sinks, state_file, summary_seconds, user"
 )
 SINKS = '"stdout", "file", "kafka", "mqtt"'
 PAGE = mmap.PAGESIZE
@@ -665,7 +665,7 @@ def test_a_glob_that_matches_nothing_lists_the_kinds(pattern: str, message: str)
 
 
 def test_the_default_leaves_out_files() -> None:
-    assert DEFAULT_EVENTS == ("process.*", "net.*")
+    assert DEFAULT_EVENTS == ("process.*", "net.*", "xdp.*")
 
 
 # --------------------------------------------------------------------------- documentation

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "streamer"
 
 BELOW = {
     "cli": {"agent", "terminal", "kernel", "config", "events"},
-    "agent": {"terminal", "sinks", "ring", "privilege", "kernel", "config", "events"},
+    "agent": {"summaries", "terminal", "sinks", "ring", "privilege", "kernel", "config", "events"},
+    "summaries": {"kernel", "events"},
     "terminal": {"kernel", "config", "events"},
     "sinks": {"privilege", "config", "events"},
     "ring": {"kernel", "events"},

@@ -30,18 +30,27 @@ def pretty(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def events_page(model: Model, stream_kinds: Iterable[KindInfo]) -> str:
+def events_page(
+    model: Model, summaries: Iterable[KindInfo], stream_kinds: Iterable[KindInfo]
+) -> str:
     """The text of `docs/events.md`."""
     lines = [_HEAD, *_table((*model.base.fields, model.base.time))]
     lines += ["", "Then, where the event has a task, who it was:", "", *_table(model.task)]
     for record in model.records:
         lines += _section(record)
+    lines += ["", "# Summaries", ""]
+    lines += ["What programs counted, made into records by the agent every `summary_seconds`."]
+    lines += _made_by_agent(summaries)
     lines += ["", "# Records of the stream itself", ""]
     lines += ["Made by the agent, in the same topics; always on."]
-    for info in stream_kinds:
-        lines += ["", f"## {info.kind}", "", info.doc, ""]
-        lines += _rows((f.name, f.type, f.doc) for f in info.fields)
+    lines += _made_by_agent(stream_kinds)
     return "\n".join(lines) + "\n"
+
+
+def _made_by_agent(kinds: Iterable[KindInfo]) -> Iterator[str]:
+    for info in kinds:
+        yield from ("", f"## {info.kind}", "", info.doc, "")
+        yield from _rows((f.name, f.type, f.doc) for f in info.fields)
 
 
 def _section(record: Record) -> Iterator[str]:

@@ -10,7 +10,15 @@ from types import ModuleType
 
 from streamer.errors import ContractError
 from streamer.kernel.btf import Btf
-from streamer.kernel.contract import Layout, contract_of, difference, dotted, kind_end, kind_names
+from streamer.kernel.contract import (
+    Layout,
+    contract_of,
+    difference,
+    dotted,
+    kind_end,
+    kind_names,
+    summary_names,
+)
 from streamer.kernel.tags import SensorInfo
 from tools.gen.documents import events_page, pretty, schemas
 from tools.gen.model import read_model
@@ -38,16 +46,24 @@ def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
     kinds: dict[str, type] = {kind: info.struct for kind, info in events.KINDS.items()}
     # Imported only now: these import the modules, which may have been stale until this moment.
     from streamer.config import reference
+    from streamer.events.catalogue import made_by_agent
     from streamer.events.stream import STREAM_KINDS
-    from streamer.terminal.tables import stream_kind
+    from streamer.events.summaries import SUMMARIES
 
-    own = STREAM_KINDS
-    for name, text in schemas(kinds | own).items():
+    numbered = {dotted(name) for name in summary_names(found[_CORE])}
+    if numbered != SUMMARIES.keys():
+        differ = numbered ^ SUMMARIES.keys()
+        raise ContractError(f"enum summary_kind and SUMMARIES differ: {differ}")
+    for name, text in schemas(kinds | SUMMARIES | STREAM_KINDS).items():
         yield root / "schemas" / name, text
     yield root / "schemas" / "config.schema.json", pretty(reference.schema())
     yield (
         root / "docs" / "events.md",
-        events_page(model, [stream_kind(kind, struct) for kind, struct in own.items()]),
+        events_page(
+            model,
+            [made_by_agent(kind, struct) for kind, struct in SUMMARIES.items()],
+            [made_by_agent(kind, struct) for kind, struct in STREAM_KINDS.items()],
+        ),
     )
     yield root / "docs" / "configuration.md", reference.documentation()
 
@@ -78,7 +94,10 @@ def _objects_module(found: dict[str, Btf]) -> str:
     sensors: list[SensorInfo] = []
     for name, btf in found.items():
         sensors.append(read_sensor(name, btf, sensors[0] if sensors else None))
-    numbers = {dotted(name): number for name, number in kind_names(core).items()}
+    names = kind_names(core) | summary_names(core)
+    numbers = {dotted(name): number for name, number in names.items()}
+    if len(set(numbers.values())) < len(numbers) or max(numbers.values()) >= kind_end(core):
+        raise ContractError("enum event_kind, summary_kind: a number is there twice, or high")
     return objects_module(contract_of(core), numbers, kind_end(core), sensors)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from streamer.errors import ContractError
 from streamer.kernel.btf import Btf
-from streamer.kernel.contract import dotted, kind_names
+from streamer.kernel.contract import dotted, kind_names, summary_names
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
 _PLAIN_NEEDS = ("x86_64", "aarch64", "interface", "cgroup", "rate")
 _GIVEN_BY = ("function:", "no function:", "option:")
-_SIZES = ("cpus", "cpus,kinds")
+_SIZES = ("cpus", "cpus,kinds", "cpus,interfaces")
 _TABLE = "table:"
 _CORE = "core"
 
@@ -31,7 +31,7 @@ def read_sensor(name: str, btf: Btf, core: SensorInfo | None) -> SensorInfo:
 
 
 def _programs(sensor: str, btf: Btf) -> Iterator[ProgramInfo]:
-    known = {dotted(kind) for kind in kind_names(btf)}
+    known = {dotted(kind) for kind in kind_names(btf) | summary_names(btf)}
     for type_id, name in btf.functions():
         tags = {key: btf.tag(type_id, key) for key in ("emits", "completes", "hook", "needs")}
         if not any(tags.values()):

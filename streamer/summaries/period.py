@@ -1,0 +1,44 @@
+"""All summaries of a run, made together at the end of each period."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import Protocol
+
+from streamer.events.envelope import Envelope
+from streamer.events.summaries import Summary
+from streamer.kernel.state import KernelState
+from streamer.summaries.xdp import XdpSummary
+
+
+class Source(Protocol):
+    """Makes the records of one kind."""
+
+    def collect(self, period_ns: int) -> Iterable[Summary]:
+        """The records of a period, in nanoseconds, that ends now."""
+
+
+_SOURCES: Mapping[str, Callable[[KernelState, Envelope], Source]] = {
+    XdpSummary.kind: XdpSummary,
+}
+
+
+class Summaries:
+    """The summaries of the kinds that are wanted, as far as their sensors are loaded."""
+
+    def __init__(self, kernel: KernelState, envelope: Envelope, kinds: Collection[str]) -> None:
+        """Raises OSError: a table cannot be mapped."""
+        self._sources: list[Source] = []
+        self._begun = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        for kind, make in _SOURCES.items():
+            if kind in kinds:
+                with suppress(KeyError):  # it is not loaded, which its coverage says
+                    self._sources.append(make(kernel, envelope))
+
+    def collect(self) -> list[Summary]:
+        """The records of the period that ends now; the next one begins."""
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        period, self._begun = now - self._begun, now
+        return [record for source in self._sources for record in source.collect(period)]
