@@ -134,6 +134,7 @@ def measure(only: frozenset[str], quick: bool, machine: Machine) -> Measured:
     if "kernel" in only:
         show("emission in the kernel")
         measured.emission = kernel.emission(10 if quick else 40)
+        measured.emission += kernel.packets(3 if quick else 10)
         measured.observed = kernel.observed(3 if quick else 9)
     if "process" in only:
         measure_process(measured, 3 if quick else 8, machine)

@@ -194,3 +194,10 @@ BENCH_PROGRAM(bench_close, bench_emit_close)
 BENCH_PROGRAM(bench_mixed, bench_emit_mixed)
 BENCH_PROGRAM(bench_hook, bench_emit_hook)
 BENCH_PROGRAM(bench_nothing, bench_emit_nothing)
+
+/* What a packet costs that is let through and nothing else. */
+SEC("xdp")
+int xdp_pass(struct xdp_md *packet)
+{
+	return XDP_PASS;
+}

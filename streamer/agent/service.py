@@ -19,7 +19,7 @@ from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
 from streamer.events.stream import PreviousRun, StreamManifest, UntoldLoss
-from streamer.kernel.state import KernelState
+from streamer.kernel.state import KernelState, KindStatus
 from streamer.ring.reader import RingReader, RingSource
 from streamer.sinks.base import Sink
 from streamer.summaries.period import Summaries
@@ -29,6 +29,8 @@ _log = logging.getLogger("streamer")
 
 _MANIFEST_SECONDS = 3600.0
 """How often the manifest is repeated: whoever begins to read a topic later needs it as well."""
+
+_FULL = KindStatus("full")
 
 _KILLED = "this run was killed, and what it held is lost"
 
@@ -78,6 +80,7 @@ class Service:
         self._untold: list[UntoldLoss] = []
         self._started_ns = time.time_ns()
         self._finished = False
+        self._coverage: dict[str, KindStatus] = {}
         self.envelope = envelope = Envelope(settings.host, rfc3339_time=settings.rfc3339_time)
         self.reader = RingReader(
             [
@@ -240,13 +243,21 @@ class Service:
 
     def _attach(self) -> None:
         self._kernel.attach()
+        self._log_coverage()
         coverage = self._kernel.coverage(self._kinds)
-        for kind, state in coverage.items():
-            if state.status != "full":
-                how = "observed in part" if state.status == "partial" else "not observed"
-                _log.warning("%s is %s: %s", kind, how, state.reason)
         if all(state.status == "missing" for state in coverage.values()):
             raise KernelError("none of the events asked for can be observed on this kernel")
+
+    def _log_coverage(self) -> None:
+        """Say what is not observed fully, if that has changed."""
+        coverage = self._kernel.coverage(self._kinds)
+        for kind, state in coverage.items():
+            if state == self._coverage.get(kind, _FULL):
+                continue
+            how = {"partial": "observed in part", "missing": "not observed", "full": "observed"}
+            reason = f": {state.reason}" if state.reason else " again"
+            _log.warning("%s is %s%s", kind, how[state.status], reason)
+        self._coverage = coverage
 
     async def _stream(self) -> None:
         """Until asked to stop, the time is over, or a defect ends one of the tasks."""
@@ -277,6 +288,7 @@ class Service:
             self._find_losses()
             self.fanout.publish_owed()
             self._log_losses()
+            self._follow_interfaces()
             if time.monotonic() >= next_summary:
                 next_summary = max(next_summary + self._settings.summary_seconds, time.monotonic())
                 self._summarise()
@@ -306,6 +318,12 @@ class Service:
         self.fanout.submit(batch)
         if self.reader.done:
             self.stop()
+
+    def _follow_interfaces(self) -> None:
+        """An interface that has gone or come changes what is observed: say so."""
+        if self._kernel.follow_interfaces():
+            self._log_coverage()
+            self.fanout.publish(self._manifest())
 
     def _summarise(self) -> None:
         """Publish what the programs counted in the period that ends now."""

@@ -210,9 +210,20 @@ class Program:
 
     def run(self, repeat: int = 0) -> int:
         """Run the program in this task (`BPF_PROG_TEST_RUN`); the program's return value."""
-        options = _TestRunOptions(size=ctypes.sizeof(_TestRunOptions), repeat=repeat)
-        _check(_library().bpf_prog_test_run_opts(self.fd, byref(options)))
-        return int(options.retval)
+        return run_program(self.fd, repeat)
+
+
+def run_program(fd: int, repeat: int = 0, packet: bytes = b"") -> int:
+    """Run the program behind `fd` (`BPF_PROG_TEST_RUN`); its return value.
+
+    Of an XDP program, with a `packet` that comes in at the loopback interface.
+    """
+    options = _TestRunOptions(size=ctypes.sizeof(_TestRunOptions), repeat=repeat)
+    data = ctypes.create_string_buffer(packet, len(packet))
+    if packet:
+        options.data_in, options.data_size_in = ctypes.cast(data, c_void_p), len(packet)
+    _check(_library().bpf_prog_test_run_opts(fd, byref(options)))
+    return int(options.retval)
 
 
 class Link:

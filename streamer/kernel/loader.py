@@ -34,6 +34,7 @@ CORE = "core"
 _LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
+_AT_INTERFACES = "xdp"
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
 _VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
@@ -42,7 +43,8 @@ ATTACHED, FAILED, SPARE, LOADED = "attached", "failed", "spare", "loaded"
 
 class ProgramState(NamedTuple):
     """What became of a program: `attached`, `failed` for a `reason`, `loaded` and not attached
-    yet, or `spare`, because a better way to its hook is attached. `way` is where it attaches.
+    yet, or `spare`, because a better way to its hook is attached. `way` is where it attaches. One
+    that is attached has a `reason` if it could not be at some of its interfaces.
     """
 
     name: str
@@ -93,6 +95,14 @@ class _Attempt(NamedTuple):
     section: str
 
 
+class _AtInterface(NamedTuple):
+    """A program at the interface of that index, run by the driver (`native`) or behind it."""
+
+    number: int
+    mode: str
+    link: DescriptorLink
+
+
 class _Sensor:
     """A loaded sensor. Several objects, if not all of its programs load together."""
 
@@ -104,7 +114,8 @@ class _Sensor:
         self.programs: dict[str, Program] = {}  # hook: what is loaded for it
         self.waiting: dict[str, list[_Attempt]] = {}  # hook: what is left to try
         self.states: dict[str, ProgramState] = {}  # program: what became of it
-        self.links: list[Link | DescriptorLink] = []
+        self.links: list[Link] = []
+        self.at_interfaces: dict[str, dict[str, _AtInterface]] = {}  # program: by interface
 
     @property
     def maps(self) -> dict[str, Map]:
@@ -123,7 +134,10 @@ class _Sensor:
         # What finds out what another program has missed goes before that one.
         for link in reversed(self.links):
             link.destroy()
-        self.links = []
+        for attached in self.at_interfaces.values():
+            for one in attached.values():
+                one.link.destroy()
+        self.links, self.at_interfaces = [], {}
         for loaded in self.objects:
             loaded.close()
         self.objects = []
@@ -399,6 +413,8 @@ class Loader:
     def attach(self, sensor: str) -> Attached:
         """Attach what was loaded of a sensor, the next way to a hook where one cannot be.
 
+        Once more, it attaches to interfaces that have come, or come back, since.
+
         Raises:
             KernelError: the sensor is not loaded.
         """
@@ -406,6 +422,8 @@ class Loader:
         for hook, program in list(made.programs.items()):
             if made.states[program.name].status == LOADED:
                 self._attach_hook(made, hook)
+            elif program.section == _AT_INTERFACES:
+                self._attach_to_interfaces(made, program)
         for attempts in made.waiting.values():
             for attempt in attempts:
                 made.note(attempt.info, attempt.section, SPARE)
@@ -413,19 +431,34 @@ class Loader:
         return Attached(made.report(), descriptors)
 
     def _attach_hook(self, made: _Sensor, hook: str) -> None:
+        if made.programs[hook].section == _AT_INTERFACES:
+            self._attach_to_interfaces(made, made.programs[hook])
+            return
         while hook in made.programs:
             program = made.programs.pop(hook)
             info = next(one for one in made.info.programs if one.name == program.name)
             try:
-                links, way = _attach(program, made.targets)
+                made.links += _attach(program, made.targets)
             except OSError as error:
                 made.note(info, program.section, FAILED, _attach_reason(program, error))
                 self._load_next(made, hook)
             else:
-                made.links += links
-                made.note(info, way, ATTACHED)
+                made.note(info, program.section, ATTACHED)
                 made.programs[hook] = program
                 return
+
+    def _attach_to_interfaces(self, made: _Sensor, program: Program) -> None:
+        """To as many as can be. It is kept if that is none: there may be one later."""
+        attached = made.at_interfaces.setdefault(program.name, {})
+        errors = _attach_to_interfaces(program, made.targets.interfaces, attached)
+        info = next(one for one in made.info.programs if one.name == program.name)
+        where = (f"{name}:{one.mode}" for name, one in attached.items())
+        reason = "; ".join(f"{name}: {error.strerror}" for name, error in errors.items())
+        if attached:
+            made.note(info, " ".join([program.section, *where]), ATTACHED, reason)
+        else:
+            reason = f"{program.section} cannot be attached: {reason}"
+            made.note(info, program.section, FAILED, reason)
 
     def _loaded(self, sensor: str) -> _Sensor:
         if sensor not in self._sensors:
@@ -515,38 +548,19 @@ def _core_error(error: OSError) -> KernelError:
     return KernelError(f"the BPF object does not load: {error.strerror}")
 
 
-class _Attachment(NamedTuple):
-    """The links of a program, and where it is attached."""
-
-    links: list[Link | DescriptorLink]
-    way: str
-
-
-def _attach(program: Program, targets: Targets) -> _Attachment:
+def _attach(program: Program, targets: Targets) -> list[Link]:
     kind = program.section.partition("/")[0]
-    way = program.section
-    if kind == "xdp":
-        modes: list[str] = []
-        links = _attach_to_each(
-            targets.interfaces, lambda name: _to_interface(program, name, modes)
-        )
-        where = zip(targets.interfaces, modes, strict=True)
-        return _Attachment(links, " ".join([way, *(f"{name}:{mode}" for name, mode in where)]))
     if kind.startswith("cgroup"):
-        links = _attach_to_each((targets.cgroup,), lambda path: _to_cgroup(program, path))
-    elif kind == "perf_event":
+        return _attach_to_each((targets.cgroup,), lambda path: _to_cgroup(program, path))
+    if kind == "perf_event":
         cpus = [str(cpu) for cpu in online_cpus()]
-        links = _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), targets.rate))
-    else:
-        links = [program.attach()]
-    return _Attachment(links, way)
+        return _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), targets.rate))
+    return [program.attach()]
 
 
-def _attach_to_each(
-    names: Iterable[str], attach: Callable[[str], Link | DescriptorLink]
-) -> list[Link | DescriptorLink]:
+def _attach_to_each(names: Iterable[str], attach: Callable[[str], Link]) -> list[Link]:
     """To all of them, or to none."""
-    links: list[Link | DescriptorLink] = []
+    links: list[Link] = []
     for name in names:
         try:
             links.append(attach(name))
@@ -557,19 +571,42 @@ def _attach_to_each(
     return links
 
 
-def _to_interface(program: Program, name: str, modes: list[str]) -> DescriptorLink:
-    """In the driver, where it can; which of the two it is, is added to `modes`."""
-    index = _index_of(name)
-    reasons = []
-    for mode, flag in XDP_MODES.items():
+def _attach_to_interfaces(
+    program: Program, names: Iterable[str], attached: dict[str, _AtInterface]
+) -> dict[str, OSError]:
+    """To each that it is not attached to yet: as it is now, which may be another than before.
+
+    Why not, of those where it cannot be.
+    """
+    errors = {}
+    for name in names:
         try:
-            link = program.attach_to_interface(index, flag)
+            index = _index_of(name)
+            if name in attached and attached[name].number == index:
+                continue
+            _let_go(name, attached)
+            attached[name] = _to_interface(program, index)
         except OSError as error:
-            reasons.append(error)
-        else:
-            modes.append(mode)
-            return link
-    raise reasons[-1]
+            _let_go(name, attached)
+            errors[name] = error
+    return errors
+
+
+def _let_go(name: str, attached: dict[str, _AtInterface]) -> None:
+    if name in attached:
+        attached.pop(name).link.destroy()
+
+
+def _to_interface(program: Program, index: int) -> _AtInterface:
+    """In the driver, where it can."""
+    native, generic = XDP_MODES
+    try:
+        return _AtInterface(index, native, program.attach_to_interface(index, XDP_MODES[native]))
+    except OSError as error:
+        if error.errno == errno.EBUSY:  # another program is there, which stays
+            raise
+    link = program.attach_to_interface(index, XDP_MODES[generic])
+    return _AtInterface(index, generic, link)
 
 
 def _index_of(name: str) -> int:

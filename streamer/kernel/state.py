@@ -111,6 +111,9 @@ def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, i
         reasons = dict.fromkeys(ways[-1].reason for ways in lost)
         return KindStatus("missing", "; ".join(reasons) or "no program reports it")
     reasons = dict.fromkeys(_why(ways[-1]) for ways in lost)
+    for program in programs:
+        if kind in program.kinds and program.status == ATTACHED and program.reason:
+            reasons[program.reason] = None
     too_large = _too_large(kind, rings)
     if too_large:
         reasons[too_large] = None
@@ -459,11 +462,24 @@ class KernelState:
         self._attached[sensor] = self._loader.attach(sensor)
         self._states[sensor] = self._attached[sensor].programs
 
+    def follow_interfaces(self) -> bool:
+        """Attach to interfaces that have come, or come back, since. Whether any came or went.
+
+        Raises:
+            KernelError: the helper cannot be asked.
+        """
+        if all(_index_of(name) == index for name, index in self.interfaces.items()):
+            return False
+        for sensor in self._loaded:
+            if any("interface" in program.needs for program in SENSORS[sensor].programs):
+                self.attach_sensor(sensor)
+        return True
+
     def _number_interfaces(self) -> None:
         """Tell the programs where in their tables each interface is counted."""
         for place, name in enumerate(self.interfaces):
-            with suppress(OSError):  # it is not there, which attaching says
-                self.interfaces[name] = index = socket.if_nametoindex(name)
+            self.interfaces[name] = index = _index_of(name)
+            if index:  # else it is not there, which attaching says
                 self._loader.update("interfaces", _u32(index), _u32(place * self.cpus))
 
     def table(self, name: str, size: int) -> mmap.mmap:
@@ -474,6 +490,11 @@ class KernelState:
             OSError: it cannot be mapped.
         """
         return self._map(self._tables[name], size)
+
+    @property
+    def programs(self) -> dict[str, int]:
+        """The descriptors of the programs that are attached, by name."""
+        return {name: fd for one in self._attached.values() for name, fd in one.descriptors.items()}
 
     def unload(self, sensor: str) -> None:
         """Detach one sensor and let go of it; the others go on."""
@@ -540,6 +561,14 @@ class KernelState:
         for mapping in self._mapped:
             with suppress(BufferError):  # somebody still looks at it
                 mapping.close()
+
+
+def _index_of(interface: str) -> int:
+    """Its index; 0 if there is no such interface."""
+    try:
+        return socket.if_nametoindex(interface)
+    except OSError:
+        return 0
 
 
 def _kinds_of(sensor: str, program: str) -> tuple[str, ...]:

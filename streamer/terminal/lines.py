@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from streamer.events.batch import Batch, Event, kind_of
 from streamer.events.kinds import TaskEvent
 from streamer.events.stream import StreamHeartbeat, StreamLoss, StreamManifest, StreamRecord
+from streamer.events.summaries import XdpCounters
 from streamer.terminal.console import CLEAR_LINE, Console
 
 ENVELOPE = frozenset(TaskEvent.__struct_fields__ + StreamRecord.__struct_fields__)
@@ -36,7 +37,13 @@ _COLORS = {
     "magenta": "\x1b[35m",
     "cyan": "\x1b[36m",
 }
-_KIND_STYLES = {"process": "green", "file": "blue", "net": "cyan", "stream": "magenta"}
+_KIND_STYLES = {
+    "process": "green",
+    "file": "blue",
+    "net": "cyan",
+    "xdp": "cyan",
+    "stream": "magenta",
+}
 _ARROWS = {"outbound": "->", "inbound": "<-"}
 _MAX_VALUE = 80
 MOST_SAID = 2000
@@ -251,6 +258,21 @@ def _latency(nanoseconds: int) -> Iterator[Segment]:
         yield Segment(f" {duration(nanoseconds)}", "dim")
 
 
+def _xdp(event: XdpCounters) -> Iterator[Segment]:
+    yield Segment(_padded(event.interface, 16), "bold")
+    tags = "" if event.vlan == "none" else f"{event.vlan} VLAN, "
+    ports = "" if event.ports == "none" else f", {event.ports} port"
+    protocol = event.network if event.transport == "none" else f"{event.network} {event.transport}"
+    yield Segment(f"{tags}{protocol}{ports}")
+    if event.verdict != "whole":
+        odd = event.verdict in ("truncated", "malformed", "extensions")
+        yield Segment(f", {event.verdict.replace('_', ' ')}", "yellow" if odd else "")
+    yield Segment(f": {event.packets:,} packets, {size(event.bytes)}")
+    seconds = event.period_ns / 1e9
+    yield Segment(f" in {duration(event.period_ns)}", "dim")
+    yield Segment(f", {rate(event.packets / seconds)}/s" if seconds else "", "dim")
+
+
 def _manifest(event: StreamManifest) -> Iterator[Segment]:
     full = [kind for kind, report in event.coverage.items() if report.status == "full"]
     yield Segment(f"observing {len(full)} of {len(event.coverage)} kinds fully")
@@ -299,6 +321,7 @@ _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "net.connect": _connect,
     "net.accept": _accept,
     "net.close": _close,
+    "xdp.counters": _xdp,
     "stream.manifest": _manifest,
     "stream.heartbeat": _heartbeat,
     "stream.loss": _loss,

@@ -214,9 +214,13 @@ def attach_to(directory: str, interfaces: tuple[str, ...]) -> tuple[list[Program
 
 
 def test_an_interface_that_is_not_there(require: Require, directory: str) -> None:
-    """It is named, and the others are left alone."""
+    """It is named; those that are there are observed, and none that is not named."""
     require(shutil.which("ip"), "ip (iproute2) is not installed")
     states, held = Role("test", in_own_system, attach_to, directory, ("here", "elsewhere")).result()
+    way, reason = "xdp here:native", "elsewhere: No such device"
+    assert states == [ProgramState("on_packet", "packets", way, "attached", reason)]
+    assert held == [True, False, False]
+    states, held = Role("test", in_own_system, attach_to, directory, ("elsewhere",)).result()
     reason = "xdp cannot be attached: elsewhere: No such device"
     assert states == [ProgramState("on_packet", "packets", "xdp", "failed", reason)]
     assert held == [False, False, False]

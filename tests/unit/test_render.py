@@ -27,6 +27,7 @@ from streamer.events.stream import (
     StreamLoss,
     StreamManifest,
 )
+from streamer.events.summaries import XdpCounters
 from streamer.terminal import lines as render
 from streamer.terminal.console import Console
 from streamer.terminal.lines import Rates, Renderer, StatusLine, printable, status_text
@@ -170,6 +171,29 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
         "10.0.0.1:51000 <- 93.184.216.34:443 sent 0B, received 0B",
     ),
 ]
+
+
+COUNTED = {"interface": "eth0", "network": "ipv4", "transport": "udp", "ports": "user"}
+COUNTED |= {"vlan": "none", "verdict": "whole", "period_ns": 2 * 10**9}
+SUMMARIES = [
+    (
+        COUNTED | {"packets": 3000, "bytes": 1536},
+        "eth0            ipv4 udp, user port: 3,000 packets, 1.50KiB in 2.00s, 1.50k/s\n",
+    ),
+    (
+        COUNTED | {"transport": "none", "ports": "none", "vlan": "double", "verdict": "malformed"},
+        "eth0            double VLAN, ipv4, malformed: 0 packets, 0B in 2.00s, 0/s\n",
+    ),
+    (
+        COUNTED | {"verdict": "later_fragment", "packets": 1, "period_ns": 0},
+        "eth0            ipv4 udp, user port, later fragment: 1 packets, 0B in 0ns\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), SUMMARIES)
+def test_packets_by_class(values: dict[str, Any], expected: str) -> None:
+    assert lines(filled(XdpCounters, **values)).endswith(f"xdp.counters {expected}")
 
 
 @pytest.mark.parametrize(("kind", "values", "expected"), ESSENCES)
