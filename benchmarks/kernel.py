@@ -133,7 +133,7 @@ def packets(rounds: int) -> list[Cost]:
         bare.load()
         kernel.attach()
         fds = {"XDP_PASS alone": bare.programs["xdp_pass"].fd}
-        fds |= dict.fromkeys(PACKETS, kernel.programs["on_packet"])
+        fds |= dict.fromkeys(PACKETS, kernel.program_fds["on_packet"])
         found = dict.fromkeys(fds, float("inf"))
         for _ in range(rounds):
             for name, fd in fds.items():

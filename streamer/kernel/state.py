@@ -492,7 +492,7 @@ class KernelState:
         return self._map(self._tables[name], size)
 
     @property
-    def programs(self) -> dict[str, int]:
+    def program_fds(self) -> dict[str, int]:
         """The descriptors of the programs that are attached, by name."""
         return {name: fd for one in self._attached.values() for name, fd in one.descriptors.items()}
 

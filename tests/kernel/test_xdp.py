@@ -73,7 +73,7 @@ def run_all(frames: list[bytes]) -> tuple[set[int], list[XdpCounters]]:
     try:
         kernel.attach()
         summaries = Summaries(kernel, Envelope(), {KIND})
-        fd = kernel.programs["on_packet"]
+        fd = kernel.program_fds["on_packet"]
         half = len(frames) // 2
         verdicts = {run_program(fd, 1, frame) for frame in frames[:half]}
         records: list[Any] = summaries.collect()

@@ -173,7 +173,12 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-COUNTED = {"interface": "eth0", "network": "ipv4", "transport": "udp", "ports": "user"}
+COUNTED: dict[str, Any] = {
+    "interface": "eth0",
+    "network": "ipv4",
+    "transport": "udp",
+    "ports": "user",
+}
 COUNTED |= {"vlan": "none", "verdict": "whole", "period_ns": 2 * 10**9}
 SUMMARIES = [
     (
