@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -381,7 +382,7 @@ def test_what_a_program_needs(
     assert made._is_given(sensor, ("option:more", need)) == met
 
 
-def test_a_program_is_at_all_of_its_interfaces_or_at_none(kernel: Kernel) -> None:
+def test_a_program_is_at_all_cpus_or_at_none(kernel: Kernel) -> None:
     def attach(name: str) -> Any:
         if name == "second":
             raise refusal(errno.EBUSY)
@@ -394,6 +395,31 @@ def test_a_program_is_at_all_of_its_interfaces_or_at_none(kernel: Kernel) -> Non
 
 
 def test_an_interface_that_is_not_there() -> None:
-    program: Any = None  # it does not come to that
-    with pytest.raises(OSError, match="No such device"):
-        module._to_interface(program, "nosuch0")
+    """The others are attached to; one that was there before is let go."""
+
+    class FakeProgram:
+        section = "xdp"
+
+        def attach_to_interface(self, index: int, mode: int) -> Any:
+            return Gone(index)
+
+    class Gone:
+        def __init__(self, index: int) -> None:
+            self.index, self.destroyed = index, False
+
+        def destroy(self) -> None:
+            self.destroyed = True
+
+    program: Any = FakeProgram()
+    gone: Any = Gone(99)
+    attached = {"nosuch0": module._AtInterface(99, "native", gone)}
+    errors = module._attach_to_interfaces(program, ("nosuch0", "lo"), attached)
+    assert [(name, error.strerror) for name, error in errors.items()] == [
+        ("nosuch0", "No such device")
+    ]
+    assert gone.destroyed
+    (lo,) = attached.values()
+    assert (lo.number, lo.mode) == (socket.if_nametoindex("lo"), "native")
+    again = dict(attached)
+    assert module._attach_to_interfaces(program, ("lo",), again) == {}
+    assert again == attached  # it stays as it is
