@@ -9,7 +9,7 @@ PYTHON_BIN := .venv/bin/python
 # Debian keeps mosquitto and ip where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help run setup test test-unit test-image test-kernels lint gen lock bench brokers brokers-stop clean
+.PHONY: help run setup test test-unit test-image test-kernels verify lint gen lock bench brokers brokers-stop clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,12 @@ test-kernels: ## the kernel's tests on stock Debian kernels 5.10 to 7.2 in virtu
 	@tools/kernels.sh setup $(KERNELS)
 	@exec $(PYTHON_BIN) -m tests.vm.suite $(KERNELS:%=--kernel %) --minutes $(MINUTES) \
 		$(HOST:%=--host %) -- $(ARGS)
+
+verify: ## what the verifier says of every program on those kernels, as a table (root, slow)
+	@tools/setup.sh dev
+	@$(PYTHON_BIN) bpf/build.py --all
+	@tools/kernels.sh setup $(KERNELS)
+	@exec $(PYTHON_BIN) -m tests.vm.verifier $(KERNELS:%=--kernel %) $(ARGS)
 
 lint: ## check style, types, generated files, and that released schemas still hold
 	@tools/setup.sh dev

@@ -19,20 +19,6 @@ struct {
 	__type(value, struct packet_counts);
 } packets SEC(".maps") SIZED("cpus,interfaces") NEEDS("interface");
 
-/* What is left of a packet, in the kernel's memory. */
-struct cursor {
-	void *at;
-	void *end;
-};
-
-struct packet_class {
-	__u32 vlan;
-	__u32 network;
-	__u32 transport;
-	__u32 ports;
-	__u32 verdict;
-};
-
 #define MOST_VLANS 2
 #define MOST_EXTENSIONS 8
 
@@ -142,21 +128,28 @@ struct ports {
 	__be16 to;
 };
 
-/* The next header of that type, which is then behind the cursor; NULL where the packet ends before. */
-#define TAKE(cursor, type)                                         \
-	({                                                         \
-		type *__taken = (cursor)->at;                      \
-		void *__next = (void *)(__taken + 1);              \
-		if (__next > (cursor)->end)                        \
-			__taken = NULL;                            \
-		else                                               \
-			(cursor)->at = __next;                     \
-		__taken;                                           \
+/* The farthest that a header is looked for: behind eight extension headers of the largest size. */
+#define MOST_HEADERS 0x7fff
+
+/* The header of that type `at` so many bytes into the packet; NULL where the packet ends before. */
+#define HEADER(packet, at, type)                                                  \
+	({                                                                        \
+		void *__end = (void *)(long)(packet)->data_end;                   \
+		type *__header = (void *)(long)(packet)->data + (at);             \
+		(at) > MOST_HEADERS || (void *)(__header + 1) > __end ? NULL :    \
+									__header; \
 	})
 
-static __always_inline __u32 left(const struct cursor *cursor)
+/* In 64 bits all the way: pointers cannot be subtracted in 32. */
+static __always_inline __u64 length_of(struct xdp_md *packet)
 {
-	return (__u32)(cursor->end - cursor->at);
+	return (void *)(long)packet->data_end - (void *)(long)packet->data;
+}
+
+/* A class but for its VLANs, in one number: what the functions below give. */
+static __always_inline __u32 class_of(__u32 network, __u32 transport, __u32 ports, __u32 verdict)
+{
+	return ((network * TRANSPORT_END + transport) * PORTS_END + ports) * PACKET_END + verdict;
 }
 
 /* ---------------------------------------------------------------- transport */
@@ -183,87 +176,92 @@ static __always_inline __u32 transport_of(__u8 protocol)
 	}
 }
 
-static __always_inline void classify_ports(struct packet_class *class, __be16 from, __be16 to)
+static __always_inline __u32 ports_of(__be16 from, __be16 to)
 {
 	__u16 one = bpf_ntohs(from), other = bpf_ntohs(to), lower = one < other ? one : other;
 
-	class->ports = lower < 1024 ? PORTS_SYSTEM : lower < 49152 ? PORTS_USER : PORTS_DYNAMIC;
+	return lower < 1024 ? PORTS_SYSTEM : lower < 49152 ? PORTS_USER : PORTS_DYNAMIC;
 }
 
-/* `size` bytes follow the IP header, by its own words. */
-static __always_inline void classify_transport(struct packet_class *class, struct cursor *cursor,
-					       __u8 protocol, __u32 size)
+static __always_inline __u32 verdict_of_tcp(const struct tcp *tcp, __u32 size, __u32 verdict)
 {
-	struct ports *ports;
+	__u32 header = (tcp->offset >> 4) * 4;
+
+	return header < sizeof(*tcp) || header > size ? PACKET_MALFORMED : verdict;
+}
+
+static __always_inline __u32 verdict_of_udp(const struct udp *udp, __u32 size, __u32 verdict)
+{
+	__u32 length = bpf_ntohs(udp->length);
+
+	/* 0 in a jumbogram; of a first fragment the length of all. */
+	if (length && (length < sizeof(*udp) || (verdict == PACKET_WHOLE && length > size)))
+		return PACKET_MALFORMED;
+	return verdict;
+}
+
+/*
+ * The class of a packet that is a `verdict` so far, and has a header `at` so many bytes, with `size` bytes
+ * from there on by the word of the IP header before it. `what` is its protocol, and the network above
+ * these eight bits. This function and the two that call it are not static: so each is verified once,
+ * and not in every state in which it is called.
+ */
+__noinline int classify_transport(struct xdp_md *packet, __u32 at, __u32 what, __u32 size,
+				  __u32 verdict)
+{
+	__u32 protocol = what & 0xff, network = what >> 8;
+	__u32 transport = transport_of(protocol), ports = PORTS_NONE;
+	struct ports *any;
 	struct tcp *tcp;
 	struct udp *udp;
 
-	class->transport = transport_of(protocol);
 	if (protocol == NEXT_TCP) {
-		tcp = TAKE(cursor, struct tcp);
-		if (!tcp) {
-			class->verdict = PACKET_TRUNCATED;
-			return;
-		}
-		classify_ports(class, tcp->from, tcp->to);
-		if ((tcp->offset >> 4) < 5 || (tcp->offset >> 4) * 4u > size)
-			class->verdict = PACKET_MALFORMED;
+		tcp = HEADER(packet, at, struct tcp);
+		if (!tcp)
+			return class_of(network, transport, ports, PACKET_TRUNCATED);
+		ports = ports_of(tcp->from, tcp->to);
+		verdict = verdict_of_tcp(tcp, size, verdict);
 	} else if (protocol == NEXT_UDP) {
-		udp = TAKE(cursor, struct udp);
-		if (!udp) {
-			class->verdict = PACKET_TRUNCATED;
-			return;
-		}
-		classify_ports(class, udp->from, udp->to);
-		/* Of a first fragment it is the length of all; 0 in a jumbogram. */
-		if (udp->length && bpf_ntohs(udp->length) < sizeof(*udp))
-			class->verdict = PACKET_MALFORMED;
-		else if (class->verdict == PACKET_WHOLE && bpf_ntohs(udp->length) > size)
-			class->verdict = PACKET_MALFORMED;
+		udp = HEADER(packet, at, struct udp);
+		if (!udp)
+			return class_of(network, transport, ports, PACKET_TRUNCATED);
+		ports = ports_of(udp->from, udp->to);
+		verdict = verdict_of_udp(udp, size, verdict);
 	} else if (protocol == NEXT_SCTP) {
-		ports = TAKE(cursor, struct ports);
-		if (!ports) {
-			class->verdict = PACKET_TRUNCATED;
-			return;
-		}
-		classify_ports(class, ports->from, ports->to);
+		any = HEADER(packet, at, struct ports);
+		if (!any)
+			return class_of(network, transport, ports, PACKET_TRUNCATED);
+		ports = ports_of(any->from, any->to);
 	}
+	return class_of(network, transport, ports, verdict);
 }
 
 /* ---------------------------------------------------------------- IP */
 
-static __always_inline void classify_ipv4(struct packet_class *class, struct cursor *cursor)
+__noinline int classify_ipv4(struct xdp_md *packet, __u32 at)
 {
-	__u32 header, total, fragment, present = left(cursor);
-	struct ipv4 *ip = TAKE(cursor, struct ipv4);
+	__u32 header, fragment, verdict = PACKET_WHOLE;
+	__u64 total, present = length_of(packet) - at;
+	struct ipv4 *ip = HEADER(packet, at, struct ipv4);
 
-	class->network = NETWORK_IPV4;
-	if (!ip) {
-		class->verdict = PACKET_TRUNCATED;
-		return;
-	}
+	if (!ip)
+		return class_of(NETWORK_IPV4, TRANSPORT_NONE, PORTS_NONE, PACKET_TRUNCATED);
 	header = (ip->version_length & 0xf) * 4;
 	total = bpf_ntohs(ip->total_length);
 	if (!total && present > 0xffff)
 		total = present; /* put together by the kernel, larger than can be said */
-	if (ip->version_length >> 4 != 4 || header < sizeof(*ip) || total < header) {
-		class->verdict = PACKET_MALFORMED;
-		return;
-	}
-	if (total > present || cursor->at + (header - sizeof(*ip)) > cursor->end) {
-		class->verdict = PACKET_TRUNCATED;
-		return;
-	}
-	cursor->at += header - sizeof(*ip);
+	if (ip->version_length >> 4 != 4 || header < sizeof(*ip) || total < header)
+		return class_of(NETWORK_IPV4, TRANSPORT_NONE, PORTS_NONE, PACKET_MALFORMED);
+	if (total > present)
+		return class_of(NETWORK_IPV4, TRANSPORT_NONE, PORTS_NONE, PACKET_TRUNCATED);
 	fragment = bpf_ntohs(ip->fragment);
-	if (fragment & IPV4_OFFSET) {
-		class->verdict = PACKET_LATER_FRAGMENT;
-		class->transport = transport_of(ip->protocol);
-		return;
-	}
+	if (fragment & IPV4_OFFSET)
+		return class_of(NETWORK_IPV4, transport_of(ip->protocol), PORTS_NONE,
+				PACKET_LATER_FRAGMENT);
 	if (fragment & IPV4_MORE_FRAGMENTS)
-		class->verdict = PACKET_FIRST_FRAGMENT;
-	classify_transport(class, cursor, ip->protocol, total - header);
+		verdict = PACKET_FIRST_FRAGMENT;
+	return classify_transport(packet, at + header, ip->protocol | NETWORK_IPV4 << 8,
+				  total - header, verdict);
 }
 
 static __always_inline bool is_extension(__u8 next)
@@ -272,78 +270,68 @@ static __always_inline bool is_extension(__u8 next)
 	       next == NEXT_MOBILITY || next == NEXT_HIP || next == NEXT_SHIM6;
 }
 
-static __always_inline void classify_ipv6(struct packet_class *class, struct cursor *cursor)
+/* In a fragment that is not the first there is no header, of an extension neither. */
+static __always_inline __u32 later_fragment(__u8 next)
 {
-	struct ipv6 *ip = TAKE(cursor, struct ipv6);
+	__u32 transport = is_extension(next) ? TRANSPORT_NONE : transport_of(next);
+
+	return class_of(NETWORK_IPV6, transport, PORTS_NONE, PACKET_LATER_FRAGMENT);
+}
+
+__noinline int classify_ipv6(struct xdp_md *packet, __u32 at)
+{
+	struct ipv6 *ip = HEADER(packet, at, struct ipv6);
+	__u32 begin, verdict = PACKET_WHOLE;
+	__u64 payload, present;
 	struct extension *extension;
 	struct fragment *fragment;
-	__u32 payload, rest, more;
-	void *begin;
 	__u8 next;
 	int i;
 
-	class->network = NETWORK_IPV6;
-	if (!ip) {
-		class->verdict = PACKET_TRUNCATED;
-		return;
-	}
+	if (!ip)
+		return class_of(NETWORK_IPV6, TRANSPORT_NONE, PORTS_NONE, PACKET_TRUNCATED);
+	if (bpf_ntohl(ip->version_class_label) >> 28 != 6)
+		return class_of(NETWORK_IPV6, TRANSPORT_NONE, PORTS_NONE, PACKET_MALFORMED);
 	payload = bpf_ntohs(ip->payload_length);
-	if ((bpf_ntohl(ip->version_class_label) >> 28) != 6) {
-		class->verdict = PACKET_MALFORMED;
-		return;
-	}
-	begin = cursor->at;
-	if (payload > left(cursor)) {
-		class->verdict = PACKET_TRUNCATED;
-		return;
-	}
 	next = ip->next;
-	if (!payload) /* a jumbogram says its length in an option */
-		payload = next == NEXT_HOP_BY_HOP || left(cursor) > 0xffff ? left(cursor) : 0;
+	at += sizeof(*ip);
+	begin = at;
+	present = length_of(packet) - at;
+	if (payload > present)
+		return class_of(NETWORK_IPV6, TRANSPORT_NONE, PORTS_NONE, PACKET_TRUNCATED);
+	/* A jumbogram says its length in an option. */
+	if (!payload && (next == NEXT_HOP_BY_HOP || present > 0xffff))
+		payload = present;
 	for (i = 0; i < MOST_EXTENSIONS; i++) {
 		if (next == NEXT_FRAGMENT) {
-			fragment = TAKE(cursor, struct fragment);
-			if (!fragment) {
-				class->verdict = PACKET_TRUNCATED;
-				return;
-			}
+			fragment = HEADER(packet, at, struct fragment);
+			if (!fragment)
+				return class_of(NETWORK_IPV6, TRANSPORT_NONE, PORTS_NONE,
+						PACKET_TRUNCATED);
 			next = fragment->next;
-			more = bpf_ntohs(fragment->offset_more);
-			if (more & IPV6_OFFSET) {
-				class->verdict = PACKET_LATER_FRAGMENT;
-				class->transport = is_extension(next) ? TRANSPORT_NONE :
-									transport_of(next);
-				return;
-			}
-			if (more & IPV6_MORE_FRAGMENTS)
-				class->verdict = PACKET_FIRST_FRAGMENT;
-			continue;
-		}
-		if (!is_extension(next))
+			if (fragment->offset_more & bpf_htons(IPV6_OFFSET))
+				return later_fragment(next);
+			if (fragment->offset_more & bpf_htons(IPV6_MORE_FRAGMENTS))
+				verdict = PACKET_FIRST_FRAGMENT;
+			at += sizeof(*fragment);
+		} else if (is_extension(next)) {
+			extension = HEADER(packet, at, struct extension);
+			if (!extension || extension->length * 8u + sizeof(*extension) >
+						  length_of(packet) - at)
+				return class_of(NETWORK_IPV6, TRANSPORT_NONE, PORTS_NONE,
+						PACKET_TRUNCATED);
+			next = extension->next;
+			at += extension->length * 8u + sizeof(*extension);
+		} else {
 			break;
-		extension = TAKE(cursor, struct extension);
-		if (!extension) {
-			class->verdict = PACKET_TRUNCATED;
-			return;
 		}
-		next = extension->next;
-		rest = extension->length * 8u;
-		if (cursor->at + rest > cursor->end) {
-			class->verdict = PACKET_TRUNCATED;
-			return;
-		}
-		cursor->at += rest;
 	}
-	if (is_extension(next) || next == NEXT_FRAGMENT) {
-		class->verdict = PACKET_EXTENSIONS;
-		return;
-	}
-	more = cursor->at - begin;
-	if (more > payload) {
-		class->verdict = PACKET_MALFORMED;
-		return;
-	}
-	classify_transport(class, cursor, next, payload - more);
+	if (is_extension(next) || next == NEXT_FRAGMENT)
+		return class_of(NETWORK_IPV6, TRANSPORT_NONE, PORTS_NONE, PACKET_EXTENSIONS);
+	if (at - begin > payload)
+		return class_of(NETWORK_IPV6, TRANSPORT_NONE, PORTS_NONE, PACKET_MALFORMED);
+	return classify_transport(packet, at, next | NETWORK_IPV6 << 8, payload - (at - begin),
+				  verdict);
 }
 
 /* ---------------------------------------------------------------- frame */
@@ -354,45 +342,44 @@ static __always_inline bool is_vlan(__be16 type)
 	       type == bpf_htons(ETH_P_QINQ1);
 }
 
-static __always_inline void classify(struct packet_class *class, struct cursor *cursor)
+/* What is behind the frame's own header and its VLAN tags. */
+static __always_inline __u32 classify_network(struct xdp_md *packet, __u32 at, __be16 type)
 {
-	struct ethernet *frame = TAKE(cursor, struct ethernet);
+	if (type == bpf_htons(ETH_P_IP))
+		return classify_ipv4(packet, at);
+	if (type == bpf_htons(ETH_P_IPV6))
+		return classify_ipv6(packet, at);
+	if (type == bpf_htons(ETH_P_ARP))
+		return class_of(NETWORK_ARP, TRANSPORT_NONE, PORTS_NONE, PACKET_WHOLE);
+	return class_of(NETWORK_OTHER, TRANSPORT_NONE, PORTS_NONE, PACKET_WHOLE);
+}
+
+static __always_inline __u32 with_vlan(__u32 vlan, __u32 class)
+{
+	return vlan * NETWORK_END * TRANSPORT_END * PORTS_END * PACKET_END + class;
+}
+
+static __always_inline __u32 classify(struct xdp_md *packet)
+{
+	__u32 cut = class_of(NETWORK_OTHER, TRANSPORT_NONE, PORTS_NONE, PACKET_TRUNCATED);
+	struct ethernet *frame = HEADER(packet, 0, struct ethernet);
+	__u32 at = sizeof(*frame), vlan;
 	struct vlan_tag *tag;
 	__be16 type;
-	int i;
 
-	if (!frame) {
-		class->verdict = PACKET_TRUNCATED;
-		return;
-	}
+	if (!frame)
+		return cut;
 	type = frame->type;
-	for (i = 0; i < MOST_VLANS && is_vlan(type); i++) {
-		tag = TAKE(cursor, struct vlan_tag);
-		if (!tag) {
-			class->verdict = PACKET_TRUNCATED;
-			return;
-		}
-		class->vlan++;
+	for (vlan = 0; vlan < MOST_VLANS && is_vlan(type); vlan++) {
+		tag = HEADER(packet, at, struct vlan_tag);
+		if (!tag)
+			return with_vlan(vlan, cut);
+		at += sizeof(*tag);
 		type = tag->type;
 	}
 	if (is_vlan(type))
-		class->vlan = VLAN_MORE;
-	else if (type == bpf_htons(ETH_P_IP))
-		classify_ipv4(class, cursor);
-	else if (type == bpf_htons(ETH_P_IPV6))
-		classify_ipv6(class, cursor);
-	else if (type == bpf_htons(ETH_P_ARP))
-		class->network = NETWORK_ARP;
-}
-
-static __always_inline __u32 index_of(const struct packet_class *class)
-{
-	__u32 index = class->vlan;
-
-	index = index * NETWORK_END + class->network;
-	index = index * TRANSPORT_END + class->transport;
-	index = index * PORTS_END + class->ports;
-	return index * PACKET_END + class->verdict;
+		return with_vlan(VLAN_MORE, class_of(NETWORK_OTHER, TRANSPORT_NONE, PORTS_NONE, PACKET_WHOLE));
+	return with_vlan(vlan, classify_network(packet, at, type));
 }
 
 static __always_inline struct packet_counts *counts_of(__u32 interface)
@@ -408,24 +395,19 @@ static __always_inline struct packet_counts *counts_of(__u32 interface)
 SEC("xdp") EMITS("xdp.counters") NEEDS("interface")
 int on_packet(struct xdp_md *packet)
 {
-	struct cursor cursor = {
-		.at = (void *)(long)packet->data,
-		.end = (void *)(long)packet->data_end,
-	};
 	struct packet_counts *counts = counts_of(packet->ingress_ifindex);
-	struct packet_class class = {};
-	__u64 bytes = cursor.end - cursor.at;
-	__u32 index;
+	__u32 class;
 
 	if (!counts) {
 		count_fault(FAULT_NO_SLOT);
 		return XDP_PASS;
 	}
-	classify(&class, &cursor);
-	index = index_of(&class);
-	if (index >= PACKET_CLASSES) /* cannot be, and the verifier wants to see it */
+	class = classify(packet);
+	if (class >= PACKET_CLASSES) { /* cannot be, and the verifier wants to see it */
+		count_fault(FAULT_NO_SLOT);
 		return XDP_PASS;
-	counts->by_class[index].packets++;
-	counts->by_class[index].bytes += bytes;
+	}
+	counts->by_class[class].packets++;
+	counts->by_class[class].bytes += length_of(packet);
 	return XDP_PASS;
 }

@@ -23,6 +23,7 @@ _MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 _BPF_XDP = 37  # enum bpf_attach_type
 XDP_MODES = {"native": 1 << 2, "generic": 1 << 1}
 """The ways of an interface to run a program: in its driver, else behind it. XDP_FLAGS_…"""
+_LOG_FIGURES = 4  # BPF_LOG_STATS
 LOG_BYTES = 1 << 20
 """Room for one program's verifier log; a longer one loses its beginning or fails to be kept."""
 
@@ -79,6 +80,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_program__name": (c_char_p, [c_void_p]),
     "bpf_program__section_name": (c_char_p, [c_void_p]),
     "bpf_program__set_autoload": (c_int, [c_void_p, c_bool]),
+    "bpf_program__set_log_level": (c_int, [c_void_p, u32]),
     "bpf_program__set_log_buf": (c_int, [c_void_p, c_char_p, c_size_t]),
     "bpf_program__fd": (c_int, [c_void_p]),
     "bpf_program__attach": (c_void_p, [c_void_p]),
@@ -175,8 +177,10 @@ class Program:
         """Load this program with the object, or leave it out."""
         _check(_library().bpf_program__set_autoload(self._handle, wanted))
 
-    def keep_log(self) -> None:
-        """Keep what the verifier says if it refuses the program."""
+    def keep_log(self, *, figures: bool = False) -> None:
+        """Keep what the verifier says if it refuses the program; with `figures`, also if not."""
+        if figures:
+            _check(_library().bpf_program__set_log_level(self._handle, _LOG_FIGURES))
         self._log = ctypes.create_string_buffer(LOG_BYTES)
         _check(_library().bpf_program__set_log_buf(self._handle, self._log, LOG_BYTES))
 
