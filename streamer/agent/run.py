@@ -17,6 +17,7 @@ from streamer.agent import signals
 from streamer.agent.allocator import keep_freed_memory
 from streamer.agent.run_file import RunFile
 from streamer.agent.service import Outcome, Service
+from streamer.config.rules import host_problems
 from streamer.config.settings import Limits, Settings, StdoutSink, with_budgets
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.batch import Batch
@@ -122,6 +123,8 @@ async def _run(
     settings: Settings, kinds: frozenset[str], limits: Limits, given: Surroundings
 ) -> Outcome:
     host = host_name(settings.host)
+    for problem in host_problems(settings, host):
+        raise ConfigError(problem)
     render = _render(settings, given.line)
     sinks = [
         make_sink(one, host, render, given.split.opener) for one in with_budgets(settings.sinks)

@@ -33,6 +33,7 @@ MQTT_TOPIC = "a topic without '+', '#' and a leading '$'; placeholders: {categor
 HOST_PORT = 'HOST:PORT, such as "127.0.0.1:9092" or "[::1]:9092"'
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9.])?")
+_LEVEL = re.compile(r"[A-Za-z0-9._-]+")  # as the setting `host`
 _BRACES = re.compile(r"\{[^{}]*\}|[{}]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 # Names of tasks and files may hold anything but NUL, and so may their filters.
@@ -57,6 +58,14 @@ def problems(settings: Settings) -> Iterator[str]:
     for index, sink in enumerate(settings.sinks):
         yield from (f"sinks[{index}].{problem}" for problem in sink_problems(sink))
     yield from _same_destination(settings.sinks)
+
+
+def host_problems(settings: Settings, host: str) -> Iterator[str]:
+    """What `settings` cannot do on a host of this name, which the kernel lets be anything."""
+    for index, sink in enumerate(settings.sinks):
+        if isinstance(sink, MqttSink) and "{host}" in sink.topic and not _LEVEL.fullmatch(host):
+            found = f"found {{host}}, and this host is {quoted(host)}"
+            yield f"sinks[{index}].topic: {found}, allowed: the setting host, or another topic"
 
 
 def unprintable(value: Any, key: str = "") -> Iterator[str]:

@@ -20,11 +20,9 @@ def read_secret(
     in a file are not part of it.
 
     Raises:
-        ConfigError: both are set, the variable is unset or the file cannot be read. The
-            message never contains the secret.
+        ConfigError: the variable is unset or the file cannot be read. The message never
+            contains the secret.
     """
-    if env and file:
-        raise ConfigError(f"{what}: set {what}_env or {what}_file, not both")
     if env:
         value = os.environ.get(env)
         if value is None:

@@ -29,11 +29,11 @@ from streamer.config.settings import Limits, Sasl, Tls
 from streamer.config.settings import Settings as AgentSettings
 from streamer.errors import ConfigError
 from streamer.events.batch import Batch
+from streamer.sinks.batching import SizeLimit
 from streamer.sinks.kafka import client
 from streamer.sinks.kafka import sink as kafka_sink
 from streamer.sinks.kafka.client import partition_of
-from streamer.sinks.kafka.encoded import EncodedBatch
-from streamer.sinks.kafka.queue import SizeLimit
+from streamer.sinks.kafka.encoded import encode
 from streamer.sinks.kafka.sink import KafkaSink
 from streamer.sinks.kafka.window import SEQUENCES, Window
 from tests.brokers import KafkaBroker, free_port
@@ -439,7 +439,7 @@ async def test_budget_bounds_what_is_held_while_the_broker_is_away(mortal: Kafka
     mortal.kill()
     sink, heard = make(mortal.address, topic, budget_bytes=1 << 16)
     batch = Batch(opens(0, 50))
-    size = EncodedBatch.of(batch, "json").held
+    size = encode(batch, "json").held
     async with started(sink):
         count = 0
         while not sink.watermarks.full:

@@ -25,6 +25,7 @@ from streamer.config import settings
 from streamer.errors import ConfigError
 from streamer.events.batch import Batch
 from streamer.sinks.base import Sink
+from streamer.sinks.mqtt.encoded import encode
 from streamer.sinks.mqtt.sink import MqttSink
 from tests.brokers import MosquittoBroker, free_port
 from tests.recorder import Recorder
@@ -344,7 +345,7 @@ async def test_a_broker_absent_at_start_gets_everything_when_it_comes(
     """The budget fills up to its exact mark meanwhile, and the trouble is told once."""
     broker = MosquittoBroker(tmp_path / "mosquitto", ["log_type all"])
     batch = execs(10, pad=400)
-    size = len(batch.lines("json"))
+    size = encode(batch, "json").held
     sink, recorder = await start_sink(broker.port, budget_bytes=20 * size)
     await until(lambda: sink.status == "down")
     for n in range(20):
@@ -565,12 +566,12 @@ async def test_no_more_are_in_flight_than_the_settings_allow(start_sink: StartSi
 async def test_an_exceeded_quota_is_waited_for(start_sink: StartSink) -> None:
     """PUBACK 0x97 twice, then success: the same message again, nothing dropped, in order."""
     async with ScriptedBroker(lambda n: 0x97 if n in (1, 2) else 0) as broker:
-        sink, recorder = await start_sink(broker.port, batch_events=10, max_inflight=1)
-        sink.submit(execs(30))
+        sink, recorder = await start_sink(broker.port, batch_events=1, max_inflight=1)
+        sink.submit(execs(3))
         await sink.stop(GRACE)
-    chunks = [execs(10, start).lines("json") for start in (0, 10, 20)]
-    assert broker.payloads == [chunks[0], chunks[1], chunks[1], chunks[1], chunks[2]]
-    assert account(sink) == (30, 0, 0)
+    first, second, third = (execs(1, start).lines("json") for start in (0, 1, 2))
+    assert broker.payloads == [first, second, second, second, third]
+    assert account(sink) == (3, 0, 0)
     assert [status for status, _ in recorder.statuses] == ["up", "closed"]
 
 
@@ -865,9 +866,6 @@ async def test_a_broker_of_another_authority_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"topic": "kernel/+/events"}, "contains wildcard \\+"),
-        ({"topic": "kernel/#"}, "contains wildcard #"),
-        ({"topic": "kernel/{kind}"}, "contains {"),
         ({"username": "agent", "password_env": "NOT_SET_1"}, "NOT_SET_1 is not set"),
         ({"tls": {"ca_file": "/does/not/exist"}}, "cannot use /does/not/exist"),
     ],
@@ -972,6 +970,7 @@ async def test_discard_drops_what_waits_and_says_which_and_what_comes_next_is_de
     """Two of ten in flight: the other eight are lost, with their numbers, and no more."""
     async with ScriptedBroker(lambda n: None) as broker:
         sink, _ = await start_sink(broker.port, batch_events=10, max_inflight=2)
+        await until(lambda: sink.status == "up")
         recorder = sink.listener = Spans()
         for start in range(0, 100, 10):
             sink.submit(numbered(10, start))
@@ -979,7 +978,7 @@ async def test_discard_drops_what_waits_and_says_which_and_what_comes_next_is_de
         sink.discard("no time left")
         assert account(sink) == (0, 80, 20)
         assert recorder.reasons == {"no time left"}
-        assert recorder.spans == [{("bulk", 0): (n, n + 9)} for n in range(20, 100, 10)]
+        assert recorder.spans == [{("bulk", 0): (20, 99)}]
         sink.submit(numbered(5, 100))
         broker.answer = lambda n: 0
         broker.answer_all()
@@ -994,14 +993,18 @@ async def test_every_loss_says_which_numbers_it_may_have(start_sink: StartSink) 
     codes = {0: 0x99, 1: 0x95, 2: 0}
     async with ScriptedBroker(lambda n: codes.get(n)) as broker:
         sink, _ = await start_sink(broker.port, batch_events=2, max_inflight=1, linger_ms=1000)
+        await until(lambda: sink.status == "up")
         recorder = sink.listener = Spans()
         for n in range(8):
             sink.submit(numbered(1, n))
+            if n % 2:  # one message at a time: with more, they would be in one
+                await until(lambda: len(broker.payloads) > n // 2)  # noqa: B023
         await until(lambda: len(broker.payloads) >= 3)
         await sink.stop(0)
         sink.submit(numbered(1, 8))
-    joined = [{("bulk", 0): (n, n + 1)} for n in (0, 2, 4, 6)]
+    joined = [{("bulk", 0): range_} for range_ in ((0, 1), (2, 3), (4, 7))]
     assert recorder.spans[0] == joined[0]
+    assert joined[2] in recorder.spans
     assert all(found in joined for found in recorder.spans[1:-1])
     assert recorder.spans[-1] == {("bulk", 0): (8, 8)}
     assert account(sink)[2] == 0

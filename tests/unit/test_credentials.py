@@ -224,15 +224,6 @@ def test_a_secret_from_a_file_is_all_but_the_line_end(tmp_path: Path) -> None:
     assert read_secret("password", None, str(tmp_path / "secret")) == "  sword fish\t "
 
 
-def test_two_sources_of_a_secret_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SECRET", PASSWORD)
-    (tmp_path / "secret").write_text(PASSWORD)
-    with pytest.raises(ConfigError, match="set password_env or password_file, not both"):
-        read_secret("password", "SECRET", str(tmp_path / "secret"))
-
-
 def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SECRET", raising=False)
     with pytest.raises(ConfigError, match="password_env: the environment variable SECRET is not"):

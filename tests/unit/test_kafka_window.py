@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamer.events.batch import Batch
+from streamer.sinks.encoded import EncodedBatch
 from streamer.sinks.kafka import window as window_module
-from streamer.sinks.kafka.encoded import EncodedBatch
+from streamer.sinks.kafka.client import partition_of
+from streamer.sinks.kafka.encoded import encode, timed
 from streamer.sinks.kafka.window import (
     LAST_EPOCH,
     MOST_IN_FLIGHT,
@@ -27,6 +29,7 @@ from streamer.sinks.kafka.window import (
     Answer,
     Numbered,
     Window,
+    backoff,
 )
 
 LARGE, TIME, SEQUENCE, EPOCH, NOT_LEADER, REPLICAS = 10, 32, 45, 47, 6, 20
@@ -37,11 +40,11 @@ class Event(msgspec.Struct, tag_field="event", tag="file.open"):
 
 
 def events(start: int, count: int) -> list[EncodedBatch]:
-    return [EncodedBatch.of(Batch([Event(n) for n in range(start, start + count)]), "json")]
+    return [encode(Batch([Event(n) for n in range(start, start + count)]), "json")]
 
 
 def numbers(batches: list[EncodedBatch]) -> list[int]:
-    return [number for batch in batches for number in batch.times_ns]
+    return [number for batch in batches for number in timed(batch)[1]]
 
 
 class State(NamedTuple):
@@ -137,7 +140,7 @@ class Run:
         outcome = self.window.answered(entry, said, self.now)
         self.delivered += numbers(outcome.delivered)
         for batch, reason in outcome.dropped:
-            self.dropped += [(number, reason) for number in batch.times_ns]
+            self.dropped += [(number, reason) for number in timed(batch)[1]]
 
     def break_connection(self, handled: int, *, late: bool = False) -> None:
         """The broker still handles so many requests; no answer of any arrives.
@@ -534,3 +537,32 @@ def test_random_long_runs() -> None:
         run = Run(broker)
         submitted = play(run, plan)
         assert broker.log == [number for number in range(submitted) if number not in bad]
+
+
+# ---------------------------------------------------------------- partitions and waiting
+
+
+@pytest.mark.parametrize(
+    ("key", "murmur2"),
+    # The values of Kafka's own test of its hash, UtilsTest.testMurmur2.
+    [
+        (b"21", -973932308),
+        (b"foobar", -790332482),
+        (b"a-little-bit-long-string", -985981536),
+        (b"a-little-bit-longer-string", -1486304829),
+        (b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971),
+        (b"abc", 479470107),
+    ],
+)
+def test_partitions_are_those_of_kafka(key: bytes, murmur2: int) -> None:
+    assert partition_of(key, 1 << 31) == murmur2 & 0x7FFFFFFF
+    assert partition_of(key, 7) == (murmur2 & 0x7FFFFFFF) % 7
+
+
+def test_backoff_grows_to_its_cap() -> None:
+    waits = [backoff(attempt, permanent=False, jitter=1.0) for attempt in range(40)]
+    assert waits == sorted(waits)
+    assert (waits[0], waits[-1]) == (0.1, 5.0)
+    assert backoff(3, permanent=False, jitter=0.0) == waits[3] / 2
+    assert backoff(0, permanent=True, jitter=1.0) == 5.0
+    assert backoff(10_000, permanent=True, jitter=1.0) == 60.0

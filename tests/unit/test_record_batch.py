@@ -9,10 +9,10 @@ from aiokafka.record.memory_records import MemoryRecords  # type: ignore[import-
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamer.sinks.encoded import Records
 from streamer.sinks.kafka import _record_batch
 from streamer.sinks.kafka.codecs import CODECS
 from streamer.sinks.kafka.record_batch import (
-    Records,
     compress,
     crc32c,
     crc32c_py,

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aiokafka.record.util import calc_crc32c  # type: ignore[import-untyped]
 
+from streamer.sinks.encoded import Records
 from streamer.sinks.kafka.codecs import Codec
-
-Records = bytes | list[bytes]
-"""Encoded events: NDJSON, each line with its end, or one `bytes` for each."""
 
 Laid = tuple[bytes, int, int, int]
 """Records laid out: their bytes, their number, the first and the latest time in milliseconds."""

@@ -22,15 +22,15 @@ import asyncio
 import logging
 import os
 import random
-from collections import Counter
 from collections.abc import Awaitable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
 
 from streamer.config.settings import KafkaSink as Settings
-from streamer.events.batch import Batch, join_spans
+from streamer.events.batch import Batch
 from streamer.privilege.files import DIRECT, Opener
 from streamer.sinks.base import Sink
+from streamer.sinks.batching import SizeLimit, TopicQueue
+from streamer.sinks.encoded import EncodedBatch, Extent, held_of, kinds_of, spans_of
 from streamer.sinks.kafka.client import (
     LEADER_SECONDS,
     Client,
@@ -39,7 +39,7 @@ from streamer.sinks.kafka.client import (
     silence_aiokafka,
 )
 from streamer.sinks.kafka.codecs import CODECS
-from streamer.sinks.kafka.encoded import EncodedBatch
+from streamer.sinks.kafka.encoded import encode, timed
 from streamer.sinks.kafka.errors import (
     TOO_LARGE,
     DeliveryError,
@@ -47,7 +47,6 @@ from streamer.sinks.kafka.errors import (
     delivery_error_of,
     verdict_of,
 )
-from streamer.sinks.kafka.queue import GROWTH, SizeLimit, TopicQueue
 from streamer.sinks.kafka.record_batch import Payload, compress, lay_out, record_batch
 from streamer.sinks.kafka.window import Answer, Numbered, Outcome, Window, backoff
 
@@ -59,6 +58,9 @@ METADATA_SECONDS = 300.0
 
 RECORD_MOST = 1_000_000
 """The largest record, unless `batch_bytes` is more: Kafka's default limit is 1,048,588 bytes."""
+
+GROWTH = 4
+"""With a backlog, a record batch has up to so many times `batch_bytes`."""
 
 SHARES = 8
 """A topic in trouble holds at most one of so many parts of the budget.
@@ -82,7 +84,7 @@ class _Topic:
     def __init__(self, name: str, settings: Settings, record_most: int) -> None:
         """Nothing is held, and nobody has been asked about the topic."""
         self.name = name
-        self.queue = TopicQueue(settings.batch_bytes, settings.linger_ms / 1000)
+        self.queue = TopicQueue(Extent(settings.batch_bytes), settings.linger_ms / 1000, GROWTH)
         self.window = Window(random.random)
         self.limit = SizeLimit(record_most)
         self.ratio = FIRST_RATIO if settings.compression != "none" else 1.0
@@ -148,7 +150,7 @@ class KafkaSink(Sink):
     def submit(self, batch: Batch) -> None:
         """Encode and queue. Records over the size limit are dropped, and counted, at once."""
         for name, part in self._parts(batch):
-            encoded = EncodedBatch.of(part, self._settings.encoding)
+            encoded = encode(part, self._settings.encoding)
             self._take(encoded.kinds, encoded.held)
             if self.status == "closed":
                 self._dropped(encoded.kinds, encoded.held, "closed", encoded.spans)
@@ -200,7 +202,7 @@ class KafkaSink(Sink):
         topic.held += encoded.held
         now = asyncio.get_running_loop().time()
         was_empty = not topic.queue
-        for part in encoded.cut(self._record_most):
+        for part in encoded.cut(Extent(self._record_most)):
             if part.size > self._record_most and part.number == 1:
                 self._drop(topic, [part], "a record is larger than the limit")
             else:
@@ -297,7 +299,7 @@ class KafkaSink(Sink):
     def _most(self, topic: _Topic, now: float) -> int:
         """How many bytes of records go into a record batch: about what the limit lets through."""
         through = int(topic.limit.now(now) * topic.ratio * 0.8)
-        return max(1, min(GROWTH * self._settings.batch_bytes, through, self._share))
+        return max(1, min(through, self._share))
 
     async def _place(self, topic: _Topic, client: Client) -> Connection | None:
         """Where to send; None while what is under way elsewhere has to be answered first.
@@ -350,7 +352,7 @@ class KafkaSink(Sink):
             raise DeliveryError(reason, grace=LEADER_SECONDS) from None
 
     async def _compress(self, entry: Numbered) -> Payload:
-        laid = lay_out([batch[:2] for batch in entry.batches], self._key)
+        laid = lay_out([timed(batch) for batch in entry.batches], self._key)
         if self._compressor is None or len(laid[0]) < THREAD_BYTES:
             return compress(laid, self._codec)
         loop = asyncio.get_running_loop()
@@ -418,13 +420,9 @@ class KafkaSink(Sink):
     def _drop(self, topic: _Topic, batches: list[EncodedBatch], reason: str) -> None:
         if not batches:
             return
-        kinds: Counter[str] = Counter()
-        for batch in batches:
-            kinds.update(batch.kinds)
-        held = sum(batch.held for batch in batches)
+        held = held_of(batches)
         topic.held -= held
-        spans = reduce(join_spans, (batch.spans for batch in batches))
-        self._dropped(kinds, held, reason, spans)
+        self._dropped(kinds_of(batches), held, reason, spans_of(batches))
         self._check_empty()
 
     def _with_error(self, topic: _Topic, reason: str) -> str:

@@ -25,13 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from streamer.sinks.kafka.encoded import (
-    EncodedBatch,
-    halves,
-    number_of,
-    size_of,
-    take_out,
-)
+from streamer.sinks.encoded import EncodedBatch, halves, number_of, size_of, take_out
 from streamer.sinks.kafka.errors import NETWORK, Verdict, reason_of_code, verdict_of
 from streamer.sinks.kafka.record_batch import Payload
 

@@ -25,8 +25,9 @@ from streamer.errors import ConfigError
 from streamer.events.batch import Batch
 from streamer.privilege.files import DIRECT, Opener
 from streamer.sinks.base import Sink, Status
+from streamer.sinks.batching import SizeLimit
 from streamer.sinks.credentials import read_secret, ssl_context
-from streamer.sinks.mqtt.chunks import Chunk, ChunkQueue, SizeLimit, cut
+from streamer.sinks.encoded import Extent
 from streamer.sinks.mqtt.connection import (
     Connection,
     PackedProperties,
@@ -36,7 +37,9 @@ from streamer.sinks.mqtt.connection import (
     packet_size,
     user_property,
 )
-from streamer.sinks.mqtt.window import Window
+from streamer.sinks.mqtt.encoded import encode, first_and_last, piece
+from streamer.sinks.mqtt.outbox import Outbox
+from streamer.sinks.mqtt.window import Message, Window
 
 CONTENT_TYPES = {"json": "application/x-ndjson", "msgpack": "application/vnd.msgpack"}
 """NDJSON has no registered type, this one is common; MessagePack's is registered with IANA."""
@@ -53,6 +56,19 @@ REFUSED_TOPIC = 10.0
 
 MAX_TRIES = 10
 """How often a message is sent that the broker answers with an error that may pass."""
+
+MESSAGE_BYTES = 256 << 10
+"""Bytes of events at which a message is sent, also if they are few."""
+MESSAGE_MOST = 1 << 20
+"""Bytes of events that are never exceeded by several, however long the backlog."""
+GROWTH = 8
+"""With a backlog, a message has up to so many times `batch_events`."""
+SHARES = 16
+"""A message has at most one of so many parts of the budget."""
+TIMER_SLACK = 0.001
+"""Seconds: event loops round timers to milliseconds, and may be early by that."""
+HEAD_BYTES = 512
+"""What a packet has at most beside its topic, content properties and payload, as a rule."""
 
 TOO_LARGE = "larger than the broker accepts"
 
@@ -77,31 +93,13 @@ def verdict(code: int, tries: int) -> Verdict:
     return "cut" if code == _PACKET_TOO_LARGE else "dropped"
 
 
-def expand_topic(template: str, host: str, category: str) -> str:
-    """The topic for a category, such as `kernel/web1/process` for `kernel/{host}/{category}`.
-
-    Raises:
-        ConfigError: the result is no topic name that one can publish to.
-    """
-    topic = template.replace("{host}", host).replace("{category}", category)
-    if not topic or len(topic.encode()) > 65535:
-        raise ConfigError("mqtt topic: must have 1 to 65535 bytes")
-    for forbidden, what in (("+", "wildcard +"), ("#", "wildcard #"), ("\0", "a NUL"), ("{", "{")):
-        if forbidden in topic:
-            raise ConfigError(
-                f"mqtt topic {topic!r}: contains {what}; "
-                "allowed are names, /, {host} and {category}"
-            )
-    return topic
-
-
 def retry_delay(failures: int, first: float, most: float) -> float:
     """Seconds to wait after so many failures in a row, without the jitter."""
     return min(most, first * 2.0 ** min(failures - 1, 30))
 
 
 class MqttSink(Sink):
-    """Publishes chunks of events, a limited number in flight, and accounts by PUBACK."""
+    """Publishes messages of events, a limited number in flight, and accounts by PUBACK."""
 
     def __init__(self, settings: config.MqttSink, *, host: str, opener: Opener = DIRECT) -> None:
         """`host` is this host's name, for topics and user properties.
@@ -109,13 +107,11 @@ class MqttSink(Sink):
         `opener` opens certificates and secrets, now and before each attempt to connect.
 
         Raises:
-            ConfigError: the topic cannot be published to, or a secret or certificate cannot
-                be read.
+            ConfigError: a secret or certificate cannot be read.
         """
         scheme = "mqtts" if settings.tls else "mqtt"
         name = f"{scheme}://{settings.host}:{settings.port}/{settings.topic}"
         super().__init__(name, settings.budget)
-        expand_topic(settings.topic, host, "category")
         self._settings = settings
         self._opener = opener
         # Read now as well: one that is wrong from the start is the configuration's mistake.
@@ -129,13 +125,17 @@ class MqttSink(Sink):
         self._properties = content_properties(
             CONTENT_TYPES[settings.encoding], text=settings.encoding == "json"
         ) + user_property("host", host)
-        self._queue = ChunkQueue(
-            settings.encoding, settings.batch_events, settings.linger_ms / 1000
-        )
+        # One event to a message is a format that consumers may depend on.
+        growth = 1 if settings.batch_events == 1 else GROWTH
+        full = Extent(MESSAGE_BYTES, settings.batch_events)
+        self._outbox = Outbox(full, settings.linger_ms / 1000, growth)
+        self._most = max(1, min(MESSAGE_MOST, settings.budget_bytes // SHARES))
+        self._head = HEAD_BYTES + len(self._properties) + len(host) + len(settings.topic.encode())
         self._window = Window()
+        self._copies = 0  # bytes of what is in flight, counted against the budget
         self._limit = 0
         self._allowed = 0  # of `_limit`: one after a refusal, and one more with each that is taken
-        self._size_limit = SizeLimit()
+        self._size_limit = SizeLimit(self._most)
         self._suspicious = False
         # Until when nothing is sent to a topic, and why.
         self._refused_topics: dict[str, tuple[float, str]] = {}
@@ -158,7 +158,7 @@ class MqttSink(Sink):
         self._task.add_done_callback(self._on_run_ended)
 
     def submit(self, batch: Batch) -> None:
-        """Take a batch; its size is that of its encoded events."""
+        """Encode and queue."""
         if self._over or self._loop is None:
             self._take(batch.kinds, 0)
             reason = "stopped" if self._over else "not started"
@@ -166,16 +166,24 @@ class MqttSink(Sink):
             return
         now = self._loop.time()
         parts = batch.by_category() if self._by_category else {"": batch}
-        size = sum(
-            self._queue.add(self._topic(category), part, now) for category, part in parts.items()
-        )
-        self._take(batch.kinds, size)
+        for category, part in parts.items():
+            self._enqueue(self._topic(category), part, now)
         self._pump()
+
+    def _enqueue(self, topic: str, batch: Batch, now: float) -> None:
+        """Encode, in pieces that end where a message is full."""
+        start = 0
+        while start < len(batch):
+            stop = start + self._outbox.lacks(topic)
+            encoded = encode(piece(batch, start, stop), self._settings.encoding)
+            self._outbox.put(topic, encoded, now)
+            self._take(encoded.kinds, encoded.held)
+            start = stop
 
     def discard(self, reason: str) -> None:
         """Drop what waits and is not in flight; what was answered with "later" stays meanwhile."""
-        for chunk in self._queue.clear():
-            self._finish(chunk, reason)
+        for message in self._outbox.clear():
+            self._finish(message, reason)
         self._settle()
 
     async def stop(self, grace: float) -> None:
@@ -184,7 +192,7 @@ class MqttSink(Sink):
         While the broker is away, it is tried until the grace ends.
         """
         self._stopping.set()
-        self._queue.seal()
+        self._outbox.hurry()
         self._pump()
         self._settle()
         try:
@@ -211,7 +219,7 @@ class MqttSink(Sink):
             finally:
                 self._connection = None
                 self._suspect(connection)
-                self._queue.push_front(self._window.take_back())
+                self._take_back()
                 await connection.close()
             self._set_status("down", reason)
             self._connect_failures += 1
@@ -298,7 +306,8 @@ class MqttSink(Sink):
     def _topic(self, category: str) -> str:
         topic = self._topics.get(category)
         if topic is None:
-            topic = expand_topic(self._settings.topic, self._host, category)
+            topic = self._settings.topic.replace("{host}", self._host)
+            topic = topic.replace("{category}", category)
             self._topics[category] = topic
         return topic
 
@@ -310,34 +319,41 @@ class MqttSink(Sink):
             return
         now = self._loop.time()
         while len(self._window) < self._allowed:
-            chunk = self._queue.pop(now)
-            if chunk is None:
+            places = self._limit - len(self._window)
+            most = self._most_now(self._connection, now)
+            message = self._outbox.pop(now + TIMER_SLACK, most, places)
+            if message is None:
                 self._await_linger()
-                return
-            if not self._publish(self._connection, chunk, now):
-                return
+                break
+            if not self._publish(self._connection, message, now):
+                break
+        self._count_copies()
 
-    def _publish(self, connection: Connection, chunk: Chunk, now: float) -> bool:
+    def _most_now(self, connection: Connection, now: float) -> int:
+        """Bytes of records that go into a message."""
+        broker = connection.maximum_packet_size - self._head
+        return max(1, min(self._size_limit.now(now), broker))
+
+    def _publish(self, connection: Connection, message: Message, now: float) -> bool:
         """False when the connection is gone."""
-        if self._refused_topics and (refusal := self._refusal_of(chunk.topic, now)):
-            self._give_up(chunk, refusal)
+        if self._refused_topics and (refusal := self._refusal_of(message.topic, now)):
+            self._give_up(message, refusal)
             return True
-        properties = self._properties_of(chunk)
-        excess = packet_size(chunk.topic, properties, chunk.payload)
+        properties, payload = self._properties_of(message), message.batch.payload
+        excess = packet_size(message.topic, properties, payload)
         excess -= connection.maximum_packet_size
         if excess > 0:
-            self._cut(chunk, len(chunk.payload) - excess)
+            self._cut(message, len(payload) - excess)
             return True
-        most = self._size_limit.now(now)
-        if chunk.count > 1 and 0 < most < len(chunk.payload):
-            self._cut(chunk, most)
+        if message.batch.number > 1 and len(payload) > self._size_limit.now(now):
+            self._cut(message, self._size_limit.now(now))
             return True
-        mid = connection.publish_nowait(chunk.topic, chunk.payload, properties)
+        mid = connection.publish_nowait(message.topic, payload, properties)
         if mid is None:
-            self._queue.push_front([chunk])
+            self._outbox.push_front([message])
             return False
-        chunk.sent_at = now
-        self._window.put(mid, chunk)
+        message.sent_at = now
+        self._window.put(mid, message)
         return True
 
     def _refusal_of(self, topic: str, now: float) -> str:
@@ -348,22 +364,32 @@ class MqttSink(Sink):
             return ""
         return reason
 
-    def _properties_of(self, chunk: Chunk) -> PackedProperties:
+    def _properties_of(self, message: Message) -> PackedProperties:
+        first_id, last_id = first_and_last(message.batch)
         return PackedProperties(
             self._properties
-            + user_property("events", str(chunk.count))
-            + user_property("first_id", chunk.first_id)
-            + user_property("last_id", chunk.last_id)
+            + user_property("events", str(message.batch.number))
+            + user_property("first_id", first_id)
+            + user_property("last_id", last_id)
         )
 
-    def _cut(self, chunk: Chunk, max_bytes: int) -> None:
-        if chunk.count == 1:
-            self._give_up(chunk, TOO_LARGE)
+    def _cut(self, message: Message, most: int) -> None:
+        if message.batch.number == 1:
+            self._give_up(message, TOO_LARGE)
         else:
-            self._queue.push_front(cut(chunk, self._settings.encoding, max_bytes))
+            self._outbox.push_front(message.cut(most))
+
+    def _count_copies(self) -> None:
+        """Count what is in flight once more: the library has each message as a packet, too."""
+        size = self._window.size
+        more, self._copies = size - self._copies, size
+        if more > 0:
+            self._take({}, more)
+        elif more < 0:
+            self._release(-more)
 
     def _await_linger(self) -> None:
-        due = self._queue.due
+        due = self._outbox.due_at()
         if due is not None and self._linger is None and self._loop is not None:
             self._linger = self._loop.call_at(due, self._on_linger)
 
@@ -377,42 +403,48 @@ class MqttSink(Sink):
         found = self._window.pop(mid)
         if found is None:
             return
-        position, chunk = found
+        position, message = found
         if code >= 0x80:
-            self._refused(position, chunk, code)
+            self._refused(position, message, code)
         else:
             self._allowed = min(self._limit, self._allowed + 1)
-            if not self._window.keep(position, chunk):
+            if not self._window.keep(position, message):
                 self._connect_failures = self._publish_failures = 0
-                self._delivered(chunk.kinds, len(chunk.payload))
+                self._delivered(message.batch.kinds, message.batch.held)
         if self._window.running_empty and not len(self._window):
-            self._queue.push_front(self._window.take_back())
+            self._take_back()
             self._allowed = 1
         self._pump()
         self._settle()
 
-    def _refused(self, position: int, chunk: Chunk, code: int) -> None:
-        chunk.tries += 1
-        match verdict(code, chunk.tries):
+    def _take_back(self) -> None:
+        self._outbox.push_front(self._window.take_back())
+        self._count_copies()
+
+    def _refused(self, position: int, message: Message, code: int) -> None:
+        message.tries += 1
+        match verdict(code, message.tries):
             case "later":
-                self._window.again(position, chunk, [chunk])
+                self._window.again(position, message, [message])
                 self._hold_back()
-            case "cut" if chunk.count > 1:
-                self._cut_in_flight(position, chunk)
+            case "cut" if message.batch.number > 1:
+                self._cut_in_flight(position, message)
             case "cut":
-                self._give_up(chunk, TOO_LARGE)
+                self._give_up(message, TOO_LARGE)
             case _:
-                reason = f"publishing to {chunk.topic} refused: {code_name(code)}"
+                reason = f"publishing to {message.topic} refused: {code_name(code)}"
                 self._tell_once(self.status, reason)
                 if code in _OF_THE_TOPIC and self._loop is not None:
                     until = self._loop.time() + REFUSED_TOPIC
-                    self._refused_topics[chunk.topic] = (until, reason)
-                self._give_up(chunk, reason)
+                    self._refused_topics[message.topic] = (until, reason)
+                self._give_up(message, reason)
 
-    def _cut_in_flight(self, position: int, chunk: Chunk) -> None:
+    def _cut_in_flight(self, position: int, message: Message) -> None:
         assert self._loop is not None
-        most = self._size_limit.refused(len(chunk.payload), self._loop.time())
-        self._window.again(position, chunk, cut(chunk, self._settings.encoding, most))
+        now = self._loop.time()
+        self._size_limit.refused(message.size, now)
+        pieces = message.cut(self._size_limit.now(now))
+        self._window.again(position, message, pieces if len(pieces) > 1 else message.halve())
 
     def _suspect(self, connection: Connection) -> None:
         """The connection ended: perhaps over the only message that was in flight.
@@ -425,17 +457,17 @@ class MqttSink(Sink):
         lone = self._window.lone() if connection.closed_by_broker else None
         if lone is None:
             return
-        mid, position, chunk = lone
-        chunk.closings += 1
+        mid, position, message = lone
+        message.closings += 1
         if connection.closing_code in _OF_THE_MESSAGE:
             self._window.pop(mid)
-            self._refused(position, chunk, connection.closing_code)
-        elif chunk.count > 1 and chunk.closings > 1:
+            self._refused(position, message, connection.closing_code)
+        elif message.batch.number > 1 and message.closings > 1:
             self._window.pop(mid)
-            self._cut_in_flight(position, chunk)
-        elif chunk.closings >= MAX_TRIES:
+            self._cut_in_flight(position, message)
+        elif message.closings >= MAX_TRIES:
             self._window.pop(mid)
-            self._give_up(chunk, f"the broker closes the connection over it, {MAX_TRIES} times")
+            self._give_up(message, f"the broker closes the connection over it, {MAX_TRIES} times")
 
     def _hold_back(self) -> None:
         """Send nothing for a while, because the broker cannot take more."""
@@ -448,16 +480,17 @@ class MqttSink(Sink):
         self._held_back = None
         self._pump()
 
-    def _give_up(self, chunk: Chunk, reason: str) -> None:
-        self._finish(chunk, reason)
+    def _give_up(self, message: Message, reason: str) -> None:
+        self._finish(message, reason)
         self._settle()
 
-    def _finish(self, chunk: Chunk, reason: str) -> None:
+    def _finish(self, message: Message, reason: str) -> None:
         """Account for what will not be sent again: lost, unless an earlier copy was taken."""
-        if chunk.taken:
-            self._delivered(chunk.kinds, len(chunk.payload))
+        batch = message.batch
+        if message.taken:
+            self._delivered(batch.kinds, batch.held)
         else:
-            self._dropped(chunk.kinds, len(chunk.payload), reason, chunk.spans)
+            self._dropped(batch.kinds, batch.held, reason, batch.spans)
 
     def _tell_once(self, status: Status, reason: str) -> None:
         """Tell the owner about trouble that the status alone does not show, once per connection."""
@@ -468,7 +501,7 @@ class MqttSink(Sink):
             self.listener.sink_status(self, status, reason)
 
     def _settle(self) -> None:
-        if self._stopping.is_set() and not self._window and not self._queue:
+        if self._stopping.is_set() and not self._window and not self._outbox:
             self._drained.set()
 
     # -------------------------------------------------------------- the end
@@ -486,7 +519,8 @@ class MqttSink(Sink):
         for timer in (self._linger, self._held_back):
             if timer is not None:
                 timer.cancel()
-        for chunk in [*self._window.take_back(), *self._queue.clear()]:
-            self._finish(chunk, reason)
+        self._take_back()
+        for message in self._outbox.clear():
+            self._finish(message, reason)
         self._drained.set()
         self._set_status("closed", reason)

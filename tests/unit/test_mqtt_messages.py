@@ -1,4 +1,4 @@
-"""How events become MQTT messages: chunks, topics, properties and verdicts, without a broker."""
+"""How events become MQTT messages: messages, topics, properties and verdicts, without a broker."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from streamer.errors import ConfigError
 from streamer.events.batch import Batch
-from streamer.sinks.mqtt.chunks import Chunk, ChunkQueue, SizeLimit, cut
+from streamer.sinks.encoded import Extent
 from streamer.sinks.mqtt.connection import (
     PackedProperties,
     code_name,
@@ -22,8 +21,10 @@ from streamer.sinks.mqtt.connection import (
     packet_size,
     user_property,
 )
-from streamer.sinks.mqtt.sink import MAX_TRIES, expand_topic, retry_delay, verdict
-from streamer.sinks.mqtt.window import Window
+from streamer.sinks.mqtt.encoded import encode, first_and_last
+from streamer.sinks.mqtt.outbox import Outbox
+from streamer.sinks.mqtt.sink import MAX_TRIES, retry_delay, verdict
+from streamer.sinks.mqtt.window import Message, Window
 
 
 class Exec(msgspec.Struct, tag_field="event", tag="process.exec"):
@@ -43,7 +44,19 @@ def events(kinds: list[type]) -> list[Any]:
     return [kind(f"b-{n}") for n, kind in enumerate(kinds)]
 
 
-# ---------------------------------------------------------------- chunks
+# ---------------------------------------------------------------- messages
+
+
+def outbox(max_events: int, linger: float, growth: int = 1) -> Outbox:
+    return Outbox(Extent(10**6, max_events), linger, growth)
+
+
+def put(box: Outbox, batch: Batch, now: float, encoding: Any = "json") -> None:
+    box.put("t", encode(batch, encoding), now)
+
+
+def pop(box: Outbox, now: float) -> Message | None:
+    return box.pop(now, 10**6, places=1)
 
 
 @ENCODINGS
@@ -52,110 +65,98 @@ def events(kinds: list[type]) -> list[Any]:
     max_events=st.integers(min_value=1, max_value=40),
     pops=st.integers(min_value=0, max_value=3),
 )
-def test_chunks_are_the_batches_in_order_whatever_their_sizes(
+def test_messages_are_the_batches_in_order_whatever_their_sizes(
     encoding: Any, sizes: list[list[type]], max_events: int, pops: int
 ) -> None:
-    queue = ChunkQueue(encoding, max_events, linger=1.0)
-    chunks: list[Chunk] = []
-    expected, held = b"", 0
+    box = outbox(max_events, linger=1.0)
+    messages: list[Message] = []
+    expected = b""
     kinds: Counter[str] = Counter()
     for n, kinds_of_batch in enumerate(sizes):
         batch = Batch(events(kinds_of_batch))
-        held += queue.add("t", batch, now=float(n))
+        put(box, batch, float(n), encoding)
         expected += batch.lines(encoding)
         kinds.update(batch.kinds)
-        chunks += filter(None, (queue.pop(float(n)) for _ in range(pops)))
-    chunks += queue.clear()
-    assert b"".join(chunk.payload for chunk in chunks) == expected
-    assert held == len(expected)
-    assert sum((Counter(chunk.kinds) for chunk in chunks), Counter()) == kinds
-    assert all(1 <= chunk.count <= max_events for chunk in chunks)
-    assert not queue
+        messages += filter(None, (pop(box, float(n)) for _ in range(pops)))
+    box.hurry()
+    while (message := pop(box, 100.0)) is not None:
+        messages.append(message)
+    assert b"".join(message.batch.payload for message in messages) == expected
+    assert sum((Counter(message.batch.kinds) for message in messages), Counter()) == kinds
+    assert all(1 <= message.batch.number <= max_events for message in messages)
+    assert not box
 
 
-def test_a_chunk_with_room_waits_for_its_linger_and_a_full_one_does_not() -> None:
-    queue = ChunkQueue("json", 3, linger=0.5)
-    queue.add("t", Batch([Exec("1"), Exec("2")]), now=10.0)
-    assert queue.pop(10.4) is None
-    assert queue.due == 10.5
-    queue.add("t", Batch([Exec("3"), Exec("4")]), now=10.4)
-    full = queue.pop(10.4)
+def test_a_message_with_room_waits_for_its_linger_and_a_full_one_does_not() -> None:
+    box = outbox(3, linger=0.5)
+    put(box, Batch([Exec("1"), Exec("2")]), 10.0)
+    assert pop(box, 10.4) is None
+    assert box.due_at() == 10.5
+    assert box.lacks("t") == 1
+    put(box, Batch([Exec("3")]), 10.4)
+    put(box, Batch([Exec("4")]), 10.4)
+    full = pop(box, 10.4)
     assert full is not None
-    assert (full.count, full.first_id, full.last_id) == (3, "1", "3")
-    assert queue.pop(10.8) is None
-    assert queue.due == 10.9
-    rest = queue.pop(10.9)
+    assert (full.batch.number, first_and_last(full.batch)) == (3, ("1", "3"))
+    assert pop(box, 10.8) is None
+    assert box.due_at() == 10.9
+    rest = pop(box, 10.9)
     assert rest is not None
-    assert (rest.count, rest.first_id, rest.last_id) == (1, "4", "4")
-    assert queue.due is None
+    assert (rest.batch.number, first_and_last(rest.batch)) == (1, ("4", "4"))
+    assert box.due_at() is None
+    assert not box
 
 
-def test_chunks_put_back_come_first_and_in_order() -> None:
-    queue = ChunkQueue("json", 1, linger=0.0)
-    queue.add("t", Batch([Exec(str(n)) for n in range(4)]), now=0.0)
-    first, second = queue.pop(0.0), queue.pop(0.0)
+def test_messages_put_back_come_first_and_in_order() -> None:
+    box = outbox(1, linger=0.0)
+    put(box, Batch([Exec(str(n)) for n in range(4)]), 0.0)
+    first, second = pop(box, 0.0), pop(box, 0.0)
     assert first is not None
     assert second is not None
-    queue.push_front([first, second])
-    assert [chunk.first_id for chunk in queue.clear()] == ["0", "1", "2", "3"]
+    box.push_front([first, second])
+    found = [message.batch.marks for message in box.clear()]
+    assert found == [["0"], ["1"], ["2", "3"]]
+
+
+def test_what_is_due_first_goes_first_whatever_its_topic() -> None:
+    box = outbox(10, linger=0.5)
+    for n, topic in enumerate("abc"):
+        box.put(topic, encode(Batch([Exec(str(n))]), "json"), 10.0 - n)
+    found = [box.pop(20.0, 10**6, places=1) for _ in range(3)]
+    assert [message and message.topic for message in found] == ["c", "b", "a"]
 
 
 def test_a_batch_that_fits_is_encoded_once_for_all_sinks() -> None:
     batch = Batch([Exec("1"), Exec("2")])
-    encoded = batch.lines("json")
-    queue = ChunkQueue("json", 100, linger=0.0)
-    queue.add("t", batch, now=0.0)
-    chunk = queue.pop(0.0)
-    assert chunk is not None
-    assert chunk.payload is encoded
+    lines = batch.lines("json")
+    box = outbox(100, linger=0.0)
+    put(box, batch, 0.0)
+    message = pop(box, 0.0)
+    assert message is not None
+    assert message.batch.payload is lines
 
 
 @ENCODINGS
 @given(
     kinds=st.lists(st.sampled_from([Exec, Open]), min_size=1, max_size=50),
-    max_bytes=st.integers(min_value=1, max_value=500),
+    most=st.integers(min_value=1, max_value=500),
 )
-def test_a_chunk_is_cut_between_events_and_only_a_single_event_is_too_large(
-    encoding: Any, kinds: list[type], max_bytes: int
+def test_a_message_is_cut_between_events_and_only_a_single_event_is_too_large(
+    encoding: Any, kinds: list[type], most: int
 ) -> None:
-    queue = ChunkQueue(encoding, 1000, linger=0.0)
     batch = Batch(events(kinds))
-    queue.add("t", batch, now=0.0)
-    chunk = queue.pop(0.0)
-    assert chunk is not None
-    pieces = cut(chunk, encoding, max_bytes)
-    assert b"".join(piece.payload for piece in pieces) == batch.lines(encoding)
-    assert sum((Counter(piece.kinds) for piece in pieces), Counter()) == batch.kinds
-    assert all(len(piece.payload) <= max_bytes or piece.count == 1 for piece in pieces)
-    assert (pieces[0].first_id, pieces[-1].last_id) == (chunk.first_id, chunk.last_id)
-    if len(chunk.payload) > max_bytes and chunk.count > 1:
+    message = Message("t", encode(batch, encoding))
+    pieces = message.cut(most)
+    assert b"".join(piece.batch.payload for piece in pieces) == batch.lines(encoding)
+    assert sum((Counter(piece.batch.kinds) for piece in pieces), Counter()) == batch.kinds
+    ids = [str(mark) for piece in pieces for mark in piece.batch.marks]
+    assert ids == [event.id for event in batch.events]
+    assert all(piece.size <= most or piece.batch.number == 1 for piece in pieces)
+    if message.size > most and message.batch.number > 1:
         assert len(pieces) > 1
 
 
 # ---------------------------------------------------------------- topics, properties, codes
-
-
-def test_a_topic_is_made_of_host_and_category() -> None:
-    assert expand_topic("kernel/{host}/{category}", "web1", "file") == "kernel/web1/file"
-    assert expand_topic("events", "web1", "file") == "events"
-
-
-@pytest.mark.parametrize(
-    ("template", "host"),
-    [
-        ("k/+/e", "h"),
-        ("k/#", "h"),
-        ("k/{host}", "a+b"),
-        ("k/{host}", "#"),
-        ("k/{kind}", "h"),
-        ("", "h"),
-        ("k/\0", "h"),
-        ("x" * 65536, "h"),
-    ],
-)
-def test_a_topic_that_cannot_be_published_to_is_refused(template: str, host: str) -> None:
-    with pytest.raises(ConfigError, match=r"^mqtt topic"):
-        expand_topic(template, host, "process")
 
 
 def test_packed_properties_are_what_paho_reads() -> None:
@@ -221,18 +222,6 @@ def test_retries_slow_down_to_a_limit() -> None:
 # ---------------------------------------------------------------- what was refused
 
 
-def test_a_size_limit_is_learned_once_for_all_that_were_in_flight_and_grows_back() -> None:
-    limit = SizeLimit()
-    assert limit.now(0.0) == 0
-    assert limit.refused(1000, 0.0) == 500
-    assert limit.refused(900, 0.0) == 500, "sent before the limit was known"
-    assert limit.refused(400, 1.0) == 200, "and that was too much still"
-    assert limit.now(120.0) == 200
-    assert limit.now(121.0) == 400
-    assert limit.now(361.0) == 800
-    assert limit.now(601.0) == 0, "as large as what was refused first: nothing is known"
-
-
 @given(
     topics=st.lists(st.sampled_from("ab"), max_size=12),
     codes=st.lists(st.booleans(), min_size=12, max_size=12),
@@ -243,24 +232,26 @@ def test_what_comes_again_is_each_topic_from_its_first_refusal_on(
 ) -> None:
     """And all that has no answer, in the order in which it was sent."""
     window = Window()
-    chunks = [Chunk(topic, b"", {}, str(n), str(n)) for n, topic in enumerate(topics)]
-    for mid, chunk in enumerate(chunks):
-        window.put(mid, chunk)
+    messages = [
+        Message(topic, encode(Batch([Exec(str(n))]), "json")) for n, topic in enumerate(topics)
+    ]
+    for mid, message in enumerate(messages):
+        window.put(mid, message)
     waiting: set[str] = set()
-    expected: list[Chunk] = []
-    for mid, chunk in enumerate(chunks):
+    expected: list[Message] = []
+    for mid, message in enumerate(messages):
         if mid >= answered:
-            expected.append(chunk)
+            expected.append(message)
             continue
         found = window.pop(mid)
         assert found is not None
         if codes[mid]:
-            assert window.keep(*found) == (chunk.topic in waiting)
+            assert window.keep(*found) == (message.topic in waiting)
         else:
-            window.again(*found, [chunk])
-            waiting.add(chunk.topic)
-        if chunk.topic in waiting:
-            expected.append(chunk)
+            window.again(*found, [message])
+            waiting.add(message.topic)
+        if message.topic in waiting:
+            expected.append(message)
     assert window.running_empty == bool(waiting)
     assert window.take_back() == expected
     assert not window

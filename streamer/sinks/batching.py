@@ -1,38 +1,44 @@
 """What waits to be sent to one topic: what goes together, how much of it, and when it is due.
 
-No Kafka here, and no clock: time is handed in, in seconds.
+For every sink that sends batches. No format here, and no clock: time is handed in, in seconds.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
-from streamer.sinks.kafka.encoded import EncodedBatch, size_of
+from streamer.sinks.encoded import EncodedBatch, Extent, held_of, joined
 
 BACKLOG_BATCHES = 8
 MERGED_EVENTS = 256
-GROWTH = 4
 
 
 class TopicQueue:
-    """Encoded events of one topic in order, until a record batch is made of them.
+    """Encoded events of one topic in order, until they are sent.
 
-    A record batch is due when `batch_bytes` are there, or `linger` seconds after the first event
-    came or the record batch before was taken. It takes what is there by then, up to GROWTH times
-    `batch_bytes`: with more on each way, a far broker keeps up with a backlog.
+    They are due when `full` is reached, or `linger` seconds after the first event came or some
+    were taken before. What is taken by then grows with a backlog, up to `growth` times `full`:
+    with more on each way, a far broker keeps up.
     """
 
-    def __init__(self, batch_bytes: int, linger: float) -> None:
-        """`batch_bytes` of records, `linger` in seconds."""
-        self.batch_bytes = batch_bytes
+    def __init__(self, full: Extent, linger: float, growth: int) -> None:
+        """`full` is bytes of records, and events; `linger` is in seconds."""
         self.linger = linger
+        self._full = full
+        self._growth = growth
         self._batches: deque[EncodedBatch] = deque()
         self._size = 0
+        self._number = 0
         self._since = 0.0
 
     def __bool__(self) -> bool:
         """Whether anything is held."""
         return bool(self._batches)
+
+    @property
+    def number(self) -> int:
+        """How many events are held."""
+        return self._number
 
     def put(self, batch: EncodedBatch, now: float) -> None:
         """Queue a batch behind the others.
@@ -41,69 +47,82 @@ class TopicQueue:
         """
         if not self._batches:
             self._since = now
-        self._size += batch.size
+        self._count(batch, 1)
         if len(self._batches) > BACKLOG_BATCHES and self._goes_with(self._batches[-1], batch):
-            batch = self._batches.pop().with_next(batch)
+            batch = joined([self._batches.pop(), batch])
         self._batches.append(batch)
 
     def _goes_with(self, last: EncodedBatch, batch: EncodedBatch) -> bool:
         few = last.number + batch.number <= MERGED_EVENTS
-        return few and last.size + batch.size <= self.batch_bytes
+        return few and last.size + batch.size <= self._full.bytes
 
     def due_at(self) -> float | None:
-        """When the next record batch is due; None when there is nothing."""
+        """When the next are due; None when there is nothing."""
         if not self._batches:
             return None
-        full = self._size >= self.batch_bytes
+        full = self._size >= self._full.bytes or self._number >= self._full.events
         return self._since + (0.0 if full else self.linger)
 
-    def take(self, most: int, now: float) -> list[EncodedBatch]:
-        """The events of a record batch: up to `most` bytes of records, or one larger event."""
-        most = min(most, GROWTH * self.batch_bytes)
+    def take(self, most: int, now: float, places: int = 1) -> list[EncodedBatch]:
+        """What is sent next: up to `most` bytes of records, or one larger event.
+
+        `places` are how many times something could be taken now: a backlog is shared among them.
+        """
+        limit = self._limit(most, places)
+        room = limit
         taken: list[EncodedBatch] = []
-        room = most
-        while self._batches and (not taken or self._batches[0].size <= room):
+        while self._batches and (not taken or self._batches[0].extent.fits(room)):
             first = self._batches.popleft()
-            if first.size > most and first.number > 1:
-                first, *rest = first.cut(most)
+            if first.number > 1 and not first.extent.fits(limit):
+                first, *rest = first.cut(limit)
                 self._batches.extendleft(reversed(rest))
-            room -= first.size
+            self._count(first, -1)
+            room = Extent(room.bytes - first.size, room.events - first.number)
             taken.append(first)
-        self._size -= most - room
         self._since = now
         return taken
+
+    def _limit(self, most: int, places: int) -> Extent:
+        full, growth = self._full, self._growth
+        size = min(growth * full.bytes, max(full.bytes, self._size // places + 1))
+        events = min(growth * full.events, max(full.events, self._number // places + 1))
+        return Extent(min(most, size), events)
+
+    def _count(self, batch: EncodedBatch, sign: int) -> None:
+        self._size += sign * batch.size
+        self._number += sign * batch.number
 
     def trim(self, most: int) -> list[EncodedBatch]:
         """Let go of the newest batches until at most `most` bytes are held; those, in order."""
         out: deque[EncodedBatch] = deque()
         while self._batches and self.held > most:
             out.appendleft(self._batches.pop())
-        self._size = size_of(self._batches)
+            self._count(out[0], -1)
         return list(out)
 
     @property
     def held(self) -> int:
         """Bytes of memory that all of them take, about."""
-        return sum(batch.held for batch in self._batches)
+        return held_of(self._batches)
 
     def clear(self) -> list[EncodedBatch]:
         """Let go of everything, and return it."""
         batches = list(self._batches)
         self._batches.clear()
-        self._size = 0
+        self._size = self._number = 0
         return batches
 
 
 class SizeLimit:
-    """The most bytes of a record batch that are tried, learned from what was refused.
+    """The most bytes of a batch, as it is sent, that are tried, learned from what was refused.
 
     A refusal halves it. It doubles again after a wait, which doubles with every refusal: a
-    topic's limit can be raised, and small batches cost a multiple of the CPU time.
+    limit can be raised, and small batches cost a multiple of the CPU time.
     """
 
     FIRST_WAIT = 30.0
     LONGEST_WAIT = 3600.0
-    LEAST = 1024
+    LEAST = 256
 
     def __init__(self, most: int) -> None:
         """`most` bytes are tried at first."""
@@ -113,14 +132,14 @@ class SizeLimit:
         self._grows_at = 0.0
 
     def now(self, now: float) -> int:
-        """The most bytes that a record batch should have."""
+        """The most bytes that a batch should have."""
         while self._limit < self._most and now >= self._grows_at:
             self._limit = min(self._most, 2 * self._limit)
             self._grows_at += self._wait
         return self._limit
 
     def refused(self, size: int, now: float) -> None:
-        """A record batch of so many bytes was too large."""
+        """A batch of so many bytes was too large."""
         if size > self._limit < self._most:
             return  # it was made before the limit was known
         self._limit = max(self.LEAST, min(self._limit, size) // 2)

@@ -1,20 +1,26 @@
-"""What the Kafka sink decides by itself: sizes, cuts, partitions, waiting. No broker, no clock."""
+"""How encoded events wait, go together and are cut, for every sink. No broker, no clock."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import msgspec
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streamer.events.batch import Batch, Encoding
-from streamer.sinks.kafka.client import partition_of
-from streamer.sinks.kafka.encoded import EncodedBatch, halves, number_of, split_at, take_out
-from streamer.sinks.kafka.queue import GROWTH, SizeLimit, TopicQueue
+from streamer.sinks.batching import SizeLimit, TopicQueue
+from streamer.sinks.encoded import (
+    EncodedBatch,
+    Extent,
+    halves,
+    joined,
+    number_of,
+    split_at,
+    take_out,
+)
+from streamer.sinks.kafka.encoded import encode
 from streamer.sinks.kafka.record_batch import split_lines
-from streamer.sinks.kafka.window import backoff
 
 
 class FileOpen(msgspec.Struct, tag_field="event", tag="file.open"):
@@ -37,7 +43,7 @@ def encoded(*lengths: int, encoding: Encoding = "json") -> EncodedBatch:
         NetClose(index, 1) if index % 2 else FileOpen(index, "x" * length)
         for index, length in enumerate(lengths)
     ]
-    return EncodedBatch.of(Batch(events), encoding)
+    return encode(Batch(events), encoding)
 
 
 def records(*batches: EncodedBatch) -> list[bytes]:
@@ -50,7 +56,7 @@ def records(*batches: EncodedBatch) -> list[bytes]:
 def assert_same(parts: list[EncodedBatch], whole: EncodedBatch) -> None:
     """The parts are the whole: in order, and in all that is counted."""
     assert records(*parts) == records(whole)
-    assert [time for part in parts for time in part.times_ns] == list(whole.times_ns)
+    assert [time for part in parts for time in part.marks] == list(whole.marks)
     assert [cls for part in parts for cls in part.types] == whole.types
     assert sum((Counter(part.kinds) for part in parts), Counter()) == Counter(whole.kinds)
     assert sum(part.held for part in parts) == whole.held
@@ -67,7 +73,7 @@ def test_cutting_loses_nothing_and_keeps_order(
     lengths: list[int], most: int, encoding: Encoding
 ) -> None:
     whole = encoded(*lengths, encoding=encoding)
-    parts = list(whole.cut(most))
+    parts = list(whole.cut(Extent(most)))
     assert_same(parts, whole)
     for part in parts:
         assert part.size <= most or part.number == 1
@@ -101,15 +107,18 @@ def test_batches_are_divided_at_any_event(
 def test_batches_that_are_joined_stay_what_they_were(
     many: list[list[int]], encoding: Encoding
 ) -> None:
-    first, *rest = batches = [encoded(*lengths, encoding=encoding) for lengths in many]
-    joined = first
-    for one in rest:
-        joined = joined.with_next(one)
-    assert_same([joined], joined)
-    assert records(joined) == records(*batches)
+    batches = [encoded(*lengths, encoding=encoding) for lengths in many]
+    assert_same(batches, joined(batches))
 
 
 # ---------------------------------------------------------------- the queue of a topic
+
+
+GROWTH = 4
+
+
+def topic_queue(batch_bytes: int, linger: float) -> TopicQueue:
+    return TopicQueue(Extent(batch_bytes), linger, GROWTH)
 
 
 def drain(queue: TopicQueue, most: int = 10**9) -> list[list[EncodedBatch]]:
@@ -120,7 +129,7 @@ def drain(queue: TopicQueue, most: int = 10**9) -> list[list[EncodedBatch]]:
 
 
 def test_a_backlog_of_single_events_becomes_few_batches() -> None:
-    queue = TopicQueue(10_000_000, linger=60)
+    queue = topic_queue(10_000_000, linger=60)
     events = [encoded(length % 500) for length in range(1000)]
     for one in events:
         queue.put(one, 0.0)
@@ -131,7 +140,7 @@ def test_a_backlog_of_single_events_becomes_few_batches() -> None:
 
 
 def test_a_record_batch_is_due_when_it_is_full_or_after_lingering() -> None:
-    queue = TopicQueue(1000, linger=5)
+    queue = topic_queue(1000, linger=5)
     assert queue.due_at() is None
     queue.put(encoded(300), 10.0)
     queue.put(encoded(300), 12.0)
@@ -146,7 +155,7 @@ def test_a_record_batch_is_due_when_it_is_full_or_after_lingering() -> None:
 
 
 def test_what_is_left_lingers_from_when_the_record_batch_before_was_taken() -> None:
-    queue = TopicQueue(1000, linger=5)
+    queue = topic_queue(1000, linger=5)
     for _ in range(6):
         queue.put(encoded(700), 10.0)
     queue.take(10**9, 11.0)
@@ -158,7 +167,7 @@ def test_what_is_left_lingers_from_when_the_record_batch_before_was_taken() -> N
 def test_record_batches_have_at_most_the_size_that_goes(
     many: list[list[int]], batch_bytes: int, most: int
 ) -> None:
-    queue = TopicQueue(batch_bytes, linger=0)
+    queue = topic_queue(batch_bytes, linger=0)
     batches = [encoded(*lengths) for lengths in many]
     for one in batches:
         queue.put(one, 0.0)
@@ -171,15 +180,43 @@ def test_record_batches_have_at_most_the_size_that_goes(
 
 
 def test_a_backlog_goes_in_larger_record_batches() -> None:
-    queue = TopicQueue(1000, linger=0)
+    queue = topic_queue(1000, linger=0)
     for _ in range(100):
         queue.put(encoded(300), 0.0)
     sizes = [sum(part.size for part in parts) for parts in drain(queue)]
     assert max(sizes) > 0.8 * GROWTH * 1000
 
 
+def test_a_backlog_is_shared_among_the_places_that_there_are() -> None:
+    """Without one nothing grows, however much came at once; with one, up to the limit."""
+    for batches, places, expected in ((5, 5, 10), (5, 20, 10), (10, 5, 20), (100, 5, 80)):
+        queue = TopicQueue(Extent(10_000, 10), linger=0, growth=8)
+        for _ in range(batches):
+            queue.put(encoded(*[1] * 10), 0.0)
+        assert number_of(queue.take(10**9, 0.0, places)) == expected
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    encodings,
+)
+def test_no_batch_has_more_events_than_a_backlog_allows(
+    many: list[int], full: int, growth: int, encoding: Encoding
+) -> None:
+    queue = TopicQueue(Extent(10**9, full), linger=0, growth=growth)
+    batches = [encoded(*([20] * number), encoding=encoding) for number in many]
+    for one in batches:
+        queue.put(one, 0.0)
+    taken = drain(queue)
+    assert records(*(part for parts in taken for part in parts)) == records(*batches)
+    assert all(0 < number_of(parts) <= growth * full for parts in taken)
+    assert queue.number == 0
+
+
 def test_trimming_lets_the_newest_go() -> None:
-    queue = TopicQueue(1000, linger=0)
+    queue = topic_queue(1000, linger=0)
     batches = [encoded(300, number) for number in range(8)]
     for one in batches:
         queue.put(one, 0.0)
@@ -218,32 +255,3 @@ def test_a_batch_made_before_the_limit_was_known_does_not_lower_it_again() -> No
     for _ in range(5):  # all that was under way
         limit.refused(800_000, 0.0)
     assert limit.now(0.0) == 400_000
-
-
-# ---------------------------------------------------------------- partitions and waiting
-
-
-@pytest.mark.parametrize(
-    ("key", "murmur2"),
-    # The values of Kafka's own test of its hash, UtilsTest.testMurmur2.
-    [
-        (b"21", -973932308),
-        (b"foobar", -790332482),
-        (b"a-little-bit-long-string", -985981536),
-        (b"a-little-bit-longer-string", -1486304829),
-        (b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971),
-        (b"abc", 479470107),
-    ],
-)
-def test_partitions_are_those_of_kafka(key: bytes, murmur2: int) -> None:
-    assert partition_of(key, 1 << 31) == murmur2 & 0x7FFFFFFF
-    assert partition_of(key, 7) == (murmur2 & 0x7FFFFFFF) % 7
-
-
-def test_backoff_grows_to_its_cap() -> None:
-    waits = [backoff(attempt, permanent=False, jitter=1.0) for attempt in range(40)]
-    assert waits == sorted(waits)
-    assert (waits[0], waits[-1]) == (0.1, 5.0)
-    assert backoff(3, permanent=False, jitter=0.0) == waits[3] / 2
-    assert backoff(0, permanent=True, jitter=1.0) == 5.0
-    assert backoff(10_000, permanent=True, jitter=1.0) == 60.0
