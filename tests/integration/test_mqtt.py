@@ -1039,3 +1039,123 @@ async def test_a_cancelled_stop_still_gives_the_account(start_sink: StartSink) -
         await stopping
     assert sink.status == "closed"
     assert account(sink) == (0, 10, 0)
+
+
+# ---------------------------------------------------------------- a backlog, and what is too large
+
+
+async def test_messages_grow_with_a_backlog_and_only_with_one(start_sink: StartSink) -> None:
+    """Nothing is answered at first: what waits then goes in up to eight times as much."""
+    async with ScriptedBroker(lambda n: None) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=10, max_inflight=4)
+        await until(lambda: sink.status == "up")
+        sink.submit(execs(40))
+        await until(lambda: len(broker.unanswered) == 4)
+        for start in range(40, 1040, 25):
+            sink.submit(execs(25, start))
+        broker.answer = lambda n: 0
+        broker.answer_all()
+        await sink.stop(GRACE)
+    sizes = [len(ids(payload)) for payload in broker.payloads]
+    assert sizes[:4] == [10] * 4
+    assert max(sizes) <= 80
+    assert len(sizes) < 4 + 1000 / 40
+    assert ids(b"".join(broker.payloads)) == ids(execs(1040).lines("json"))
+    assert account(sink) == (1040, 0, 0)
+    assert sink.watermarks.held == 0
+
+
+async def test_one_event_to_a_message_stays_so_with_a_backlog(start_sink: StartSink) -> None:
+    async with ScriptedBroker(lambda n: 0) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=1, max_inflight=1)
+        sink.submit(execs(300))
+        await sink.stop(GRACE)
+    assert broker.payloads == execs(300).lines("json").splitlines(keepends=True)
+
+
+async def test_what_is_held_is_counted_until_it_is_delivered(start_sink: StartSink) -> None:
+    """Ids and types too; and what is in flight twice, since the library has it as a packet."""
+    async with ScriptedBroker(lambda n: None) as broker:
+        sink, _ = await start_sink(broker.port, batch_events=100, max_inflight=1)
+        await until(lambda: sink.status == "up")
+        sink.submit(execs(100))
+        await until(lambda: broker.unanswered)
+        one = execs(100)
+        sent = encode(one, "json").held + len(one.lines("json"))
+        assert sink.watermarks.held == sent
+        sink.submit(execs(100, 100))
+        assert sink.watermarks.held == sent + encode(execs(100, 100), "json").held
+        broker.answer = lambda n: 0
+        broker.answer_all()
+        await sink.stop(GRACE)
+    assert sink.watermarks.held == 0
+
+
+@pytest.mark.parametrize("config", ["message_size_limit 4000", "max_packet_size 4000"])
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+async def test_a_real_broker_with_a_small_limit_gets_every_event_that_it_takes(
+    start_broker: StartBroker, watch: Watch, start_sink: StartSink, config: str, encoding: Any
+) -> None:
+    """60,032 events, every 1,000th larger than the limit by itself; counted by mosquitto_sub.
+
+    Mosquitto 2.0 closes the connection over each message that exceeds its `message_size_limit`,
+    which it does not announce: what was too large once is not tried again.
+    """
+    broker = start_broker(config, "max_queued_messages 0")
+    witness = await watch(broker, "kernel/#", "-q", "1", "-F", "%P %x")
+    sink, recorder = await start_sink(broker.port, encoding=encoding)
+    await until(lambda: sink.status == "up")
+    total, large = 60_032, 61
+    for start in range(0, total, 512):
+        numbers = range(start, min(total, start + 512))
+        sink.submit(Batch([_of_some_kind(n) for n in numbers]))
+        while sink.watermarks.full:  # noqa: ASYNC110 - as the reader pauses
+            await asyncio.sleep(0.01)
+    await sink.stop(60)
+    assert account(sink) == (total - large, large, 0)
+    assert recorder.reasons == {"larger than the broker accepts"}
+    expected = {f"b-{n}" for n in range(total) if n % 1000}
+    # As a set: what a broker had acknowledged when it closed the connection can come twice.
+    await until(lambda: {name for line in witness.lines for name in ids_of(line)} >= expected)
+    assert {name for line in witness.lines for name in ids_of(line)} == expected
+    assert recorder.statuses[-1] == ("closed", "stopped before the broker acknowledged it")
+    connected = broker.log.count("New client connected") - 1  # the witness's
+    assert connected == 1 if config.startswith("max_packet_size") else connected < 8
+
+
+def _of_some_kind(number: int) -> Any:
+    if number % 1000 == 0:
+        return Exec(f"b-{number}", "x" * 5000)
+    return (Exec, Open)[number % 2](f"b-{number}")
+
+
+def ids_of(line: str) -> list[str]:
+    """The ids in a message of either encoding, written as its user properties and in hex."""
+    properties, payload = line.rsplit(" ", 1)
+    data = bytes.fromhex(payload)
+    if data.startswith(b"{"):
+        return ids(data)
+    count = int(properties.partition("events:")[2].split()[0])
+    found = msgspec.msgpack.decode(b"\xdd" + struct.pack(">I", count) + data)
+    return [event["id"] for event in found]
+
+
+@pytest.mark.parametrize("config", ["message_size_limit 3000", "max_packet_size 3000"])
+async def test_a_limit_that_is_new_after_a_restart_costs_no_event(
+    start_broker: StartBroker, start_sink: StartSink, config: str
+) -> None:
+    """What was made and in flight under the old limit is cut, not given up."""
+    broker = start_broker("max_queued_messages 0")
+    sink, recorder = await start_sink(broker.port)
+    sink.submit(execs(200, pad=50))
+    await until(lambda: account(sink) == (200, 0, 0))
+    os.kill(broker.pid, signal.SIGSTOP)
+    for start in range(200, 5200, 200):
+        sink.submit(execs(200, start, pad=50))
+    await asyncio.sleep(0.1)
+    broker.kill()
+    broker.config = (*broker.config, config)
+    await asyncio.to_thread(broker.start)
+    await sink.stop(GRACE * 2)
+    assert account(sink) == (5200, 0, 0)
+    assert recorder.reasons == set()

@@ -29,6 +29,7 @@ from streamer.sinks.batching import SizeLimit
 from streamer.sinks.credentials import read_secret, ssl_context
 from streamer.sinks.encoded import Extent
 from streamer.sinks.mqtt.connection import (
+    ALL_PACKETS,
     Connection,
     PackedProperties,
     Refused,
@@ -53,6 +54,9 @@ QUOTA_FIRST, QUOTA_MOST = 0.1, 5.0
 
 REFUSED_TOPIC = 10.0
 """Seconds for which nothing is sent to a topic that the broker refused: it is dropped at once."""
+REFUSED_SIZE = 30.0
+"""Seconds for which no event as large as one that was too large by itself is sent: some brokers,
+Mosquitto 2.0 among them, close the connection over each."""
 
 MAX_TRIES = 10
 """How often a message is sent that the broker answers with an error that may pass."""
@@ -136,6 +140,8 @@ class MqttSink(Sink):
         self._limit = 0
         self._allowed = 0  # of `_limit`: one after a refusal, and one more with each that is taken
         self._size_limit = SizeLimit(self._most)
+        # The least payload of one event that was too large, and until when it counts as that.
+        self._too_large = (ALL_PACKETS, 0.0)
         self._suspicious = False
         # Until when nothing is sent to a topic, and why.
         self._refused_topics: dict[str, tuple[float, str]] = {}
@@ -348,6 +354,9 @@ class MqttSink(Sink):
         if message.batch.number > 1 and len(payload) > self._size_limit.now(now):
             self._cut(message, self._size_limit.now(now))
             return True
+        if message.batch.number == 1 and self._is_too_large(len(payload), now):
+            self._give_up(message, TOO_LARGE)
+            return True
         mid = connection.publish_nowait(message.topic, payload, properties)
         if mid is None:
             self._outbox.push_front([message])
@@ -355,6 +364,11 @@ class MqttSink(Sink):
         message.sent_at = now
         self._window.put(mid, message)
         return True
+
+    def _is_too_large(self, size: int, now: float) -> bool:
+        """Whether one event of so many bytes was refused already, not long ago."""
+        least, until = self._too_large
+        return size >= least and now < until
 
     def _refusal_of(self, topic: str, now: float) -> str:
         """Why nothing is sent to the topic for now; empty when something is."""
@@ -430,6 +444,7 @@ class MqttSink(Sink):
             case "cut" if message.batch.number > 1:
                 self._cut_in_flight(position, message)
             case "cut":
+                self._learn_too_large(message.size)
                 self._give_up(message, TOO_LARGE)
             case _:
                 reason = f"publishing to {message.topic} refused: {code_name(code)}"
@@ -438,6 +453,12 @@ class MqttSink(Sink):
                     until = self._loop.time() + REFUSED_TOPIC
                     self._refused_topics[message.topic] = (until, reason)
                 self._give_up(message, reason)
+
+    def _learn_too_large(self, size: int) -> None:
+        assert self._loop is not None
+        now = self._loop.time()
+        least, until = self._too_large
+        self._too_large = (min(least, size) if now < until else size, now + REFUSED_SIZE)
 
     def _cut_in_flight(self, position: int, message: Message) -> None:
         assert self._loop is not None
