@@ -367,7 +367,14 @@ class MqttSink(SinkCommon, tag="mqtt", frozen=True, kw_only=True):
     keepalive_seconds: Annotated[
         int, Meta(ge=5, le=65535), doc("Longest silence before the client pings.")
     ] = 30
-    batch_events: Annotated[int, Meta(ge=1, le=10000), doc("Most events in a message.")] = 200
+    batch_events: Annotated[
+        int,
+        Meta(ge=1, le=10000),
+        doc(
+            "Most events in a message; with a backlog up to eight times as many, unless it is 1, and "
+            "no more than 1 MiB."
+        ),
+    ] = 200
     linger_ms: Annotated[int, Meta(ge=0, le=60000), doc("Longest wait for a message to fill.")] = 50
     max_inflight: Annotated[
         int, Meta(ge=1, le=20), doc("Most messages sent and not acknowledged yet.")

@@ -13,6 +13,7 @@ from msgspec import inspect
 
 from streamer.config import messages, reference
 from streamer.config.loading import Overrides, load
+from streamer.config.rules import host_problems
 from streamer.config.selection import DEFAULT_EVENTS, select
 from streamer.config.settings import (
     FileSink,
@@ -353,6 +354,17 @@ def test_what_is_possible_is_not_refused(file: Path) -> None:
     assert others == [MqttSink(host="b")] * 2
     file.write_text(KAFKA + f"tls = {{}}\n{sasl}}}\n")
     assert load(file).sinks
+
+
+@pytest.mark.parametrize("host", ["a+b", "a#", "a/b", "$x", ""])
+def test_a_host_that_is_no_level_of_a_topic_is_refused_where_the_topic_has_it(host: str) -> None:
+    with_host, without = MqttSink(host="h", topic="k/{host}"), MqttSink(host="h", topic="k")
+    (problem,) = host_problems(Settings(sinks=(without, with_host)), host)
+    assert problem == (
+        f'sinks[1].topic: found {{host}}, and this host is "{host}", '
+        "allowed: the setting host, or another topic"
+    )
+    assert not list(host_problems(Settings(sinks=(with_host,)), "web-1.example"))
 
 
 def test_the_password_itself_in_the_file_is_refused_and_not_repeated(file: Path) -> None:

@@ -133,7 +133,7 @@ class MqttSink(Sink):
         growth = 1 if settings.batch_events == 1 else GROWTH
         full = Extent(MESSAGE_BYTES, settings.batch_events)
         self._outbox = Outbox(full, settings.linger_ms / 1000, growth)
-        self._most = max(1, min(MESSAGE_MOST, settings.budget_bytes // SHARES))
+        self._most = max(1, min(MESSAGE_MOST, settings.budget // SHARES))
         self._head = HEAD_BYTES + len(self._properties) + len(host) + len(settings.topic.encode())
         self._window = Window()
         self._copies = 0  # bytes of what is in flight, counted against the budget
