@@ -371,8 +371,8 @@ class MqttSink(SinkCommon, tag="mqtt", frozen=True, kw_only=True):
         int,
         Meta(ge=1, le=10000),
         doc(
-            "Most events in a message; with a backlog up to eight times as many, unless it is 1, and "
-            "no more than 1 MiB."
+            "Most events in a message; with a backlog up to eight times as many, unless it is 1, "
+            "and no more than 1 MiB."
         ),
     ] = 200
     linger_ms: Annotated[int, Meta(ge=0, le=60000), doc("Longest wait for a message to fill.")] = 50

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from streamer.events.batch import Batch, Encoding, Event, count_kinds
+from operator import attrgetter
+
+from streamer.events.batch import Batch, Encoding, count_kinds
 from streamer.sinks.encoded import EncodedBatch
+
+_id = attrgetter("id")
 
 
 def encode(batch: Batch, encoding: Encoding) -> EncodedBatch:
     """A whole batch."""
-    return EncodedBatch.of(batch, encoding, list(map(_id_of, batch.events)))
+    return EncodedBatch.of(batch, encoding, list(map(_id, batch.events)))
 
 
 def first_and_last(batch: EncodedBatch) -> tuple[str, str]:
@@ -24,7 +28,3 @@ def piece(batch: Batch, start: int, stop: int) -> Batch:
     if len(batch.kinds) == 1:
         return Batch(events, dict.fromkeys(batch.kinds, len(events)), batch.spans)
     return Batch(events, count_kinds(events), batch.spans)
-
-
-def _id_of(event: Event) -> str:
-    return str(getattr(event, "id", ""))
