@@ -10,7 +10,7 @@ from collections import deque
 from streamer.sinks.encoded import EncodedBatch, Extent, held_of, joined
 
 BACKLOG_BATCHES = 8
-MERGED_EVENTS = 256
+MERGED_EVENTS = 64
 
 
 class TopicQueue:
