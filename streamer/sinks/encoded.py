@@ -130,7 +130,9 @@ def joined(batches: list[EncodedBatch]) -> EncodedBatch:
     first = batches[0]
     if len(batches) == 1:
         return first
-    types = list(chain.from_iterable(batch.types for batch in batches))
+    types: list[type[Event]] = []
+    for batch in batches:
+        types += batch.types
     marks = _join_marks([batch.marks for batch in batches])
     data: Records
     if isinstance(first.data, bytes):
@@ -148,7 +150,11 @@ def _join_marks(parts: list[Marks]) -> Marks:
             assert isinstance(part, array)
             times += part
         return times
-    return list(chain.from_iterable(part for part in parts if isinstance(part, list)))
+    ids: list[str] = []
+    for part in parts:
+        assert isinstance(part, list)
+        ids += part
+    return ids
 
 
 def _cut_lines(lines: bytes, most: Extent) -> Iterator[bytes]:
