@@ -36,8 +36,9 @@ static __always_inline struct namespaced_pid namespaced_pid_of(struct task_struc
 	return found;
 }
 
-/* The helper pads what it copies, and costs more than all else that identifies a task. So these are
- * plain loads of 16 bytes, as a kernel type of two words; since 5.17 the kernel pads names itself. */
+/* The helper costs more than all else that identifies a task. So these are plain loads of 16 bytes, as
+ * a kernel type of two words; since 5.17 the kernel pads names itself. Kernels such as 6.1 have a
+ * helper that does not. */
 static __always_inline void read_comm(char *comm, struct task_struct *task)
 {
 #if PLAIN_LOADS
@@ -50,6 +51,7 @@ static __always_inline void read_comm(char *comm, struct task_struct *task)
 		return;
 	}
 #endif
+	__builtin_memset(comm, 0, COMM_LEN);
 	bpf_get_current_comm(comm, COMM_LEN);
 }
 
