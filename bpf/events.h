@@ -50,6 +50,7 @@
 #define ERRNO RANGE("0..4095")
 
 #define COMM_LEN 16
+#define CALL_NAME_LEN 32
 #define PATH_LEN 4096
 #define ARGV_LEN 16384
 
@@ -66,6 +67,7 @@ enum event_kind {
 	KIND_NET_CONNECT = 32,
 	KIND_NET_ACCEPT = 33,
 	KIND_NET_CLOSE = 34,
+	KIND_SYSCALL_SLOW = 50,
 	KIND_END = 64, /* more than the largest, of summaries too */
 };
 
@@ -74,6 +76,7 @@ enum event_kind {
  * are of one row with those above. */
 enum summary_kind {
 	SUMMARY_XDP_COUNTERS = 48,
+	SUMMARY_SYSCALL_LATENCY = 49,
 };
 
 /* A ring, its sequence and its drop counters. */
@@ -243,6 +246,19 @@ struct net_close {
 	__u8 remote_addr[16] AS("ip:ip_version") DOC("remote address");
 } RING("bulk") DOC("An established TCP connection ended.");
 
+struct syscall_slow {
+	struct event_base base;
+	struct event_task task;
+	__u64 duration_ns AS("ns") DOC("time that the call took, suspend not included");
+	__s64 ret RANGE("-1..") DOC("what it returned; -1 when it failed; 0 for what is an address, as of mmap");
+	__u32 errno ERRNO DOC("error number; 0 when it succeeded; 4 (EINTR) also when a signal only interrupted it and the kernel makes it anew");
+	__u32 number DOC("number of the system call on this machine");
+	__s32 arg0 DOC("first argument as a signed number of 32 bits, such as a file descriptor or process id; 0 where it does not fit, as an address");
+	__u32 pad HIDDEN;
+	char syscall[CALL_NAME_LEN] AS("cstr") DOC("its name; `syscall_NNN` for one that this release does not know");
+} RING("bulk") DOC("A system call took longer than `syscall_slow_ms`. It is told when it returns.")
+UNSEEN("calls of 32-bit programs on a 64-bit kernel|calls that have not returned|work done through io_uring");
+
 /* Every record: what is not named here is not in the objects' BTF. */
 union event_record {
 	struct event_base base;
@@ -254,6 +270,7 @@ union event_record {
 	struct net_connect net_connect;
 	struct net_accept net_accept;
 	struct net_close net_close;
+	struct syscall_slow syscall_slow;
 };
 
 #endif

@@ -27,6 +27,7 @@ DEFECT = 1
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _FOREVER = 1e10
+_TARGETS = {"interface": "interfaces", "syscall": "syscalls"}
 _LISTS = {
     "pid": "pids",
     "uid": "uids",
@@ -155,7 +156,7 @@ def _overrides(arguments: argparse.Namespace) -> Overrides:
     names = _LISTS | {f"exclude_{name}": f"exclude_{key}" for name, key in _LISTS.items()}
     return Overrides(
         settings={name: given[name] for name in ("events", "host", "log_level") if name in given},
-        kernel={"interfaces": tuple(given["interface"])} if "interface" in given else {},
+        kernel={key: tuple(given[name]) for name, key in _TARGETS.items() if name in given},
         filters={key: tuple(given[name]) for name, key in names.items() if name in given},
         sinks=tuple(given.get("sink", ())),
         encoding=given.get("encoding"),
@@ -284,6 +285,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help="network interface to count packets at (xdp.*); may be repeated",
+    )
+    parser.add_argument(
+        "--syscall",
+        action="append",
+        metavar="NAME",
+        help="system call to time (syscall.*), or '*' for all; may be repeated",
     )
 
 

@@ -206,7 +206,13 @@ struct signal_struct {
 	unsigned int flags;
 };
 
+struct thread_info {
+	unsigned long flags;
+	__u32 status; /* on x86 alone */
+};
+
 struct task_struct {
+	struct thread_info thread_info;
 	unsigned int flags;
 	int pid;
 	int tgid;
@@ -291,6 +297,10 @@ struct socket {
 	struct sock *sk;
 };
 
+struct trace_event_raw_sys_enter {
+	long id;
+};
+
 struct trace_event_raw_sys_exit {
 	long id;
 	long ret;
@@ -299,7 +309,7 @@ struct trace_event_raw_sys_exit {
 /* The registers of the task in user space, as the kernel keeps them on its stack. */
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs___user {
-	unsigned long di, si, dx, r10, ss;
+	unsigned long di, si, dx, r10, ax, orig_ax, ss;
 };
 #elif defined(__TARGET_ARCH_arm64)
 struct user_pt_regs___user {
@@ -309,6 +319,7 @@ struct user_pt_regs___user {
 struct pt_regs___user {
 	struct user_pt_regs___user user_regs;
 	__u64 orig_x0;
+	int syscallno;
 };
 #endif
 

@@ -74,7 +74,9 @@ enum fault {
 	FAULT_NO_SLOT = 8,           /* a CPU or kind without counters: an event is lost uncounted */
 	FAULT_CHANGE_UNSEEN = 9,     /* no program saw a change of a socket's state: what it meant was told
 				      * late, or not at all */
-	FAULT_END = 10,
+	FAULT_SYSCALL_STARTS_FULL = 10,  /* the start of a system call could not be kept: it is not counted */
+	FAULT_SYSCALL_CGROUPS_FULL = 11, /* a call could not be counted for its cgroup */
+	FAULT_END = 12,
 };
 
 /* When a program is to wake the reader. */

@@ -78,10 +78,73 @@ struct packet_counts {
 	struct packet_count by_class[PACKET_CLASSES];
 };
 
+/* ---------------------------------------------------------------- syscall.latency */
+
+enum syscall_limits {
+	SYSCALL_NUMBERS = 512, /* with an entry of their own; the last is for all above */
+	SYSCALL_BUCKETS = 56,
+};
+
+enum syscall_flags {
+	SYSCALL_SLOW_TOLD = 1,       /* a slow one is reported */
+	SYSCALL_GIVES_ADDRESS = 2,   /* its result is nobody's business */
+	SYSCALL_RESULT_UNKNOWN = 4,  /* what it seems to return is another call's */
+};
+
+/* Written by the agent, an entry for each number. */
+struct syscall_place {
+	__u32 counts; /* where its counts begin, by CPU, in a table: one more than that; 0: not wanted */
+	__u32 flags;  /* enum syscall_flags, ORed */
+	char name[CALL_NAME_LEN];
+};
+
+/* Written by the agent, but for the last. */
+struct syscall_settings {
+	__u64 period;  /* the number of the period that calls are counted in now */
+	__u64 slow_ns; /* from which duration on a call is reported */
+	__u64 cgroup_entries; /* that programs have made, ever */
+};
+
+/* The longest of a period. There are two, so that one can be read while calls of the next period
+ * are counted in the other. */
+struct syscall_longest {
+	__u64 period;
+	__u64 ns;
+};
+
+/* Of one call on one CPU, or of one in a cgroup. */
+struct syscall_counts {
+	__u64 count;
+	__u64 errors;
+	__u64 total_ns;
+	__u64 missed; /* began, and did not end as far as could be seen */
+	struct syscall_longest longest[2];
+	__u64 buckets[SYSCALL_BUCKETS]; /* by the highest bit of the duration in ns */
+};
+
+struct syscall_cgroup_key {
+	__u64 cgroup_id;
+	__u32 place; /* as of a number, or the last for all above */
+	__u32 pad;
+};
+
+struct syscall_cgroup_counts {
+	__u64 since; /* ns since boot; tells an entry from an earlier one of the same key */
+	struct syscall_counts counts;
+};
+
 /* Names what is not a map's value, so that it is in the objects' BTF. */
 union table {
 	struct packet_count packet_count;
 	struct packet_counts packet_counts;
+	struct syscall_place syscall_place;
+	struct syscall_settings syscall_settings;
+	struct syscall_longest syscall_longest;
+	struct syscall_counts syscall_counts;
+	struct syscall_cgroup_key syscall_cgroup_key;
+	struct syscall_cgroup_counts syscall_cgroup_counts;
+	enum syscall_flags syscall_flags;
+	enum syscall_limits syscall_limits;
 	enum packet_vlan vlan;
 	enum packet_network network;
 	enum packet_transport transport;

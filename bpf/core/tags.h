@@ -16,11 +16,16 @@
  *                        option:NAME              a setting of the configuration
  *                        interface, cgroup, rate  something to attach to: network interfaces (XDP),
  *                                                 a cgroup, a sampling rate in Hz (perf events)
+ *                        functions                the same: functions of the kernel. The section of
+ *                                                 the program names none that is of any meaning. At
+ *                                                 tp/syscalls/sys_enter (or _exit): the tracepoints
+ *                                                 of the system calls behind which they are.
  * On a map:
  *   SIZED("cpus")      an entry for each CPU that may come up
  *   SIZED("cpus,kinds")  an entry for each kind on each of them
  *   SIZED("cpus,interfaces")  an entry for each interface that it attaches to on each of them
  *   SIZED("table:NAME")  as many entries as the configuration says
+ *   SIZED("cpus,table:NAME")  as many on each CPU that may come up
  *   NEEDS("...")       as on a program: not made where that is not given
  *   SHARED             made by the core object, and used by all
  *

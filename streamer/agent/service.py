@@ -151,7 +151,7 @@ class Service:
             await self._stream()
             quiet = self.ended_quietly
         finally:
-            self._kernel.detach()
+            self._end_observation()
             try:
                 await self._finish()
             finally:
@@ -165,6 +165,14 @@ class Service:
         if quiet:
             return Outcome("", "")
         return Outcome(self._account(), self._undelivered())
+
+    def _end_observation(self) -> None:
+        """Nothing happens, nor is counted, after this."""
+        self._kernel.enable(())
+        try:
+            self._summaries.hold()
+        finally:
+            self._kernel.detach()
 
     def _undelivered(self) -> str:
         """What was given up at the end, or never told; empty if nothing."""

@@ -26,6 +26,7 @@ from streamer.config.settings import (
     StdoutSink,
     Tls,
 )
+from streamer.events.calls import ALL, NEVER_RETURN, NUMBERS
 from streamer.events.kinds import KINDS
 
 KAFKA_TOPIC = "letters, digits, '.', '_', '-' and the placeholder {category}"
@@ -54,6 +55,7 @@ def problems(settings: Settings) -> Iterator[str]:
     for kind in settings.kernel.sample:
         if kind not in KINDS:
             yield mistake("kernel.sample", kind, ", ".join(sorted(KINDS)))
+    yield from _syscalls(settings.kernel.syscalls)
     yield from _filters(settings.filters)
     for index, sink in enumerate(settings.sinks):
         yield from (f"sinks[{index}].{problem}" for problem in sink_problems(sink))
@@ -112,6 +114,15 @@ def is_host(text: str) -> bool:
         return bool(ipaddress.IPv6Address(text))
     except ValueError:
         return False
+
+
+def _syscalls(names: tuple[str, ...]) -> Iterator[str]:
+    for index, name in enumerate(names):
+        if name in NEVER_RETURN:
+            yield mistake(join("kernel.syscalls", index), name, "a system call that returns")
+        elif name != ALL and name not in NUMBERS:
+            wanted = 'the name of a system call, or "*" for all'
+            yield mistake(join("kernel.syscalls", index), name, wanted)
 
 
 def _filters(filters: Filters) -> Iterator[str]:

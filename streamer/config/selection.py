@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from streamer.errors import ConfigError
 
-DEFAULT_EVENTS: tuple[str, ...] = ("process.*", "net.*", "xdp.*")
+DEFAULT_EVENTS: tuple[str, ...] = ("process.*", "net.*", "xdp.*", "syscall.*")
 """What one leaves on in production. `file.open` is left out: its volume is high."""
 
 ALWAYS_ON = "stream."

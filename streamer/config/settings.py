@@ -31,6 +31,9 @@ SummarySeconds = Annotated[float, Meta(ge=1, le=3600)]
 InterfaceName = Annotated[
     str, form(r"^(?!\.\.?$)[^\s/:\x00-\x1f]{1,15}$", "the name of a network interface")
 ]
+SyscallName = Annotated[
+    str, form(r"^(\*|[a-z_][a-z0-9_]{0,31})$", 'the name of a system call, or "*" for all')
+]
 RingBytes = Annotated[int, Meta(ge=4096, le=1 << 30)]
 CriticalBytes = Annotated[int, Meta(ge=1 << 16, le=1 << 30)]
 MANY = Meta(max_length=512)  # two lists share a map of 1024
@@ -70,7 +73,8 @@ class Rings(Section, frozen=True, kw_only=True):
         CriticalBytes, doc("Ring of `process.*`: a power of two, a multiple of the page size.")
     ] = 4 << 20
     bulk_bytes: Annotated[
-        RingBytes, doc("Ring of `file.*` and `net.*`: likewise. It fills while a sink is down.")
+        RingBytes,
+        doc("Ring of `file.*`, `net.*`, `syscall.*`: so, too. It fills while a sink is down."),
     ] = 16 << 20
     poll_interval_ms: Annotated[
         int, Meta(ge=1, le=1000), doc("How often the rings are looked at between wake-ups.")
@@ -101,6 +105,39 @@ class Kernel(Section, frozen=True, kw_only=True):
         Meta(max_length=16),
         doc("Network interfaces to observe (`xdp.*`): no others are touched."),
     ] = ()
+    syscalls: Annotated[
+        tuple[SyscallName, ...],
+        Meta(max_length=64),
+        doc(
+            'System calls to time (`syscall.*`), by name; `"*"` times all, and makes each of every '
+            "process slower. See docs/syscalls.md."
+        ),
+    ] = ()
+    syscall_slow_ms: Annotated[
+        int,
+        Meta(ge=0, le=86_400_000),
+        doc(
+            "From which duration on a call is reported as `syscall.slow`, in milliseconds; 0: "
+            'never. With `"*"` those that are there to wait, such as poll, are only where they '
+            "are named as well."
+        ),
+    ] = 1000
+    syscall_cgroups: Annotated[
+        int,
+        Meta(ge=0, le=16384),
+        doc(
+            "Room for counts of system calls by cgroup (`syscall.latency`): how many pairs of "
+            "the two; the oldest makes way. 0: none are kept."
+        ),
+    ] = 0
+    syscall_tasks: Annotated[
+        int,
+        Meta(ge=1024, le=1 << 22),
+        doc(
+            "Room for tasks whose system calls are timed, on kernels before 5.12 and where the "
+            "types come from a BTF file; others keep it with the task."
+        ),
+    ] = 16384
     sample: Annotated[
         dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
         doc("Kinds of which only one in so many events is reported, its `weight` that number."),

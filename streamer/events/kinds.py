@@ -163,6 +163,17 @@ class NetClose(TaskEvent, tag="net.close", gc=False):
     remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="remote address")]
 
 
+class SyscallSlow(TaskEvent, tag="syscall.slow", gc=False):
+    """A system call took longer than `syscall_slow_ms`. It is told when it returns."""
+
+    duration_ns: Annotated[int, Meta(ge=0, description="time that the call took, suspend not included")]
+    ret: Annotated[int, Meta(ge=-1, description="what it returned; -1 when it failed; 0 for what is an address, as of mmap")]
+    errno: Annotated[int, Meta(ge=0, le=4095, description="error number; 0 when it succeeded; 4 (EINTR) also when a signal only interrupted it and the kernel makes it anew")]
+    number: Annotated[int, Meta(ge=0, le=4294967295, description="number of the system call on this machine")]
+    arg0: Annotated[int, Meta(ge=-2147483648, le=2147483647, description="first argument as a signed number of 32 bits, such as a file descriptor or process id; 0 where it does not fit, as an address")]
+    syscall: Annotated[str, Meta(max_length=31, description="its name; `syscall_NNN` for one that this release does not know")]
+
+
 HEADER: dict[str, int] = {"boot_ns": 0, "seq": 8, "size": 16, "kind": 24, "cpu": 26, "skipped": 28, "cut": 30, "header_size": 32}
 """Where the reader finds what it needs of a record, in its base."""
 
@@ -326,6 +337,19 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("remote_addr", "ip", 152, 132),
         *_END,
     )),
+    50: RecordLayout("syscall.slow", SyscallSlow, 160, 160, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("duration_ns", "ns", 96, None),
+        FieldLayout("ret", "s64", 104, None),
+        FieldLayout("errno", "u32", 112, None),
+        FieldLayout("number", "u32", 116, None),
+        FieldLayout("arg0", "s32", 120, None),
+        FieldLayout("syscall", "cstr", 128, 32),
+        *_END,
+    )),
 }
 """The layout of each kind's records, by number."""
 
@@ -473,5 +497,16 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("remote_addr", "string", "remote address"),
         *_END_INFO,
     ), ()),
+    "syscall.slow": KindInfo("syscall.slow", SyscallSlow, "bulk", "A system call took longer than `syscall_slow_ms`. It is told when it returns.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("duration_ns", "integer", "time that the call took, suspend not included"),
+        FieldInfo("ret", "integer from -1", "what it returned; -1 when it failed; 0 for what is an address, as of mmap"),
+        FieldInfo("errno", "integer from 0 to 4095", "error number; 0 when it succeeded; 4 (EINTR) also when a signal only interrupted it and the kernel makes it anew"),
+        FieldInfo("number", "integer", "number of the system call on this machine"),
+        FieldInfo("arg0", "integer", "first argument as a signed number of 32 bits, such as a file descriptor or process id; 0 where it does not fit, as an address"),
+        FieldInfo("syscall", "string", "its name; `syscall_NNN` for one that this release does not know"),
+        *_END_INFO,
+    ), ("calls of 32-bit programs on a 64-bit kernel", "calls that have not returned", "work done through io_uring")),
 }
 """What each kind is, for people."""

@@ -77,5 +77,67 @@ class XdpCounters(Summary, tag="xdp.counters", gc=False):
     bytes_total: Annotated[Count, Meta(description="their bytes")]
 
 
-SUMMARIES: dict[str, type[Summary]] = {"xdp.counters": XdpCounters}
+class SyscallLatency(Summary, tag="syscall.latency", gc=False):
+    """How long the calls of one system call took: of all tasks, or of those of one cgroup.
+
+    Durations are counted by their highest bit, so percentiles are known to within a factor of two:
+    each is the upper end of its range, and never more than `max_ns`.
+    """
+
+    syscall: Annotated[
+        str,
+        Meta(
+            description="name of the system call; `syscall_NNN` for one that this release does "
+            "not know; `syscall_other` for all numbers from 511 on"
+        ),
+    ]
+    number: Annotated[int, Meta(ge=0, le=511, description="its number on this machine")]
+    cgroup_id: Annotated[
+        Count, Meta(description="id of the cgroup, where counts by cgroup are kept; 0: of all")
+    ]
+    count: Annotated[Count, Meta(description="calls that returned in the period")]
+    errors: Annotated[
+        Count,
+        Meta(
+            description="of these, those that failed; also where a signal only interrupted one and "
+            "the kernel makes it anew"
+        ),
+    ]
+    duration_sum_ns: Annotated[Count, Meta(description="time that they took together")]
+    p50_ns: Annotated[Count, Meta(description="at most so long took half of them")]
+    p90_ns: Annotated[Count, Meta(description="at most so long took nine in ten")]
+    p99_ns: Annotated[Count, Meta(description="at most so long took 99 in a hundred")]
+    max_ns: Annotated[Count, Meta(description="how long the longest took")]
+    buckets: Annotated[
+        tuple[Count, ...],
+        Meta(
+            description="how many took from 2^n to 2^(n+1)-1 ns, for n from 0 to the longest; "
+            "the first includes 0 ns"
+        ),
+    ]
+    unreturned: Annotated[
+        Count,
+        Meta(
+            description="calls that a task had begun and whose return no program saw, as its next "
+            "one shows: they are in none of the other numbers"
+        ),
+    ]
+    count_total: Annotated[
+        Count, Meta(description="calls since the agent attached; by cgroup, since it came in")
+    ]
+    errors_total: Annotated[Count, Meta(description="of these, those that failed")]
+    duration_total_ns: Annotated[Count, Meta(description="time that they took")]
+    cgroups_evicted: Annotated[
+        Count,
+        Meta(
+            description="in a record of a cgroup: entries of the table of cgroups that made way "
+            "for others since the record before, with what they had counted since it"
+        ),
+    ]
+
+
+SUMMARIES: dict[str, type[Summary]] = {
+    "xdp.counters": XdpCounters,
+    "syscall.latency": SyscallLatency,
+}
 """The summaries, by kind."""

@@ -28,6 +28,8 @@ _ENUMS = (
     "packet_transport",
     "packet_ports",
     "packet_verdict",
+    "syscall_flags",
+    "syscall_limits",
 )
 _SHARED = (
     "event_base",
@@ -42,6 +44,12 @@ _SHARED = (
     "exe_key",
     "packet_count",
     "packet_counts",
+    "syscall_place",
+    "syscall_settings",
+    "syscall_longest",
+    "syscall_counts",
+    "syscall_cgroup_key",
+    "syscall_cgroup_counts",
 )
 _KIND_END = "KIND_END"
 

@@ -102,6 +102,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_map_get_next_key": (c_int, [c_int, c_void_p, c_void_p]),
     "bpf_link_create": (c_int, [c_int, c_int, c_int, POINTER(_LinkOptions)]),
     "bpf_program__attach_cgroup": (c_void_p, [c_void_p, c_int]),
+    "bpf_program__attach_kprobe": (c_void_p, [c_void_p, c_bool, c_char_p]),
+    "bpf_program__attach_tracepoint": (c_void_p, [c_void_p, c_char_p, c_char_p]),
+    "bpf_program__set_attach_target": (c_int, [c_void_p, c_int, c_char_p]),
     "bpf_program__attach_perf_event": (c_void_p, [c_void_p, c_int]),
     "btf__load_vmlinux_btf": (c_void_p, []),
     "btf__parse": (c_void_p, [c_char_p, c_void_p]),
@@ -211,6 +214,24 @@ class Program:
     def attach_to_perf_event(self, fd: int) -> Link:
         """Attach to a perf event, whose descriptor the link owns from then on."""
         return Link(_check_pointer(_library().bpf_program__attach_perf_event(self._handle, fd)))
+
+    def attach_to_function(self, name: str, *, returns: bool) -> Link:
+        """Attach a program of kprobes to a function of the kernel: where it begins, or returns."""
+        library = _library()
+        made = library.bpf_program__attach_kprobe(self._handle, returns, name.encode())
+        return Link(_check_pointer(made))
+
+    def attach_to_tracepoint(self, category: str, name: str) -> Link:
+        """Attach to a classic tracepoint."""
+        library = _library()
+        made = library.bpf_program__attach_tracepoint(
+            self._handle, category.encode(), name.encode()
+        )
+        return Link(_check_pointer(made))
+
+    def set_function(self, name: str) -> None:
+        """Let it be loaded for another function than its section names (fentry, fexit)."""
+        _check(_library().bpf_program__set_attach_target(self._handle, 0, name.encode()))
 
     def run(self, repeat: int = 0) -> int:
         """Run the program in this task (`BPF_PROG_TEST_RUN`); the program's return value."""

@@ -12,6 +12,7 @@ import errno
 import os
 import platform
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from streamer.errors import KernelError
@@ -35,6 +36,7 @@ _LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
 _AT_INTERFACES = "xdp"
+_PROBES = ("kprobe/", "kretprobe/", "tp/")
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
 _VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
@@ -74,6 +76,8 @@ class Targets(NamedTuple):
     interfaces: tuple[str, ...] = ()
     cgroup: str = ""
     rate: int = 0
+    functions: tuple[str, ...] = ()
+    """Of the kernel. One that has several names, `A|B`, is known by the first that is there."""
 
     def given(self) -> Iterator[str]:
         """The needs that these meet."""
@@ -83,6 +87,8 @@ class Targets(NamedTuple):
             yield "cgroup"
         if self.rate:
             yield "rate"
+        if self.functions:
+            yield "functions"
 
 
 NO_TARGETS: Mapping[str, Targets] = {}
@@ -116,6 +122,7 @@ class _Sensor:
         self.states: dict[str, ProgramState] = {}  # program: what became of it
         self.links: list[Link] = []
         self.at_interfaces: dict[str, dict[str, _AtInterface]] = {}  # program: by interface
+        self.copies: dict[str, int] = {}  # `program:function`: a descriptor
 
     @property
     def maps(self) -> dict[str, Map]:
@@ -138,6 +145,9 @@ class _Sensor:
             for one in attached.values():
                 one.link.destroy()
         self.links, self.at_interfaces = [], {}
+        for fd in self.copies.values():
+            os.close(fd)
+        self.copies = {}
         for loaded in self.objects:
             loaded.close()
         self.objects = []
@@ -259,6 +269,8 @@ class Loader:
         if sized == "cpus,interfaces":
             return self.cpus * len(targets.interfaces)
         kind, _, name = sized.partition(":")
+        if kind == "cpus,table":
+            return self.cpus * options.get(name, 0)
         return options.get(name, 0) if kind == "table" else 0
 
     # ------------------------------------------------------------ sensors
@@ -327,12 +339,13 @@ class Loader:
         if section.startswith(_AT_FUNCTION):
             return self.no_functions
         kind, _, event = section.partition("/")
-        if kind == "tracepoint":
+        if kind in ("tracepoint", "tp"):
             trouble = ensure_tracefs()
             if trouble:
                 return trouble
-            if not any(os.path.isdir(os.path.join(place, "events", event)) for place in TRACEFS):
-                return f"this kernel has no {section}"
+        places = (os.path.join(place, "events", event) for place in TRACEFS)
+        if kind == "tracepoint" and not any(map(os.path.isdir, places)):
+            return f"this kernel has no {section}"
         return ""
 
     def _load_together(self, made: _Sensor) -> None:
@@ -369,14 +382,19 @@ class Loader:
             self._take(made, loaded, attempt)
             return
 
-    def _try_load(self, made: _Sensor, names: Collection[str]) -> Object:
-        """Load only those programs. Raises OSError, with the verifier's log for a single one."""
+    def _try_load(self, made: _Sensor, names: Collection[str], function: str = "") -> Object:
+        """Load only those programs, the ones that attach to functions for that one or the first.
+
+        Raises OSError, with the verifier's log for a single one.
+        """
         opened = self._open(made.info.name)
         log = next(iter(names)) if len(names) == 1 else None
         try:
             self._prepare_maps(made, opened)
             for program in opened.programs.values():
                 program.autoload(program.name in names)
+                if program.name in names and _is_copied(made.info, program):
+                    program.set_function(function or self._typed_functions(made)[0])
             if log:
                 opened.programs[log].keep_log()
             opened.load()
@@ -406,6 +424,15 @@ class Loader:
                 if entries:
                     one.resize(entries)
 
+    def _typed_functions(self, made: _Sensor) -> list[str]:
+        """The functions to attach to that are in the BTF. Raises OSError: there is none."""
+        choices = [one.split("|") for one in made.targets.functions]
+        known = functions_of({name for names in choices for name in names}, self._btf)
+        found = [next((name for name in names if name in known), "") for names in choices]
+        if not any(found):
+            raise OSError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return [name for name in found if name]
+
     def _is_wanted(self, made: _Sensor, name: str) -> bool:
         needs = next((info.needs for info in made.info.maps if info.name == name), ())
         return self._is_given(made, needs)
@@ -428,7 +455,7 @@ class Loader:
             for attempt in attempts:
                 made.note(attempt.info, attempt.section, SPARE)
         descriptors = {program.name: program.fd for program in made.programs.values()}
-        return Attached(made.report(), descriptors)
+        return Attached(made.report(), descriptors | made.copies)
 
     def _attach_hook(self, made: _Sensor, hook: str) -> None:
         if made.programs[hook].section == _AT_INTERFACES:
@@ -438,12 +465,13 @@ class Loader:
             program = made.programs.pop(hook)
             info = next(one for one in made.info.programs if one.name == program.name)
             try:
-                made.links += _attach(program, made.targets)
+                links, way = self._attach_program(made, program)
             except OSError as error:
                 made.note(info, program.section, FAILED, _attach_reason(program, error))
                 self._load_next(made, hook)
             else:
-                made.note(info, program.section, ATTACHED)
+                made.links += links
+                made.note(info, way, ATTACHED)
                 made.programs[hook] = program
                 return
 
@@ -459,6 +487,39 @@ class Loader:
         else:
             reason = f"{program.section} cannot be attached: {reason}"
             made.note(info, program.section, FAILED, reason)
+
+    def _attach_program(self, made: _Sensor, program: Program) -> tuple[list[Link], str]:
+        """The links, and where they attach. Raises OSError."""
+        if _is_copied(made.info, program):
+            return self._attach_copies(made, program)
+        if program.section.startswith(_PROBES):
+            return _to_functions(program, made.targets.functions)
+        return _attach(program, made.targets), program.section
+
+    def _attach_copies(self, made: _Sensor, program: Program) -> tuple[list[Link], str]:
+        """Attach a program to the function that it was loaded for, and a copy to each other one."""
+        first, *others = self._typed_functions(made)
+        links: list[Link] = []
+        copies: dict[str, int] = {}
+        try:
+            links.append(program.attach())
+            for function in others:
+                opened = self._try_load(made, [program.name], function)
+                try:
+                    copy = opened.programs[program.name]
+                    links.append(copy.attach())
+                    copies[f"{program.name}:{function}"] = os.dup(copy.fd)
+                finally:
+                    opened.close()  # the link holds it
+        except OSError:
+            for link in links:
+                link.destroy()
+            for fd in copies.values():
+                os.close(fd)
+            raise
+        made.copies |= copies
+        kind = program.section.partition("/")[0]
+        return links, " ".join([kind, first, *others])
 
     def _loaded(self, sensor: str) -> _Sensor:
         if sensor not in self._sensors:
@@ -548,6 +609,12 @@ def _core_error(error: OSError) -> KernelError:
     return KernelError(f"the BPF object does not load: {error.strerror}")
 
 
+def _is_copied(info: SensorInfo, program: Program) -> bool:
+    """Whether each function takes a copy of the program: it is loaded for one."""
+    needs = next((one.needs for one in info.programs if one.name == program.name), ())
+    return "functions" in needs and program.section.startswith(_AT_FUNCTION)
+
+
 def _attach(program: Program, targets: Targets) -> list[Link]:
     kind = program.section.partition("/")[0]
     if kind.startswith("cgroup"):
@@ -607,6 +674,40 @@ def _to_interface(program: Program, index: int) -> _AtInterface:
             raise
     link = program.attach_to_interface(index, XDP_MODES[generic])
     return _AtInterface(index, generic, link)
+
+
+def _to_functions(program: Program, functions: Iterable[str]) -> tuple[list[Link], str]:
+    """To all of them that this kernel has. Raises OSError: it has none, or refuses one."""
+    kind = program.section.partition("/")[0]
+    links: dict[str, Link] = {}
+    for choice in functions:
+        try:
+            name, link = _to_first(program, choice.split("|"))
+        except FileNotFoundError:
+            continue
+        except OSError:
+            for made in links.values():
+                made.destroy()
+            raise
+        links[name] = link
+    if not links:
+        what = "tracepoints" if kind == "tp" else "kprobes"
+        raise OSError(errno.ENOENT, f"this kernel has no {what}, or none of the functions")
+    return [*links.values()], " ".join([kind, *links])
+
+
+def _to_first(program: Program, names: list[str]) -> tuple[str, Link]:
+    """To the first that is there, under the name by which it was found."""
+    kind, _, event = program.section.partition("/")
+    if kind == "tp":  # the names differ in what comes before that of the call
+        category, _, moment = event.partition("/")
+        name = f"{moment}_{names[0].partition('_sys_')[2]}"
+        return name, program.attach_to_tracepoint(category, name)
+    *better, last = names
+    for name in better:
+        with suppress(FileNotFoundError):
+            return name, program.attach_to_function(name, returns=kind == "kretprobe")
+    return last, program.attach_to_function(last, returns=kind == "kretprobe")
 
 
 def _index_of(name: str) -> int:

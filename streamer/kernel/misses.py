@@ -16,13 +16,14 @@ def missed_runs(sensors: Iterable[Attached]) -> dict[str, int]:
     at the same place each does what the other has to leave out: no miss. What both leave out
     they find out themselves (`change_unseen` among the faults).
     """
-    found = {}
+    found: dict[str, int] = {}
     for programs, descriptors in sensors:
         alone = _alone(programs)
-        for name, fd in descriptors.items():
+        for copy, fd in descriptors.items():
+            name = copy.partition(":")[0]
             count = _recursion_misses(fd) if name in alone else 0
             if count:
-                found[name] = count
+                found[name] = found.get(name, 0) + count
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
 import socket
 import struct
 from collections import Counter
@@ -35,7 +36,9 @@ from streamer.kernel.loader import (
 from streamer.kernel.loading import LoaderLike
 from streamer.kernel.misses import missed_runs
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
+from streamer.kernel.system_calls import SYSCALL_NUMBERS, Place, places_of
 from streamer.kernel.tags import RINGS, ProgramInfo
+from streamer.kernel.targets import targets_of
 
 _KEEP, _DROP = b"\x01", b"\x02"
 _MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filter_mode"]}
@@ -81,7 +84,15 @@ def options_of(kernel: Kernel) -> dict[str, int]:
     return {
         "connections": kernel.connections,
         "open_latency": int(kernel.open_latency),
+        "syscalls": len(syscall_places(kernel)),
+        "syscall_tasks": kernel.syscall_tasks,
+        "syscall_cgroups": kernel.syscall_cgroups,
     }
+
+
+def syscall_places(kernel: Kernel) -> list[Place]:
+    """The system calls that are observed, in the order of their counts."""
+    return places_of(kernel.syscalls, platform.machine())
 
 
 # ---------------------------------------------------------------- what is observed
@@ -331,6 +342,8 @@ class KernelState:
         self._filters = Filters()
         self._kinds: frozenset[str] = frozenset()
         self._sample = settings.kernel.sample
+        self.kernel_settings = settings.kernel
+        """How it is observed."""
         self.interfaces = dict.fromkeys(settings.kernel.interfaces, 0)
         """Those that sensors attach to, in the order of their entries in tables, with the index
         that each had when it was last attached to."""
@@ -450,6 +463,19 @@ class KernelState:
         self._states[sensor] = loaded.programs
         self._tables |= loaded.maps
         self._loaded.append(sensor)
+        if "syscall_places" in loaded.maps:
+            self._place_syscalls()
+
+    def _place_syscalls(self) -> None:
+        """Tell the programs which calls to count where, and which are slow."""
+        size = size_of("syscall_place")
+        places = self.table("syscall_places", SYSCALL_NUMBERS * size, writable=True)
+        for index, (number, name, flags) in enumerate(syscall_places(self.kernel_settings)):
+            label = int.from_bytes(name.encode(), "little")
+            place = {"counts": index * self.cpus + 1, "flags": flags, "name": label}
+            places[number * size : (number + 1) * size] = pack("syscall_place", place)
+        wanted = pack("syscall_settings", {"slow_ns": self.kernel_settings.syscall_slow_ms * 10**6})
+        self.table("syscall_settings", len(wanted), writable=True)[: len(wanted)] = wanted
 
     def attach(self) -> None:
         """Attach what was loaded; what fails is noted in `statuses`."""
@@ -482,14 +508,16 @@ class KernelState:
             if index:  # else it is not there, which attaching says
                 self._loader.update("interfaces", _u32(index), _u32(place * self.cpus))
 
-    def table(self, name: str, size: int) -> mmap.mmap:
+    def table(self, name: str, size: int, *, writable: bool = False) -> mmap.mmap:
         """A table that programs of a loaded sensor count in, mapped; `size` in bytes.
+
+        `writable` is one that they are told something by.
 
         Raises:
             KeyError: no loaded sensor has made it.
             OSError: it cannot be mapped.
         """
-        return self._map(self._tables[name], size)
+        return self._map(self._tables[name], size, writable=writable)
 
     @property
     def program_fds(self) -> dict[str, int]:
@@ -594,7 +622,11 @@ def load(
     """
     wanted = sensors_of(kinds)
     capabilities.require()
-    state = KernelState(loader or Loader(directory=directory), settings, directory)
+    state = KernelState(
+        loader or Loader(directory=directory, targets=targets_of(settings.kernel)),
+        settings,
+        directory,
+    )
     try:
         _load_sensors(state, wanted)
     except BaseException:

@@ -32,8 +32,8 @@ class MapInfo(NamedTuple):
     """A map that says something of itself.
 
     `sized` is what its number of entries follows: `cpus`, `cpus,kinds`, `cpus,interfaces`,
-    `table:NAME`, or nothing. A `shared` one is made by the object `core` and used by all. It is
-    made where all of `needs` is given, as a program is used.
+    `table:NAME`, `cpus,table:NAME`, or nothing. A `shared` one is made by the object `core` and
+    used by all. It is made where all of `needs` is given, as a program is used.
     """
 
     name: str

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterator, Mapping
 
 from streamer.config.settings import Kernel
 from streamer.kernel.loader import Targets
 from streamer.kernel.objects import SENSORS
+from streamer.kernel.system_calls import are_here, functions_of_calls
 
 NO_INTERFACE = "no interface is named: --interface NAME, or `interfaces` in [kernel]"
+NO_SYSCALL = "no system call is named: --syscall NAME, or `syscalls` in [kernel]"
+NO_SUCH_SYSCALL = "this machine has none of the system calls that are named"
 
 
 def targets_of(kernel: Kernel) -> dict[str, Targets]:
     """The targets of every sensor that has any."""
-    if not kernel.interfaces:
-        return {}
-    return {
-        name: Targets(kernel.interfaces)
-        for name, sensor in SENSORS.items()
-        if any("interface" in program.needs for program in sensor.programs)
-    }
+    interfaces = kernel.interfaces
+    functions = functions_of_calls(kernel.syscalls, platform.machine())
+    found = {}
+    for name, sensor in SENSORS.items():
+        needs = {need for program in sensor.programs for need in program.needs}
+        targets = Targets(
+            interfaces=interfaces if "interface" in needs else (),
+            functions=functions if "functions" in needs else (),
+        )
+        if any(targets):
+            found[name] = targets
+    return found
 
 
 def without_target(kernel: Kernel) -> Mapping[str, str]:
     """The kinds that nothing reports as long as their target is not named, and why."""
-    if kernel.interfaces:
-        return {}
-    programs = [program for sensor in SENSORS.values() for program in sensor.programs]
-    at_interfaces = {kind for one in programs if "interface" in one.needs for kind in one.kinds}
-    elsewhere = {kind for one in programs if "interface" not in one.needs for kind in one.kinds}
-    return dict.fromkeys(sorted(at_interfaces - elsewhere), NO_INTERFACE)
+    missing: dict[str, str] = {}
+    for need, reason in _not_given(kernel):
+        programs = [program for sensor in SENSORS.values() for program in sensor.programs]
+        with_it = {kind for one in programs if need in one.needs for kind in one.kinds}
+        without = {kind for one in programs if need not in one.needs for kind in one.kinds}
+        missing |= dict.fromkeys(sorted(with_it - without), reason)
+    return missing
+
+
+def _not_given(kernel: Kernel) -> Iterator[tuple[str, str]]:
+    if not kernel.interfaces:
+        yield "interface", NO_INTERFACE
+    if not kernel.syscalls:
+        yield "option:syscalls", NO_SYSCALL
+    elif not are_here(kernel.syscalls, platform.machine()):
+        yield "option:syscalls", NO_SUCH_SYSCALL

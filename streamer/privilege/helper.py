@@ -361,8 +361,8 @@ def _start(channel: Channel, make_loader: MakeLoader) -> tuple[Files, LoaderLike
             return None
         named = [NamedFile(*one) for one in received[0]["files"]]
         targets = {
-            sensor: Targets(tuple(interfaces), cgroup, rate)
-            for sensor, (interfaces, cgroup, rate) in received[0]["targets"].items()
+            sensor: Targets(tuple(interfaces), cgroup, rate, tuple(functions))
+            for sensor, (interfaces, cgroup, rate, functions) in received[0]["targets"].items()
         }
         files = Files(named)
         loader = make_loader(targets)

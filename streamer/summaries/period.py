@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from streamer.events.envelope import Envelope
 from streamer.events.summaries import Summary
 from streamer.kernel.state import KernelState
+from streamer.summaries.syscalls import SyscallSummary
 from streamer.summaries.xdp import XdpSummary
 
 
@@ -20,8 +21,17 @@ class Source(Protocol):
         """The records of a period, in nanoseconds, that ends now."""
 
 
+@runtime_checkable
+class Holding(Protocol):
+    """A source that reads what goes with the programs."""
+
+    def hold(self) -> None:
+        """Read now what cannot be read any more once the programs are unloaded."""
+
+
 _SOURCES: Mapping[str, Callable[[KernelState, Envelope], Source]] = {
     XdpSummary.kind: XdpSummary,
+    SyscallSummary.kind: SyscallSummary,
 }
 
 
@@ -36,6 +46,12 @@ class Summaries:
             if kind in kinds:
                 with suppress(KeyError):  # it is not loaded, which its coverage says
                     self._sources.append(make(kernel, envelope))
+
+    def hold(self) -> None:
+        """To be called when nothing is counted any more, and before the programs are unloaded."""
+        for source in self._sources:
+            if isinstance(source, Holding):
+                source.hold()
 
     def collect(self) -> list[Summary]:
         """The records of the period that ends now; the next one begins."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from streamer.events.batch import Batch, Event, kind_of
 from streamer.events.kinds import TaskEvent
 from streamer.events.stream import StreamHeartbeat, StreamLoss, StreamManifest, StreamRecord
-from streamer.events.summaries import XdpCounters
+from streamer.events.summaries import SyscallLatency, XdpCounters
 from streamer.terminal.console import CLEAR_LINE, Console
 
 ENVELOPE = frozenset(TaskEvent.__struct_fields__ + StreamRecord.__struct_fields__)
@@ -42,6 +42,7 @@ _KIND_STYLES = {
     "file": "blue",
     "net": "cyan",
     "xdp": "cyan",
+    "syscall": "yellow",
     "stream": "magenta",
 }
 _ARROWS = {"outbound": "->", "inbound": "<-"}
@@ -273,6 +274,28 @@ def _xdp(event: XdpCounters) -> Iterator[Segment]:
     yield Segment(f", {rate(event.packets / seconds)}/s" if seconds else "", "dim")
 
 
+def _slow(event: Any) -> Iterator[Segment]:
+    yield Segment(event.syscall)
+    yield from _outcome(event.errno, f" = {event.ret}")
+    yield Segment(f" after {duration(event.duration_ns)}", "yellow")
+
+
+def _syscall(event: SyscallLatency) -> Iterator[Segment]:
+    yield Segment(_padded(event.syscall, 16), "bold")
+    if event.cgroup_id:
+        yield Segment(f"cgroup {event.cgroup_id}: ", "dim")
+    yield Segment(f"{event.count:,} calls")
+    if event.errors:
+        yield Segment(f", {event.errors:,} failed", "red")
+    if event.count:
+        shares = (("p50", event.p50_ns), ("p90", event.p90_ns), ("p99", event.p99_ns))
+        yield Segment("".join(f", {name} {duration(ns)}" for name, ns in shares))
+        yield Segment(f", max {duration(event.max_ns)}")
+    if event.unreturned:
+        yield Segment(f", {event.unreturned:,} returns missed", "yellow")
+    yield Segment(f" in {duration(event.period_ns)}", "dim")
+
+
 def _manifest(event: StreamManifest) -> Iterator[Segment]:
     full = [kind for kind, report in event.coverage.items() if report.status == "full"]
     yield Segment(f"observing {len(full)} of {len(event.coverage)} kinds fully")
@@ -322,6 +345,8 @@ _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "net.accept": _accept,
     "net.close": _close,
     "xdp.counters": _xdp,
+    "syscall.slow": _slow,
+    "syscall.latency": _syscall,
     "stream.manifest": _manifest,
     "stream.heartbeat": _heartbeat,
     "stream.loss": _loss,

@@ -12,7 +12,9 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define DEPTH 100 /* directories: more than a path is followed */
@@ -117,6 +119,7 @@ int main(int argc, char **argv)
 {
 	struct sockaddr_in v4 = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
 	struct sockaddr_in6 v6 = { .sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT };
+	struct timespec moment = { .tv_nsec = 2000000 };
 
 	(void)argv;
 	if (getenv("GOLDEN"))
@@ -135,6 +138,7 @@ int main(int argc, char **argv)
 	open_and_close(long_text("/x"), O_RDONLY, 0);
 	use_tcp(AF_INET, (void *)&v4, sizeof(v4));
 	use_tcp(AF_INET6, (void *)&v6, sizeof(v6));
+	syscall(SYS_nanosleep, &moment, NULL);
 	go_down();
 	open_and_close("missing too", O_RDONLY, 0);
 	return 0;

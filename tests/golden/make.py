@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from streamer.config.settings import Filters, Settings
+from streamer.config.settings import Filters, Kernel, Settings
 from streamer.events.kinds import HEADER, KINDS, RECORDS
 from streamer.kernel import state as kernel
 from streamer.kernel.state import KernelState
@@ -70,7 +70,10 @@ def is_own(case: Case) -> bool:
 
 def record(program: Path, scope: Scope) -> list[Case]:
     """Run the program and take what it did out of the rings."""
-    settings = Settings(filters=Filters(cgroups=(scope.id,)))
+    settings = Settings(
+        filters=Filters(cgroups=(scope.id,)),
+        kernel=Kernel(syscalls=("nanosleep",), syscall_slow_ms=1),
+    )
     state = kernel.load(settings, frozenset(KINDS))
     try:
         state.attach()

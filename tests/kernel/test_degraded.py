@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from streamer.config.settings import Settings
+from streamer.config.settings import Kernel, Settings
 from streamer.errors import ContractError, KernelError
 from streamer.events.kinds import KINDS
 from streamer.kernel import state
 from streamer.kernel.loader import OBJECTS, Loader
 from streamer.kernel.state import KindStatus
+from streamer.kernel.targets import without_target
 from tests.bpf_variant import Change, Variant
 from tests.kernel.agent import ROOT, Agent
 from tests.kernel.pace import seconds
@@ -29,7 +30,8 @@ from tests.kernel.system import kernel_knows, open_missing
 
 pytestmark = pytest.mark.kernel
 
-ALL_KINDS = frozenset(KINDS)
+ALL_KINDS = frozenset(KINDS) - without_target(Kernel()).keys()
+"""Those that need nothing named that they are observed at."""
 NO_BTF = ("unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none /sys/kernel/btf; exec "$@"', "sh")
 # Without a directory to mount it on, tracefs cannot be mounted either.
 NO_TRACEFS_SCRIPT = """
@@ -146,7 +148,7 @@ def test_without_tracefs(scope: Scope, tmp_path: Path, at_functions: bool) -> No
         recording = agent.stop()
     kinds = recording.manifest.coverage
     lost = {} if at_functions else WITHOUT_TRACEFS
-    expected = dict.fromkeys(KINDS, "full") | lost
+    expected = dict.fromkeys(ALL_KINDS, "full") | lost
     assert {name: kind.status for name, kind in kinds.items()} == expected
     for name in lost:
         assert "tracefs is not mounted and cannot be" in kinds[name].reason

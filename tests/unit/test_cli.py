@@ -22,11 +22,15 @@ from streamer.errors import ConfigError
 from streamer.events.catalogue import PUBLISHED, SELECTABLE
 from streamer.events.kinds import KINDS
 from streamer.events.stream import STREAM_KINDS
+from streamer.events.summaries import SUMMARIES
 from streamer.kernel.report import CheckReport
 from streamer.terminal import tables
 
 COMMANDS = ("run", "check", "events", "schema")
 DEFAULT = frozenset(kind for kind in KINDS if kind.startswith(("process.", "net.")))
+SYSCALLS = frozenset({"syscall.latency", "syscall.slow"})
+UNTARGETED = KINDS.keys() - SYSCALLS
+"""What can be observed without anything named that it is to be observed at."""
 
 
 def planned(*arguments: str) -> Plan:
@@ -153,7 +157,7 @@ def test_check_takes_the_same_events_and_file(tmp_path: Path) -> None:
     file = tmp_path / "streamer.toml"
     file.write_text('events = ["file.open"]')
     assert planned("check", "-c", str(file)).kinds == {"file.open"}
-    assert planned("check", "-c", str(file), "--events", "*").kinds == set(KINDS)
+    assert planned("check", "-c", str(file), "--events", "*").kinds == UNTARGETED
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -240,7 +244,8 @@ def test_no_command_is_bad_input(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_glob_names_where_it_is_from(tmp_path: Path) -> None:
     file = tmp_path / "streamer.toml"
     file.write_text('events = ["disk.*"]')
-    known = f"which matches no event, allowed: default, or globs of {', '.join(sorted(KINDS))}"
+    kinds = ", ".join(sorted(UNTARGETED))
+    known = f"which matches no event, allowed: default, or globs of {kinds}"
     with pytest.raises(ConfigError) as caught:
         planned("run", "-c", str(file))
     assert str(caught.value) == f'{file}: events: found "disk.*", {known}'
@@ -252,9 +257,9 @@ def test_a_glob_names_where_it_is_from(tmp_path: Path) -> None:
 def test_what_is_observed_at_interfaces_needs_one(tmp_path: Path) -> None:
     counters = {"xdp.counters"}
     assert planned("run", "--interface", "eth0").kinds == DEFAULT | counters
-    assert planned("run", "--events", "*").kinds == set(KINDS)
+    assert planned("run", "--events", "*").kinds == UNTARGETED
     everything = planned("run", "--events", "*", "--interface", "eth0", "--interface", "eth1")
-    assert everything.kinds == SELECTABLE.keys()
+    assert everything.kinds == SELECTABLE.keys() - SYSCALLS
     assert everything.settings.kernel.interfaces == ("eth0", "eth1")
     for wanted in ("xdp.counters", "xdp.*", "default,xdp.c*"):
         with pytest.raises(ConfigError, match="and no interface is named: --interface NAME"):
@@ -266,6 +271,17 @@ def test_what_is_observed_at_interfaces_needs_one(tmp_path: Path) -> None:
     assert (changed.interfaces, changed.open_latency) == (("eth0",), True)
 
 
+def test_system_calls_are_timed_that_are_named() -> None:
+    assert planned("run", "--syscall", "fsync").kinds == DEFAULT | SYSCALLS
+    both = planned("run", "--events", "syscall.*", "--syscall", "fsync", "--syscall", "*")
+    assert (both.kinds, both.settings.kernel.syscalls) == (SYSCALLS, ("fsync", "*"))
+    assert planned("run", "--events=-syscall.slow", "--syscall", "*").kinds == (
+        DEFAULT | {"syscall.latency"}
+    )
+    with pytest.raises(ConfigError, match="and no system call is named: --syscall NAME"):
+        planned("run", "--events", "syscall.slow")
+
+
 # --------------------------------------------------------------------- `events`, `schema`
 
 
@@ -275,8 +291,8 @@ def test_events_lists_every_kind_with_its_default(capfd: pytest.CaptureFixture[s
     assert head.split() == ["kind", "ring", "default", "meaning"]
     listed = {row.split()[0]: tuple(row.split()[1:3]) for row in rows}
     assert listed == {
-        **{k: (info.ring, "on" if k in DEFAULT else "off") for k, info in KINDS.items()},
-        "xdp.counters": ("agent", "on"),
+        **{k: (info.ring, "on" if k != "file.open" else "off") for k, info in KINDS.items()},
+        **{kind: ("agent", "on") for kind in SUMMARIES},
         **{kind: ("agent", "always") for kind in STREAM_KINDS},
     }
     column = head.index("meaning")

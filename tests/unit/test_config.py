@@ -171,6 +171,20 @@ MISTAKES = [
         'kernel.sample."net.accept": found true (boolean), allowed: an integer from 1 to 1048576',
     ),
     (
+        'kernel.syscalls = ["fsync", "fsynk"]',
+        'kernel.syscalls[1]: found "fsynk" (string), allowed: the name of a system call, or "*" '
+        "for all",
+    ),
+    (
+        'kernel.syscalls = ["exit_group"]',
+        'kernel.syscalls[0]: found "exit_group" (string), allowed: a system call that returns',
+    ),
+    (
+        'kernel.syscalls = ["Read"]',
+        'kernel.syscalls[0]: found "Read" (string), allowed: the name of a system call, or "*" '
+        "for all",
+    ),
+    (
         'kernel.sample = {"file.open" = 0}',
         'kernel.sample."file.open": found 0 (integer), allowed: an integer from 1 to 1048576',
     ),
@@ -677,7 +691,7 @@ def test_a_glob_that_matches_nothing_lists_the_kinds(pattern: str, message: str)
 
 
 def test_the_default_leaves_out_files() -> None:
-    assert DEFAULT_EVENTS == ("process.*", "net.*", "xdp.*")
+    assert DEFAULT_EVENTS == ("process.*", "net.*", "xdp.*", "syscall.*")
 
 
 # --------------------------------------------------------------------------- documentation

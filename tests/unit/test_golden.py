@@ -122,6 +122,9 @@ def test_what_the_program_did_is_there() -> None:
     ended = [(argc, 0, False) for argc in (2, 5, 4, 2)]
     assert exits == [*ended, (0, 15, False), (0, 0, False)]
     assert len({event["child_pid"] for event in of("process.fork")}) == 5
+    (slow,) = of("syscall.slow")
+    assert (slow["syscall"], slow["ret"], slow["errno"], slow["arg0"]) == ("nanosleep", 0, 0, 0)
+    assert slow["duration_ns"] >= 2_000_000
 
 
 def test_its_processes_can_be_joined() -> None:

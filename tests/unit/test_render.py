@@ -27,7 +27,7 @@ from streamer.events.stream import (
     StreamLoss,
     StreamManifest,
 )
-from streamer.events.summaries import XdpCounters
+from streamer.events.summaries import SyscallLatency, XdpCounters
 from streamer.terminal import lines as render
 from streamer.terminal.console import Console
 from streamer.terminal.lines import Rates, Renderer, StatusLine, printable, status_text
@@ -170,6 +170,16 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
         CONNECTION | {"direction": "inbound"},
         "10.0.0.1:51000 <- 93.184.216.34:443 sent 0B, received 0B",
     ),
+    (
+        "syscall.slow",
+        {"syscall": "read", "ret": 4, "duration_ns": 1_500_000_000, "arg0": 3},
+        "read = 4 after 1.50s",
+    ),
+    (
+        "syscall.slow",
+        {"syscall": "fsync", "errno": 5, "ret": -1, "duration_ns": 2_000_000_000},
+        "fsync EIO after 2.00s",
+    ),
 ]
 
 
@@ -199,6 +209,25 @@ SUMMARIES = [
 @pytest.mark.parametrize(("values", "expected"), SUMMARIES)
 def test_packets_by_class(values: dict[str, Any], expected: str) -> None:
     assert lines(filled(XdpCounters, **values)).endswith(f"xdp.counters {expected}")
+
+
+CALLS = [
+    (
+        {"count": 1200, "errors": 3, "p50_ns": 255, "p90_ns": 511, "p99_ns": 2047, "max_ns": 1663},
+        "1,200 calls, 3 failed, p50 255ns, p90 511ns, p99 2.05µs, max 1.66µs in 2.00s\n",
+    ),
+    (
+        {"cgroup_id": 77, "count": 1, "max_ns": 5, "p50_ns": 5, "p90_ns": 5, "p99_ns": 5},
+        "cgroup 77: 1 calls, p50 5ns, p90 5ns, p99 5ns, max 5ns in 2.00s\n",
+    ),
+    ({"unreturned": 4}, "0 calls, 4 returns missed in 2.00s\n"),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), CALLS)
+def test_calls_of_a_period(values: dict[str, Any], expected: str) -> None:
+    event = filled(SyscallLatency, syscall="fsync", period_ns=2 * 10**9, **values)
+    assert lines(event).endswith(f"syscall.latency fsync           {expected}")
 
 
 @pytest.mark.parametrize(("kind", "values", "expected"), ESSENCES)

@@ -22,6 +22,7 @@ from streamer.errors import ConfigError, HelperGone, KernelError, SinkError
 from streamer.events.batch import Batch, kind_of
 from streamer.events.kinds import KINDS
 from streamer.events.stream import PreviousRun, UntoldLoss
+from streamer.kernel.objects import SENSORS
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
 from tests.memory_kernel import INITIAL_MNTNS, MemoryKernel, MemoryPrograms
@@ -323,7 +324,7 @@ async def test_what_is_not_observed_is_said_and_the_rest_runs(
 
 
 async def test_without_anything_to_observe_it_ends_and_closes_its_sinks(runs: Runs) -> None:
-    programs = MemoryPrograms(unattached=frozenset({"process", "file", "net"}))
+    programs = MemoryPrograms(unattached=frozenset(SENSORS))
     run = runs(programs=programs)
     await run.start()
     with pytest.raises(KernelError, match="none of the events asked for can be observed"):

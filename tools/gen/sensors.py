@@ -9,10 +9,10 @@ from streamer.kernel.btf import Btf
 from streamer.kernel.contract import dotted, kind_names, summary_names
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
-_PLAIN_NEEDS = ("x86_64", "aarch64", "interface", "cgroup", "rate")
+_PLAIN_NEEDS = ("x86_64", "aarch64", "interface", "cgroup", "rate", "functions")
 _GIVEN_BY = ("function:", "no function:", "option:")
 _SIZES = ("cpus", "cpus,kinds", "cpus,interfaces")
-_TABLE = "table:"
+_TABLES = ("table:", "cpus,table:")
 _CORE = "core"
 
 
@@ -54,7 +54,7 @@ def _maps(sensor: str, btf: Btf) -> Iterator[MapInfo]:
         sized, shared = btf.tag(type_id, "sized"), btf.tag(type_id, "shared")
         needs = _words(btf.tag(type_id, "needs"))
         _check_needs(sensor, name, needs)
-        if sized is not None and sized not in _SIZES and not _named(sized, (_TABLE,)):
+        if sized is not None and sized not in _SIZES and not _named(sized, _TABLES):
             raise _mistake(sensor, name, f'SIZED("{sized}"), which tags.h does not know')
         if shared not in (None, _CORE):
             raise _mistake(sensor, name, f"shared by {shared}, and only {_CORE} shares")
