@@ -312,7 +312,9 @@ that the measured process leaves, and bound it as well.
 **In the kernel** is the best of several runs of 8,192 events, the empty loop taken off. The first
 lines are the price of a record with the identity of its task; the hook of `openat()` does all that
 it does at a real call, the walk up the path included. What an observed program pays is measured
-on a program that opens and closes a file, with the hooks attached and without.
+on a program that opens and closes a file, with the hooks attached and without. What timing system
+calls costs is measured on a program that makes `getppid()`, in the fastest of twenty parts: timed,
+beside another call that is, and the same with a histogram of bpftrace (`benchmarks/syscalls.py`).
 
 **Event to pipe** is the age of an event, from the time in its record to the return of the `read()`
 that brings it to whoever reads the streamer's standard output. Idle means single events at random
