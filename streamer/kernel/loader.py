@@ -716,7 +716,8 @@ def _index_of(name: str) -> int:
     if name not in ours:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
     # It shows the interfaces of whoever mounted it, whose indexes are others' here.
-    shown = {one.name for one in os.scandir("/sys/class/net") if one.is_dir()}
+    with os.scandir("/sys/class/net") as entries:
+        shown = {one.name for one in entries if one.is_dir()}
     if shown != ours:
         raise OSError(errno.EXDEV, "/sys/class/net is that of another network namespace")
     with open(f"/sys/class/net/{name}/ifindex") as file:

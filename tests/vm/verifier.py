@@ -18,14 +18,19 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
+from streamer.config.settings import Kernel
 from streamer.kernel.loader import CORE, Loader, Targets, _Sensor
 from streamer.kernel.objects import SENSORS
+from streamer.kernel.state import options_of
 from streamer.kernel.tags import ProgramInfo
 from tests.vm.suite import ROOT, RUNNER, releases
 
 PAGE = ROOT / "docs" / "verifier.md"
-OPTIONS = {"connections": 1024, "open_latency": 1}
-TARGETS = Targets(interfaces=("lo",), cgroup="/sys/fs/cgroup", rate=1)
+FUNCTION = "__x64_sys_getppid" if os.uname().machine == "x86_64" else "__arm64_sys_getppid"
+TARGETS = Targets(interfaces=("lo",), cgroup="/sys/fs/cgroup", rate=1, functions=(FUNCTION,))
+EVERYTHING = Kernel(
+    interfaces=("lo",), open_latency=True, syscalls=("*",), syscall_slow_ms=1, syscall_cgroups=1024
+)
 RINGS = {"critical": 1 << 16, "bulk": 1 << 16}
 _PROCESSED = re.compile(
     r"processed (\d+) insns \(limit \d+\) max_states_per_insn \d+ total_states (\d+) "
@@ -56,7 +61,7 @@ def rows() -> Iterator[Row]:
     try:
         for name, sensor in SENSORS.items():
             if name != CORE:
-                made = _Sensor(sensor, OPTIONS, TARGETS)
+                made = _Sensor(sensor, options_of(EVERYTHING), TARGETS)
                 for info in sensor.programs:
                     yield row(loader, made, info)
     finally:
