@@ -180,7 +180,7 @@ class Streamer(Observer):
     """`streamer run` with a file sink."""
 
     name = "streamer"
-    events = "process.exec,net.*,file.open"
+    events = "process.exec,net.connect,net.accept,net.close,file.open"
     records: Sequence[Record] = (
         Record("exec", b'"event":"process.exec"'),
         Record("open", b'"event":"file.open"'),

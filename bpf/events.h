@@ -53,6 +53,12 @@
 #define CALL_NAME_LEN 32
 #define PATH_LEN 4096
 #define ARGV_LEN 16384
+#define INTERFACE_LEN 16
+#define REASON_LEN 32
+
+/* In the order of enum packet_transport in core/tables.h. */
+#define TRANSPORT_NAMES \
+	"names:none,other,tcp,udp,icmp,icmpv6,igmp,sctp,gre,esp,ah,ipv4,ipv6,ospf,pim,vrrp"
 
 /* Raised when a field changes its meaning. New fields and kinds do not raise it. */
 enum event_schema {
@@ -67,6 +73,11 @@ enum event_kind {
 	KIND_NET_CONNECT = 32,
 	KIND_NET_ACCEPT = 33,
 	KIND_NET_CLOSE = 34,
+	KIND_NET_LISTEN = 35,
+	KIND_NET_BIND = 36,
+	KIND_NET_RETRANSMIT = 37,
+	KIND_NET_DROP = 38,
+	KIND_NET_UDP = 39,
 	KIND_SYSCALL_SLOW = 50,
 	KIND_END = 64, /* more than the largest, of summaries too */
 };
@@ -246,6 +257,99 @@ struct net_close {
 	__u8 remote_addr[16] AS("ip:ip_version") DOC("remote address");
 } RING("bulk") DOC("An established TCP connection ended.");
 
+struct net_listen {
+	struct event_base base;
+	struct event_task task;
+	__u32 errno ERRNO DOC("error number, such as 98 (EADDRINUSE); 0 when it listens");
+	__u32 netns DOC("inode number of the network namespace");
+	__s32 backlog_asked RANGE("-2147483648..") DOC("connections that may wait to be accepted, as asked");
+	__u32 backlog DOC("the same, as the kernel grants it (net.core.somaxconn); 0 when it failed");
+	__u16 local_port DOC("local port; 0 when there is none");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 reuse_port AS("bool") DOC("whether others may listen at the same port (SO_REUSEPORT)");
+	__u32 pad HIDDEN;
+	__u8 local_addr[16] AS("ip:ip_version") DOC("local address; 0.0.0.0 or :: for all of them");
+} RING("bulk") DOC("A process called listen() for a TCP socket.")
+UNSEEN("listens through io_uring, by 32-bit programs or by the kernel itself");
+
+struct net_bind {
+	struct event_base base;
+	struct event_task task;
+	__u32 errno ERRNO DOC("error number, such as 98 (EADDRINUSE) or 13 (EACCES); 0 when it succeeded");
+	__u32 netns DOC("inode number of the network namespace");
+	__u16 asked_port DOC("port that was asked for; 0 for any");
+	__u16 local_port DOC("port that the socket got; 0 when it failed");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 transport AS("names:none,other,tcp,udp") DOC("protocol of the socket: tcp or udp");
+	__u8 reuse_port AS("bool") DOC("whether others may bind to the same port (SO_REUSEPORT)");
+	__u8 pad HIDDEN;
+	__u8 local_addr[16] AS("ip:ip_version") DOC("address that was bound, or asked for when it failed; 0.0.0.0 or :: for all of them");
+} RING("bulk") DOC("A process called bind() for a TCP or UDP socket.")
+UNSEEN("binds through io_uring, by 32-bit programs or by the kernel itself|ports that a socket is given by connecting or sending|sockets of other protocols");
+
+struct net_retransmit {
+	struct event_base base;
+	struct event_task task;
+	__u32 segments DOC("TCP segments that were sent again");
+	__u32 bytes DOC("payload bytes in them");
+	__u32 netns DOC("inode number of the network namespace");
+	__u16 local_port DOC("local port");
+	__u16 remote_port DOC("remote port");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 state AS("names:unknown,established,syn_sent,syn_recv,fin_wait1,fin_wait2,time_wait,close,close_wait,last_ack,listen,closing,new_syn_recv") DOC("state of the connection");
+	__u8 congestion AS("names:open,disorder,cwr,recovery,loss") DOC("what the sender takes it for: recovery after duplicate ACKs, loss after a timeout");
+	__u8 content AS("names:data,syn,syn_ack,fin") DOC("what was sent again");
+	__u8 direction AS("names:unknown,outbound,inbound") DOC("who opened the connection; unknown when nobody saw it");
+	__u8 owner_known AS("bool") DOC("whether the task is the owner of the socket; where it is not known, pid is 0");
+	__u16 pad HIDDEN;
+	__u8 local_addr[16] AS("ip:ip_version") DOC("local address");
+	__u8 remote_addr[16] AS("ip:ip_version") DOC("remote address");
+} RING("bulk") DOC("TCP sent a segment again.")
+UNSEEN("retransmissions that this host itself could not send");
+
+struct net_drop {
+	struct event_base base;
+	__u32 reason_code DOC("number of the reason in this kernel; 0 when it gives none");
+	__u32 length DOC("bytes of the packet, headers included as far as it still had them");
+	__u32 netns DOC("inode number of the network namespace; 0 when the packet was in none that could be told");
+	__u32 ifindex DOC("index of the interface that it came in at or was to leave by; 0 when there is none");
+	__u16 source_port DOC("source port; 0 where there is none");
+	__u16 destination_port DOC("destination port; 0 where there is none");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6");
+	__u8 transport AS(TRANSPORT_NAMES) DOC("protocol above IP; none when the header could not be read; other too behind IPv6 extension headers");
+	__u16 pad HIDDEN;
+	char reason[REASON_LEN] AS("cstr") DOC("why it was dropped, by the name that this kernel has for it, such as NO_SOCKET; empty when it gives none");
+	char interface[INTERFACE_LEN] AS("cstr") DOC("name of that interface");
+	__u8 source_addr[16] AS("ip:ip_version") DOC("source address; all zero when the header could not be read");
+	__u8 destination_addr[16] AS("ip:ip_version") DOC("destination address; likewise");
+} RING("bulk") DOC("The kernel dropped an IP packet. `weight` counts those of the same reason and CPU that came before it and were too many to be reported.")
+UNSEEN("packets that hardware or driver drop|packets that XDP drops|packets that are not IP|from 5.17 on, packets that the kernel freed without saying why, unless unspecified_drops is set");
+
+struct net_udp {
+	struct event_base base;
+	struct event_task task;
+	__u64 duration_ns AS("ns") DOC("how long the socket has been in use: since the first datagram that was seen");
+	__u64 datagrams_sent DOC("sends that succeeded, in all that time");
+	__u64 bytes_sent DOC("payload bytes in them");
+	__u64 datagrams_received DOC("receives that succeeded, in all that time; looking ahead (MSG_PEEK) is none");
+	__u64 bytes_received DOC("payload bytes that they gave");
+	__u64 send_errors DOC("sends that failed");
+	__u64 drops DOC("datagrams for the socket that were dropped, for want of room or for a wrong checksum, since it was made");
+	__u32 inode DOC("inode number of the socket, as /proc/PID/fd, /proc/net/udp and ss have it; with `netns` and `pid` it tells sockets apart");
+	__u32 netns DOC("inode number of the network namespace");
+	__u16 local_port DOC("local port");
+	__u16 remote_port DOC("port of the peer; 0 when none is known");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 direction AS("names:unknown,outbound,inbound") DOC("outbound when the socket sent first, inbound when it received first");
+	__u8 connected AS("bool") DOC("whether the peer is the only one: the socket is connected to it");
+	__u8 closed AS("bool") DOC("whether the socket was closed: its last record");
+	__u8 owner_known AS("bool") DOC("always true: the task is the one that first sent or received");
+	__u8 pad[7] HIDDEN;
+	__u8 local_addr[16] AS("ip:ip_version") DOC("local address; 0.0.0.0 or :: when it is bound to none");
+	__u8 remote_addr[16] AS("ip:ip_version") DOC("address of the peer: of a socket that is not connected, the last one that it sent to; all zero when none is known");
+} RING("bulk") DOC("What went through a UDP socket, when it is closed, and while it is in use every `udp_seconds`. All counts are totals.")
+UNSEEN("sockets through which nothing was sent or received|how many datagrams a single call sent (UDP_SEGMENT) or received (UDP_GRO) at once: it counts as one|UDP-Lite");
+
 struct syscall_slow {
 	struct event_base base;
 	struct event_task task;
@@ -270,6 +374,11 @@ union event_record {
 	struct net_connect net_connect;
 	struct net_accept net_accept;
 	struct net_close net_close;
+	struct net_listen net_listen;
+	struct net_bind net_bind;
+	struct net_retransmit net_retransmit;
+	struct net_drop net_drop;
+	struct net_udp net_udp;
 	struct syscall_slow syscall_slow;
 };
 

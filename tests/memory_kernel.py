@@ -273,4 +273,5 @@ def _states(sensor: str, status: str, reason: str = "") -> list[ProgramState]:
     return [
         ProgramState(program.name, program.hook, f"memory/{program.name}", status, reason)
         for program in SENSORS[sensor].programs
+        if "no fentry" not in program.needs
     ]

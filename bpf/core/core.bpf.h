@@ -126,11 +126,21 @@ static __always_inline void count_filtered(enum event_kind kind)
 	}
 }
 
+/* An event that is not reported by itself, to keep the rate down. */
+static __always_inline void count_shed(enum event_kind kind)
+{
+	struct kind_counters *mine = my_kind(bpf_get_smp_processor_id(), kind);
+
+	if (mine) {
+		count(&mine->produced);
+		count(&mine->shed);
+	}
+}
+
 /* Whether sampling takes this event; its weight then. Another one is counted, and 0. */
 static __always_inline __u32 sample(enum event_kind kind)
 {
 	struct kind_settings *wanted = settings_of(kind);
-	struct kind_counters *mine;
 	__u32 rate;
 
 	if (!wanted)
@@ -140,11 +150,7 @@ static __always_inline __u32 sample(enum event_kind kind)
 		return 1;
 	if (bpf_get_prandom_u32() % rate == 0)
 		return rate;
-	mine = my_kind(bpf_get_smp_processor_id(), kind);
-	if (mine) {
-		count(&mine->produced);
-		count(&mine->shed);
-	}
+	count_shed(kind);
 	return 0;
 }
 

@@ -20,6 +20,7 @@
 #define AF_INET6 10
 #define AT_FDCWD (-100)
 #define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
 #define IPPROTO_MPTCP 262
 #define SOCK_DONE 1 /* enum sock_flags: the peer's FIN was received */
 #define SIGNAL_GROUP_EXIT 4
@@ -241,6 +242,7 @@ struct linux_binprm {
 
 struct net {
 	struct ns_common ns;
+	struct net_device *loopback_dev;
 };
 
 typedef struct {
@@ -259,10 +261,23 @@ struct sock_common {
 	__be16 skc_dport;
 	unsigned short skc_family;
 	volatile unsigned char skc_state;
+	unsigned char skc_reuseport : 1;
+	unsigned short skc_num;
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
 	unsigned long skc_flags;
+};
+
+struct net_device {
+	char name[16];
+	int ifindex;
+	possible_net_t nd_net;
+};
+
+struct numa_drop_counters { /* since 6.18 */
+	atomic_t drops0;
+	atomic_t drops1;
 };
 
 typedef struct {
@@ -275,10 +290,48 @@ struct sock {
 	__u16 sk_protocol;
 	int sk_err;
 	struct socket *sk_socket;
+	atomic_t sk_drops;
+	struct numa_drop_counters *sk_drop_counters;
+	__u32 sk_max_ack_backlog;
+	__u8 sk_shutdown;
 };
 
 struct inet_sock {
 	__be16 inet_sport;
+};
+
+struct inet_connection_sock {
+	__u8 icsk_ca_state : 5;
+};
+
+struct request_sock {
+	struct sock_common __req_common;
+};
+
+typedef struct {
+	atomic_t refs;
+} refcount_t;
+
+struct sk_buff {
+	struct net_device *dev; /* also the room of other things, while the packet is in a queue */
+	struct sock *sk;        /* likewise */
+	char cb[48];
+	unsigned int len;
+	__be16 protocol;
+	__u16 network_header;
+	unsigned int tail;
+	unsigned char *head;
+	refcount_t users;
+};
+
+struct tcp_skb_cb {
+	__u16 tcp_gso_segs;
+	__u8 tcp_flags; /* wider since 6.15, with nothing in the upper half that is read here */
+};
+
+struct msghdr {
+	void *msg_name;
+	int msg_namelen;
 };
 
 struct tcp_sock {

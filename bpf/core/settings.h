@@ -76,7 +76,8 @@ enum fault {
 				      * late, or not at all */
 	FAULT_SYSCALL_STARTS_FULL = 10,  /* the start of a system call could not be kept: it is not counted */
 	FAULT_SYSCALL_CGROUPS_FULL = 11, /* a call could not be counted for its cgroup */
-	FAULT_END = 12,
+	FAULT_UDP_FULL = 12,         /* a UDP socket could not be kept: what went through it was not counted */
+	FAULT_END = 13,
 };
 
 /* When a program is to wake the reader. */

@@ -9,8 +9,13 @@ from types import MappingProxyType
 
 from streamer.errors import ConfigError
 
-DEFAULT_EVENTS: tuple[str, ...] = ("process.*", "net.*", "xdp.*", "syscall.*")
-"""What one leaves on in production. `file.open` is left out: its volume is high."""
+DEFAULT_EVENTS: tuple[str, ...] = (
+    *("process.*", "xdp.*", "syscall.*"),
+    *("net.connect", "net.accept", "net.close", "net.listen", "net.bind"),
+    *("net.retransmit", "net.udp"),
+)
+"""What one leaves on in production. Left out are `file.open`, of which there are many, and
+`net.drop`, of which strangers can make many."""
 
 ALWAYS_ON = "stream."
 

@@ -100,6 +100,37 @@ class Kernel(Section, frozen=True, kw_only=True):
         bool,
         doc("Whether `file.open` says how long the call took: that needs a hook at its start too."),
     ] = False
+    drops_per_second: Annotated[
+        int,
+        Meta(ge=1, le=1 << 20),
+        doc(
+            "`net.drop`: how many drops of one reason each CPU reports in a second. The next one "
+            "stands for those that it left out: they are in its `weight`."
+        ),
+    ] = 100
+    unspecified_drops: Annotated[
+        bool,
+        doc(
+            "Whether `net.drop` reports packets that the kernel freed without a reason, too: some "
+            "were dropped, and most of them were not."
+        ),
+    ] = False
+    udp_seconds: Annotated[
+        int,
+        Meta(ge=1, le=86400),
+        doc(
+            "`net.udp`: how long a socket is in use before what went through it is reported, and "
+            "again, with its next datagram. A close is always reported."
+        ),
+    ] = 60
+    udp_sockets: Annotated[
+        int,
+        Meta(ge=1024, le=1 << 22),
+        doc(
+            "Room for UDP sockets on kernels before 5.11, and for those that have no room of "
+            "their own. A socket that found none makes no `net.udp`."
+        ),
+    ] = 16384
     interfaces: Annotated[
         tuple[InterfaceName, ...],
         Meta(max_length=16),

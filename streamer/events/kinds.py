@@ -163,6 +163,90 @@ class NetClose(TaskEvent, tag="net.close", gc=False):
     remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="remote address")]
 
 
+class NetListen(TaskEvent, tag="net.listen", gc=False):
+    """A process called listen() for a TCP socket."""
+
+    errno: Annotated[int, Meta(ge=0, le=4095, description="error number, such as 98 (EADDRINUSE); 0 when it listens")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace")]
+    backlog_asked: Annotated[int, Meta(ge=-2147483648, le=2147483647, description="connections that may wait to be accepted, as asked")]
+    backlog: Annotated[int, Meta(ge=0, le=4294967295, description="the same, as the kernel grants it (net.core.somaxconn); 0 when it failed")]
+    local_port: Annotated[int, Meta(ge=0, le=65535, description="local port; 0 when there is none")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    reuse_port: Annotated[bool, Meta(description="whether others may listen at the same port (SO_REUSEPORT)")]
+    local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="local address; 0.0.0.0 or :: for all of them")]
+
+
+class NetBind(TaskEvent, tag="net.bind", gc=False):
+    """A process called bind() for a TCP or UDP socket."""
+
+    errno: Annotated[int, Meta(ge=0, le=4095, description="error number, such as 98 (EADDRINUSE) or 13 (EACCES); 0 when it succeeded")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace")]
+    asked_port: Annotated[int, Meta(ge=0, le=65535, description="port that was asked for; 0 for any")]
+    local_port: Annotated[int, Meta(ge=0, le=65535, description="port that the socket got; 0 when it failed")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    transport: Annotated[Literal["none", "other", "tcp", "udp"], Meta(description="protocol of the socket: tcp or udp")]
+    reuse_port: Annotated[bool, Meta(description="whether others may bind to the same port (SO_REUSEPORT)")]
+    local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="address that was bound, or asked for when it failed; 0.0.0.0 or :: for all of them")]
+
+
+class NetRetransmit(TaskEvent, tag="net.retransmit", gc=False):
+    """TCP sent a segment again."""
+
+    segments: Annotated[int, Meta(ge=0, le=4294967295, description="TCP segments that were sent again")]
+    bytes: Annotated[int, Meta(ge=0, le=4294967295, description="payload bytes in them")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace")]
+    local_port: Annotated[int, Meta(ge=0, le=65535, description="local port")]
+    remote_port: Annotated[int, Meta(ge=0, le=65535, description="remote port")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    state: Annotated[Literal["unknown", "established", "syn_sent", "syn_recv", "fin_wait1", "fin_wait2", "time_wait", "close", "close_wait", "last_ack", "listen", "closing", "new_syn_recv"], Meta(description="state of the connection")]
+    congestion: Annotated[Literal["open", "disorder", "cwr", "recovery", "loss"], Meta(description="what the sender takes it for: recovery after duplicate ACKs, loss after a timeout")]
+    content: Annotated[Literal["data", "syn", "syn_ack", "fin"], Meta(description="what was sent again")]
+    direction: Annotated[Literal["unknown", "outbound", "inbound"], Meta(description="who opened the connection; unknown when nobody saw it")]
+    owner_known: Annotated[bool, Meta(description="whether the task is the owner of the socket; where it is not known, pid is 0")]
+    local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="local address")]
+    remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="remote address")]
+
+
+class NetDrop(Event, tag="net.drop", gc=False):
+    """The kernel dropped an IP packet. `weight` counts those of the same reason and CPU that came before it and were too many to be reported."""
+
+    reason_code: Annotated[int, Meta(ge=0, le=4294967295, description="number of the reason in this kernel; 0 when it gives none")]
+    length: Annotated[int, Meta(ge=0, le=4294967295, description="bytes of the packet, headers included as far as it still had them")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace; 0 when the packet was in none that could be told")]
+    ifindex: Annotated[int, Meta(ge=0, le=4294967295, description="index of the interface that it came in at or was to leave by; 0 when there is none")]
+    source_port: Annotated[int, Meta(ge=0, le=65535, description="source port; 0 where there is none")]
+    destination_port: Annotated[int, Meta(ge=0, le=65535, description="destination port; 0 where there is none")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6")]
+    transport: Annotated[Literal["none", "other", "tcp", "udp", "icmp", "icmpv6", "igmp", "sctp", "gre", "esp", "ah", "ipv4", "ipv6", "ospf", "pim", "vrrp"], Meta(description="protocol above IP; none when the header could not be read; other too behind IPv6 extension headers")]
+    reason: Annotated[str, Meta(max_length=31, description="why it was dropped, by the name that this kernel has for it, such as NO_SOCKET; empty when it gives none")]
+    interface: Annotated[str, Meta(max_length=15, description="name of that interface")]
+    source_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="source address; all zero when the header could not be read")]
+    destination_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="destination address; likewise")]
+
+
+class NetUdp(TaskEvent, tag="net.udp", gc=False):
+    """What went through a UDP socket, when it is closed, and while it is in use every `udp_seconds`. All counts are totals."""
+
+    duration_ns: Annotated[int, Meta(ge=0, description="how long the socket has been in use: since the first datagram that was seen")]
+    datagrams_sent: Annotated[int, Meta(ge=0, description="sends that succeeded, in all that time")]
+    bytes_sent: Annotated[int, Meta(ge=0, description="payload bytes in them")]
+    datagrams_received: Annotated[int, Meta(ge=0, description="receives that succeeded, in all that time; looking ahead (MSG_PEEK) is none")]
+    bytes_received: Annotated[int, Meta(ge=0, description="payload bytes that they gave")]
+    send_errors: Annotated[int, Meta(ge=0, description="sends that failed")]
+    drops: Annotated[int, Meta(ge=0, description="datagrams for the socket that were dropped, for want of room or for a wrong checksum, since it was made")]
+    inode: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the socket, as /proc/PID/fd, /proc/net/udp and ss have it; with `netns` and `pid` it tells sockets apart")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace")]
+    local_port: Annotated[int, Meta(ge=0, le=65535, description="local port")]
+    remote_port: Annotated[int, Meta(ge=0, le=65535, description="port of the peer; 0 when none is known")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    direction: Annotated[Literal["unknown", "outbound", "inbound"], Meta(description="outbound when the socket sent first, inbound when it received first")]
+    connected: Annotated[bool, Meta(description="whether the peer is the only one: the socket is connected to it")]
+    closed: Annotated[bool, Meta(description="whether the socket was closed: its last record")]
+    owner_known: Annotated[bool, Meta(description="always true: the task is the one that first sent or received")]
+    local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="local address; 0.0.0.0 or :: when it is bound to none")]
+    remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="address of the peer: of a socket that is not connected, the last one that it sent to; all zero when none is known")]
+
+
 class SyscallSlow(TaskEvent, tag="syscall.slow", gc=False):
     """A system call took longer than `syscall_slow_ms`. It is told when it returns."""
 
@@ -337,6 +421,99 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("remote_addr", "ip", 152, 132),
         *_END,
     )),
+    35: RecordLayout("net.listen", NetListen, 136, 136, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("errno", "u32", 96, None),
+        FieldLayout("netns", "u32", 100, None),
+        FieldLayout("backlog_asked", "s32", 104, None),
+        FieldLayout("backlog", "u32", 108, None),
+        FieldLayout("local_port", "u16", 112, None),
+        FieldLayout("ip_version", "u8", 114, None),
+        FieldLayout("reuse_port", "bool", 115, None),
+        FieldLayout("local_addr", "ip", 120, 114),
+        *_END,
+    )),
+    36: RecordLayout("net.bind", NetBind, 128, 128, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("errno", "u32", 96, None),
+        FieldLayout("netns", "u32", 100, None),
+        FieldLayout("asked_port", "u16", 104, None),
+        FieldLayout("local_port", "u16", 106, None),
+        FieldLayout("ip_version", "u8", 108, None),
+        FieldLayout("transport", "names", 109, ('none', 'other', 'tcp', 'udp')),
+        FieldLayout("reuse_port", "bool", 110, None),
+        FieldLayout("local_addr", "ip", 112, 108),
+        *_END,
+    )),
+    37: RecordLayout("net.retransmit", NetRetransmit, 152, 152, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("segments", "u32", 96, None),
+        FieldLayout("bytes", "u32", 100, None),
+        FieldLayout("netns", "u32", 104, None),
+        FieldLayout("local_port", "u16", 108, None),
+        FieldLayout("remote_port", "u16", 110, None),
+        FieldLayout("ip_version", "u8", 112, None),
+        FieldLayout("state", "names", 113, ('unknown', 'established', 'syn_sent', 'syn_recv', 'fin_wait1', 'fin_wait2', 'time_wait', 'close', 'close_wait', 'last_ack', 'listen', 'closing', 'new_syn_recv')),
+        FieldLayout("congestion", "names", 114, ('open', 'disorder', 'cwr', 'recovery', 'loss')),
+        FieldLayout("content", "names", 115, ('data', 'syn', 'syn_ack', 'fin')),
+        FieldLayout("direction", "names", 116, ('unknown', 'outbound', 'inbound')),
+        FieldLayout("owner_known", "bool", 117, None),
+        FieldLayout("local_addr", "ip", 120, 112),
+        FieldLayout("remote_addr", "ip", 136, 112),
+        *_END,
+    )),
+    38: RecordLayout("net.drop", NetDrop, 136, 136, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        FieldLayout("reason_code", "u32", 32, None),
+        FieldLayout("length", "u32", 36, None),
+        FieldLayout("netns", "u32", 40, None),
+        FieldLayout("ifindex", "u32", 44, None),
+        FieldLayout("source_port", "u16", 48, None),
+        FieldLayout("destination_port", "u16", 50, None),
+        FieldLayout("ip_version", "u8", 52, None),
+        FieldLayout("transport", "names", 53, ('none', 'other', 'tcp', 'udp', 'icmp', 'icmpv6', 'igmp', 'sctp', 'gre', 'esp', 'ah', 'ipv4', 'ipv6', 'ospf', 'pim', 'vrrp')),
+        FieldLayout("reason", "cstr", 56, 32),
+        FieldLayout("interface", "cstr", 88, 16),
+        FieldLayout("source_addr", "ip", 104, 52),
+        FieldLayout("destination_addr", "ip", 120, 52),
+        *_END,
+    )),
+    39: RecordLayout("net.udp", NetUdp, 208, 208, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("duration_ns", "ns", 96, None),
+        FieldLayout("datagrams_sent", "u64", 104, None),
+        FieldLayout("bytes_sent", "u64", 112, None),
+        FieldLayout("datagrams_received", "u64", 120, None),
+        FieldLayout("bytes_received", "u64", 128, None),
+        FieldLayout("send_errors", "u64", 136, None),
+        FieldLayout("drops", "u64", 144, None),
+        FieldLayout("inode", "u32", 152, None),
+        FieldLayout("netns", "u32", 156, None),
+        FieldLayout("local_port", "u16", 160, None),
+        FieldLayout("remote_port", "u16", 162, None),
+        FieldLayout("ip_version", "u8", 164, None),
+        FieldLayout("direction", "names", 165, ('unknown', 'outbound', 'inbound')),
+        FieldLayout("connected", "bool", 166, None),
+        FieldLayout("closed", "bool", 167, None),
+        FieldLayout("owner_known", "bool", 168, None),
+        FieldLayout("local_addr", "ip", 176, 164),
+        FieldLayout("remote_addr", "ip", 192, 164),
+        *_END,
+    )),
     50: RecordLayout("syscall.slow", SyscallSlow, 160, 160, (
         *_BASE,
         FieldLayout("truncated", "cut", 30, ()),
@@ -497,6 +674,89 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("remote_addr", "string", "remote address"),
         *_END_INFO,
     ), ()),
+    "net.listen": KindInfo("net.listen", NetListen, "bulk", "A process called listen() for a TCP socket.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("errno", "integer from 0 to 4095", "error number, such as 98 (EADDRINUSE); 0 when it listens"),
+        FieldInfo("netns", "integer", "inode number of the network namespace"),
+        FieldInfo("backlog_asked", "integer from -2147483648 to 2147483647", "connections that may wait to be accepted, as asked"),
+        FieldInfo("backlog", "integer", "the same, as the kernel grants it (net.core.somaxconn); 0 when it failed"),
+        FieldInfo("local_port", "integer", "local port; 0 when there is none"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("reuse_port", "boolean", "whether others may listen at the same port (SO_REUSEPORT)"),
+        FieldInfo("local_addr", "string", "local address; 0.0.0.0 or :: for all of them"),
+        *_END_INFO,
+    ), ("listens through io_uring, by 32-bit programs or by the kernel itself",)),
+    "net.bind": KindInfo("net.bind", NetBind, "bulk", "A process called bind() for a TCP or UDP socket.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("errno", "integer from 0 to 4095", "error number, such as 98 (EADDRINUSE) or 13 (EACCES); 0 when it succeeded"),
+        FieldInfo("netns", "integer", "inode number of the network namespace"),
+        FieldInfo("asked_port", "integer", "port that was asked for; 0 for any"),
+        FieldInfo("local_port", "integer", "port that the socket got; 0 when it failed"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("transport", "\"none\" or \"other\" or \"tcp\" or \"udp\"", "protocol of the socket: tcp or udp"),
+        FieldInfo("reuse_port", "boolean", "whether others may bind to the same port (SO_REUSEPORT)"),
+        FieldInfo("local_addr", "string", "address that was bound, or asked for when it failed; 0.0.0.0 or :: for all of them"),
+        *_END_INFO,
+    ), ("binds through io_uring, by 32-bit programs or by the kernel itself", "ports that a socket is given by connecting or sending", "sockets of other protocols")),
+    "net.retransmit": KindInfo("net.retransmit", NetRetransmit, "bulk", "TCP sent a segment again.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("segments", "integer", "TCP segments that were sent again"),
+        FieldInfo("bytes", "integer", "payload bytes in them"),
+        FieldInfo("netns", "integer", "inode number of the network namespace"),
+        FieldInfo("local_port", "integer", "local port"),
+        FieldInfo("remote_port", "integer", "remote port"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("state", "\"unknown\" or \"established\" or \"syn_sent\" or \"syn_recv\" or \"fin_wait1\" or \"fin_wait2\" or \"time_wait\" or \"close\" or \"close_wait\" or \"last_ack\" or \"listen\" or \"closing\" or \"new_syn_recv\"", "state of the connection"),
+        FieldInfo("congestion", "\"open\" or \"disorder\" or \"cwr\" or \"recovery\" or \"loss\"", "what the sender takes it for: recovery after duplicate ACKs, loss after a timeout"),
+        FieldInfo("content", "\"data\" or \"syn\" or \"syn_ack\" or \"fin\"", "what was sent again"),
+        FieldInfo("direction", "\"unknown\" or \"outbound\" or \"inbound\"", "who opened the connection; unknown when nobody saw it"),
+        FieldInfo("owner_known", "boolean", "whether the task is the owner of the socket; where it is not known, pid is 0"),
+        FieldInfo("local_addr", "string", "local address"),
+        FieldInfo("remote_addr", "string", "remote address"),
+        *_END_INFO,
+    ), ("retransmissions that this host itself could not send",)),
+    "net.drop": KindInfo("net.drop", NetDrop, "bulk", "The kernel dropped an IP packet. `weight` counts those of the same reason and CPU that came before it and were too many to be reported.", (
+        *_BASE_INFO,
+        FieldInfo("reason_code", "integer", "number of the reason in this kernel; 0 when it gives none"),
+        FieldInfo("length", "integer", "bytes of the packet, headers included as far as it still had them"),
+        FieldInfo("netns", "integer", "inode number of the network namespace; 0 when the packet was in none that could be told"),
+        FieldInfo("ifindex", "integer", "index of the interface that it came in at or was to leave by; 0 when there is none"),
+        FieldInfo("source_port", "integer", "source port; 0 where there is none"),
+        FieldInfo("destination_port", "integer", "destination port; 0 where there is none"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6"),
+        FieldInfo("transport", "\"none\" or \"other\" or \"tcp\" or \"udp\" or \"icmp\" or \"icmpv6\" or \"igmp\" or \"sctp\" or \"gre\" or \"esp\" or \"ah\" or \"ipv4\" or \"ipv6\" or \"ospf\" or \"pim\" or \"vrrp\"", "protocol above IP; none when the header could not be read; other too behind IPv6 extension headers"),
+        FieldInfo("reason", "string", "why it was dropped, by the name that this kernel has for it, such as NO_SOCKET; empty when it gives none"),
+        FieldInfo("interface", "string", "name of that interface"),
+        FieldInfo("source_addr", "string", "source address; all zero when the header could not be read"),
+        FieldInfo("destination_addr", "string", "destination address; likewise"),
+        *_END_INFO,
+    ), ("packets that hardware or driver drop", "packets that XDP drops", "packets that are not IP", "from 5.17 on, packets that the kernel freed without saying why, unless unspecified_drops is set")),
+    "net.udp": KindInfo("net.udp", NetUdp, "bulk", "What went through a UDP socket, when it is closed, and while it is in use every `udp_seconds`. All counts are totals.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("duration_ns", "integer", "how long the socket has been in use: since the first datagram that was seen"),
+        FieldInfo("datagrams_sent", "integer", "sends that succeeded, in all that time"),
+        FieldInfo("bytes_sent", "integer", "payload bytes in them"),
+        FieldInfo("datagrams_received", "integer", "receives that succeeded, in all that time; looking ahead (MSG_PEEK) is none"),
+        FieldInfo("bytes_received", "integer", "payload bytes that they gave"),
+        FieldInfo("send_errors", "integer", "sends that failed"),
+        FieldInfo("drops", "integer", "datagrams for the socket that were dropped, for want of room or for a wrong checksum, since it was made"),
+        FieldInfo("inode", "integer", "inode number of the socket, as /proc/PID/fd, /proc/net/udp and ss have it; with `netns` and `pid` it tells sockets apart"),
+        FieldInfo("netns", "integer", "inode number of the network namespace"),
+        FieldInfo("local_port", "integer", "local port"),
+        FieldInfo("remote_port", "integer", "port of the peer; 0 when none is known"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("direction", "\"unknown\" or \"outbound\" or \"inbound\"", "outbound when the socket sent first, inbound when it received first"),
+        FieldInfo("connected", "boolean", "whether the peer is the only one: the socket is connected to it"),
+        FieldInfo("closed", "boolean", "whether the socket was closed: its last record"),
+        FieldInfo("owner_known", "boolean", "always true: the task is the one that first sent or received"),
+        FieldInfo("local_addr", "string", "local address; 0.0.0.0 or :: when it is bound to none"),
+        FieldInfo("remote_addr", "string", "address of the peer: of a socket that is not connected, the last one that it sent to; all zero when none is known"),
+        *_END_INFO,
+    ), ("sockets through which nothing was sent or received", "how many datagrams a single call sent (UDP_SEGMENT) or received (UDP_GRO) at once: it counts as one", "UDP-Lite")),
     "syscall.slow": KindInfo("syscall.slow", SyscallSlow, "bulk", "A system call took longer than `syscall_slow_ms`. It is told when it returns.", (
         *_BASE_INFO,
         *_TASK_INFO,

@@ -21,3 +21,16 @@ def what_is_unseen(own: str | None = None) -> str:
     version_1 = any(names and not names.startswith("name=") for _, names, _ in lines)
     path = next((path for number, _, path in lines if number == "0"), "/")
     return IN_ROOT if version_1 and path == "/" else ""
+
+
+def cgroup_root(mounts: str | None = None) -> str:
+    """Where the hierarchy of version 2 is mounted; empty where it is not.
+
+    `mounts` is the text of /proc/self/mounts, in which a space is written in octal.
+    """
+    text = Path("/proc/self/mounts").read_text() if mounts is None else mounts
+    for line in text.splitlines():
+        _, place, kind, *_ = line.split(" ")
+        if kind == "cgroup2":
+            return place.encode().decode("unicode_escape")
+    return ""

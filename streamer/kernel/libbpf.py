@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_long, c_size_t, c_void_p
 from ctypes import c_uint32 as u32
 from ctypes import c_uint64 as u64
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from streamer.errors import KernelError
 
-_BTF_KIND_FUNC = 12
+_BTF_KIND_ENUM, _BTF_KIND_FUNC = 6, 12
 _MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 _BPF_XDP = 37  # enum bpf_attach_type
 XDP_MODES = {"native": 1 << 2, "generic": 1 << 1}
@@ -70,6 +71,18 @@ class _LinkOptions(Structure):
     _fields_ = [("size", c_size_t), ("flags", u32)]
 
 
+class _BtfType(Structure):
+    """`struct btf_type`: of an enum, its values follow."""
+
+    _fields_ = [("name_off", u32), ("info", u32), ("size", u32)]
+
+
+class _BtfEnum(Structure):
+    """`struct btf_enum`."""
+
+    _fields_ = [("name_off", u32), ("val", c_int)]
+
+
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "libbpf_set_print": (c_void_p, [c_void_p]),
     "bpf_object__open_file": (c_void_p, [c_char_p, POINTER(_OpenOptions)]),
@@ -110,6 +123,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "btf__parse": (c_void_p, [c_char_p, c_void_p]),
     "btf__find_by_name_kind": (c_int, [c_void_p, c_char_p, u32]),
     "btf__free": (None, [c_void_p]),
+    "btf__type_by_id": (POINTER(_BtfType), [c_void_p, u32]),
+    "btf__name_by_offset": (c_char_p, [c_void_p, u32]),
     "bpf_prog_test_run_opts": (c_int, [c_int, POINTER(_TestRunOptions)]),
 }
 
@@ -142,20 +157,48 @@ def _check_pointer(result: int | None) -> int:
     return result
 
 
-def functions_of(names: Iterable[str], btf: str | None = None) -> set[str]:
-    """Those of `names` that are functions in the kernel's BTF, or in the BTF file given."""
+@contextmanager
+def _types_of(btf: str | None) -> Iterator[int]:
+    """The kernel's BTF, or that in the file given. Raises OSError."""
     library = _library()
     types = _check_pointer(
         library.btf__parse(btf.encode(), None) if btf else library.btf__load_vmlinux_btf()
     )
     try:
+        yield types
+    finally:
+        library.btf__free(types)
+
+
+def functions_of(names: Iterable[str], btf: str | None = None) -> set[str]:
+    """Those of `names` that are functions in the kernel's BTF, or in the BTF file given."""
+    library = _library()
+    with _types_of(btf) as types:
         return {
             name
             for name in names
             if library.btf__find_by_name_kind(types, name.encode(), _BTF_KIND_FUNC) > 0
         }
-    finally:
-        library.btf__free(types)
+
+
+def names_of_enum(enum: str, btf: str | None = None) -> dict[int, str]:
+    """Names of the numbers of an enum in the kernel's BTF, or in the BTF file given.
+
+    Empty where there is no such enum.
+    """
+    library = _library()
+    with _types_of(btf) as types:
+        number = library.btf__find_by_name_kind(types, enum.encode(), _BTF_KIND_ENUM)
+        if number < 0:
+            return {}
+        found = library.btf__type_by_id(types, number).contents
+        values = (_BtfEnum * (found.info & 0xFFFF)).from_address(
+            ctypes.addressof(found) + ctypes.sizeof(_BtfType)
+        )
+        return {
+            value.val: library.btf__name_by_offset(types, value.name_off).decode()
+            for value in values
+        }
 
 
 def _sized(name: str, what: str, data: bytes, size: int) -> bytes:
@@ -335,6 +378,11 @@ class Map:
 
     def _key(self, key: bytes) -> bytes:
         return _sized(self.name, "key", key, _library().bpf_map__key_size(self._handle))
+
+    @property
+    def value_size(self) -> int:
+        """Bytes of a value."""
+        return self._value_size()
 
     def _value(self, value: bytes) -> bytes:
         return _sized(self.name, "value", value, self._value_size())

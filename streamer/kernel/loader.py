@@ -24,6 +24,7 @@ from streamer.kernel.libbpf import (
     Object,
     Program,
     functions_of,
+    names_of_enum,
 )
 from streamer.kernel.objects import KIND_END, SENSORS
 from streamer.kernel.perf_event import open_sampling
@@ -176,10 +177,29 @@ class Loader:
         self._core: Object | None = None
         self._shared: dict[str, Map] = {}
         self._functions: set[str] = set()
+        self._common: dict[str, int] = {}  # descriptors of maps that sensors share
         self.no_functions = "not tried"
         """Why programs at functions (fentry, fexit) do not load; empty where they do."""
         self._sensors: dict[str, _Sensor] = {}
         self.cpus = last_possible_cpu() + 1
+
+    @property
+    def filters_packets(self) -> bool:
+        """Whether a program may be attached where it could stop packets, whatever the options.
+
+        Raises:
+            KernelError: the core object cannot be opened.
+        """
+        self.no_functions = self._try_function()
+        return any(
+            self._could_filter(_Sensor(self._catalogue[name], {}, targets), program)
+            for name, targets in self._targets.items()
+            for program in self._catalogue[name].programs
+        )
+
+    def _could_filter(self, sensor: _Sensor, program: ProgramInfo) -> bool:
+        needs = [need for need in program.needs if not need.startswith("option:")]
+        return bool({"interface", "cgroup"} & set(needs)) and self._is_given(sensor, needs)
 
     # ------------------------------------------------------------ core
 
@@ -295,8 +315,21 @@ class Loader:
             made.close()
             raise
         self._sensors[sensor] = made
+        self._share(made)
         own = {name: found.fd for name, found in self._own_maps(made).items()}
         return Loaded(made.report(), own)
+
+    def _share(self, made: _Sensor) -> None:
+        """Give other sensors the maps that they have in common with this one."""
+        for info in made.info.maps:
+            if info.common and info.name in made.maps and info.name not in self._common:
+                self._common[info.name] = os.dup(made.maps[info.name].fd)
+
+    def _forget_common(self) -> None:
+        """Let go of what no sensor that is loaded has any more."""
+        loaded = [info for made in self._sensors.values() for info in made.info.maps]
+        for name in self._common.keys() - {info.name for info in loaded if info.common}:
+            os.close(self._common.pop(name))
 
     def _own_maps(self, made: _Sensor) -> dict[str, Map]:
         return {
@@ -321,12 +354,13 @@ class Loader:
                 made.waiting.setdefault(info.hook, []).append(_Attempt(info, section))
 
     def _is_given(self, made: _Sensor, needs: Iterable[str]) -> bool:
-        given = {platform.machine(), *made.targets.given()}
+        at_functions = "no fentry" if self.no_functions else "fentry"
+        given = {platform.machine(), at_functions, *made.targets.given()}
         for need in needs:
             what, _, name = need.partition(":")
             if what == "option":
                 met = bool(made.options.get(name))
-            elif what.endswith("function"):
+            elif name and what.endswith("function"):
                 met = (name in self._functions) != what.startswith("no ")
             else:
                 met = need in given
@@ -358,11 +392,24 @@ class Loader:
         except OSError:
             for hook in list(made.waiting):
                 self._load_next(made, hook)
-            return
-        made.objects.append(loaded)
-        for hook, attempt in best.items():
-            made.waiting[hook].pop(0)
-            self._take(made, loaded, attempt)
+        else:
+            made.objects.append(loaded)
+            for hook, attempt in best.items():
+                made.waiting[hook].pop(0)
+                self._take(made, loaded, attempt)
+        self._name_numbers(made)
+
+    def _name_numbers(self, made: _Sensor) -> None:
+        """Put the kernel's own names into the maps that are to have them."""
+        for info in made.info.maps:
+            if info.names and info.name in made.maps:
+                table = made.maps[info.name]
+                for number, name in sorted(_names_in(info.names, self._btf).items()):
+                    text = name.encode()[: table.value_size - 1]
+                    with suppress(OSError):  # a number that the table has no room for
+                        table.update(
+                            number.to_bytes(4, "little"), text.ljust(table.value_size, b"\0")
+                        )
 
     def _take(self, made: _Sensor, loaded: Object, attempt: _Attempt) -> None:
         made.programs[attempt.info.hook] = loaded.programs[attempt.info.name]
@@ -417,6 +464,8 @@ class Loader:
                 continue  # the compiler's: it puts there what it likes, such as a switch's table
             elif name in shared:
                 one.reuse(shared[name].fd)
+            elif name in self._common:
+                one.reuse(self._common[name])
             elif name in kept:
                 one.reuse(kept[name].fd)
             else:
@@ -534,6 +583,7 @@ class Loader:
         """
         self._loaded(sensor).close()
         del self._sensors[sensor]
+        self._forget_common()
 
     # ------------------------------------------------------------ maps
 
@@ -568,9 +618,20 @@ class Loader:
         for made in self._sensors.values():
             made.close()
         self._sensors = {}
+        self._forget_common()
         if self._core is not None:
             self._core.close()
             self._core, self._shared = None, {}
+
+
+def _names_in(enum: str, btf: str | None) -> dict[int, str]:
+    """What the kernel calls the numbers of one of its enums, without the enum's own name."""
+    prefix = f"{enum.upper()}_"
+    return {
+        number: name.removeprefix(prefix)
+        for number, name in names_of_enum(enum, btf).items()
+        if name.startswith(prefix) and number >= 0
+    }
 
 
 def _named(maps: Mapping[str, Map]) -> dict[str, Map]:

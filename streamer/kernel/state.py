@@ -42,6 +42,7 @@ from streamer.kernel.targets import targets_of
 
 _KEEP, _DROP = b"\x01", b"\x02"
 _MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filter_mode"]}
+_OWNERS = "owners of connections, and those of the agent itself,"
 # The header that the kernel puts before each record, and the eight bytes that it never fills.
 _RING_OVERHEAD = 8 + 8
 
@@ -75,7 +76,9 @@ def sensors_of(kinds: Collection[str]) -> list[str]:
     return [
         name
         for name, sensor in SENSORS.items()
-        if any(not set(program.kinds).isdisjoint(kinds) for program in sensor.programs)
+        if any(
+            not set(program.kinds + program.keeps).isdisjoint(kinds) for program in sensor.programs
+        )
     ]
 
 
@@ -87,7 +90,16 @@ def options_of(kernel: Kernel) -> dict[str, int]:
         "syscalls": len(syscall_places(kernel)),
         "syscall_tasks": kernel.syscall_tasks,
         "syscall_cgroups": kernel.syscall_cgroups,
+        "drops_per_second": kernel.drops_per_second,
+        "unspecified_drops": int(kernel.unspecified_drops),
+        "udp_seconds": kernel.udp_seconds,
+        "udp_sockets": kernel.udp_sockets,
     }
+
+
+def wanting(kinds: Iterable[str]) -> dict[str, int]:
+    """The options that say that these kinds are wanted."""
+    return {f"kind.{kind}": 1 for kind in kinds}
 
 
 def syscall_places(kernel: Kernel) -> list[Place]:
@@ -112,9 +124,12 @@ def coverage(
 
 def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, int]) -> KindStatus:
     hooks: dict[str, list[ProgramStatus]] = {}
+    kept: dict[str, list[ProgramStatus]] = {}
     for program in programs:
         if kind in program.kinds:
             hooks.setdefault(program.hook, []).append(program)
+        elif kind in _info(program).keeps:
+            kept.setdefault(program.hook, []).append(program)
     lost = [ways for ways in hooks.values() if not any(way.status == ATTACHED for way in ways)]
     essential = any(not _info(ways[-1]).covers for ways in lost)
     reporting = [ways for ways in hooks.values() if _info(ways[-1]).reports]
@@ -125,10 +140,29 @@ def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, i
     for program in programs:
         if kind in program.kinds and program.status == ATTACHED and program.reason:
             reasons[program.reason] = None
+    reasons |= dict.fromkeys((*_what_ways_lack(hooks.values()), *_unknown_owners(kind, kept)))
     too_large = _too_large(kind, rings)
     if too_large:
         reasons[too_large] = None
     return KindStatus("partial" if reasons else "full", "; ".join(reasons))
+
+
+def _what_ways_lack(hooks: Iterable[list[ProgramStatus]]) -> Iterator[str]:
+    """What the ways that are used cannot see."""
+    for ways in hooks:
+        used = next((way for way in ways if way.status == ATTACHED), None)
+        if used is not None and _info(used).lacks:
+            yield f"{used.way}: {_info(used).lacks} are not observed"
+
+
+def _unknown_owners(kind: str, kept: Mapping[str, list[ProgramStatus]]) -> Iterator[str]:
+    """Why nobody knows whose the events are, where another sensor is to keep that, by hook."""
+    keepers = (one for sensor in SENSORS.values() for one in sensor.programs if kind in one.keeps)
+    if not kept and any(keepers):
+        yield f"what keeps them is not loaded, so {_OWNERS} are not known"
+    for ways in kept.values():
+        if not any(way.status == ATTACHED for way in ways):
+            yield f"{ways[-1].reason}, so {_OWNERS} are not known"
 
 
 def _too_large(kind: str, rings: Mapping[str, int]) -> str:
@@ -423,6 +457,10 @@ class KernelState:
         self._settings[: len(data)] = data
         self._filters = filters
 
+    def want(self, kinds: Collection[str]) -> None:
+        """Load what these kinds need with the sensors from now on, and nothing that others need."""
+        self._options |= wanting(kinds)
+
     def enable(self, kinds: Collection[str]) -> None:
         """Report `kinds` from now on, and no others."""
         self._kinds = frozenset(kinds)
@@ -622,11 +660,9 @@ def load(
     """
     wanted = sensors_of(kinds)
     capabilities.require()
-    state = KernelState(
-        loader or Loader(directory=directory, targets=targets_of(settings.kernel)),
-        settings,
-        directory,
-    )
+    loader = loader or Loader(directory=directory, targets=targets_of(settings.kernel))
+    state = KernelState(loader, settings, directory)
+    state.want(kinds)
     try:
         _load_sensors(state, wanted)
     except BaseException:

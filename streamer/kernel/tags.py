@@ -17,7 +17,8 @@ class ProgramInfo(NamedTuple):
     Programs of one `hook` are ways to the same thing, best first. `kinds` is what it reports, or
     only completes where it does not report (`reports`), and `covers` what is not observed without
     it: empty where that is all of its kinds. It is used only where all of `needs` is given: see
-    `bpf/core/tags.h`.
+    `bpf/core/tags.h`. `keeps` are kinds of another sensor that use what it keeps, and `lacks` is
+    what is not observed where it is the way that is used.
     """
 
     name: str
@@ -26,6 +27,8 @@ class ProgramInfo(NamedTuple):
     covers: str = ""
     needs: tuple[str, ...] = ()
     reports: bool = True
+    keeps: tuple[str, ...] = ()
+    lacks: str = ""
 
 
 class MapInfo(NamedTuple):
@@ -33,13 +36,17 @@ class MapInfo(NamedTuple):
 
     `sized` is what its number of entries follows: `cpus`, `cpus,kinds`, `cpus,interfaces`,
     `table:NAME`, `cpus,table:NAME`, or nothing. A `shared` one is made by the object `core` and
-    used by all. It is made where all of `needs` is given, as a program is used.
+    used by all. It is made where all of `needs` is given, as a program is used. A `common` one is
+    made with the first sensor that has it, and used by all that have. `names` is the enum of the
+    kernel whose names it holds, by number.
     """
 
     name: str
     sized: str = ""
     shared: bool = False
     needs: tuple[str, ...] = ()
+    common: bool = False
+    names: str = ""
 
 
 class SensorInfo(NamedTuple):

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator, Mapping
 
 from streamer.config.settings import Kernel
+from streamer.kernel.cgroups import cgroup_root
 from streamer.kernel.loader import Targets
 from streamer.kernel.objects import SENSORS
 from streamer.kernel.system_calls import are_here, functions_of_calls
@@ -18,12 +19,14 @@ NO_SUCH_SYSCALL = "this machine has none of the system calls that are named"
 def targets_of(kernel: Kernel) -> dict[str, Targets]:
     """The targets of every sensor that has any."""
     interfaces = kernel.interfaces
+    cgroup = cgroup_root()
     functions = functions_of_calls(kernel.syscalls, platform.machine())
     found = {}
     for name, sensor in SENSORS.items():
         needs = {need for program in sensor.programs for need in program.needs}
         targets = Targets(
             interfaces=interfaces if "interface" in needs else (),
+            cgroup=cgroup if "cgroup" in needs else "",
             functions=functions if "functions" in needs else (),
         )
         if any(targets):

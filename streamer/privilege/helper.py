@@ -17,7 +17,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from streamer.errors import StreamerError
 from streamer.kernel import capabilities
@@ -311,7 +311,15 @@ def trim() -> None:
 # ---------------------------------------------------------------- the process
 
 
-MakeLoader = Callable[[Mapping[str, Targets]], LoaderLike]
+class OwnLoader(LoaderLike, Protocol):
+    """A loader in this process."""
+
+    @property
+    def filters_packets(self) -> bool:
+        """Whether a program may be attached where it could stop packets."""
+
+
+MakeLoader = Callable[[Mapping[str, Targets]], OwnLoader]
 """A loader for sensors that attach to these targets, by the sensor's name."""
 
 
@@ -345,7 +353,7 @@ def _say(line: str) -> None:
             os.write(2, f"{line}\n".encode())
 
 
-def _kernel_loader(targets: Mapping[str, Targets]) -> LoaderLike:
+def _kernel_loader(targets: Mapping[str, Targets]) -> Loader:
     ensure_tracefs()  # afterwards nothing can be mounted; what failed is found out again
     return Loader(parent_is_agent=True, targets=targets)
 
@@ -368,7 +376,7 @@ def _start(channel: Channel, make_loader: MakeLoader) -> tuple[Files, LoaderLike
         loader = make_loader(targets)
         confine(
             writes=any(file.use == "append" for file in named),
-            filters_packets=any(one.interfaces or one.cgroup for one in targets.values()),
+            filters_packets=loader.filters_packets,
         )
         channel.send({"id": 0, "result": None, "more": False})
     except Exception as error:

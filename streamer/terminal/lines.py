@@ -336,6 +336,51 @@ def _loss_details(event: StreamLoss) -> Iterator[str]:
         yield f"{count:,} {kind}"
 
 
+def _listen(event: Any) -> Iterator[Segment]:
+    yield Segment(f"on {endpoint(event.local_addr, event.local_port)}")
+    yield from _outcome(event.errno, f" backlog {event.backlog}")
+
+
+def _bind(event: Any) -> Iterator[Segment]:
+    yield Segment(f"{event.transport} ")
+    yield Segment(endpoint(event.local_addr, event.local_port or event.asked_port))
+    yield from _outcome(event.errno, "" if event.asked_port else " chosen by the kernel")
+
+
+def _retransmit(event: Any) -> Iterator[Segment]:
+    yield from _endpoints(event)
+    what = event.content if event.content != "data" else size(event.bytes)
+    yield Segment(f" {what}", "yellow")
+    if event.segments > 1:
+        yield Segment(f" in {event.segments} segments", "yellow")
+    yield Segment(f" {event.state}, {event.congestion}", "dim")
+
+
+def _drop(event: Any) -> Iterator[Segment]:
+    yield Segment(f"{event.reason or 'without a reason'} ", "red")
+    source, destination = (
+        endpoint(event.source_addr, event.source_port),
+        endpoint(event.destination_addr, event.destination_port),
+    )
+    yield Segment(f"{event.transport} {source} -> {destination}")
+    where = f" at {event.interface}" if event.interface else ""
+    yield Segment(f" {size(event.length)}{where}", "dim")
+    if event.weight > 1:
+        yield Segment(f" and {event.weight - 1:,} more", "yellow")
+
+
+def _udp(event: Any) -> Iterator[Segment]:
+    yield from _endpoints(event)
+    yield Segment(f" sent {event.datagrams_sent:,} ({size(event.bytes_sent)})")
+    yield Segment(f" received {event.datagrams_received:,} ({size(event.bytes_received)})")
+    if event.send_errors:
+        yield Segment(f" {event.send_errors:,} failed", "red")
+    if event.drops:
+        yield Segment(f" {event.drops:,} dropped", "red")
+    state = "closed after" if event.closed else "in use for"
+    yield Segment(f" {state} {duration(event.duration_ns)}", "dim")
+
+
 _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "process.exec": _exec,
     "process.fork": _fork,
@@ -345,6 +390,11 @@ _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "net.accept": _accept,
     "net.close": _close,
     "xdp.counters": _xdp,
+    "net.listen": _listen,
+    "net.bind": _bind,
+    "net.retransmit": _retransmit,
+    "net.drop": _drop,
+    "net.udp": _udp,
     "syscall.slow": _slow,
     "syscall.latency": _syscall,
     "stream.manifest": _manifest,

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <linux/filter.h>
 #include <netinet/in.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -115,6 +116,48 @@ static void use_tcp(int family, struct sockaddr *address, socklen_t length)
 	close(late);
 }
 
+/* Bytes to itself over UDP, and some to where nobody is: 127.9.9.9, by which make.py knows them. */
+static void use_udp(void)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET,
+				       .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(address);
+	int sender = socket(AF_INET, SOCK_DGRAM, 0), receiver = socket(AF_INET, SOCK_DGRAM, 0);
+	char bytes[100] = {};
+
+	if (bind(receiver, (void *)&address, length) ||
+	    getsockname(receiver, (void *)&address, &length) ||
+	    connect(sender, (void *)&address, length) || write(sender, bytes, 100) != 100 ||
+	    read(receiver, bytes, 100) != 100)
+		exit(93);
+	address.sin_addr.s_addr = htonl(0x7f090909);
+	address.sin_port = htons(9);
+	if (sendto(receiver, bytes, 33, 0, (void *)&address, length) != 33)
+		exit(92);
+	close(sender);
+	close(receiver);
+}
+
+/* Connects to who drops every packet, until the SYN has been sent again. */
+static void connect_in_vain(void)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET,
+				       .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	struct sock_filter nothing = BPF_STMT(BPF_RET | BPF_K, 0);
+	struct sock_fprog filter = { .len = 1, .filter = &nothing };
+	socklen_t length = sizeof(address);
+	int listener = socket(AF_INET, SOCK_STREAM, 0);
+	int client = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+
+	if (setsockopt(listener, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof(filter)) ||
+	    listen(listener, 1) || getsockname(listener, (void *)&address, &length))
+		exit(91);
+	connect(client, (void *)&address, length);
+	usleep(1500000);
+	close(client);
+	close(listener);
+}
+
 int main(int argc, char **argv)
 {
 	struct sockaddr_in v4 = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
@@ -138,6 +181,8 @@ int main(int argc, char **argv)
 	open_and_close(long_text("/x"), O_RDONLY, 0);
 	use_tcp(AF_INET, (void *)&v4, sizeof(v4));
 	use_tcp(AF_INET6, (void *)&v6, sizeof(v6));
+	use_udp();
+	connect_in_vain();
 	syscall(SYS_nanosleep, &moment, NULL);
 	go_down();
 	open_and_close("missing too", O_RDONLY, 0);

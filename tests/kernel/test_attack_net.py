@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.brokers import free_port
-from tests.kernel.agent import Agent
+from tests.kernel.agent import TCP_KINDS, Agent
 from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope
 from tests.kernel.system import kernel_is
@@ -69,7 +69,7 @@ def act(uid: int, function: Callable[[int], Any]) -> Any:
 
 def test_a_socket_without_room_has_an_owner(scope: Scope, tmp_path: Path) -> None:
     """A socket that has no room for its owner does not hide him: he is kept in the table."""
-    with Agent(tmp_path, *scope.options, events="net.*") as agent:
+    with Agent(tmp_path, *scope.options, events=TCP_KINDS) as agent:
         assert scope.act(in_own_network, act, UID, connect_without_room) > 10
         agent.wait_for(b'{"event":"net.close"', 2)
         recording = agent.stop()
@@ -104,7 +104,7 @@ def connect_while_room_comes(uid: int) -> float:
 
 def test_a_socket_that_gets_room_while_it_connects(scope: Scope, tmp_path: Path) -> None:
     """What the table has of it counts, and not what is not yet kept with the socket."""
-    with Agent(tmp_path, *scope.options, events="net.*") as agent:
+    with Agent(tmp_path, *scope.options, events=TCP_KINDS) as agent:
         took = scope.act(in_own_network, act, UID, connect_while_room_comes)
         agent.wait_for(b'{"event":"net.close"', 4)
         recording = agent.stop()
@@ -128,7 +128,7 @@ def connect_from(uid: int, port: int) -> None:
 def test_ports_of_clients_hide_nothing(scope: Scope, tmp_path: Path) -> None:
     """A client chooses its port: only a service's excludes its connections."""
     port = free_port()
-    with Agent(tmp_path, *scope.options, "--exclude-port", str(port), events="net.*") as agent:
+    with Agent(tmp_path, *scope.options, "--exclude-port", str(port), events=TCP_KINDS) as agent:
         scope.act(in_own_network, connect_from, UID, port)
         agent.wait_for(b'{"event":"net.close"', 2)
         recording = agent.stop()

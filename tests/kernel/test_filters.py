@@ -15,7 +15,7 @@ import pytest
 
 from tests.brokers import free_port
 from tests.conftest import Require
-from tests.kernel.agent import Agent, Recording
+from tests.kernel.agent import TCP_KINDS, Agent, Recording
 from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope, cgroup_mount, checkpoint
 from tests.kernel.system import open_missing
@@ -91,7 +91,7 @@ def test_what_is_left_out_is_counted(scope: Scope, other_scope: Scope, tmp_path:
             *("--exclude-port", str(port)),
             *("--exclude-path", f"{base}/left/out/"),
         )
-        with Agent(tmp_path / "agent", *exclusions, events="file.*,net.*") as agent:
+        with Agent(tmp_path / "agent", *exclusions, events=f"file.*,{TCP_KINDS}") as agent:
             by_pid.proceed()
             by_pid.reached()
             scope.act(in_own_network, do_what_is_left_out, base, COMM, UID, port)
@@ -148,7 +148,7 @@ def test_what_is_kept_passes_every_filter(
         *("--port", str(kept)),
         *("--path", f"{base}/kept", "--exclude-path", f"{base}/kept/secret"),
     )
-    with Agent(tmp_path / "agent", *filters, events="file.*,net.*") as agent:
+    with Agent(tmp_path / "agent", *filters, events=f"file.*,{TCP_KINDS}") as agent:
         scope.act(in_own_network, do_everything, base, COMM, UID, kept, others)
         other_scope.act(in_own_network, do_everything, base, COMM, UID, kept, others)
         recording = agent.stop()

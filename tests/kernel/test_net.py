@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.kernel.agent import Agent, Recording
+from tests.kernel.agent import TCP_KINDS, Agent, Recording
 from tests.kernel.pace import repetitions, seconds
 from tests.kernel.roles import (
     Role,
@@ -30,7 +30,7 @@ from tests.kernel.system import kernel_is
 
 pytestmark = pytest.mark.kernel
 
-NET = "net.*"
+NET = TCP_KINDS
 MEGABYTES = 3_000_007
 UNKNOWN, OUTBOUND, INBOUND = "unknown", "outbound", "inbound"
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.brokers import MosquittoBroker
-from tests.kernel.agent import UNDELIVERED, Agent, Recording
+from tests.kernel.agent import TCP_KINDS, UNDELIVERED, Agent, Recording
 from tests.kernel.roles import enter_netns, netns_inode, two_namespaces
 from tests.kernel.scope import Scope
 from tests.kernel.unprivileged import CLONE_NEWNET, UID, become, own_namespaces
@@ -103,7 +103,7 @@ def test_nobody_hides_behind_the_addresses_of_the_agent(scope: Scope, tmp_path: 
             tmp_path,
             *scope.options,
             sinks=(f"mqtt://{ADDRESS}:{port}/events",),
-            events="net.*",
+            events=TCP_KINDS,
             config=CONFIG,
             prefix=("nsenter", f"--net=/run/netns/{netns}"),
         )

@@ -24,6 +24,7 @@ class MemoryLoader:
 
     cpus = 1
     no_functions = "none here"
+    filters_packets = False
 
     def __init__(self) -> None:
         self.maps: dict[str, dict[bytes, bytes]] = {"small": {}, "empty": {}}

@@ -27,10 +27,11 @@ from streamer.kernel.report import CheckReport
 from streamer.terminal import tables
 
 COMMANDS = ("run", "check", "events", "schema")
-DEFAULT = frozenset(kind for kind in KINDS if kind.startswith(("process.", "net.")))
 SYSCALLS = frozenset({"syscall.latency", "syscall.slow"})
-UNTARGETED = KINDS.keys() - SYSCALLS
+UNTARGETED = frozenset(KINDS) - SYSCALLS
 """What can be observed without anything named that it is to be observed at."""
+OFF = frozenset({"file.open", "net.drop"})
+DEFAULT = UNTARGETED - OFF
 
 
 def planned(*arguments: str) -> Plan:
@@ -291,7 +292,7 @@ def test_events_lists_every_kind_with_its_default(capfd: pytest.CaptureFixture[s
     assert head.split() == ["kind", "ring", "default", "meaning"]
     listed = {row.split()[0]: tuple(row.split()[1:3]) for row in rows}
     assert listed == {
-        **{k: (info.ring, "on" if k != "file.open" else "off") for k, info in KINDS.items()},
+        **{k: (info.ring, "off" if k in OFF else "on") for k, info in KINDS.items()},
         **{kind: ("agent", "on") for kind in SUMMARIES},
         **{kind: ("agent", "always") for kind in STREAM_KINDS},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from streamer.kernel.objects import SENSORS
-from streamer.kernel.state import KindStatus, ProgramStatus, coverage
+from streamer.kernel.state import KindStatus, ProgramStatus, coverage, sensors_of
 from streamer.kernel.tags import ProgramInfo
 
 RINGS = {"critical": 1 << 20, "bulk": 1 << 20}
@@ -49,3 +49,45 @@ def test_one_hook_of_several() -> None:
     assert status == KindStatus(
         "partial", "no on_openat2_exit, so opens by openat2() are not observed"
     )
+
+
+def coverage_of(kind: str, attached: Callable[[str, ProgramInfo], bool]) -> KindStatus:
+    """The coverage of a kind, whichever sensors have a part in it."""
+    statuses = [
+        ProgramStatus(
+            name=one.name,
+            sensor=sensor.name,
+            hook=one.hook,
+            way=f"way {one.name}",
+            kinds=one.kinds,
+            status="attached" if attached(sensor.name, one) else "failed",
+            reason="" if attached(sensor.name, one) else f"no {one.name}",
+        )
+        for sensor in SENSORS.values()
+        for one in sensor.programs
+    ]
+    return coverage(statuses, {kind}, RINGS)[kind]
+
+
+def test_a_way_that_is_not_as_good() -> None:
+    """What it lacks is said, where it is the one that is used."""
+    assert coverage_of("net.drop", lambda _, __: True) == KindStatus("full")
+    status = coverage_of("net.drop", lambda _, one: "on_drop" != one.name != "on_drop_raw")
+    assert status == KindStatus(
+        "partial", "way on_drop_unreasoned: the reasons of drops are not observed"
+    )
+
+
+def test_what_another_sensor_keeps() -> None:
+    """Without it the events are there, and nobody knows whose they are."""
+    lost = {"sock_state", "sock_state_twin", "accept", "accept4"}
+    status = coverage_of("net.retransmit", lambda _, one: one.hook not in lost)
+    assert status.status == "partial"
+    assert "owners of connections, and those of the agent itself, are not known" in status.reason
+    assert coverage_of("net.retransmit", lambda _, one: one.hook in lost).status == "missing"
+
+
+def test_a_sensor_is_loaded_for_what_it_keeps() -> None:
+    assert sensors_of({"net.retransmit"}) == ["net", "tracepoint_net"]
+    assert sensors_of({"net.listen", "net.udp"}) == ["tracepoint_net"]
+    assert sensors_of({"net.close"}) == ["net"]

@@ -80,8 +80,12 @@ def test_a_record_of_an_unknown_kind_is_counted(reader: ModuleType, number: int)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_nothing_of_the_kernels_memory_is_in_the_padding(case: Case) -> None:
     struct = case.event["event"].replace(".", "_")
-    (task_at,) = [offset for member, offset, _ in CONTRACT[struct] if member == "task"]
-    task = [(member, task_at + offset, size) for member, offset, size in CONTRACT["event_task"]]
+    task = [
+        (member, at + offset, size)
+        for name, at, _ in CONTRACT[struct]
+        for member, offset, size in CONTRACT["event_task"]
+        if name == "task"
+    ]
     padding = [one for one in (*task, *CONTRACT[struct]) if one[0].startswith("pad")]
     assert padding
     for _, offset, size in padding:

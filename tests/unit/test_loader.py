@@ -69,6 +69,7 @@ class FakeMap:
     def __init__(self, kernel: Kernel, name: str) -> None:
         self.name, self.fd = name, next(kernel.fds)
         self.internal = False
+        self.value_size = 8
         self.entries_wanted = 0
         self.content: dict[bytes, bytes] = {}
 
@@ -423,3 +424,57 @@ def test_an_interface_that_is_not_there() -> None:
     again = dict(attached)
     assert module._attach_to_interfaces(program, ("lo",), again) == {}
     assert again == attached  # it stays as it is
+
+
+@pytest.mark.parametrize(
+    ("needs", "targets", "functions", "filters"),
+    [
+        (("interface",), Targets(interfaces=("lo",)), True, True),
+        (("interface",), Targets(), True, False),
+        (("cgroup", "option:more"), Targets(cgroup="/c"), True, True),
+        (("cgroup", "no fentry"), Targets(cgroup="/c"), True, False),
+        (("cgroup", "no fentry"), Targets(cgroup="/c"), False, True),
+        (("cgroup", "fentry"), Targets(cgroup="/c"), False, False),
+        ((), Targets(cgroup="/c"), True, False),
+    ],
+)
+def test_whether_packets_could_be_stopped(
+    kernel: Kernel, needs: tuple[str, ...], targets: Targets, functions: bool, filters: bool
+) -> None:
+    """By a program that would be used here: only then is the capability kept."""
+    kernel.functions_load = functions
+    sensor = SensorInfo("thing", (ProgramInfo("plain", "thing", ("test.thing",), "", needs),))
+    catalogue = {"core": CATALOGUE["core"], "thing": sensor}
+    loader = Loader(sensors=catalogue, directory="/objects", targets={"thing": targets})
+    assert loader.filters_packets == filters
+    assert not kernel.attached
+
+
+def test_what_needs_programs_at_functions_or_their_lack(kernel: Kernel) -> None:
+    sensor = SensorInfo(
+        "thing",
+        (
+            ProgramInfo("plain", "at", ("test.thing",), "", ("fentry",)),
+            ProgramInfo("slow", "elsewhere", ("test.thing",), "", ("no fentry",)),
+        ),
+    )
+    for functions, used in ((True, "plain"), (False, "slow")):
+        kernel.functions_load = functions
+        loader = Loader(sensors={"core": CATALOGUE["core"], "thing": sensor}, directory="/objects")
+        loader.load_core({"critical": 4096, "bulk": 4096}, None)
+        assert [one.name for one in loader.load("thing", {}).programs] == [used]
+        loader.close()
+
+
+def test_the_kernels_names_for_numbers(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the enum, without its own name; a number that has no room is left out."""
+    known = {0: "OTHER", 1: "THE_ENUM_ONE", 2: "THE_ENUM_" + "x" * 20, -1: "THE_ENUM_MASK"}
+    monkeypatch.setattr(module, "names_of_enum", lambda enum, btf: known)
+    sensor = CATALOGUE["thing"]._replace(maps=(MapInfo("table", names="the_enum"),))
+    loader = Loader(sensors={"core": CATALOGUE["core"], "thing": sensor}, directory="/objects")
+    loader.load_core({"critical": 4096, "bulk": 4096}, None)
+    loader.load("thing", {})
+    assert dict(loader.read("table")) == {
+        b"\1\0\0\0": b"ONE\0\0\0\0\0",
+        b"\2\0\0\0": b"xxxxxxx\0",
+    }

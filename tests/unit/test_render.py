@@ -72,8 +72,9 @@ def lines(*made: Any, color: bool = False, width: int = 0) -> str:
 def essence(event: Any) -> str:
     """The line of an event without the columns that all kinds share."""
     line = lines(event)
-    assert re.match(r"^\d\d:\d\d:\d\d\.123 \S+ +42  1000 bash            ", line)
-    return line.rstrip("\n")[13 + 13 + 8 + 6 + 16 :]
+    shared = re.match(r"^\d\d:\d\d:\d\d\.123 \S+ +42  1000 bash            ", line)
+    assert shared is not None
+    return line.rstrip("\n")[shared.end() :]
 
 
 CONNECTION: dict[str, Any] = {
@@ -171,6 +172,79 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
         "10.0.0.1:51000 <- 93.184.216.34:443 sent 0B, received 0B",
     ),
     (
+        "net.listen",
+        {"local_addr": "::", "local_port": 443, "backlog_asked": 99999, "backlog": 4096},
+        "on [::]:443 backlog 4096",
+    ),
+    (
+        "net.listen",
+        {"local_addr": "127.0.0.1", "local_port": 80, "backlog_asked": 1, "errno": 98},
+        "on 127.0.0.1:80 EADDRINUSE",
+    ),
+    (
+        "net.bind",
+        {"local_addr": "0.0.0.0", "local_port": 53, "asked_port": 53, "transport": "udp"},
+        "udp 0.0.0.0:53",
+    ),
+    (
+        "net.bind",
+        {"local_addr": "::1", "local_port": 40123, "transport": "tcp"},
+        "tcp [::1]:40123 chosen by the kernel",
+    ),
+    (
+        "net.bind",
+        {"local_addr": "127.0.0.1", "asked_port": 80, "transport": "tcp", "errno": 13},
+        "tcp 127.0.0.1:80 EACCES",
+    ),
+    (
+        "net.retransmit",
+        CONNECTION
+        | {
+            "direction": "outbound",
+            "content": "data",
+            "bytes": 2896,
+            "segments": 2,
+            "state": "established",
+            "congestion": "recovery",
+        },
+        "10.0.0.1:51000 -> 93.184.216.34:443 2.83KiB in 2 segments established, recovery",
+    ),
+    (
+        "net.retransmit",
+        CONNECTION
+        | {
+            "direction": "inbound",
+            "content": "syn_ack",
+            "segments": 1,
+            "state": "new_syn_recv",
+            "congestion": "open",
+            "owner_known": False,
+        },
+        "10.0.0.1:51000 <- 93.184.216.34:443 syn_ack new_syn_recv, open [owner unknown]",
+    ),
+    (
+        "net.udp",
+        CONNECTION
+        | {
+            "direction": "outbound",
+            "datagrams_sent": 12,
+            "bytes_sent": 1536,
+            "datagrams_received": 1200,
+            "bytes_received": 3 << 20,
+            "send_errors": 2,
+            "drops": 7,
+            "closed": True,
+            "duration_ns": 1_230_000_000,
+        },
+        "10.0.0.1:51000 -> 93.184.216.34:443 sent 12 (1.50KiB) received 1,200 (3.00MiB) "
+        "2 failed 7 dropped closed after 1.23s",
+    ),
+    (
+        "net.udp",
+        {"local_addr": "0.0.0.0", "local_port": 53, "direction": "inbound", "duration_ns": 5000},
+        "0.0.0.0:53 <- *:* sent 0 (0B) received 0 (0B) in use for 5.00µs",
+    ),
+    (
         "syscall.slow",
         {"syscall": "read", "ret": 4, "duration_ns": 1_500_000_000, "arg0": 3},
         "read = 4 after 1.50s",
@@ -181,6 +255,15 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
         "fsync EIO after 2.00s",
     ),
 ]
+
+DROP: dict[str, Any] = {
+    "source_addr": "192.0.2.1",
+    "source_port": 1234,
+    "destination_addr": "192.0.2.2",
+    "destination_port": 80,
+    "transport": "tcp",
+    "length": 40,
+}
 
 
 COUNTED: dict[str, Any] = {
@@ -235,8 +318,20 @@ def test_a_kind_says_what_matters(kind: str, values: dict[str, Any], expected: s
     assert essence(make(kind, **values)) == expected
 
 
+def test_a_drop_has_no_task() -> None:
+    """Its line begins with why."""
+    one = make("net.drop", reason="NO_SOCKET", interface="eth0", weight=1, **DROP)
+    assert lines(one).rstrip("\n")[13:] == (
+        "net.drop     NO_SOCKET tcp 192.0.2.1:1234 -> 192.0.2.2:80 40B at eth0"
+    )
+    many = make("net.drop", weight=5001, **DROP)
+    assert lines(many).rstrip("\n")[13:] == (
+        "net.drop     without a reason tcp 192.0.2.1:1234 -> 192.0.2.2:80 40B and 5,000 more"
+    )
+
+
 def test_every_kind_has_been_given_a_line() -> None:
-    assert {kind for kind, _, _ in ESSENCES} == events.KINDS.keys()
+    assert {kind for kind, _, _ in ESSENCES} | {"net.drop"} == events.KINDS.keys()
 
 
 def test_columns_are_aligned_and_the_time_is_local() -> None:

@@ -227,7 +227,9 @@ def test_loading_leaves_the_kinds_on_and_nothing_attached(
 def test_one_sensor_that_does_not_load_leaves_the_others(privileged: None) -> None:
     programs = MemoryPrograms(refused=frozenset({"net"}))
     kernel = state.load(Settings(), ALL, programs)
-    assert sorted(kernel.sensors) == ["file", "kprobe_syscall_latency", "process"]
+    assert sorted(kernel.sensors) == [
+        *("file", "kprobe_syscall_latency", "process", "tracepoint_net"),
+    ]
     assert kernel.coverage({"net.close"})["net.close"].reason == "net is refused"
     kernel.close()
     programs.release()

@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from streamer.config.settings import Kernel
+from streamer.events.catalogue import SELECTABLE
 from streamer.kernel.loader import CORE, Loader, Targets, _Sensor
 from streamer.kernel.objects import SENSORS
-from streamer.kernel.state import options_of
+from streamer.kernel.state import options_of, wanting
 from streamer.kernel.tags import ProgramInfo
 from tests.vm.suite import ROOT, RUNNER, releases
 
@@ -29,8 +30,14 @@ PAGE = ROOT / "docs" / "verifier.md"
 FUNCTION = "__x64_sys_getppid" if os.uname().machine == "x86_64" else "__arm64_sys_getppid"
 TARGETS = Targets(interfaces=("lo",), cgroup="/sys/fs/cgroup", rate=1, functions=(FUNCTION,))
 EVERYTHING = Kernel(
-    interfaces=("lo",), open_latency=True, syscalls=("*",), syscall_slow_ms=1, syscall_cgroups=1024
+    interfaces=("lo",),
+    open_latency=True,
+    unspecified_drops=True,
+    syscalls=("*",),
+    syscall_slow_ms=1,
+    syscall_cgroups=1024,
 )
+OPTIONS = options_of(EVERYTHING) | wanting(SELECTABLE)
 RINGS = {"critical": 1 << 16, "bulk": 1 << 16}
 _PROCESSED = re.compile(
     r"processed (\d+) insns \(limit \d+\) max_states_per_insn \d+ total_states (\d+) "
@@ -61,7 +68,7 @@ def rows() -> Iterator[Row]:
     try:
         for name, sensor in SENSORS.items():
             if name != CORE:
-                made = _Sensor(sensor, options_of(EVERYTHING), TARGETS)
+                made = _Sensor(sensor, OPTIONS, TARGETS)
                 for info in sensor.programs:
                     yield row(loader, made, info)
     finally:

@@ -196,12 +196,18 @@ def _sensor(sensor: SensorInfo) -> Iterator[str]:
     for program in sensor.programs:
         names = f'"{program.name}", "{program.hook}", {_strings(program.kinds)}'
         covers, needs = _quoted(program.covers), _strings(program.needs)
-        reports = "" if program.reports else ", False"
-        yield f"        ProgramInfo({names}, {covers}, {needs}{reports}),"
+        more = "" if program.reports else ", False"
+        if program.keeps:
+            more += f", keeps={_strings(program.keeps)}"
+        if program.lacks:
+            more += f", lacks={_quoted(program.lacks)}"
+        yield f"        ProgramInfo({names}, {covers}, {needs}{more}),"
     yield "    ), ("
     for one in sensor.maps:
         needs = _strings(one.needs)
-        yield f'        MapInfo("{one.name}", "{one.sized}", {one.shared}, {needs}),'
+        more = ", common=True" if one.common else ""
+        more += f', names="{one.names}"' if one.names else ""
+        yield f'        MapInfo("{one.name}", "{one.sized}", {one.shared}, {needs}{more}),'
     yield "    )),"
 
 

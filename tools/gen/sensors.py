@@ -9,11 +9,15 @@ from streamer.kernel.btf import Btf
 from streamer.kernel.contract import dotted, kind_names, summary_names
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
-_PLAIN_NEEDS = ("x86_64", "aarch64", "interface", "cgroup", "rate", "functions")
+_PLAIN_NEEDS = (
+    *("x86_64", "aarch64", "fentry", "no fentry"),
+    *("interface", "cgroup", "rate", "functions"),
+)
 _GIVEN_BY = ("function:", "no function:", "option:")
 _SIZES = ("cpus", "cpus,kinds", "cpus,interfaces")
 _TABLES = ("table:", "cpus,table:")
-_CORE = "core"
+_CORE, _SENSORS = "core", "sensors"
+_PROGRAM_TAGS = ("emits", "completes", "keeps", "lacks", "hook", "needs")
 
 
 def read_sensor(name: str, btf: Btf, core: SensorInfo | None) -> SensorInfo:
@@ -33,33 +37,37 @@ def read_sensor(name: str, btf: Btf, core: SensorInfo | None) -> SensorInfo:
 def _programs(sensor: str, btf: Btf) -> Iterator[ProgramInfo]:
     known = {dotted(kind) for kind in kind_names(btf) | summary_names(btf)}
     for type_id, name in btf.functions():
-        tags = {key: btf.tag(type_id, key) for key in ("emits", "completes", "hook", "needs")}
+        tags = {key: btf.tag(type_id, key) for key in _PROGRAM_TAGS}
         if not any(tags.values()):
             continue
         kinds, needs = _words(tags["emits"] or tags["completes"]), _words(tags["needs"])
+        keeps = _words(tags["keeps"])
         if bool(tags["emits"]) == bool(tags["completes"]):
             raise _mistake(sensor, name, "one of EMITS and COMPLETES is to be there")
-        for kind in kinds:
+        for kind in (*kinds, *keeps):
             if kind not in known:
                 raise _mistake(sensor, name, f'"{kind}" is no kind')
         _check_needs(sensor, name, needs)
         covers = btf.tag(type_id, "doc") or ""
         if tags["completes"] and not covers:
             raise _mistake(sensor, name, "COMPLETES without DOC")
-        yield ProgramInfo(name, tags["hook"] or name, kinds, covers, needs, bool(tags["emits"]))
+        hook, reports, lacks = tags["hook"] or name, bool(tags["emits"]), tags["lacks"] or ""
+        yield ProgramInfo(name, hook, kinds, covers, needs, reports, keeps, lacks)
 
 
 def _maps(sensor: str, btf: Btf) -> Iterator[MapInfo]:
     for type_id, name in btf.variables():
         sized, shared = btf.tag(type_id, "sized"), btf.tag(type_id, "shared")
+        names = btf.tag(type_id, "named") or ""
         needs = _words(btf.tag(type_id, "needs"))
         _check_needs(sensor, name, needs)
         if sized is not None and sized not in _SIZES and not _named(sized, _TABLES):
             raise _mistake(sensor, name, f'SIZED("{sized}"), which tags.h does not know')
-        if shared not in (None, _CORE):
+        if shared not in (None, _CORE, _SENSORS):
             raise _mistake(sensor, name, f"shared by {shared}, and only {_CORE} shares")
-        if sized is not None or shared is not None or needs:
-            yield MapInfo(name, sized or "", shared is not None, needs)
+        if sized is not None or shared is not None or needs or names:
+            common = shared == _SENSORS
+            yield MapInfo(name, sized or "", shared == _CORE, needs, common, names)
 
 
 def _check_needs(sensor: str, name: str, needs: tuple[str, ...]) -> None:
