@@ -541,8 +541,12 @@ class KernelState:
 
     def _number_interfaces(self) -> None:
         """Tell the programs where in their tables each interface is counted."""
-        for place, name in enumerate(self.interfaces):
-            self.interfaces[name] = index = _index_of(name)
+        before = set(self.interfaces.values())
+        self.interfaces.update({name: _index_of(name) for name in self.interfaces})
+        # One that comes back has another: the old ones would fill the map.
+        for index in before - {0, *self.interfaces.values()}:
+            self._loader.delete("interfaces", _u32(index))
+        for place, index in enumerate(self.interfaces.values()):
             if index:  # else it is not there, which attaching says
                 self._loader.update("interfaces", _u32(index), _u32(place * self.cpus))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from streamer.config.settings import Filters, Rings, Settings
+from streamer.config.settings import Filters, Kernel, Rings, Settings
 from streamer.errors import KernelError, PrivilegeError
 from streamer.events.kinds import KINDS
 from streamer.kernel import capabilities, state
@@ -270,4 +270,27 @@ def test_what_is_attached_is_forgotten_with_its_sensor(programs: MemoryPrograms)
     kernel.unload("process")
     os.close(opened)
     assert kernel._attached == {}
+    kernel.close()
+
+
+# ---------------------------------------------------------------- interfaces
+
+
+def test_an_interface_that_comes_back_takes_no_further_place_in_the_map(
+    programs: MemoryPrograms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The map has few: those of a container's interface would fill it within days."""
+    there: dict[str, int] = {"tun0": 7, "eth0": 2}
+    monkeypatch.setattr(state, "_index_of", lambda name: there.get(name, 0))
+    kernel = KernelState(programs, Settings(kernel=Kernel(interfaces=("eth0", "tun0"))))
+    kernel.load("xdp_counter")
+    kernel.attach()
+    for there["tun0"] in (0, 8, 9, 2):
+        there["eth0"] = 3 if there["tun0"] == 2 else 2
+        assert kernel.follow_interfaces()
+        assert not kernel.follow_interfaces()
+        places = {struct.unpack("<I", k)[0]: v for k, v in programs.read("interfaces")}
+        names = {struct.unpack("<I", v)[0] // programs.cpus: i for i, v in places.items()}
+        wanted = {place: index for place, index in enumerate(kernel.interfaces.values()) if index}
+        assert (len(places), names) == (len(wanted), wanted)
     kernel.close()
