@@ -297,7 +297,8 @@ class Service:
             self.fanout.publish_owed()
             self._log_losses()
             self._follow_interfaces()
-            if time.monotonic() >= next_summary:
+            # What a sink has no room for stays in the tables: the period is longer then.
+            if time.monotonic() >= next_summary and not self.fanout.blocked:
                 next_summary = max(next_summary + self._settings.summary_seconds, time.monotonic())
                 self._summarise()
             if time.monotonic() >= next_heartbeat:

@@ -22,6 +22,7 @@ from streamer.errors import ConfigError, HelperGone, KernelError, SinkError
 from streamer.events.batch import Batch, kind_of
 from streamer.events.kinds import KINDS
 from streamer.events.stream import PreviousRun, UntoldLoss
+from streamer.events.summaries import XdpCounters
 from streamer.kernel.objects import SENSORS
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
@@ -603,6 +604,52 @@ async def test_a_heartbeat_says_what_a_sink_holds_and_waits_until_it_is_not_full
     held.hold = False
     held.release()
     await run.stop()
+
+
+async def test_what_programs_count_waits_in_their_tables_while_a_sink_has_no_room(
+    runs: Runs, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a broker that is away for days would be owed a summary of every period."""
+    sink = MemorySink(budget_bytes=2000)
+    run = runs(sink)
+    made: list[XdpCounters] = []
+
+    def collect() -> list[XdpCounters]:
+        made.append(summary(run.service))
+        return made[-1:]
+
+    monkeypatch.setattr(run.service._summaries, "collect", collect)
+    await run.start()
+    sink.hold = True
+    clock.rate = 1
+    await until(lambda: sink.watermarks.full)
+    clock.rate = 10
+    then, count = clock.now, len(made)
+    await until(lambda: clock.now > then + 1000)
+    assert len(made) == count
+    sink.hold = False
+    sink.release()
+    await until(lambda: len(made) > count)
+    await run.stop()
+    assert run.of("xdp.counters") == made
+
+
+def summary(service: Service) -> XdpCounters:
+    return service.envelope.record(
+        XdpCounters,
+        period_ns=1,
+        interface="lo",
+        ifindex=1,
+        vlan="none",
+        network="ipv4",
+        transport="udp",
+        ports="user",
+        verdict="whole",
+        packets=1,
+        bytes=60,
+        packets_total=1,
+        bytes_total=60,
+    )
 
 
 async def test_heartbeats_come_as_often_as_they_are_asked_for(
