@@ -38,6 +38,7 @@ _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
 _AT_INTERFACES = "xdp"
 _PROBES = ("kprobe/", "kretprobe/", "tp/")
+_LOOKS = 5  # at lists of interfaces: others may come and go between the two
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
 _VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
@@ -706,23 +707,22 @@ def _attach_to_interfaces(
 
     Why not, of those where it cannot be.
     """
-    errors = {}
+    errors: dict[str, OSError] = {}
+    wanted: dict[str, int] = {}
     for name in names:
         try:
-            index = _index_of(name)
-            if name in attached and attached[name].number == index:
-                continue
-            _let_go(name, attached)
-            attached[name] = _to_interface(program, index)
+            wanted[name] = _index_of(name)
         except OSError as error:
-            _let_go(name, attached)
+            errors[name] = error
+    # Before any is attached to: of two that have changed their names, each has the other's.
+    for name in [name for name, one in attached.items() if one.number != wanted.get(name)]:
+        attached.pop(name).link.destroy()
+    for name in [name for name in wanted if name not in attached]:
+        try:
+            attached[name] = _to_interface(program, wanted[name])
+        except OSError as error:
             errors[name] = error
     return errors
-
-
-def _let_go(name: str, attached: dict[str, _AtInterface]) -> None:
-    if name in attached:
-        attached.pop(name).link.destroy()
 
 
 def _to_interface(program: Program, index: int) -> _AtInterface:
@@ -772,17 +772,18 @@ def _to_first(program: Program, names: list[str]) -> tuple[str, Link]:
 
 
 def _index_of(name: str) -> int:
-    with open("/proc/self/net/dev") as file:
-        ours = {line.partition(":")[0].strip() for line in file if ":" in line}
-    if name not in ours:
-        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-    # It shows the interfaces of whoever mounted it, whose indexes are others' here.
-    with os.scandir("/sys/class/net") as entries:
-        shown = {one.name for one in entries if one.is_dir()}
-    if shown != ours:
-        raise OSError(errno.EXDEV, "/sys/class/net is that of another network namespace")
-    with open(f"/sys/class/net/{name}/ifindex") as file:
-        return int(file.read())
+    for _ in range(_LOOKS):
+        with open("/proc/self/net/dev") as file:
+            ours = {line.partition(":")[0].strip() for line in file if ":" in line}
+        if name not in ours:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        # It shows the interfaces of whoever mounted it, whose indexes are others' here.
+        with os.scandir("/sys/class/net") as entries:
+            shown = {one.name for one in entries if one.is_dir()}
+        if shown == ours:
+            with open(f"/sys/class/net/{name}/ifindex") as file:
+                return int(file.read())
+    raise OSError(errno.EXDEV, "/sys/class/net is that of another network namespace")
 
 
 def _to_cgroup(program: Program, path: str) -> Link:

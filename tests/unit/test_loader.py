@@ -395,6 +395,46 @@ def test_a_program_is_at_all_cpus_or_at_none(kernel: Kernel) -> None:
     assert len(module._attach_to_each(("first", "third"), attach)) == 2
 
 
+def test_others_that_come_and_go_cost_no_interface_its_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between the two lists that are compared there may be one more, once."""
+    here = list(os.scandir("/sys/class/net"))
+    seen = [here, []]
+    monkeypatch.setattr(os, "scandir", lambda path: seen.pop())
+    assert module._index_of("lo") == socket.if_nametoindex("lo")
+    assert not seen
+    monkeypatch.setattr(os, "scandir", lambda path: [])
+    with pytest.raises(OSError, match="another network namespace"):
+        module._index_of("lo")
+
+
+def test_two_interfaces_that_have_changed_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for one program at each: both are let go first."""
+    taken: set[int] = set()
+
+    class Link:
+        def __init__(self, index: int) -> None:
+            self.index = index
+            taken.add(index)
+
+        def destroy(self) -> None:
+            taken.remove(self.index)
+
+    class OneEach:
+        def attach_to_interface(self, index: int, mode: int) -> Any:
+            if index in taken:
+                raise OSError(errno.EBUSY, "busy")
+            return Link(index)
+
+    program: Any = OneEach()
+    attached: dict[str, Any] = {}
+    for indexes in ({"a": 2, "b": 3}, {"a": 3, "b": 2}):
+        monkeypatch.setattr(module, "_index_of", indexes.__getitem__)
+        assert module._attach_to_interfaces(program, ("a", "b"), attached) == {}
+        assert {name: one.number for name, one in attached.items()} == indexes
+
+
 def test_an_interface_that_is_not_there() -> None:
     """The others are attached to; one that was there before is let go."""
 
