@@ -95,9 +95,12 @@ class TopicQueue:
     def trim(self, most: int) -> list[EncodedBatch]:
         """Let go of the newest batches until at most `most` bytes are held; those, in order."""
         out: deque[EncodedBatch] = deque()
-        while self._batches and self.held > most:
-            out.appendleft(self._batches.pop())
-            self._count(out[0], -1)
+        held = self.held
+        while self._batches and held > most:
+            last = self._batches.pop()
+            self._count(last, -1)
+            held -= last.held
+            out.appendleft(last)
         return list(out)
 
     @property

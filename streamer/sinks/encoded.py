@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import reduce
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple, TypeAlias
 
 from streamer.events.batch import Batch, Encoding, Event, Spans, join_spans
@@ -116,6 +117,20 @@ class EncodedBatch(NamedTuple):
         first = _offset_of_line(self.data, 0, start)
         last = _offset_of_line(self.data, first, stop - start)
         return self._of_part(self.data[first:last], start, stop)
+
+    def parts(self, places: Collection[int]) -> Iterator[tuple[int, EncodedBatch]]:
+        """Cut before the events at `places`: parts in order, each with the place of its first."""
+        bounds = sorted({0, *places, self.number})
+        if len(bounds) == 2:
+            yield 0, self
+            return
+        end = 0
+        for start, stop in pairwise(bounds):
+            if isinstance(self.data, bytes):
+                begin, end = end, _offset_of_line(self.data, end, stop - start)
+                yield start, self._of_part(self.data[begin:end], start, stop)
+            else:
+                yield start, self._of_part(self.data[start:stop], start, stop)
 
     def _of_part(self, data: Records, start: int, stop: int) -> EncodedBatch:
         types = self.types[start:stop]
@@ -244,11 +259,16 @@ def take_out(
     """What is left without the events at `indices`, and those, one by one, by their index."""
     left: list[EncodedBatch] = []
     out: dict[int, EncodedBatch] = {}
-    start, rest = 0, batches
-    for index in sorted(indices):
-        before, rest = split_at(rest, index - start)
-        (event, *_), rest = split_at(rest, 1)
-        left += before
-        out[index] = event
-        start = index + 1
-    return [*left, *rest], out
+    wanted = sorted(indices)
+    start = at = 0
+    for batch in batches:
+        stop = start + batch.number
+        behind = bisect_left(wanted, stop, at)
+        own, at = wanted[at:behind], behind
+        for first, part in batch.parts({place - start for i in own for place in (i, i + 1)}):
+            if start + first in indices:
+                out[start + first] = part
+            else:
+                left.append(part)
+        start = stop
+    return left, out

@@ -115,7 +115,7 @@ def test_messages_put_back_come_first_and_in_order() -> None:
     assert second is not None
     box.push_front([first, second])
     found = [message.batch.marks for message in box.clear()]
-    assert found == [["0"], ["1"], ["2", "3"]]
+    assert found == [["0"], ["1"], ["2"], ["3"]]
 
 
 def test_what_is_due_first_goes_first_whatever_its_topic() -> None:

@@ -69,12 +69,11 @@ class Outbox:
             queue.linger = 0.0
 
     def clear(self) -> list[Message]:
-        """Take everything out: what was a message, and the rest of each topic in one."""
+        """Take everything out, in order of each topic. Nothing is joined: it can be the budget."""
         messages = list(self._messages)
         self._messages.clear()
         for topic, queue in self._queues.items():
-            if batches := queue.clear():
-                messages.append(Message(topic, joined(batches)))
+            messages += [Message(topic, batch) for batch in queue.clear()]
         return messages
 
     def due_at(self) -> float | None:

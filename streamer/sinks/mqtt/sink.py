@@ -391,7 +391,7 @@ class MqttSink(Sink):
         if message.batch.number == 1:
             self._give_up(message, TOO_LARGE)
         else:
-            self._outbox.push_front(message.cut(most))
+            self._outbox.push_front(message.cut(max(1, most)))
 
     def _count_copies(self) -> None:
         """Count what is in flight once more: the library has each message as a packet, too."""
