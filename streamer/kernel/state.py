@@ -381,6 +381,7 @@ class KernelState:
         self.interfaces = dict.fromkeys(settings.kernel.interfaces, 0)
         """Those that sensors attach to, in the order of their entries in tables, with the index
         that each had when it was last attached to."""
+        self._present = dict.fromkeys(settings.kernel.interfaces, 0)
         self._entries: dict[tuple[str, bytes], bytes] = {}  # of the filters' maps
         self._states: dict[str, list[ProgramState]] = {}  # kept for the last reports
         self._attached: dict[str, Attached] = {}
@@ -532,7 +533,7 @@ class KernelState:
         Raises:
             KernelError: the helper cannot be asked.
         """
-        if all(_index_of(name) == index for name, index in self.interfaces.items()):
+        if all(_index_of(name) == index for name, index in self._present.items()):
             return False
         for sensor in self._loaded:
             if any("interface" in program.needs for program in SENSORS[sensor].programs):
@@ -541,13 +542,14 @@ class KernelState:
 
     def _number_interfaces(self) -> None:
         """Tell the programs where in their tables each interface is counted."""
-        before = set(self.interfaces.values())
-        self.interfaces.update({name: _index_of(name) for name in self.interfaces})
+        before = set(self._present.values())
+        self._present = {name: _index_of(name) for name in self.interfaces}
         # One that comes back has another: the old ones would fill the map.
-        for index in before - {0, *self.interfaces.values()}:
+        for index in before - {0, *self._present.values()}:
             self._loader.delete("interfaces", _u32(index))
-        for place, index in enumerate(self.interfaces.values()):
+        for place, (name, index) in enumerate(self._present.items()):
             if index:  # else it is not there, which attaching says
+                self.interfaces[name] = index
                 self._loader.update("interfaces", _u32(index), _u32(place * self.cpus))
 
     def table(self, name: str, size: int, *, writable: bool = False) -> mmap.mmap:
