@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -401,10 +402,10 @@ def test_others_that_come_and_go_cost_no_interface_its_program(
     """Between the two lists that are compared there may be one more, once."""
     here = list(os.scandir("/sys/class/net"))
     seen = [here, []]
-    monkeypatch.setattr(os, "scandir", lambda path: seen.pop())
+    monkeypatch.setattr(os, "scandir", lambda path: nullcontext(seen.pop()))
     assert module._index_of("lo") == socket.if_nametoindex("lo")
     assert not seen
-    monkeypatch.setattr(os, "scandir", lambda path: [])
+    monkeypatch.setattr(os, "scandir", lambda path: nullcontext([]))
     with pytest.raises(OSError, match="another network namespace"):
         module._index_of("lo")
 
