@@ -43,6 +43,7 @@ class InheritedKernel(KernelState):
         self.counters, self.kind_counters = mapped.counters, mapped.kind_counters
         self.faults = mapped.faults
         self.reader_state = mmap.mmap(shared.reader_fd, mmap.PAGESIZE)
+        self.interfaces = {}
 
     @property
     def statuses(self) -> list[ProgramStatus]:
@@ -55,6 +56,13 @@ class InheritedKernel(KernelState):
 
     def attach(self) -> None:
         """Nothing to attach."""
+
+    def enable(self, kinds: Collection[str]) -> None:
+        """The load decides what happens."""
+
+    def follow_interfaces(self) -> bool:
+        """There are none."""
+        return False
 
     def coverage(self, kinds: Collection[str]) -> dict[str, KindStatus]:
         """All there."""
