@@ -38,7 +38,7 @@ _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
 _AT_INTERFACES = "xdp"
 _PROBES = ("kprobe/", "kretprobe/", "tp/")
-_LOOKS = 5  # at lists of interfaces: others may come and go between the two
+_LOOKS = 10  # for two lists of interfaces that agree
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
 _VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
@@ -713,7 +713,11 @@ def _attach_to_interfaces(
         try:
             wanted[name] = _index_of(name)
         except OSError as error:
-            errors[name] = error
+            if error.errno == errno.EXDEV and name in attached:
+                # Too much comes and goes to tell: where it is attached, it stays.
+                wanted[name] = attached[name].number
+            else:
+                errors[name] = error
     # Before any is attached to: of two that have changed their names, each has the other's.
     for name in [name for name, one in attached.items() if one.number != wanted.get(name)]:
         attached.pop(name).link.destroy()
@@ -773,17 +777,22 @@ def _to_first(program: Program, names: list[str]) -> tuple[str, Link]:
 
 def _index_of(name: str) -> int:
     for _ in range(_LOOKS):
-        with open("/proc/self/net/dev") as file:
-            ours = {line.partition(":")[0].strip() for line in file if ":" in line}
-        if name not in ours:
+        ours = _interfaces()
+        if os.fsencode(name) not in ours:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         # It shows the interfaces of whoever mounted it, whose indexes are others' here.
-        with os.scandir("/sys/class/net") as entries:
+        with os.scandir(b"/sys/class/net") as entries:
             shown = {one.name for one in entries if one.is_dir()}
-        if shown == ours:
+        if shown == ours:  # else one may have come or gone in between
             with open(f"/sys/class/net/{name}/ifindex") as file:
                 return int(file.read())
     raise OSError(errno.EXDEV, "/sys/class/net is that of another network namespace")
+
+
+def _interfaces() -> set[bytes]:
+    """The names of all that are here. They are bytes, of any encoding, without ASCII spaces."""
+    with open("/proc/self/net/dev", "rb") as file:
+        return {line.partition(b":")[0].strip(b" ") for line in file if b":" in line}
 
 
 def _to_cgroup(program: Program, path: str) -> Link:

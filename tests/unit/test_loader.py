@@ -6,11 +6,11 @@ In place of libbpf, so without privileges. That the real one behaves so is shown
 from __future__ import annotations
 
 import errno
+import io
 import os
 import platform
 import socket
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -396,20 +396,6 @@ def test_a_program_is_at_all_cpus_or_at_none(kernel: Kernel) -> None:
     assert len(module._attach_to_each(("first", "third"), attach)) == 2
 
 
-def test_others_that_come_and_go_cost_no_interface_its_program(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Between the two lists that are compared there may be one more, once."""
-    here = list(os.scandir("/sys/class/net"))
-    seen = [here, []]
-    monkeypatch.setattr(os, "scandir", lambda path: nullcontext(seen.pop()))
-    assert module._index_of("lo") == socket.if_nametoindex("lo")
-    assert not seen
-    monkeypatch.setattr(os, "scandir", lambda path: nullcontext([]))
-    with pytest.raises(OSError, match="another network namespace"):
-        module._index_of("lo")
-
-
 def test_two_interfaces_that_have_changed_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is room for one program at each: both are let go first."""
     taken: set[int] = set()
@@ -434,6 +420,38 @@ def test_two_interfaces_that_have_changed_their_names(monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "_index_of", indexes.__getitem__)
         assert module._attach_to_interfaces(program, ("a", "b"), attached) == {}
         assert {name: one.number for name, one in attached.items()} == indexes
+
+
+def test_names_of_interfaces_are_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes any but its own spaces, `/` and `:`, and others' need not be text."""
+    names = [b"lo", b"\xff", b"\xe2\x80\x83x", b"\x1cx"]
+    rows = [b"Inter-|   Receive", b" face |bytes", *(b"%6s:  0  0" % name for name in names)]
+    table = b"".join(row + b"\n" for row in rows)
+    monkeypatch.setattr(module, "open", lambda *_: io.BytesIO(table), raising=False)
+    assert module._interfaces() == set(names)
+
+
+def test_an_interface_that_comes_meanwhile_is_no_other_namespace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The names are read in two places, one after the other."""
+    ours = module._interfaces()
+    found = iter([ours | {b"veth1"}, ours - {b"eth9"}])
+    monkeypatch.setattr(module, "_interfaces", lambda: next(found))
+    assert module._index_of("lo") == socket.if_nametoindex("lo")
+
+
+def test_where_it_is_attached_it_stays_while_too_much_comes_and_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_interfaces", lambda: {b"lo", b"never shown"})
+    program: Any = None
+    link: Any = None
+    attached = {"lo": module._AtInterface(1, "native", link)}
+    assert module._attach_to_interfaces(program, ("lo",), attached) == {}
+    assert list(attached) == ["lo"]
+    errors = module._attach_to_interfaces(program, ("lo",), {})
+    assert errors["lo"].errno == errno.EXDEV
 
 
 def test_an_interface_that_is_not_there() -> None:
