@@ -30,6 +30,9 @@ _log = logging.getLogger("streamer")
 _MANIFEST_SECONDS = 3600.0
 """How often the manifest is repeated: whoever begins to read a topic later needs it as well."""
 
+_INTERFACES_SECONDS = 10.0
+"""How often at most a manifest and the log tell of interfaces that come and go all the time."""
+
 _FULL = KindStatus("full")
 
 _KILLED = "this run was killed, and what it held is lost"
@@ -81,6 +84,8 @@ class Service:
         self._started_ns = time.time_ns()
         self._finished = False
         self._coverage: dict[str, KindStatus] = {}
+        self._interfaces_changed = False
+        self._interfaces_told = -_INTERFACES_SECONDS
         self.envelope = envelope = Envelope(settings.host, rfc3339_time=settings.rfc3339_time)
         self.reader = RingReader(
             [
@@ -329,8 +334,11 @@ class Service:
             self.stop()
 
     def _follow_interfaces(self) -> None:
-        """An interface that has gone or come changes what is observed: say so."""
-        if self._kernel.follow_interfaces():
+        """An interface that has gone or come changes what is observed: say so, if not too often."""
+        self._interfaces_changed |= self._kernel.follow_interfaces()
+        now = time.monotonic()
+        if self._interfaces_changed and now >= self._interfaces_told + _INTERFACES_SECONDS:
+            self._interfaces_changed, self._interfaces_told = False, now
             self._log_coverage()
             self.fanout.publish(self._manifest())
 

@@ -946,6 +946,27 @@ async def test_the_manifest_comes_every_hour(runs: Runs, clock: Clock) -> None:
     await run.stop()
 
 
+async def test_an_interface_that_comes_and_goes_all_the_time_is_no_flood_of_manifests(
+    runs: Runs, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first change is told at once, later ones together, the last one in any case."""
+    run = runs()
+    await run.start()
+    begun, asked = clock.now, 0
+
+    def follow() -> bool:
+        nonlocal asked
+        asked += 1
+        return clock.now - begun < 300
+
+    monkeypatch.setattr(run.kernel, "follow_interfaces", follow)
+    await until(lambda: len(run.of("stream.manifest")) == 2 and asked > 10)
+    asked, clock.rate = 0, 1
+    await until(lambda: clock.now - begun > 400)
+    assert 30 <= len(run.of("stream.manifest")) <= 2 + 310 / 10 < asked
+    await run.stop()
+
+
 async def test_a_note_is_left_before_the_end_and_at_the_end(runs: Runs) -> None:
     """Killed, as long as nothing else is known."""
     run = runs()
