@@ -165,10 +165,10 @@ def _overrides(arguments: argparse.Namespace) -> Overrides:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    chosen = plan(arguments)
     from streamer.agent import signals
 
     signals.hold()  # before anything that takes long; `run_service` handles them
+    chosen = plan(arguments)
     from streamer.agent.run import run_service
 
     return run_service(chosen.settings, chosen.kinds, chosen.limits)
