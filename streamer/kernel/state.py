@@ -636,10 +636,11 @@ class KernelState:
 
 
 def _index_of(interface: str) -> int:
-    """Its index; 0 if there is no such interface."""
+    """Its index; 0 if there is no such interface, or that is only another name of one."""
     try:
-        return socket.if_nametoindex(interface)
-    except OSError:
+        index = socket.if_nametoindex(interface)
+        return index if socket.if_indextoname(index) == interface else 0
+    except (OSError, UnicodeError):
         return 0
 
 

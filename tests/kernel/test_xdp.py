@@ -246,6 +246,22 @@ def test_an_interface_that_goes_and_comes_back(near: str, tmp_path: Path) -> Non
     assert f"{KIND} is observed again" in recording.stderr
 
 
+def test_another_name_of_an_interface_takes_no_packets_of_it(
+    near: str, tmp_path: Path, require: Require
+) -> None:
+    """By it one finds the index, but attaches to nothing."""
+    command = ["ip", "-n", near, "link", "property", "add", "dev", "veth1", "altname", "other"]
+    named = subprocess.run(command, check=False)
+    require(named.returncode == 0, "interfaces have one name here (Linux 5.5)")
+    with observe(near, tmp_path, "--interface", "other") as agent:
+        Role("sender", send, [FRAMES["UDP"][0]] * 10).result()
+        recording = agent.stop(check=False)
+    assert recording.manifest.coverage[KIND].reason == "other: No such device"
+    records = recording.of(KIND)
+    assert {one.interface for one in records} == {"veth1"}
+    assert counted(records) == expected([FRAMES["UDP"]] * 10)
+
+
 def test_what_others_have_attached_stays(near: str, tmp_path: Path) -> None:
     """There is room for one XDP program at an interface: ours does not push out another's."""
     with observe(near, tmp_path / "first") as first:
