@@ -26,7 +26,8 @@ CLONE_PARENT, SIGCHLD = 0x00008000, 17
 INITIAL_PIDNS = 0xEFFFFFFC  # PROC_PID_INIT_INO
 STARTED = 21  # what proc_pid_stat(5) calls field 22
 ALL_KINDS = {
-    *("process.exec", "process.exit", "file.open", "net.connect", "net.accept", "net.close"),
+    *("process.exec", "process.exit", "file.open"),
+    *("net.bind", "net.listen", "net.connect", "net.accept", "net.close"),
 }
 
 
