@@ -109,7 +109,16 @@ class Timing(Live):
         return [event for event in self.events if kind_of(event) == "syscall.slow"]
 
 
-@pytest.fixture(params=list(WAYS))
+# These two are what some kernels lack, so that others have to show them.
+ON_OTHER_KERNELS = ("functions", "probes")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.every_kernel] if name in ON_OTHER_KERNELS else [])
+        for name in WAYS
+    ]
+)
 def way(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, require_kernel: Require
 ) -> str:
