@@ -542,7 +542,7 @@ class Loader:
         """The links, and where they attach. Raises OSError."""
         if _is_copied(made.info, program):
             return self._attach_copies(made, program)
-        if program.section.startswith(_PROBES):
+        if _takes_functions(made.info, program) and program.section.startswith(_PROBES):
             return _to_functions(program, made.targets.functions)
         return _attach(program, made.targets), program.section
 
@@ -673,8 +673,13 @@ def _core_error(error: OSError) -> KernelError:
 
 def _is_copied(info: SensorInfo, program: Program) -> bool:
     """Whether each function takes a copy of the program: it is loaded for one."""
+    return _takes_functions(info, program) and program.section.startswith(_AT_FUNCTION)
+
+
+def _takes_functions(info: SensorInfo, program: Program) -> bool:
+    """Whether it attaches to what the targets name, and not to what its section does."""
     needs = next((one.needs for one in info.programs if one.name == program.name), ())
-    return "functions" in needs and program.section.startswith(_AT_FUNCTION)
+    return "functions" in needs
 
 
 def _attach(program: Program, targets: Targets) -> list[Link]:
