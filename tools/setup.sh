@@ -3,8 +3,8 @@
 #
 #   tools/setup.sh run     Debian packages, virtual environment, kernel programs, C modules
 #   tools/setup.sh dev     the same, and the tools that check the code
-#   tools/setup.sh test    the same, and what the tests run: Kafka, Mosquitto, their clients
-#   tools/setup.sh bench   the same, and what the benchmarks compare with: bpftrace, auditd
+#   tools/setup.sh test    the same, and what the tests run: Kafka, Mosquitto, their clients, bpftrace
+#   tools/setup.sh bench   the same, and what the benchmarks compare with: auditd
 #
 # PYTHON names another interpreter than Debian's own. Prints a line for each thing that it does;
 # the output of the commands is in build/setup.log, and its end is shown when one fails.
@@ -84,11 +84,11 @@ needed_to_test() {
     need mosquitto-clients command -v mosquitto_sub
     need iproute2 command -v ip
     need openssl command -v openssl
+    need bpftrace command -v bpftrace
     need docker-compose has_compose # checks compose.yaml; no engine is needed for that
 }
 
 needed_to_bench() {
-    need bpftrace command -v bpftrace
     need auditd command -v auditd
 }
 

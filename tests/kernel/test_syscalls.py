@@ -8,11 +8,10 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +23,6 @@ from streamer.events.calls import NUMBERS
 from streamer.events.envelope import Envelope
 from streamer.events.summaries import SyscallLatency
 from streamer.kernel import objects, state
-from streamer.kernel.loader import ensure_tracefs
 from streamer.kernel.system_calls import numbers_of
 from streamer.kernel.targets import targets_of
 from streamer.privilege.client import RemoteLoader
@@ -37,6 +35,7 @@ from tests.kernel.pace import repetitions, seconds
 from tests.kernel.roles import Role
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import kernel_is, system_call
+from tests.kernel.witness import bpftrace
 
 pytestmark = pytest.mark.kernel
 
@@ -602,56 +601,19 @@ def test_a_full_table_of_cgroups(scope: Scope) -> None:
 # ---------------------------------------------------------------- the whole agent, and a witness
 
 
-SCRIPT = """
+COUNT_CALLS = """
 tracepoint:raw_syscalls:sys_exit /args->id == {number} && comm == "actor"/ {{ @calls = count(); }}
-interval:s:1 {{ print(@calls); }}
 """
 
 
-def bpftrace(number: int, output: Path) -> subprocess.Popen[bytes]:
-    """Counts the returns of a call of actors. It is attached when this returns."""
-    environ = os.environ | {"__BPFTRACE_NOTIFY_PROBES_ATTACHED": "1"}
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            ["bpftrace", "-e", SCRIPT.format(number=number)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environ,
-        )
-    deadline = time.monotonic() + seconds(30)
-    while b"PROBES_ATTACHED" not in output.read_bytes():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            process.wait()
-            pytest.skip(f"bpftrace does not start: {output.read_text()[-200:]}")
-        time.sleep(0.05)
-    return process
-
-
-@pytest.fixture
-def count_of_bpftrace(tmp_path: Path, require: Require) -> Iterator[Callable[[], int]]:
-    """bpftrace counts getppid() of actors; what it has counted, which ends it."""
+def test_bpftrace_agrees(scope: Scope, tmp_path: Path, require: Require) -> None:
     require(shutil.which("bpftrace"), "bpftrace is not installed")
-    assert ensure_tracefs() == ""
-    process = bpftrace(NUMBER["getppid"], tmp_path / "bpftrace")
-
-    def ended() -> int:
-        process.send_signal(signal.SIGINT)
-        process.wait(seconds(30))
-        last = (tmp_path / "bpftrace").read_text().split("@calls:")[-1]
-        return int(last.strip())
-
-    yield ended
-    if process.poll() is None:
-        process.kill()
-        process.wait()
-
-
-def test_bpftrace_agrees(scope: Scope, count_of_bpftrace: Callable[[], int]) -> None:
     count = repetitions(5_000, 500)
-    with Timing(scope, "getppid") as timing:
+    script = COUNT_CALLS.format(number=NUMBER["getppid"])
+    with bpftrace(script, tmp_path / "bpftrace") as ended, Timing(scope, "getppid") as timing:
         scope.act(repeat, "getppid", count)
-        assert timing.of_all()["getppid"].count == count == count_of_bpftrace()
+        assert timing.of_all()["getppid"].count == count
+        assert f"@calls: {count}\n" in ended()
 
 
 def test_the_agent_publishes_them(scope: Scope, tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ import struct
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from tests.kernel.pace import repetitions, seconds
 from tests.kernel.roles import Role, in_own_network, netns_inode
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import kernel_is, kernel_knows
+from tests.kernel.witness import bpftrace
 
 pytestmark = pytest.mark.kernel
 
@@ -75,32 +75,6 @@ def nstat(name: str) -> int:
     found = re.search(rf"^{name} +(\d+)", done.stdout, re.MULTILINE)
     assert found
     return int(found[1])
-
-
-@contextmanager
-def bpftrace(program: str) -> Iterator[Callable[[], str]]:
-    """Run a program; what it printed at its end."""
-    process = subprocess.Popen(
-        ["bpftrace", "-e", f'BEGIN {{ printf("begun\\n"); }} {program}'],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        deadline = time.monotonic() + seconds(60)
-        while "begun" not in process.stdout.readline():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-
-        def end() -> str:
-            process.terminate()
-            return process.communicate(timeout=seconds(60))[0]
-
-        yield end
-    finally:
-        process.kill()
-        process.wait()
 
 
 def of_own(recording: Recording, kind: str, netns: int) -> list[Any]:
@@ -395,7 +369,7 @@ def test_every_retransmission(scope: Scope, tmp_path: Path, require: Require) ->
     require(shutil.which("nstat"), "nstat (iproute2) is not installed")
     require(shutil.which("bpftrace"), "bpftrace is not installed")
     with (
-        bpftrace(COUNT_RETRANSMISSIONS) as ended,
+        bpftrace(COUNT_RETRANSMISSIONS, tmp_path / "bpftrace") as ended,
         Agent(tmp_path, *scope.options, events="net.retransmit") as agent,
     ):
         done: Retransmitted = scope.act(in_own_network, retransmit)
