@@ -8,6 +8,7 @@
  */
 #include "core/sock.bpf.h"
 #include "core/tables.h"
+#include "core/packet.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -387,35 +388,6 @@ struct {
 	__type(key, __u32);
 	__type(value, struct drop_limit);
 } drop_limits SEC(".maps");
-
-struct ipv4 {
-	__u8 version_length;
-	__u8 service;
-	__be16 total_length;
-	__be16 id;
-	__be16 fragment;
-	__u8 ttl;
-	__u8 protocol;
-	__be16 checksum;
-	__be32 from;
-	__be32 to;
-};
-
-#define IPV4_OFFSET 0x1fff
-
-struct ipv6 {
-	__be32 version_class_label;
-	__be16 payload_length;
-	__u8 next;
-	__u8 hops;
-	__u8 from[16];
-	__u8 to[16];
-};
-
-struct ports {
-	__be16 from;
-	__be16 to;
-};
 
 struct packet {
 	struct endpoints ends; /* local: of whom it is, remote: for whom */
