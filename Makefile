@@ -40,13 +40,15 @@ test-image: ## build the container image with podman, without a registry, and ru
 KERNELS := bullseye bookworm trixie sid
 MINUTES := 180
 HOST :=
+# WRITE=--write puts what each kernel gives into docs/kernels.md.
+WRITE :=
 
 test-kernels: ## the kernel's tests on stock Debian kernels 5.10 to 7.2 in virtual machines (root, slow)
 	@tools/setup.sh dev
 	@$(PYTHON_BIN) bpf/build.py --all
-	@tools/kernels.sh setup $(KERNELS)
+	@tools/kernels.sh setup $(foreach one,$(KERNELS),$(firstword $(subst /, ,$(one))))
 	@exec $(PYTHON_BIN) -m tests.vm.suite $(KERNELS:%=--kernel %) --minutes $(MINUTES) \
-		$(HOST:%=--host %) -- $(ARGS)
+		$(HOST:%=--host %) $(WRITE) -- $(ARGS)
 
 verify: ## what the verifier says of every program on those kernels, as a table (root, slow)
 	@tools/setup.sh dev

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm import kinds
+from tests.vm.kinds import Kind, Kinds
 from tests.vm.suite import (
     MOST_STARTS,
     NOT_FINISHED,
@@ -28,7 +30,8 @@ LACKING = Result("test_c", "skipped", 0.0, True, "before 5.11 there is none")
 def guest(
     release: str, results: Sequence[Result], status: int = 0, collected: int | None = None
 ) -> Guest:
-    made = Guest("sid", release, (), 1.0)
+    made = Guest("sid", "", release, (), 1.0)
+    made.kinds = Kinds(f"Linux {release}", {})
     made.results = list(results)
     made.collected = len(made.outcomes()) if collected is None else collected
     made.status = status
@@ -81,6 +84,32 @@ def test_reasons_name_tests_and_kernels() -> None:
 def test_exit_codes(guests: list[Guest], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guest, "output", "")
     assert report(guests, None) == code
+
+
+def test_a_guest_that_does_not_say_what_it_gives_is_a_failure() -> None:
+    made = guest("7.2", [PASSED])
+    assert not made.failed
+    made.kinds = None
+    assert made.failed
+
+
+def test_a_table_of_kinds() -> None:
+    """Reasons stand below it, each once."""
+    why = Kind("partial", "no fexit"), Kind("missing", "no hook")
+    by_kernel = {
+        "5.10": Kinds("5.10", {"net.udp": why[1], "net.drop": why[0], "file.open": why[0]}),
+        "7.2": Kinds("7.2", {"net.udp": Kind("full", ""), "net.drop": Kind("full", "")}),
+    }
+    assert kinds.table(by_kernel) == [
+        "| kind | 5.10 | 7.2 |",
+        "| --- | --- | --- |",
+        "| `file.open` | degraded (1) | unknown |",
+        "| `net.drop` | degraded (1) | full |",
+        "| `net.udp` | unavailable (2) | full |",
+        "",
+        "1. no fexit",
+        "2. no hook",
+    ]
 
 
 def test_no_test_at_all_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,17 @@
 """Runs the tests of the kernel on Debian's kernels in virtual machines, and says what came of it.
 
-    python -m tests.vm.suite [--kernel SUITE]... [--minutes N] [--host RESULTS] [-- ARGUMENT...]
+    python -m tests.vm.suite [--kernel SUITE[/VARIANT]]... [--minutes N] [--host RESULTS] [--write]
+                             [-- ARGUMENT...]
 
-The arguments are for pytest. As many guests as the machine has CPUs run at a time: see
+The arguments are for pytest. A variant is a kernel that something is kept from: see VARIANTS. Each
+guest says first what its kernel gives of each kind, which becomes a table at the end; `--write`
+puts it into docs/kernels.md. As many guests as the machine has CPUs run at a time: see
 tools/kernels.sh. Results appear as they come, then a table. Exit 0 if every test passed or was not
 run because of the kernel, and every guest came to its end. With the results of a run on this
 machine's own kernel (`--host`, written there with STREAMER_TEST_RESULTS) each of the tests that
 were not run for that reason has to have passed on one kernel at least.
 
-What a guest wrote remains in build/kernels/SUITE: `output.txt`, and `results.ndjson`.
+What a guest wrote remains in build/kernels/NAME: `output.txt`, `results.ndjson`, `check.json`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from typing import Any
 
 import msgspec
 
+from tests.vm import kinds
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNNER = str(ROOT / "tools" / "kernels.sh")
 BUILT = ROOT / "build" / "kernels"
@@ -38,8 +43,23 @@ PYTEST = (
 )
 IN_GUEST = f"""
 export CI=true STREAMER_TEST_SLOWNESS={SLOWNESS} STREAMER_TEST_RESULTS=$OUT/results.ndjson
-exec "$@"
+"$0" -m tests.vm.kinds >$OUT/check.json
+exec "$0" -m pytest "$@"
 """
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """A kernel that something is kept from."""
+
+    title: str
+    """What its column in docs/kernels.md is called, after the kernel's version."""
+    prefix: tuple[str, ...] = ()
+    """What to put before a command that is to do without."""
+    pytest: tuple[str, ...] = ()
+    """Which tests are run there, as arguments of pytest."""
+
+
+VARIANTS: dict[str, Variant] = {"": Variant("")}
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -85,15 +105,21 @@ NOT_FINISHED = "did not finish; its console"
 class Guest:
     """The tests on one kernel."""
 
-    def __init__(self, suite: str, release: str, arguments: Sequence[str], minutes: float) -> None:
-        """`suite` is Debian's, `release` the kernel's."""
-        self.suite, self.release = suite, release
+    def __init__(
+        self, suite: str, variant: str, release: str, arguments: Sequence[str], minutes: float
+    ) -> None:
+        """`suite` is Debian's, `variant` a key of VARIANTS, `release` the kernel's."""
+        self.suite = suite
+        self.variant = VARIANTS[variant]
+        self.release = f"{release} {self.variant.title}".strip()
         self.results: list[Result] = []
         self.collected = 0
+        self.kinds: kinds.Kinds | None = None
+        """What its kernel gives of each kind, once it has ended and had come to say so."""
         self.minutes = 0.0
         self.starts = 0
         self.status: int | None = None
-        self._place = BUILT / suite
+        self._place = BUILT / "-".join(filter(None, (suite, variant)))
         self._arguments = arguments
         self._limit = minutes
         self._offset = 0
@@ -106,8 +132,9 @@ class Guest:
         self.status = None
         shutil.rmtree(self._place, ignore_errors=True)
         self._place.mkdir(parents=True)
-        pytest = [sys.executable, "-m", "pytest", *PYTEST, *self._arguments]
-        command = [RUNNER, "run", self.suite, "--", "sh", "-c", IN_GUEST, "sh", *pytest]
+        inside = ["sh", "-c", IN_GUEST, sys.executable, *PYTEST]
+        inside += [*self.variant.pytest, *self._arguments]
+        command = [RUNNER, "run", self.suite, "--", *self.variant.prefix, *inside]
         environ = {"KERNEL_OUT": str(self._place), "KERNEL_SECONDS": str(round(self._limit * 60))}
         with (self._place / "output.txt").open("wb") as output:
             self._process = subprocess.Popen(
@@ -130,6 +157,9 @@ class Guest:
         for result in new:
             self.results.append(result)
             yield result
+        said = self._place / "check.json"
+        if self.status is not None and said.exists() and said.stat().st_size:
+            self.kinds = kinds.read(said.read_bytes())
 
     def stop(self) -> None:
         """End it; harmless when it has ended."""
@@ -148,6 +178,11 @@ class Guest:
     def output(self) -> str:
         """What the guest wrote."""
         return (self._place / "output.txt").read_text(errors="replace")
+
+    @property
+    def column(self) -> str:
+        """What its column is called: the version and the variant."""
+        return f"{'.'.join(self.release.split('.')[:2])} {self.variant.title}".strip()
 
     def outcomes(self) -> dict[str, Result]:
         """The result of each test: of several the worst, such as that of its teardown."""
@@ -169,7 +204,8 @@ class Guest:
     @property
     def failed(self) -> bool:
         """Whether anything is wrong with it."""
-        return self.status != 0 or self.without_result != 0 or not self.collected
+        incomplete = self.without_result != 0 or not self.collected or self.kinds is None
+        return self.status != 0 or incomplete
 
 
 def releases() -> dict[str, str]:
@@ -252,8 +288,15 @@ def run_nowhere(results: Iterable[Result]) -> list[str]:
     return [test for test in skipped if test not in passed]
 
 
+def by_kernel(guests: Iterable[Guest]) -> dict[str, kinds.Kinds]:
+    """What this machine's kernel and each guest's gives of each kind."""
+    release = ".".join(os.uname().release.split(".")[:2])
+    found = {f"{release} (not Debian's)": kinds.read(kinds.here())}
+    return found | {guest.column: guest.kinds for guest in guests if guest.kinds is not None}
+
+
 def report(guests: Sequence[Guest], host: Path | None) -> int:
-    """Print all there is to say; the exit code."""
+    """Print what there is to say of the tests; the exit code."""
     print()
     for guest in guests:
         if guest.status not in (0, 1) or not guest.collected:
@@ -276,17 +319,27 @@ def main(arguments: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.vm.suite")
     parser.add_argument("--kernel", action="append", help="one of Debian's suites; default: all")
+    parser.add_argument("--write", action="store_true", help="rewrite docs/kernels.md")
     parser.add_argument("--minutes", type=float, default=180, help="a limit for each")
     parser.add_argument("--host", type=Path, help="the results of this machine's own kernel")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest")
     given = parser.parse_args(arguments)
     there = releases()
-    suites = given.kernel or list(there)
-    if unknown := [suite for suite in suites if suite not in there]:
+    wanted = [kernel.partition("/") for kernel in given.kernel or list(there)]
+    if unknown := [suite for suite, _, _ in wanted if suite not in there]:
         parser.error(f"not there: {', '.join(unknown)}; tools/kernels.sh list shows what is")
-    guests = [Guest(suite, there[suite], given.pytest, given.minutes) for suite in suites]
+    if unknown := [variant for _, _, variant in wanted if variant not in VARIANTS]:
+        parser.error(f"no such variant: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    guests = [
+        Guest(suite, variant, there[suite], given.pytest, given.minutes)
+        for suite, _, variant in wanted
+    ]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the guests
     run_all(guests, len(os.sched_getaffinity(0)))
+    found = by_kernel(guests)
+    print("\n".join(["", *kinds.table(found)]))
+    if given.write:
+        kinds.PAGE.write_text(kinds.page(found))
     return report(guests, given.host)
 
 
