@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import select
@@ -24,6 +25,7 @@ from streamer.events.batch import Batch
 from streamer.events.envelope import host_name
 from streamer.events.stream import PreviousRun
 from streamer.kernel import capabilities, state
+from streamer.kernel.targets import in_vain
 from streamer.privilege.split import Split
 from streamer.sinks.base import Sink
 from streamer.sinks.factory import Render, make_sink
@@ -37,6 +39,8 @@ CLOSE_SECONDS = 1.0
 """How long the last lines wait for somebody to read them."""
 
 T = TypeVar("T")
+
+_log = logging.getLogger("streamer")
 
 
 def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> int:
@@ -67,6 +71,8 @@ def _split_and_run(
     line: StatusLine | None,
 ) -> Outcome:
     capabilities.require()
+    for said in in_vain(settings.kernel, kinds):
+        _log.warning("%s", said)
     with contextlib.ExitStack() as stack:
         terminal = stack.enter_context(_controlling_terminal())  # while there is one
         split = Split(settings)

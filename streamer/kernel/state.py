@@ -6,6 +6,7 @@ privileges, and does everything else through memory that it shares with the prog
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import platform
@@ -20,7 +21,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from streamer.config.settings import Filters, Kernel, Rings, Settings
-from streamer.errors import HelperGone, KernelError
+from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.kinds import KINDS, RECORDS
 from streamer.kernel import capabilities
 from streamer.kernel.contract import check_object
@@ -250,14 +251,14 @@ def filter_entries(filters: Filters) -> list[tuple[str, bytes, bytes]]:
     """Map, key and value for every entry of the filters. What excludes comes last, and wins.
 
     Raises:
-        KernelError: an executable that is to be recognised is not there.
+        ConfigError: an executable that is to be recognised is not there.
     """
     tables: list[tuple[str, Iterable[bytes], Iterable[bytes]]] = [
         ("filter_pids", map(_u32, filters.pids), map(_u32, filters.exclude_pids)),
         ("filter_uids", map(_u32, filters.uids), map(_u32, filters.exclude_uids)),
         ("filter_comms", map(_comm, filters.comms), map(_comm, filters.exclude_comms)),
         ("filter_cgroups", map(_u64, filters.cgroups), map(_u64, filters.exclude_cgroups)),
-        ("filter_exes", map(_exe, filters.exes), map(_exe, filters.exclude_exes)),
+        ("filter_exes", _exes("exes", filters), _exes("exclude_exes", filters)),
         ("filter_ports", map(_u16, filters.ports), map(_u16, filters.exclude_ports)),
         (
             "filter_paths",
@@ -304,12 +305,14 @@ def _comm(value: str) -> bytes:
     return value.encode().ljust(16, b"\0")
 
 
-def _exe(path: str) -> bytes:
-    try:
-        inode, dev = identity_of_file(path)
-    except OSError as error:
-        raise KernelError(f"filters: cannot find the executable {path}: {error.strerror}") from None
-    return pack("exe_key", {"inode": inode, "dev": dev & 0xFFFFFFFF})
+def _exes(key: str, filters: Filters) -> Iterator[bytes]:
+    for index, path in enumerate(getattr(filters, key)):
+        try:
+            inode, dev = identity_of_file(path)
+        except OSError as error:
+            found = f"filters.{key}[{index}]: found {json.dumps(path)}"
+            raise ConfigError(f"{found}: {error.strerror}, allowed: a file that is there") from None
+        yield pack("exe_key", {"inode": inode, "dev": dev & 0xFFFFFFFF})
 
 
 def identity_of_file(path: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 from streamer.config.settings import Kernel
 from streamer.kernel.cgroups import cgroup_root
@@ -43,6 +43,21 @@ def without_target(kernel: Kernel) -> Mapping[str, str]:
         without = {kind for one in programs if need not in one.needs for kind in one.kinds}
         missing |= dict.fromkeys(sorted(with_it - without), reason)
     return missing
+
+
+def in_vain(kernel: Kernel, kinds: Set[str]) -> Iterator[str]:
+    """What of `kernel` names a target that none of `kinds` is observed at, as lines for people."""
+    needs = {
+        need
+        for sensor in SENSORS.values()
+        for program in sensor.programs
+        if not kinds.isdisjoint(program.kinds)
+        for need in program.needs
+    }
+    if kernel.interfaces and "interface" not in needs:
+        yield "interfaces are named, and none of the events asked for is observed at interfaces"
+    if kernel.syscalls and "option:syscalls" not in needs:
+        yield "system calls are named, and none of the events asked for is about system calls"
 
 
 def _not_given(kernel: Kernel) -> Iterator[tuple[str, str]]:

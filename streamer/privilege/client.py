@@ -40,7 +40,8 @@ LOAD_SECONDS = 300.0
 END_SECONDS = 10.0
 
 _ERRORS: Mapping[str, type[StreamerError]] = {
-    one.__name__: one for one in (errors.PrivilegeError, KernelError, errors.ContractError)
+    one.__name__: one
+    for one in (errors.ConfigError, errors.PrivilegeError, KernelError, errors.ContractError)
 }
 
 

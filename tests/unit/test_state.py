@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from streamer.config.settings import Filters, Kernel, Rings, Settings
-from streamer.errors import KernelError, PrivilegeError
+from streamer.errors import ConfigError, KernelError, PrivilegeError
 from streamer.events.kinds import KINDS
 from streamer.kernel import capabilities, state
 from streamer.kernel.loader import Attached
@@ -128,7 +128,7 @@ def test_a_file_is_known_by_inode_and_device(tmp_path: Path) -> None:
 
 
 def test_an_executable_that_is_not_there_is_named() -> None:
-    with pytest.raises(KernelError, match="cannot find the executable /no/such: No such file"):
+    with pytest.raises(ConfigError, match=r'filters.exes\[0\]: found "/no/such": No such file'):
         filter_entries(Filters(exes=("/no/such",)))
 
 
@@ -201,7 +201,7 @@ def test_the_end_releases_loader_and_memory(programs: MemoryPrograms) -> None:
 
 
 def test_a_core_that_cannot_be_used_is_released(programs: MemoryPrograms) -> None:
-    with pytest.raises(KernelError, match="cannot find the executable"):
+    with pytest.raises(ConfigError, match=r"filters\.exes"):
         KernelState(programs, Settings(filters=Filters(exes=("/no/such",))))
     assert programs.done[-1] == "close"
 
