@@ -136,6 +136,7 @@ def measure(only: frozenset[str], quick: bool, machine: Machine) -> Measured:
         measured.emission = kernel.emission(10 if quick else 40)
         measured.emission += kernel.packets(3 if quick else 10)
         measured.emission += syscalls.taxes(2 if quick else 5)
+        measured.emission += kernel.samples(2 if quick else 10)
         measured.observed = kernel.observed(3 if quick else 9)
     if "process" in only:
         measure_process(measured, 3 if quick else 8, machine)

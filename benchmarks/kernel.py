@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -150,3 +151,69 @@ def packets(rounds: int) -> list[Cost]:
         Cost(f"a packet counted by xdp.counters: {name}", ns - alone) for name, ns in found.items()
     ]
     return [Cost("a packet, XDP_PASS alone", alone), *costs]
+
+
+_SAMPLING_HZ = 997
+_STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
+_BPFTRACE = "profile:hz:997 { @[pid, comm, kstack, ustack] = count(); }"
+
+
+def samples(seconds: float) -> list[Cost]:
+    """What a sample costs, with both stacks of a busy Python, and bpftrace's of the same.
+
+    As the kernel measures its programs itself, one after the other.
+    """
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with _statistics():
+            found = [Cost("a sample of profile.sample", _own_sample(seconds))]
+            if shutil.which("bpftrace"):
+                found.append(Cost("the same by bpftrace", _sample_of_bpftrace(seconds)))
+            return found
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+@contextmanager
+def _statistics() -> Iterator[None]:
+    before = _STATISTICS.read_text()
+    _STATISTICS.write_text("1")
+    try:
+        yield
+    finally:
+        _STATISTICS.write_text(before)
+
+
+def _own_sample(seconds: float) -> float:
+    settings = Settings(kernel=Kernel(profile_hz=_SAMPLING_HZ))
+    kernel = state.load(settings, {"profile.sample"}, Loader(targets=targets_of(settings.kernel)))
+    try:
+        kernel.attach()
+        time.sleep(seconds)
+        return _cost_of_runs(Path(f"/proc/self/fdinfo/{kernel.program_fds['on_clock']}"))
+    finally:
+        kernel.close()
+
+
+def _sample_of_bpftrace(seconds: float) -> float:
+    command = ["bpftrace", "-e", _BPFTRACE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # that it attaches
+            time.sleep(seconds + 1)
+            infos = Path(f"/proc/{process.pid}/fdinfo").iterdir()
+            (program,) = (one for one in infos if "run_cnt" in one.read_text())
+            return _cost_of_runs(program)
+        finally:
+            process.kill()
+
+
+def _cost_of_runs(info: Path) -> float:
+    """Nanoseconds for one run of a program, by what the kernel shows of its descriptor."""
+    shown = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    runs = int(shown["run_cnt"])
+    if not runs:
+        raise RuntimeError("the program has not run")
+    return int(shown["run_time_ns"]) / runs

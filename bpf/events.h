@@ -88,6 +88,7 @@ enum event_kind {
 enum summary_kind {
 	SUMMARY_XDP_COUNTERS = 48,
 	SUMMARY_SYSCALL_LATENCY = 49,
+	SUMMARY_PROFILE_SAMPLE = 51,
 };
 
 /* A ring, its sequence and its drop counters. */

@@ -9,7 +9,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -156,12 +156,21 @@ def _overrides(arguments: argparse.Namespace) -> Overrides:
     names = _LISTS | {f"exclude_{name}": f"exclude_{key}" for name, key in _LISTS.items()}
     return Overrides(
         settings={name: given[name] for name in ("events", "host", "log_level") if name in given},
-        kernel={key: tuple(given[name]) for name, key in _TARGETS.items() if name in given},
+        kernel=_kernel(given),
         filters={key: tuple(given[name]) for name, key in names.items() if name in given},
         sinks=tuple(given.get("sink", ())),
         encoding=given.get("encoding"),
         color=given.get("color"),
     )
+
+
+def _kernel(given: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        key: tuple(given[name]) for name, key in _TARGETS.items() if name in given
+    }
+    if "profile_hz" in given:
+        found["profile_hz"] = given["profile_hz"]
+    return found
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -172,6 +181,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from streamer.agent.run import run_service
 
     return run_service(chosen.settings, chosen.kinds, chosen.limits)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    from streamer.agent.profile import run_profile
+    from streamer.config.settings import Limits, Settings
+
+    settings = msgspec.structs.replace(_settings(arguments), sinks=Settings().sinks)
+    limits = Limits(duration_seconds=arguments.duration, status=False)
+    return run_profile(settings, limits, arguments.output)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -225,6 +245,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"streamer {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_profile(commands)
     _add_check(commands)
     _add_events(commands)
     _add_schema(commands)
@@ -292,6 +313,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="system call to time (syscall.*), or '*' for all; may be repeated",
     )
+    parser.add_argument(
+        "--profile-hz",
+        type=_integer,
+        metavar="N",
+        help="look at each CPU so often a second (profile.sample)",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -327,6 +354,33 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
             group.add_argument(
                 option, action="append", type=convert, metavar=metavar, help=f"{verb} {text}"
             )
+
+
+def _add_profile(commands: Any) -> None:
+    example = "sudo streamer profile --duration 10s --output profile.svg"
+    text = "sample what runs on the CPUs, and write it as a flame graph"
+    parser = _command(commands, "profile", _profile, text, example)
+    parser.add_argument(
+        "-c", "--config", type=Path, metavar="FILE", help="TOML file (docs/configuration.md)"
+    )
+    parser.add_argument(
+        "--duration", type=_duration, default=10.0, metavar="TIME", help="10s unless given"
+    )
+    parser.add_argument(
+        "--hz",
+        type=_count,
+        default=99,
+        dest="profile_hz",
+        metavar="N",
+        help="samples on each CPU in a second; 99 unless given",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="FILE.svg: a flame graph; FILE.json: for speedscope; FILE.folded, and standard output "
+        "unless given: folded stacks",
+    )
+    _add_filters(parser)
 
 
 def _add_check(commands: Any) -> None:

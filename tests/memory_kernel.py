@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 
@@ -19,6 +19,7 @@ from streamer.errors import HelperGone, KernelError
 from streamer.events.kinds import HEADER, KINDS
 from streamer.kernel.loader import ATTACHED, LOADED, Attached, Loaded, ProgramState
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
+from streamer.kernel.processes import Located
 from streamer.kernel.state import KernelState, sensors_of, size_of
 from streamer.kernel.tags import RINGS
 from tests.golden import cases
@@ -135,6 +136,15 @@ class MemoryPrograms:
 
     def read(self, map: str) -> Iterator[tuple[bytes, bytes]]:
         yield from ((key, value) for (name, key), value in self.filters.items() if name == map)
+
+    def take(self, map: str) -> Iterator[tuple[bytes, bytes]]:
+        raise KernelError(f"there is no map {map}")
+
+    def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
+        raise ProcessLookupError
+
+    def open_module(self, pid: int, first: int, last: int) -> int:
+        raise FileNotFoundError
 
     def close(self) -> None:
         self.done.append("close")

@@ -77,7 +77,10 @@ enum fault {
 	FAULT_SYSCALL_STARTS_FULL = 10,  /* the start of a system call could not be kept: it is not counted */
 	FAULT_SYSCALL_CGROUPS_FULL = 11, /* a call could not be counted for its cgroup */
 	FAULT_UDP_FULL = 12,         /* a UDP socket could not be kept: what went through it was not counted */
-	FAULT_END = 13,
+	FAULT_SAMPLES_FULL = 13,     /* a sample of the profile could not be counted: it is in `lost` */
+	FAULT_STACK_COLLIDED = 14,   /* a stack of a sample had no place: others were there */
+	FAULT_STACK_UNREADABLE = 15, /* a stack of a sample could not be read */
+	FAULT_END = 16,
 };
 
 /* When a program is to wake the reader. */

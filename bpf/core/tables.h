@@ -133,6 +133,54 @@ struct syscall_cgroup_counts {
 	struct syscall_counts counts;
 };
 
+/* ---------------------------------------------------------------- profile.sample */
+
+#define PROFILE_SETS 2
+#define PROFILE_DEPTH 127
+#define PROFILE_NO_STACK (-1)   /* there is none: of a kernel thread, or of the kernel in user mode */
+#define PROFILE_LOST_STACK (-2) /* there is one, and it could not be kept */
+#define PROFILE_COLLIDED (1 << 24) /* added to places in the table of those that collided */
+
+/* Mapped: what the agent tells the program. */
+struct profile_settings {
+	__u64 active; /* the set of tables to fill */
+};
+
+/* Of one set, as long as the agent runs: taken = idle + filtered + lost + those in the tables.
+ * Samples of the agent itself are none. */
+struct profile_set {
+	__u64 begun;
+	__u64 ended;
+	__u64 taken;
+	__u64 idle;     /* nothing ran */
+	__u64 filtered; /* kept back by a filter */
+	__u64 lost;     /* the table was full */
+	__u64 pad[2];
+};
+
+/* Of one CPU. */
+struct profile_counts {
+	struct profile_set sets[PROFILE_SETS];
+};
+
+/* What samples are counted by. The argument area of a process is elsewhere after each exec: with it,
+ * what was sampled before one is not taken for what runs now. */
+struct profile_key {
+	__u64 start_boot_ns;
+	__u64 cgroup_id;
+	__u64 image;        /* address of the arguments */
+	__u32 pid;
+	__s32 kernel_stack; /* its place in the table, or one of those above; likewise the next */
+	__s32 user_stack;
+	__u32 user_mode;    /* whether it ran in user mode */
+	char comm[16];
+};
+
+/* Addresses from the innermost on, ended by 0. */
+struct profile_stack {
+	__u64 at[PROFILE_DEPTH];
+};
+
 /* Names what is not a map's value, so that it is in the objects' BTF. */
 union table {
 	struct packet_count packet_count;
@@ -145,6 +193,11 @@ union table {
 	struct syscall_cgroup_counts syscall_cgroup_counts;
 	enum syscall_flags syscall_flags;
 	enum syscall_limits syscall_limits;
+	struct profile_settings profile_settings;
+	struct profile_set profile_set;
+	struct profile_counts profile_counts;
+	struct profile_key profile_key;
+	struct profile_stack profile_stack;
 	enum packet_vlan vlan;
 	enum packet_network network;
 	enum packet_transport transport;

@@ -43,8 +43,12 @@ T = TypeVar("T")
 _log = logging.getLogger("streamer")
 
 
-def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> int:
+def run_service(
+    settings: Settings, kinds: frozenset[str], limits: Limits, sink: Sink | None = None
+) -> int:
     """Stream `kinds` as `settings` say until a signal, a limit or a closed pipe. The exit code.
+
+    Into `sink` alone, if there is one, whose owner then says what came of it.
 
     Raises:
         StreamerError: what kept it from starting, or ended it.
@@ -54,9 +58,10 @@ def run_service(settings: Settings, kinds: frozenset[str], limits: Limits) -> in
     line = StatusLine(console) if limits.status and os.isatty(2) else None
     try:
         with logging_to(console, settings.log_level):
-            outcome = _split_and_run(settings, kinds, limits, console, line)
+            outcome = _split_and_run(settings, kinds, limits, console, line, sink)
         undelivered = f"not delivered: {outcome.undelivered}" if outcome.undelivered else ""
-        for said in filter(None, (undelivered, outcome.account)):
+        account = outcome.account if sink is None else ""
+        for said in filter(None, (undelivered, account)):
             console.write(f"streamer: {printable(said)}\n".encode("utf-8", "backslashreplace"))
     finally:
         console.close(CLOSE_SECONDS)
@@ -69,6 +74,7 @@ def _split_and_run(
     limits: Limits,
     console: Console,
     line: StatusLine | None,
+    sink: Sink | None,
 ) -> Outcome:
     capabilities.require()
     for said in in_vain(settings.kernel, kinds):
@@ -84,7 +90,7 @@ def _split_and_run(
             stack.callback(notes.close)
         split.drop()
         console.start()
-        given = Surroundings(line, split, kernel, terminal, notes)
+        given = Surroundings(line, split, kernel, terminal, notes, sink)
         return run_loop(_run(settings, kinds, limits, given))
 
 
@@ -123,18 +129,14 @@ class Surroundings(NamedTuple):
     kernel: state.KernelState
     terminal: int | None
     notes: RunFile | None
+    sink: Sink | None = None
+    """In place of those of the settings."""
 
 
 async def _run(
     settings: Settings, kinds: frozenset[str], limits: Limits, given: Surroundings
 ) -> Outcome:
-    host = host_name(settings.host)
-    for problem in host_problems(settings, host):
-        raise ConfigError(problem)
-    render = _render(settings, given.line)
-    sinks = [
-        make_sink(one, host, render, given.split.opener) for one in with_budgets(settings.sinks)
-    ]
+    sinks = _sinks(settings, given)
     names = [sink.name for sink in sinks]
     if len(set(names)) < len(names):
         raise ConfigError(f"sinks: found the same one twice among {', '.join(names)}")
@@ -145,6 +147,17 @@ async def _run(
         return await service.run()
     finally:
         given.split.client.unwatch(asyncio.get_running_loop())
+
+
+def _sinks(settings: Settings, given: Surroundings) -> list[Sink]:
+    if given.sink is not None:
+        return [given.sink]
+    host = host_name(settings.host)
+    for problem in host_problems(settings, host):
+        raise ConfigError(problem)
+    render = _render(settings, given.line)
+    chosen = with_budgets(settings.sinks)
+    return [make_sink(one, host, render, given.split.opener) for one in chosen]
 
 
 def _service(

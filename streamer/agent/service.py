@@ -100,6 +100,7 @@ class Service:
             max_events=limits.max_events,
         )
         self._summaries = Summaries(kernel, envelope, kinds)
+        self._summary: asyncio.Task[None] | None = None
         self._reporter = Reporter(envelope, kernel, self.reader, settings.filters)
         chosen = settings.sinks
         self.fanout = Fanout(
@@ -117,6 +118,11 @@ class Service:
     def ended_quietly(self) -> bool:
         """Whether it ended because whoever read stdout went away, if no sink failed."""
         return all(sink.status == "closed" for sink in self.fanout.sinks)
+
+    @property
+    def summarises(self) -> bool:
+        """Whether a summary is being made."""
+        return self._summary is not None and not self._summary.done()
 
     def stop(self) -> None:
         """Ask the service to end; it drains, flushes and reports first."""
@@ -305,7 +311,7 @@ class Service:
             # What a sink has no room for stays in the tables: the period is longer then.
             if time.monotonic() >= next_summary and not self.fanout.blocked:
                 next_summary = max(next_summary + self._settings.summary_seconds, time.monotonic())
-                self._summarise()
+                self._begin_summary()
             if time.monotonic() >= next_heartbeat:
                 next_heartbeat = max(next_heartbeat + every, time.monotonic())
                 self.fanout.publish_if_room(self._reporter.heartbeat(self._read, self.fanout.sinks))
@@ -342,9 +348,34 @@ class Service:
             self._log_coverage()
             self.fanout.publish(self._manifest())
 
-    def _summarise(self) -> None:
-        """Publish what the programs counted in the period that ends now."""
-        records = self._summaries.collect()
+    def _begin_summary(self) -> None:
+        """Unless the one before is not ready: then the next has its period too."""
+        if self.summarises:
+            return
+        if self._summary is not None:
+            self._summary.result()  # a defect: let it be seen
+        self._summary = asyncio.ensure_future(self._summarise())
+
+    async def _last_summary(self, seconds: float) -> None:
+        """What has been counted since, if it can be had in time."""
+        last = asyncio.ensure_future(self._summarise())
+        asked = [one for one in (self._summary, last) if one is not None]
+        done, late = await asyncio.wait(asked, timeout=seconds)
+        for task in late:
+            task.cancel()
+        if late:
+            reason = "summaries were not ready when the agent stopped"
+            self._lose([Lost(stage="stop", count=len(late), kinds={}, reason=reason)])
+            _log.warning("the last summaries are not ready after %.1f s, and are lost", seconds)
+        for task in done:
+            task.result()
+
+    async def _summarise(self) -> None:
+        """Publish what the programs counted in the period that ends now.
+
+        In a thread: some of it is asked of the helper, and names of functions are in large files.
+        """
+        records = await asyncio.to_thread(self._summaries.collect)
         if records:
             self._on_batch(Batch(records))
 
@@ -379,7 +410,7 @@ class Service:
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
             # Half for reading what is left, so that there is time to deliver it.
             await self._drain_rest(begun + grace / 2)
-            self._summarise()
+            await self._last_summary(grace / 2)
             self._find_losses(final=True)
             self.reader.close()
             await self._deliver(begun + grace * _DELIVERING)

@@ -169,6 +169,19 @@ class Kernel(Section, frozen=True, kw_only=True):
             "types come from a BTF file; others keep it with the task."
         ),
     ] = 16384
+    profile_hz: Annotated[
+        int,
+        Meta(ge=0, le=1000),
+        doc("How often a second each CPU is looked at for `profile.sample`; 0: never."),
+    ] = 0
+    profile_stacks: Annotated[
+        int,
+        Meta(ge=1024, le=1 << 18),
+        doc(
+            "Room for the different stacks of one `summary_seconds`, for which `profile.sample` "
+            "takes 2.3 KiB of the kernel's memory each."
+        ),
+    ] = 16384
     sample: Annotated[
         dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
         doc("Kinds of which only one in so many events is reported, its `weight` that number."),

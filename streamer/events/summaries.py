@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from streamer.events.stream import Count, StreamRecord
+from streamer.events.stream import Count, Pid, StreamRecord
 
 
 class Summary(StreamRecord, gc=False):
@@ -136,8 +136,65 @@ class SyscallLatency(Summary, tag="syscall.latency", gc=False):
     ]
 
 
+class ProfileSample(Summary, tag="profile.sample", gc=False):
+    """What a process was found doing, and how often. A record per process and stack.
+
+    taken = idle + filtered + lost + the `count` of all records of the period.
+    """
+
+    pid: Annotated[
+        Pid,
+        Meta(description="process id in the initial pid namespace; 0 where it is of several"),
+    ]
+    start_boot_ns: Annotated[
+        Count,
+        Meta(
+            description="when the process started, nanoseconds since boot: with `pid`, "
+            "identifies it"
+        ),
+    ]
+    comm: Annotated[str, Meta(description="name of the task, at most 15 bytes")]
+    cgroup_id: Annotated[
+        Count, Meta(description="id of the task's cgroup in the unified (v2) hierarchy")
+    ]
+    cpu_mode: Annotated[
+        Literal["user", "kernel", "other"],
+        Meta(
+            description="what the CPU was in; other: the sum of what would have made too many "
+            "records"
+        ),
+    ]
+    count: Annotated[Count, Meta(description="samples of this process and stack in the period")]
+    rate_hz: Annotated[
+        int, Meta(ge=1, description="samples that are taken on each CPU in a second")
+    ]
+    frames: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="the stack from the outermost function on: FILE`FUNCTION, FILE`+OFFSET "
+            "where the file does not say, [kernel]`FUNCTION, [anon] for code of no file"
+        ),
+    ]
+    modules: Annotated[
+        dict[str, str],
+        Meta(description="build ids of files in `frames`, by name, as far as they are known"),
+    ]
+    truncated: Annotated[
+        tuple[Literal["frames"], ...],
+        Meta(description="frames: the outermost functions are left out"),
+    ]
+    incomplete: Annotated[
+        bool, Meta(description="whether a stack of it could not be had: it is [lost] in `frames`")
+    ]
+    taken: Annotated[Count, Meta(description="samples that were taken on all CPUs in the period")]
+    idle: Annotated[Count, Meta(description="those of them that found nothing running")]
+    filtered: Annotated[Count, Meta(description="those that a filter kept back")]
+    lost: Annotated[Count, Meta(description="those that no table had room for")]
+
+
 SUMMARIES: dict[str, type[Summary]] = {
     "xdp.counters": XdpCounters,
     "syscall.latency": SyscallLatency,
+    "profile.sample": ProfileSample,
 }
 """The summaries, by kind."""

@@ -15,6 +15,7 @@ CAP_SETGID, CAP_SETUID, CAP_SETPCAP = 6, 7, 8
 CAP_NET_ADMIN = 12
 CAP_SYS_PTRACE, CAP_SYS_ADMIN = 19, 21
 CAP_PERFMON, CAP_BPF = 38, 39
+CAP_CHECKPOINT_RESTORE = 40
 
 _BITS = {"CAP_SYS_ADMIN": CAP_SYS_ADMIN, "CAP_PERFMON": CAP_PERFMON, "CAP_BPF": CAP_BPF}
 _NEEDED = ("CAP_BPF", "CAP_PERFMON")
@@ -59,19 +60,22 @@ def require() -> None:
 
 
 def needed_by_helper(
-    have: Collection[int], *, writes: bool, filters_packets: bool
+    have: Collection[int], *, writes: bool, filters_packets: bool, profiles: bool = False
 ) -> frozenset[int]:
     """What the helper keeps of the capabilities `have`.
 
     BPF and perf events; the /proc of processes of any user, which CAP_SYS_PTRACE opens; and
     files of any user, to be written only where something `writes`. Programs at interfaces and
-    cgroups could stop packets: CAP_NET_ADMIN is kept only where there are such.
+    cgroups could stop packets: CAP_NET_ADMIN is kept only where there are such. Where something
+    `profiles`, CAP_CHECKPOINT_RESTORE opens the files that processes have mapped.
     """
     wanted = {CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH}
     if writes:
         wanted.add(CAP_DAC_OVERRIDE)
     if filters_packets:
         wanted.add(CAP_NET_ADMIN)
+    if profiles:
+        wanted.add(CAP_CHECKPOINT_RESTORE)
     if not {CAP_BPF, CAP_PERFMON} <= set(have):  # before Linux 5.8, and where it is not granted
         wanted.add(CAP_SYS_ADMIN)
     return frozenset(wanted & set(have))

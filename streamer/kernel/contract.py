@@ -50,6 +50,11 @@ _SHARED = (
     "syscall_counts",
     "syscall_cgroup_key",
     "syscall_cgroup_counts",
+    "profile_settings",
+    "profile_set",
+    "profile_counts",
+    "profile_key",
+    "profile_stack",
 )
 _KIND_END = "KIND_END"
 

@@ -376,6 +376,23 @@ class Map:
                 yield key.raw, value.raw
             before = ctypes.create_string_buffer(key.raw, len(key))
 
+    def take(self) -> Iterator[tuple[bytes, bytes]]:
+        """Key and value of every element, which is removed. Raises OSError: one could not be."""
+        library, fd = _library(), self.fd
+        value = ctypes.create_string_buffer(self._value_size())
+        for key in list(self._keys()):  # a walk begins anew at a key that is not there any more
+            _check(library.bpf_map_lookup_elem(fd, key, value))
+            _check(library.bpf_map_delete_elem(fd, key))
+            yield key, value.raw
+
+    def _keys(self) -> Iterator[bytes]:
+        library, fd = _library(), self.fd
+        key = ctypes.create_string_buffer(library.bpf_map__key_size(self._handle))
+        before: bytes | None = None
+        while library.bpf_map_get_next_key(fd, before, key) == 0:
+            before = key.raw
+            yield before
+
     def _key(self, key: bytes) -> bytes:
         return _sized(self.name, "key", key, _library().bpf_map__key_size(self._handle))
 

@@ -11,7 +11,7 @@ import ctypes
 import errno
 import os
 import platform
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -27,7 +27,8 @@ from streamer.kernel.libbpf import (
     names_of_enum,
 )
 from streamer.kernel.objects import KIND_END, SENSORS
-from streamer.kernel.perf_event import open_sampling
+from streamer.kernel.perf_event import CLOCK, CYCLES, open_sampling
+from streamer.kernel.processes import Located, locate, open_module
 from streamer.kernel.tags import RINGS, ProgramInfo, SensorInfo
 
 OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
@@ -39,6 +40,7 @@ _AT_FUNCTION = ("fentry/", "fexit/")
 _AT_INTERFACES = "xdp"
 _PROBES = ("kprobe/", "kretprobe/", "tp/")
 _LOOKS = 10  # for two lists of interfaces that agree
+_AT_A_RATE = "perf_event"
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
 _VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
@@ -544,6 +546,8 @@ class Loader:
             return self._attach_copies(made, program)
         if _takes_functions(made.info, program) and program.section.startswith(_PROBES):
             return _to_functions(program, made.targets.functions)
+        if program.section == _AT_A_RATE:
+            return _attach_at_a_rate(program, made.targets.rate)
         return _attach(program, made.targets), program.section
 
     def _attach_copies(self, made: _Sensor, program: Program) -> tuple[list[Link], str]:
@@ -604,6 +608,21 @@ class Loader:
     def read(self, map: str) -> Iterator[tuple[bytes, bytes]]:
         """Key and value of every element of a map; raises as `update` does."""
         return self._map(map).entries()
+
+    def take(self, map: str) -> Iterator[tuple[bytes, bytes]]:
+        """Key and value of every element of a map, which is removed; raises as `update` does.
+
+        Of a map that nothing else changes meanwhile.
+        """
+        return self._map(map).take()
+
+    def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
+        """Where code of a process is. See `processes.locate`."""
+        return locate(pid, start, image, addresses)
+
+    def open_module(self, pid: int, first: int, last: int) -> int:
+        """A descriptor of a mapped file. See `processes.open_module`."""
+        return open_module(pid, first, last)
 
     def _map(self, name: str) -> Map:
         if name in self._shared:
@@ -683,13 +702,20 @@ def _takes_functions(info: SensorInfo, program: Program) -> bool:
 
 
 def _attach(program: Program, targets: Targets) -> list[Link]:
-    kind = program.section.partition("/")[0]
-    if kind.startswith("cgroup"):
+    if program.section.startswith("cgroup"):
         return _attach_to_each((targets.cgroup,), lambda path: _to_cgroup(program, path))
-    if kind == "perf_event":
-        cpus = [str(cpu) for cpu in online_cpus()]
-        return _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), targets.rate))
     return [program.attach()]
+
+
+def _attach_at_a_rate(program: Program, rate: int) -> tuple[list[Link], str]:
+    """By cycles on all CPUs, or by the clock on all. See `Loader._attach_program`."""
+    cpus = [str(cpu) for cpu in online_cpus()]
+    try:
+        links = _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), rate, CYCLES))
+        return links, f"{program.section} {CYCLES}"
+    except OSError:
+        links = _attach_to_each(cpus, lambda cpu: _to_samples(program, int(cpu), rate, CLOCK))
+        return links, f"{program.section} {CLOCK}"
 
 
 def _attach_to_each(names: Iterable[str], attach: Callable[[str], Link]) -> list[Link]:
@@ -808,8 +834,8 @@ def _to_cgroup(program: Program, path: str) -> Link:
         os.close(fd)
 
 
-def _to_samples(program: Program, cpu: int, rate: int) -> Link:
-    fd = open_sampling(cpu, rate)
+def _to_samples(program: Program, cpu: int, rate: int, source: str) -> Link:
+    fd = open_sampling(cpu, rate, source)
     try:
         return program.attach_to_perf_event(fd)
     except OSError:

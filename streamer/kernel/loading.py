@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from streamer.kernel.loader import Attached, Loaded
+from streamer.kernel.processes import Located
 
 
 class LoaderLike(Protocol):
@@ -34,6 +35,15 @@ class LoaderLike(Protocol):
 
     def read(self, map: str) -> Iterable[tuple[bytes, bytes]]:
         """Keys and values of a map."""
+
+    def take(self, map: str) -> Iterable[tuple[bytes, bytes]]:
+        """Keys and values of a map, which is empty afterwards."""
+
+    def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
+        """Where code of a process is."""
+
+    def open_module(self, pid: int, first: int, last: int) -> int:
+        """A descriptor of a mapped file."""
 
     def close(self) -> None:
         """Detach and release everything."""

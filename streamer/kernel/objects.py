@@ -28,6 +28,11 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "syscall_counts": (('count', 0, 8), ('errors', 8, 8), ('total_ns', 16, 8), ('missed', 24, 8), ('longest', 32, 32), ('buckets', 64, 448)),
     "syscall_cgroup_key": (('cgroup_id', 0, 8), ('place', 8, 4), ('pad', 12, 4)),
     "syscall_cgroup_counts": (('since', 0, 8), ('counts', 8, 512)),
+    "profile_settings": (('active', 0, 8),),
+    "profile_set": (('begun', 0, 8), ('ended', 8, 8), ('taken', 16, 8), ('idle', 24, 8), ('filtered', 32, 8), ('lost', 40, 8), ('pad', 48, 16)),
+    "profile_counts": (('sets', 0, 128),),
+    "profile_key": (('start_boot_ns', 0, 8), ('cgroup_id', 8, 8), ('image', 16, 8), ('pid', 24, 4), ('kernel_stack', 28, 4), ('user_stack', 32, 4), ('user_mode', 36, 4), ('comm', 40, 16)),
+    "profile_stack": (('at', 0, 1016),),
     "process_exec": (('base', 0, 32), ('task', 32, 64), ('start_time_ns', 96, 8), ('exe_inode', 104, 8), ('exe_dev', 112, 4), ('exe_nlink', 116, 4), ('exe_mntns', 120, 4), ('cwd_mntns', 124, 4), ('parent_exe_mntns', 128, 4), ('euid', 132, 4), ('auid', 136, 4), ('argc', 140, 4), ('exe_len', 144, 2), ('argv_len', 146, 2), ('cwd_len', 148, 2), ('parent_exe_len', 150, 2), ('filename_len', 152, 2), ('interp_len', 154, 2), ('exe_mntns_initial', 156, 1), ('cwd_mntns_initial', 157, 1), ('parent_exe_mntns_initial', 158, 1), ('exe_deleted', 159, 1), ('exe_memfd', 160, 1), ('pad', 161, 7), ('parent_comm', 168, 16), ('data', 184, 36864)),
     "process_fork": (('base', 0, 32), ('task', 32, 64), ('child_start_boot_ns', 96, 8), ('child_start_time_ns', 104, 8), ('child_pid', 112, 4), ('child_ppid', 116, 4), ('child_pidns', 120, 4), ('child_ns_pid', 124, 4)),
     "process_exit": (('base', 0, 32), ('task', 32, 64), ('start_time_ns', 96, 8), ('duration_ns', 104, 8), ('exit_code', 112, 4), ('signal', 116, 4), ('core_dumped', 120, 1), ('pad', 121, 7)),
@@ -43,12 +48,12 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "syscall_slow": (('base', 0, 32), ('task', 32, 64), ('duration_ns', 96, 8), ('ret', 104, 8), ('errno', 112, 4), ('number', 116, 4), ('arg0', 120, 4), ('pad', 124, 4), ('syscall', 128, 32)),
     "enum event_schema": (('SCHEMA_VERSION', 3, 0),),
     "enum event_kind": (('KIND_PROCESS_EXEC', 1, 0), ('KIND_PROCESS_FORK', 2, 0), ('KIND_PROCESS_EXIT', 3, 0), ('KIND_FILE_OPEN', 16, 0), ('KIND_NET_CONNECT', 32, 0), ('KIND_NET_ACCEPT', 33, 0), ('KIND_NET_CLOSE', 34, 0), ('KIND_NET_LISTEN', 35, 0), ('KIND_NET_BIND', 36, 0), ('KIND_NET_RETRANSMIT', 37, 0), ('KIND_NET_DROP', 38, 0), ('KIND_NET_UDP', 39, 0), ('KIND_SYSCALL_SLOW', 50, 0), ('KIND_END', 64, 0)),
-    "enum summary_kind": (('SUMMARY_XDP_COUNTERS', 48, 0), ('SUMMARY_SYSCALL_LATENCY', 49, 0)),
+    "enum summary_kind": (('SUMMARY_XDP_COUNTERS', 48, 0), ('SUMMARY_SYSCALL_LATENCY', 49, 0), ('SUMMARY_PROFILE_SAMPLE', 51, 0)),
     "enum event_ring": (('RING_CRITICAL', 0, 0), ('RING_BULK', 1, 0), ('RING_END', 2, 0)),
     "enum event_flags": (('FLAG_INCOMPLETE', 1, 0),),
     "enum filter_mode": (('FILTER_OFF', 0, 0), ('FILTER_EXCLUDE', 1, 0), ('FILTER_INCLUDE', 2, 0)),
     "enum filter_verdict": (('VERDICT_KEEP', 1, 0), ('VERDICT_DROP', 2, 0)),
-    "enum fault": (('FAULT_CONNECTIONS_FULL', 0, 0), ('FAULT_SOCKET_STORAGE', 1, 0), ('FAULT_LISTENERS_FULL', 2, 0), ('FAULT_AGENT_PEERS_FULL', 3, 0), ('FAULT_EXITED_FULL', 4, 0), ('FAULT_FAILED_FULL', 5, 0), ('FAULT_OPEN_STARTS_FULL', 6, 0), ('FAULT_UNREADABLE', 7, 0), ('FAULT_NO_SLOT', 8, 0), ('FAULT_CHANGE_UNSEEN', 9, 0), ('FAULT_SYSCALL_STARTS_FULL', 10, 0), ('FAULT_SYSCALL_CGROUPS_FULL', 11, 0), ('FAULT_UDP_FULL', 12, 0), ('FAULT_END', 13, 0)),
+    "enum fault": (('FAULT_CONNECTIONS_FULL', 0, 0), ('FAULT_SOCKET_STORAGE', 1, 0), ('FAULT_LISTENERS_FULL', 2, 0), ('FAULT_AGENT_PEERS_FULL', 3, 0), ('FAULT_EXITED_FULL', 4, 0), ('FAULT_FAILED_FULL', 5, 0), ('FAULT_OPEN_STARTS_FULL', 6, 0), ('FAULT_UNREADABLE', 7, 0), ('FAULT_NO_SLOT', 8, 0), ('FAULT_CHANGE_UNSEEN', 9, 0), ('FAULT_SYSCALL_STARTS_FULL', 10, 0), ('FAULT_SYSCALL_CGROUPS_FULL', 11, 0), ('FAULT_UDP_FULL', 12, 0), ('FAULT_SAMPLES_FULL', 13, 0), ('FAULT_STACK_COLLIDED', 14, 0), ('FAULT_STACK_UNREADABLE', 15, 0), ('FAULT_END', 16, 0)),
     "enum wake": (('WAKE_NEVER', 0, 0), ('WAKE_FULL', 1, 0), ('WAKE_ANY', 2, 0)),
     "enum packet_vlan": (('VLAN_NONE', 0, 0), ('VLAN_SINGLE', 1, 0), ('VLAN_DOUBLE', 2, 0), ('VLAN_MORE', 3, 0), ('VLAN_END', 4, 0)),
     "enum packet_network": (('NETWORK_OTHER', 0, 0), ('NETWORK_IPV4', 1, 0), ('NETWORK_IPV6', 2, 0), ('NETWORK_ARP', 3, 0), ('NETWORK_END', 4, 0)),
@@ -61,7 +66,7 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
 """Every shared struct: its members with offset and size in bytes; and
 every shared enum: its names with their numbers, and 0."""
 
-KIND_NUMBERS: dict[str, int] = {"process.exec": 1, "process.fork": 2, "process.exit": 3, "file.open": 16, "net.connect": 32, "net.accept": 33, "net.close": 34, "net.listen": 35, "net.bind": 36, "net.retransmit": 37, "net.drop": 38, "net.udp": 39, "syscall.slow": 50, "xdp.counters": 48, "syscall.latency": 49}
+KIND_NUMBERS: dict[str, int] = {"process.exec": 1, "process.fork": 2, "process.exit": 3, "file.open": 16, "net.connect": 32, "net.accept": 33, "net.close": 34, "net.listen": 35, "net.bind": 36, "net.retransmit": 37, "net.drop": 38, "net.udp": 39, "syscall.slow": 50, "xdp.counters": 48, "syscall.latency": 49, "profile.sample": 51}
 """The number of each kind."""
 
 KIND_END = 64
@@ -200,6 +205,35 @@ SENSORS: dict[str, SensorInfo] = {
         MapInfo("reader", "", True, ()),
         MapInfo("settings", "", True, ()),
         MapInfo("sockets", "", False, (), common=True),
+    )),
+    "perf_sampler": SensorInfo("perf_sampler", (
+        ProgramInfo("on_clock", "on_clock", ("profile.sample",), "", ("rate",)),
+    ), (
+        MapInfo("bulk", "", True, ()),
+        MapInfo("counters", "cpus", True, ()),
+        MapInfo("critical", "", True, ()),
+        MapInfo("faults", "", True, ()),
+        MapInfo("filter_cgroups", "", True, ()),
+        MapInfo("filter_comms", "", True, ()),
+        MapInfo("filter_exes", "", True, ()),
+        MapInfo("filter_paths", "", True, ()),
+        MapInfo("filter_pids", "", True, ()),
+        MapInfo("filter_ports", "", True, ()),
+        MapInfo("filter_uids", "", True, ()),
+        MapInfo("identities", "", True, ()),
+        MapInfo("interfaces", "", True, ()),
+        MapInfo("kind_counters", "cpus,kinds", True, ()),
+        MapInfo("kind_settings", "", True, ()),
+        MapInfo("profile_collided_0", "", False, ("rate",)),
+        MapInfo("profile_collided_1", "", False, ("rate",)),
+        MapInfo("profile_counts", "cpus", False, ("rate",)),
+        MapInfo("profile_samples_0", "table:profile_stacks", False, ("rate",)),
+        MapInfo("profile_samples_1", "table:profile_stacks", False, ("rate",)),
+        MapInfo("profile_settings", "", False, ("rate",)),
+        MapInfo("profile_stacks_0", "table:profile_stacks", False, ("rate",)),
+        MapInfo("profile_stacks_1", "table:profile_stacks", False, ("rate",)),
+        MapInfo("reader", "", True, ()),
+        MapInfo("settings", "", True, ()),
     )),
     "process": SensorInfo("process", (
         ProgramInfo("on_exec", "on_exec", ("process.exec",), "", ()),

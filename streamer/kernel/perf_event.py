@@ -6,33 +6,30 @@ import ctypes
 import os
 import platform
 import struct
+from collections.abc import Mapping
 
 _PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
-_TYPE_SOFTWARE, _CPU_CLOCK = 1, 0
 _ATTR_BYTES = 64  # PERF_ATTR_SIZE_VER0
 _BY_FREQUENCY = 1 << 10  # of the flag bits: the period is a rate
 _CLOSE_ON_EXEC = 8
 
+CYCLES, CLOCK = "cpu-cycles", "cpu-clock"
+SOURCES: Mapping[str, tuple[int, int]] = {CYCLES: (0, 0), CLOCK: (1, 0)}
+"""What samples can be taken by, best first: type and config of the event.
 
-def open_sampling(cpu: int, rate: int) -> int:
-    """A descriptor of the software clock's samples on `cpu`, `rate` times a second.
+Cycles interrupt code that holds interrupts off as well; virtual machines seldom have them."""
+
+
+def open_sampling(cpu: int, rate: int, source: str = CLOCK) -> int:
+    """A descriptor of samples on `cpu`, `rate` times a second by that of `SOURCES`.
 
     Raises:
         OSError: the kernel refused.
     """
+    kind, config = SOURCES[source]
     # struct perf_event_attr: type, size, config, rate, what is sampled, read format, flags, …
     attributes = struct.pack(
-        "<IIQQQQQIIQ",
-        _TYPE_SOFTWARE,
-        _ATTR_BYTES,
-        _CPU_CLOCK,
-        rate,
-        0,
-        0,
-        _BY_FREQUENCY,
-        0,
-        0,
-        0,
+        "<IIQQQQQIIQ", kind, _ATTR_BYTES, config, rate, 0, 0, _BY_FREQUENCY, 0, 0, 0
     )
     libc = ctypes.CDLL(None, use_errno=True)
     number = _PERF_EVENT_OPEN[platform.machine()]

@@ -13,7 +13,7 @@ import platform
 import socket
 import struct
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,6 +37,7 @@ from streamer.kernel.loader import (
 from streamer.kernel.loading import LoaderLike
 from streamer.kernel.misses import missed_runs
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
+from streamer.kernel.processes import Located
 from streamer.kernel.system_calls import SYSCALL_NUMBERS, Place, places_of
 from streamer.kernel.tags import RINGS, ProgramInfo
 from streamer.kernel.targets import targets_of
@@ -95,6 +96,7 @@ def options_of(kernel: Kernel) -> dict[str, int]:
         "unspecified_drops": int(kernel.unspecified_drops),
         "udp_seconds": kernel.udp_seconds,
         "udp_sockets": kernel.udp_sockets,
+        "profile_stacks": kernel.profile_stacks,
     }
 
 
@@ -381,6 +383,8 @@ class KernelState:
         self._sample = settings.kernel.sample
         self.kernel_settings = settings.kernel
         """How it is observed."""
+        self.kallsyms: int | None = None
+        """A descriptor of the kernel's list of functions, opened with privileges."""
         self.interfaces = dict.fromkeys(settings.kernel.interfaces, 0)
         """Those that sensors attach to, in the order of their entries in tables, with the index
         that each had when it was last attached to."""
@@ -507,6 +511,8 @@ class KernelState:
         self._loaded.append(sensor)
         if "syscall_places" in loaded.maps:
             self._place_syscalls()
+        if "profile_samples_0" in loaded.maps:
+            self._open_kallsyms()
 
     def _place_syscalls(self) -> None:
         """Tell the programs which calls to count where, and which are slow."""
@@ -518,6 +524,11 @@ class KernelState:
             places[number * size : (number + 1) * size] = pack("syscall_place", place)
         wanted = pack("syscall_settings", {"slow_ns": self.kernel_settings.syscall_slow_ms * 10**6})
         self.table("syscall_settings", len(wanted), writable=True)[: len(wanted)] = wanted
+
+    def _open_kallsyms(self) -> None:
+        """What it shows depends on who opened it, and not on who reads it."""
+        with suppress(OSError):  # then functions of the kernel have no names
+            self.kallsyms = os.open("/proc/kallsyms", os.O_RDONLY | os.O_CLOEXEC)
 
     def attach(self) -> None:
         """Attach what was loaded; what fails is noted in `statuses`."""
@@ -587,6 +598,18 @@ class KernelState:
         """
         return list(self._loader.read(map))
 
+    def take(self, map: str) -> list[tuple[bytes, bytes]]:
+        """The same, and the map is empty afterwards. Nothing else may change it meanwhile."""
+        return list(self._loader.take(map))
+
+    def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
+        """Where code of a process is: see `processes.locate`."""
+        return self._loader.locate(pid, start, image, addresses)
+
+    def open_module(self, pid: int, first: int, last: int) -> int:
+        """A descriptor of a file that is mapped: see `processes.open_module`."""
+        return self._loader.open_module(pid, first, last)
+
     @property
     def statuses(self) -> list[ProgramStatus]:
         """What became of every program of the sensors that are loaded."""
@@ -633,6 +656,9 @@ class KernelState:
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""
         self._loader.close()
+        if self.kallsyms is not None:
+            os.close(self.kallsyms)
+            self.kallsyms = None
         for mapping in self._mapped:
             with suppress(BufferError):  # somebody still looks at it
                 mapping.close()

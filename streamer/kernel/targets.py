@@ -14,6 +14,7 @@ from streamer.kernel.system_calls import are_here, functions_of_calls
 NO_INTERFACE = "no interface is named: --interface NAME, or `interfaces` in [kernel]"
 NO_SYSCALL = "no system call is named: --syscall NAME, or `syscalls` in [kernel]"
 NO_SUCH_SYSCALL = "this machine has none of the system calls that are named"
+NO_RATE = "no rate is set: --profile-hz N, or `profile_hz` in [kernel]"
 
 
 def targets_of(kernel: Kernel) -> dict[str, Targets]:
@@ -28,6 +29,7 @@ def targets_of(kernel: Kernel) -> dict[str, Targets]:
             interfaces=interfaces if "interface" in needs else (),
             cgroup=cgroup if "cgroup" in needs else "",
             functions=functions if "functions" in needs else (),
+            rate=kernel.profile_hz if "rate" in needs else 0,
         )
         if any(targets):
             found[name] = targets
@@ -63,6 +65,8 @@ def in_vain(kernel: Kernel, kinds: Set[str]) -> Iterator[str]:
 def _not_given(kernel: Kernel) -> Iterator[tuple[str, str]]:
     if not kernel.interfaces:
         yield "interface", NO_INTERFACE
+    if not kernel.profile_hz:
+        yield "rate", NO_RATE
     if not kernel.syscalls:
         yield "option:syscalls", NO_SYSCALL
     elif not are_here(kernel.syscalls, platform.machine()):

@@ -23,6 +23,7 @@ from streamer.kernel.loader import (
     Targets,
     last_possible_cpu,
 )
+from streamer.kernel.processes import Located, Module
 from streamer.privilege.channel import Channel, Message, MessageError
 from streamer.privilege.files import (
     Appendable,
@@ -278,6 +279,24 @@ class RemoteLoader:
         return [
             entry for part in self._client.ask_parts("read", map=map) for entry in _entries(part)
         ]
+
+    def take(self, map: str) -> list[tuple[bytes, bytes]]:
+        """See `Loader`."""
+        return [
+            entry for part in self._client.ask_parts("take", map=map) for entry in _entries(part)
+        ]
+
+    def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
+        """See `Loader`; of as many addresses as a request may have."""
+        result = self._client.ask(
+            "locate", pid=pid, start=start, image=image, addresses=list(addresses)
+        )
+        modules = [Module(*module) for module in result["modules"]]
+        return Located(modules, [(module, offset) for module, offset in result["places"]])
+
+    def open_module(self, pid: int, first: int, last: int) -> int:
+        """See `Loader`."""
+        return self._client.ask_for("open_module", 1, pid=pid, first=first, last=last)[1][0]
 
     def close(self) -> None:
         """Detach and release everything, and let the helper end."""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from streamer.errors import StreamerError
 from streamer.kernel import capabilities
-from streamer.kernel.loader import Loader, ProgramState, Targets, ensure_tracefs, online_cpus
+from streamer.kernel.loader import Loader, Targets, ensure_tracefs, online_cpus
 from streamer.kernel.loading import LoaderLike
 from streamer.kernel.perf_event import open_sampling
 from streamer.privilege import proc, seccomp
@@ -113,8 +113,13 @@ def _target(file: NamedFile) -> AppendTarget | OSError:
 class Helper:
     """Does what is asked, one request after the other."""
 
-    def __init__(self, channel: Channel, worker: int, files: Files, loader: LoaderLike) -> None:
-        """`worker` is a pidfd: another process may have got the socket from it, and outlive it."""
+    def __init__(
+        self, channel: Channel, worker: int, files: Files, loader: LoaderLike, *, profiles: bool
+    ) -> None:
+        """`worker` is a pidfd: another process may have got the socket from it, and outlive it.
+
+        `profiles`: there is a sampling rate, and the code of processes may be looked up.
+        """
         self._channel = channel
         self._worker = worker
         self._last = _LAST_MESSAGES
@@ -123,6 +128,7 @@ class Helper:
             self._poll.register(source, select.POLLIN)
         self._files = files
         self._loader = loader
+        self._profiles = profiles
         self._core = False
         self._sensors: set[str] = set()
         self._ended = False
@@ -134,6 +140,9 @@ class Helper:
             "update": self._update,
             "delete": self._delete,
             "read": self._read,
+            "take": self._take,
+            "locate": self._locate,
+            "open_module": self._open_module,
             "open": self._open,
             "current": self._current,
             "rotate": self._rotate,
@@ -234,14 +243,23 @@ class Helper:
         yield Answer(None)
 
     def _read(self, map: str) -> Iterator[Answer]:
-        keys, values = b"", b""
-        count = 0
-        for key, value in self._loader.read(map):
-            if count and len(keys) + len(values) + len(key) + len(value) > CHUNK_BYTES:
-                yield _entries(count, keys, values, more=True)
-                keys, values, count = b"", b"", 0
-            keys, values, count = keys + key, values + value, count + 1
-        yield _entries(count, keys, values, more=False)
+        yield from _in_parts(self._loader.read(map))
+
+    def _take(self, map: str) -> Iterator[Answer]:
+        yield from _in_parts(self._loader.take(map))
+
+    def _locate(self, pid: int, start: int, image: int, addresses: list[int]) -> Iterator[Answer]:
+        self._check_profiles()
+        found = self._loader.locate(pid, start, image, addresses)
+        yield Answer({"modules": listed(found.modules), "places": found.places})
+
+    def _open_module(self, pid: int, first: int, last: int) -> Iterator[Answer]:
+        self._check_profiles()
+        yield Answer(None, [self._loader.open_module(pid, first, last)], owned=True)
+
+    def _check_profiles(self) -> None:
+        if not self._profiles:
+            raise Refused("nothing is sampled")
 
     # ------------------------------------------------------------ the rest
 
@@ -272,6 +290,17 @@ class Helper:
         yield Answer(None)
 
 
+def _in_parts(entries: Iterable[tuple[bytes, bytes]]) -> Iterator[Answer]:
+    keys, values = b"", b""
+    count = 0
+    for key, value in entries:
+        if count and len(keys) + len(values) + len(key) + len(value) > CHUNK_BYTES:
+            yield _entries(count, keys, values, more=True)
+            keys, values, count = b"", b"", 0
+        keys, values, count = keys + key, values + value, count + 1
+    yield _entries(count, keys, values, more=False)
+
+
 def _entries(count: int, keys: bytes, values: bytes, *, more: bool) -> Answer:
     result = {"count": count, "keys": text(keys), "values": text(values)}
     return Answer(result, more=more)
@@ -282,9 +311,9 @@ def text(data: bytes) -> str:
     return binascii.b2a_base64(data, newline=False).decode()
 
 
-def listed(programs: Iterable[ProgramState]) -> list[list[str]]:
-    """States of programs as JSON can hold them."""
-    return [list(program) for program in programs]
+def listed(tuples: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
+    """Named tuples as JSON can hold them."""
+    return [list(one) for one in tuples]
 
 
 def told(error: Exception) -> Message:
@@ -333,9 +362,9 @@ def main(descriptor: int, make_loader: MakeLoader | None = None) -> int:
     started = _start(channel, make_loader or _kernel_loader)
     if started is None:
         return 1
-    files, loader = started
+    files, loader, profiles = started
     try:
-        orderly = Helper(channel, worker, files, loader).serve()
+        orderly = Helper(channel, worker, files, loader, profiles=profiles).serve()
     finally:
         loader.close()
         channel.close()
@@ -358,10 +387,10 @@ def _kernel_loader(targets: Mapping[str, Targets]) -> Loader:
     return Loader(parent_is_agent=True, targets=targets)
 
 
-def _start(channel: Channel, make_loader: MakeLoader) -> tuple[Files, LoaderLike] | None:
+def _start(channel: Channel, make_loader: MakeLoader) -> tuple[Files, LoaderLike, bool] | None:
     """Take the lists of files and targets, and give up what is not needed.
 
-    None: the worker was told why.
+    Whether there is a sampling rate is the last of what is returned. None: the worker was told why.
     """
     try:
         received = channel.receive()
@@ -374,21 +403,25 @@ def _start(channel: Channel, make_loader: MakeLoader) -> tuple[Files, LoaderLike
         }
         files = Files(named)
         loader = make_loader(targets)
+        profiles = any(one.rate for one in targets.values())
         confine(
             writes=any(file.use == "append" for file in named),
             filters_packets=loader.filters_packets,
+            profiles=profiles,
         )
         channel.send({"id": 0, "result": None, "more": False})
     except Exception as error:
         with suppress(OSError):
             channel.send({"id": 0, "error": told(error)})
         return None
-    return files, loader
+    return files, loader, profiles
 
 
-def _needed(*, writes: bool, filters_packets: bool) -> frozenset[int]:
+def _needed(*, writes: bool, filters_packets: bool, profiles: bool) -> frozenset[int]:
     have = capabilities.effective()
-    needed = capabilities.needed_by_helper(have, writes=writes, filters_packets=filters_packets)
+    needed = capabilities.needed_by_helper(
+        have, writes=writes, filters_packets=filters_packets, profiles=profiles
+    )
     with capabilities.only(needed):
         # Debian's kernels have a level of kernel.perf_event_paranoid that in 5.10 only it passes.
         perf_events = _can_open_perf_events()
@@ -403,11 +436,11 @@ def _can_open_perf_events() -> bool:
     return True
 
 
-def confine(*, writes: bool, filters_packets: bool) -> None:
+def confine(*, writes: bool, filters_packets: bool, profiles: bool) -> None:
     """Keep the capabilities that the helper needs, and the system calls.
 
     `writes`: there are files to append to, which may be any user's; `filters_packets`: there are
-    interfaces or cgroups to attach to.
+    interfaces or cgroups to attach to; `profiles`: there is a rate to sample at.
 
     Raises:
         PrivilegeError: the kernel refused.
@@ -417,7 +450,9 @@ def confine(*, writes: bool, filters_packets: bool) -> None:
     # Kernels before 5.11 count maps against it, and raising it takes another capability.
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
-    capabilities.limit_to(_needed(writes=writes, filters_packets=filters_packets))
+    capabilities.limit_to(
+        _needed(writes=writes, filters_packets=filters_packets, profiles=profiles)
+    )
     capabilities.forgo_gains()
     capabilities.hide_memory()
     seccomp.install(helper_filter(os.getpid(), os.uname().machine))

@@ -23,6 +23,9 @@ MOST_NAMED = 64
 MOST_BYTES = 1 << 16
 """Of a key or a value."""
 MOST_FILES = 1 << 16
+MOST_ADDRESSES = 1 << 11
+"""Of code that is looked up at a time: they fit into a message, and so does the answer."""
+MOST_ADDRESS = (1 << 64) - 1
 
 PROC_FILES = ("stat", "status", "comm", "cmdline", "cgroup", "loginuid", "sessionid")
 PROC_LINKS = (
@@ -124,6 +127,14 @@ def _boolean(value: Any) -> bool:
     return value
 
 
+def _addresses(value: Any) -> list[int]:
+    if type(value) is not list or len(value) > MOST_ADDRESSES:
+        raise ValueError
+    return list(map(_ADDRESS, value))
+
+
+_ADDRESS = _integer(0, MOST_ADDRESS)
+_PID = _integer(1, MOST_PID)
 _INDEX = _integer(0, MOST_FILES)
 _KEEP = _integer(1, MOST_KEPT)
 REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
@@ -134,12 +145,20 @@ REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "update": {"map": _string(_MAP), "key": _bytes, "value": _bytes},
     "delete": {"map": _string(_MAP), "key": _bytes},
     "read": {"map": _string(_MAP)},
+    "take": {"map": _string(_MAP)},
+    "locate": {
+        "pid": _PID,
+        "start": _integer(0, (1 << 63) - 1),
+        "image": _ADDRESS,
+        "addresses": _addresses,
+    },
+    "open_module": {"pid": _PID, "first": _ADDRESS, "last": _ADDRESS},
     "open": {"index": _INDEX},
     "current": {"index": _INDEX},
     "rotate": {"index": _INDEX, "keep": _KEEP},
     "pack": {"index": _INDEX, "keep": _KEEP},
     "packed": {"index": _INDEX, "whole": _boolean},
-    "proc": {"pid": _integer(1, MOST_PID), "name": _one_of(PROC_FILES + PROC_LINKS)},
+    "proc": {"pid": _PID, "name": _one_of(PROC_FILES + PROC_LINKS)},
     "end": {},
 }
 """Every request, and what makes a value of each of its parameters."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from threading import Lock
 from typing import Protocol, runtime_checkable
 
 from streamer.events.envelope import Envelope
 from streamer.events.summaries import Summary
 from streamer.kernel.state import KernelState
+from streamer.summaries.profile import ProfileSummary
 from streamer.summaries.syscalls import SyscallSummary
 from streamer.summaries.xdp import XdpSummary
 
@@ -32,6 +34,7 @@ class Holding(Protocol):
 _SOURCES: Mapping[str, Callable[[KernelState, Envelope], Source]] = {
     XdpSummary.kind: XdpSummary,
     SyscallSummary.kind: SyscallSummary,
+    ProfileSummary.kind: ProfileSummary,
 }
 
 
@@ -41,6 +44,7 @@ class Summaries:
     def __init__(self, kernel: KernelState, envelope: Envelope, kinds: Collection[str]) -> None:
         """Raises OSError: a table cannot be mapped."""
         self._sources: list[Source] = []
+        self._lock = Lock()  # the last period's may be asked for while another thread makes one's
         self._begun = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         for kind, make in _SOURCES.items():
             if kind in kinds:
@@ -54,7 +58,8 @@ class Summaries:
                 source.hold()
 
     def collect(self) -> list[Summary]:
-        """The records of the period that ends now; the next one begins."""
-        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        period, self._begun = now - self._begun, now
-        return [record for source in self._sources for record in source.collect(period)]
+        """The records of the period that ends now; the next one begins. In any thread."""
+        with self._lock:
+            now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            period, self._begun = now - self._begun, now
+            return [record for source in self._sources for record in source.collect(period)]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from streamer.events.batch import Batch, Event, kind_of
 from streamer.events.kinds import TaskEvent
 from streamer.events.stream import StreamHeartbeat, StreamLoss, StreamManifest, StreamRecord
-from streamer.events.summaries import SyscallLatency, XdpCounters
+from streamer.events.summaries import ProfileSample, SyscallLatency, XdpCounters
 from streamer.terminal.console import CLEAR_LINE, Console
 
 ENVELOPE = frozenset(TaskEvent.__struct_fields__ + StreamRecord.__struct_fields__)
@@ -43,6 +43,7 @@ _KIND_STYLES = {
     "net": "cyan",
     "xdp": "cyan",
     "syscall": "yellow",
+    "profile": "yellow",
     "stream": "magenta",
 }
 _ARROWS = {"outbound": "->", "inbound": "<-"}
@@ -296,6 +297,16 @@ def _syscall(event: SyscallLatency) -> Iterator[Segment]:
     yield Segment(f" in {duration(event.period_ns)}", "dim")
 
 
+def _profile(event: ProfileSample) -> Iterator[Segment]:
+    """The innermost function first, because a terminal cuts the end."""
+    yield Segment(f"{event.count:>5} of {event.taken:,} ", "")
+    first, *callers = reversed(event.frames)
+    yield Segment(first, "bold")
+    yield Segment("".join(f" < {frame}" for frame in callers), "dim")
+    if event.lost:
+        yield Segment(f"; {event.lost:,} lost", "red")
+
+
 def _manifest(event: StreamManifest) -> Iterator[Segment]:
     full = [kind for kind, report in event.coverage.items() if report.status == "full"]
     yield Segment(f"observing {len(full)} of {len(event.coverage)} kinds fully")
@@ -397,6 +408,7 @@ _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "net.udp": _udp,
     "syscall.slow": _slow,
     "syscall.latency": _syscall,
+    "profile.sample": _profile,
     "stream.manifest": _manifest,
     "stream.heartbeat": _heartbeat,
     "stream.loss": _loss,

@@ -8,12 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from streamer.errors import KernelError
 from streamer.kernel.loader import Attached, Loaded, ProgramState
+from streamer.kernel.processes import Located, locate, open_module
 from streamer.privilege.helper import main
 
 MANY = 1 << 16
@@ -60,6 +61,16 @@ class MemoryLoader:
 
     def read(self, map: str) -> Iterator[tuple[bytes, bytes]]:
         yield from self._map(map).items()
+
+    def take(self, map: str) -> Iterator[tuple[bytes, bytes]]:
+        taken = self._map(map)
+        yield from [(key, taken.pop(key)) for key in list(taken)]
+
+    def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
+        return locate(pid, start, image, addresses)
+
+    def open_module(self, pid: int, first: int, last: int) -> int:
+        return open_module(pid, first, last)
 
     def close(self) -> None:
         pass

@@ -28,6 +28,7 @@ from streamer.terminal import tables
 
 COMMANDS = ("run", "check", "events", "schema")
 SYSCALLS = frozenset({"syscall.latency", "syscall.slow"})
+PROFILE = frozenset({"profile.sample"})
 UNTARGETED = frozenset(KINDS) - SYSCALLS
 """What can be observed without anything named that it is to be observed at."""
 OFF = frozenset({"file.open", "net.drop"})
@@ -260,7 +261,7 @@ def test_what_is_observed_at_interfaces_needs_one(tmp_path: Path) -> None:
     assert planned("run", "--interface", "eth0").kinds == DEFAULT | counters
     assert planned("run", "--events", "*").kinds == UNTARGETED
     everything = planned("run", "--events", "*", "--interface", "eth0", "--interface", "eth1")
-    assert everything.kinds == SELECTABLE.keys() - SYSCALLS
+    assert everything.kinds == SELECTABLE.keys() - SYSCALLS - PROFILE
     assert everything.settings.kernel.interfaces == ("eth0", "eth1")
     for wanted in ("xdp.counters", "xdp.*", "default,xdp.c*"):
         with pytest.raises(ConfigError, match="and no interface is named: --interface NAME"):
@@ -293,7 +294,7 @@ def test_events_lists_every_kind_with_its_default(capfd: pytest.CaptureFixture[s
     listed = {row.split()[0]: tuple(row.split()[1:3]) for row in rows}
     assert listed == {
         **{k: (info.ring, "off" if k in OFF else "on") for k, info in KINDS.items()},
-        **{kind: ("agent", "on") for kind in SUMMARIES},
+        **{kind: ("agent", "off" if kind in PROFILE else "on") for kind in SUMMARIES},
         **{kind: ("agent", "always") for kind in STREAM_KINDS},
     }
     column = head.index("meaning")

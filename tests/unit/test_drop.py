@@ -171,6 +171,8 @@ def test_what_the_helper_keeps() -> None:
     assert needed(EVERY, writes=False, filters_packets=False) == reads
     assert needed(EVERY, writes=True, filters_packets=False) == reads | {1}  # CAP_DAC_OVERRIDE
     assert needed(EVERY, writes=False, filters_packets=True) == reads | {12}  # CAP_NET_ADMIN
+    profiles = needed(EVERY, writes=False, filters_packets=False, profiles=True)
+    assert profiles == reads | {40}  # CAP_CHECKPOINT_RESTORE
     for lacking in ({38}, {39}, {38, 39}):  # CAP_SYS_ADMIN stands for both
         have = EVERY - lacking
         assert needed(have, writes=False, filters_packets=False) == reads - lacking | {21}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import gzip
 import json
 import os
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from hypothesis import strategies as st
 
 from streamer.config.settings import Settings
 from streamer.errors import ContractError, HelperGone, KernelError, PrivilegeError, StreamerError
-from streamer.kernel.loader import ProgramState
+from streamer.kernel import processes
+from streamer.kernel.loader import NO_TARGETS, ProgramState, Targets
 from streamer.privilege import split
 from streamer.privilege.channel import MESSAGE_BYTES, Channel
 from streamer.privilege.client import (
@@ -46,7 +48,7 @@ GOOD = {"request": "update", "id": 77, "map": "small", "key": "", "value": ""}
 class Setting:
     """A helper that was told of two files, in a directory of the test."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, targets: Mapping[str, Targets] = NO_TARGETS) -> None:
         self.secret, self.events = directory / "secret", directory / "events"
         self.secret.write_bytes(SECRET)
         self.secret.chmod(0o600)
@@ -55,7 +57,7 @@ class Setting:
             NamedFile(str(self.events), "append", 0o640),
         )
         self.client = start_helper(PROGRAM)
-        self.client.set_up(self.files)
+        self.client.set_up(self.files, targets)
         self.loader = RemoteLoader(self.client, self.files)
         self.opener = RemoteOpener(self.client, self.files)
 
@@ -105,6 +107,68 @@ def test_maps(helper: Setting) -> None:
     assert loader.read("small") == [(b"\x00key", bytes(range(256)))]
     loader.delete("small", b"\x00key")
     assert loader.read("small") == loader.read("empty") == []
+
+
+def test_a_map_that_is_taken(helper: Setting) -> None:
+    """All that was in it comes, in parts, and it is empty afterwards."""
+    entries = helper.loader.read("large")
+    assert helper.loader.take("large") == entries
+    assert helper.loader.take("large") == helper.loader.read("large") == []
+    with pytest.raises(KernelError, match="no map nowhere"):
+        helper.loader.take("nowhere")
+
+
+def where_it_is(pid: int) -> tuple[int, int, int]:
+    """Its pid, when it started, and where its arguments are."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return pid, int(fields[19]) * 10_000_000, int(fields[45])
+
+
+def test_code_of_processes_is_for_profiles(helper: Setting) -> None:
+    """Where nothing is sampled, nobody needs to know of it."""
+    with pytest.raises(KernelError, match="nothing is sampled"):
+        helper.loader.locate(*where_it_is(os.getpid()), [1])
+    with pytest.raises(KernelError, match="nothing is sampled"):
+        helper.loader.open_module(os.getpid(), 1, 2)
+
+
+@pytest.fixture
+def profiling(tmp_path: Path) -> Iterator[Setting]:
+    made = Setting(tmp_path, {"good": Targets(rate=99)})
+    yield made
+    made.client.close()
+
+
+def test_where_code_of_a_process_is(profiling: Setting) -> None:
+    code = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value or 0
+    here = where_it_is(os.getpid())
+    found = profiling.loader.locate(*here, [code, 1])
+    assert found == processes.locate(*here, [code, 1])
+    assert [module for module, _ in found.places] == [0, -1]
+    with pytest.raises(ProcessLookupError):
+        profiling.loader.locate(here[0], here[1] + 10**9, here[2], [code])
+
+
+def test_a_file_that_a_process_has_mapped(profiling: Setting) -> None:
+    code = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value or 0
+    (module,) = profiling.loader.locate(*where_it_is(os.getpid()), [code]).modules
+    try:
+        fd = profiling.loader.open_module(os.getpid(), module.first, module.last)
+    except PermissionError:
+        pytest.skip("that needs CAP_CHECKPOINT_RESTORE")
+    assert os.read(fd, 4) == b"\x7fELF"
+    assert not os.get_inheritable(fd)
+    os.close(fd)
+    with pytest.raises(FileNotFoundError):
+        profiling.loader.open_module(os.getpid(), module.first + 1, module.last)
+
+
+def test_a_profile_takes_one_capability_more(profiling: Setting) -> None:
+    text = Path(f"/proc/{profiling.client.pid}/status").read_text()
+    status = dict(line.split(":\t", 1) for line in text.splitlines())
+    here = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    bit = 1 << 40
+    assert int(status["CapPrm"], 16) & bit == int(here["CapPrm"], 16) & bit
 
 
 def test_a_map_of_many_entries(helper: Setting) -> None:
@@ -470,6 +534,16 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("proc", {"pid": 0, "name": "stat"}),
     ("proc", {"pid": "self", "name": "stat"}),
     ("proc", {"pid": 1 << 23, "name": "stat"}),
+    ("take", {"map": "../x"}),
+    ("locate", {"pid": 1, "start": 1, "image": 1, "addresses": []}),  # nothing is sampled
+    ("locate", {"pid": 0, "start": 1, "image": 1, "addresses": []}),
+    ("locate", {"pid": 1, "start": -1, "image": 1, "addresses": []}),
+    ("locate", {"pid": 1, "start": 1, "image": 1 << 64, "addresses": []}),
+    ("locate", {"pid": 1, "start": 1, "image": 1, "addresses": [1.5]}),
+    ("locate", {"pid": 1, "start": 1, "image": 1, "addresses": [1] * 2049}),
+    ("locate", {"pid": 1, "start": 1, "image": 1, "addresses": "1"}),
+    ("open_module", {"pid": 1, "first": 1, "last": 2}),  # likewise
+    ("open_module", {"pid": 1, "first": "../exe", "last": 2}),
     ("load", {"sensor": "good", "options": {}}),  # no core yet
     ("load", {"sensor": "../../tmp/evil", "options": {}}),
     ("load", {"sensor": "", "options": {}}),

@@ -27,7 +27,7 @@ from streamer.events.stream import (
     StreamLoss,
     StreamManifest,
 )
-from streamer.events.summaries import SyscallLatency, XdpCounters
+from streamer.events.summaries import ProfileSample, SyscallLatency, XdpCounters
 from streamer.terminal import lines as render
 from streamer.terminal.console import Console
 from streamer.terminal.lines import Rates, Renderer, StatusLine, printable, status_text
@@ -311,6 +311,19 @@ CALLS = [
 def test_calls_of_a_period(values: dict[str, Any], expected: str) -> None:
     event = filled(SyscallLatency, syscall="fsync", period_ns=2 * 10**9, **values)
     assert lines(event).endswith(f"syscall.latency fsync           {expected}")
+
+
+def test_samples_of_a_profile() -> None:
+    values: dict[str, Any] = {
+        "count": 12,
+        "taken": 1980,
+        "frames": ("libc.so.6`read", "[kernel]`f"),
+    }
+    made = filled(ProfileSample, rate_hz=99, **values)
+    assert lines(made).endswith("   12 of 1,980 [kernel]`f < libc.so.6`read\n")
+    values |= {"lost": 3, "incomplete": True, "truncated": ("frames",)}
+    marked = lines(filled(ProfileSample, rate_hz=99, **values))
+    assert marked.endswith("libc.so.6`read; 3 lost [frames truncated, incomplete]\n")
 
 
 @pytest.mark.parametrize(("kind", "values", "expected"), ESSENCES)

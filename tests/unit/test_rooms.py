@@ -13,8 +13,12 @@ PACKAGE = ROOT / "streamer"
 
 BELOW = {
     "cli": {"agent", "terminal", "kernel", "config", "events"},
-    "agent": {"summaries", "terminal", "sinks", "ring", "privilege", "kernel", "config", "events"},
+    "agent": {
+        *("summaries", "profiles", "terminal", "sinks", "ring", "privilege", "kernel", "config"),
+        "events",
+    },
     "summaries": {"kernel", "events"},
+    "profiles": set[str](),
     "terminal": {"kernel", "config", "events"},
     "sinks": {"privilege", "config", "events"},
     "ring": {"kernel", "events"},

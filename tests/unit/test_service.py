@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -380,6 +381,39 @@ async def test_a_defect_in_what_it_does_every_second_is_seen(
     assert len(run.of("process.exec")) == 5
 
 
+async def test_a_summary_that_is_not_ready_at_the_end(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not hold up the end for long, and the stream says that it is lost."""
+    run = runs(settings=Settings(grace_seconds=1))
+    go_on = threading.Event()
+    monkeypatch.setattr(run.service._summaries, "collect", lambda: go_on.wait(30) and [])
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    await run.stop()
+    go_on.set()
+    (loss,) = run.of("stream.loss")
+    assert (loss.stage, loss.count) == ("stop", 1)
+    assert loss.reason == "summaries were not ready when the agent stopped"
+    assert len(run.of("process.exec")) == 5
+
+
+async def test_a_defect_in_a_summary_is_seen(
+    runs: Runs, seconds_fly: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs(settings=Settings(summary_seconds=1))
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run.service._summaries, "collect", fail)
+    await run.start()
+    with pytest.raises(ZeroDivisionError):
+        await run.stop()
+    assert run.programs.attached == set()
+    assert run.sink.status == "closed"
+
+
 # ---------------------------------------------------------------- overload
 
 
@@ -622,7 +656,7 @@ async def test_what_programs_count_waits_in_their_tables_while_a_sink_has_no_roo
     await run.start()
     sink.hold = True
     clock.rate = 1
-    await until(lambda: sink.watermarks.full)
+    await until(lambda: sink.watermarks.full and not run.service.summarises)
     clock.rate = 10
     then, count = clock.now, len(made)
     await until(lambda: clock.now > then + 1000)
