@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -81,10 +82,10 @@ def locate(pid: int, start: int, image: int, addresses: Sequence[int]) -> Locate
 def _check(pid: int, start: int, image: int) -> None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            stat = file.read()
+            line = file.read()
     except FileNotFoundError:
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from None
-    fields = stat[stat.rfind(b")") + 2 :].split()  # from the third on
+    fields = line[line.rfind(b")") + 2 :].split()  # from the third on
     same = int(fields[_START - 3]) == start // _TICK_NS and int(fields[_ARGUMENTS - 3]) == image
     if not same:
         raise ProcessLookupError(errno.ESRCH, "another program runs there now")
@@ -118,7 +119,8 @@ def open_module(pid: int, first: int, last: int) -> int:
     """A descriptor to read the file of which code is mapped there.
 
     Raises:
-        OSError: there is none any more, or it is on a file system that may not answer.
+        OSError: there is none any more, or it is a device's, or on a file system that may not
+            answer.
     """
     if not any((one.first, one.last) == (first, last) for *_, one in _mappings(pid)):
         raise OSError(errno.ENOENT, "no code is mapped there")  # but perhaps data, which is secret
@@ -128,6 +130,8 @@ def open_module(pid: int, first: int, last: int) -> int:
         kind = _file_system_of(handle, pid)
         if kind not in _ANSWERING:
             raise OSError(errno.EOPNOTSUPP, f"not opened on {kind or 'an unknown file system'}")
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EOPNOTSUPP, "not a regular file")  # to open a device does things
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         return os.open(f"/proc/self/fd/{handle}", flags)
     finally:

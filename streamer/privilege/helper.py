@@ -24,6 +24,7 @@ from streamer.kernel import capabilities
 from streamer.kernel.loader import Loader, Targets, ensure_tracefs, online_cpus
 from streamer.kernel.loading import LoaderLike
 from streamer.kernel.perf_event import open_sampling
+from streamer.kernel.waiting import BoundedCalls
 from streamer.privilege import proc, seccomp
 from streamer.privilege.channel import Channel, Message, MessageError
 from streamer.privilege.files import Appendable, AppendTarget, NamedFile, open_read
@@ -31,6 +32,10 @@ from streamer.privilege.policies import helper_filter
 from streamer.privilege.requests import Refused, parse
 
 SEND_SECONDS = 60.0
+LOOKUP_SECONDS = 1.0
+"""How long to wait for what is asked about a process: it may keep whoever asks waiting."""
+MOST_STUCK = 32
+"""Look-ups that wait in vain. Then there are no more, until some of those processes have ended."""
 """How long an answer waits to be taken, before it is looked whether the worker is still there."""
 _LAST_MESSAGES = 2
 """What a worker can have left when it ended: a request without an answer, and a farewell."""
@@ -129,6 +134,7 @@ class Helper:
         self._files = files
         self._loader = loader
         self._profiles = profiles
+        self._lookups = BoundedCalls(LOOKUP_SECONDS, MOST_STUCK)
         self._core = False
         self._sensors: set[str] = set()
         self._ended = False
@@ -250,12 +256,13 @@ class Helper:
 
     def _locate(self, pid: int, start: int, image: int, addresses: list[int]) -> Iterator[Answer]:
         self._check_profiles()
-        found = self._loader.locate(pid, start, image, addresses)
+        found = self._lookups.call(lambda: self._loader.locate(pid, start, image, addresses))
         yield Answer({"modules": listed(found.modules), "places": found.places})
 
     def _open_module(self, pid: int, first: int, last: int) -> Iterator[Answer]:
         self._check_profiles()
-        yield Answer(None, [self._loader.open_module(pid, first, last)], owned=True)
+        fd = self._lookups.call(lambda: self._loader.open_module(pid, first, last), os.close)
+        yield Answer(None, [fd], owned=True)
 
     def _check_profiles(self) -> None:
         if not self._profiles:
@@ -455,4 +462,4 @@ def confine(*, writes: bool, filters_packets: bool, profiles: bool) -> None:
     )
     capabilities.forgo_gains()
     capabilities.hide_memory()
-    seccomp.install(helper_filter(os.getpid(), os.uname().machine))
+    seccomp.install(helper_filter(os.getpid(), os.uname().machine, threads=profiles))

@@ -56,6 +56,12 @@ sendmmsg recvmmsg shutdown memfd_create ftruncate fsync fdatasync
 
 _HELPER = "bpf perf_event_open open openat rename renameat renameat2 unlink unlinkat fchmod"
 _HELPER_HOT = "recvmsg sendmsg read write"
+_THREADS: Rule = (
+    (
+        Condition(0, (_CLONE_THREAD,), _CLONE_THREAD),
+        Condition(0, (0,), 0xFFFFFFFF & ~_CLONE_OF_A_THREAD),
+    ),
+)
 
 
 def worker_filter(pid: int, machine: str) -> bytes:
@@ -69,12 +75,7 @@ def worker_filter(pid: int, machine: str) -> bytes:
     allowed |= {
         "open": ((Condition(1, (0,), new_file),),),
         "openat": ((Condition(2, (0,), new_file),),),
-        "clone": (
-            (
-                Condition(0, (_CLONE_THREAD,), _CLONE_THREAD),
-                Condition(0, (0,), 0xFFFFFFFF & ~_CLONE_OF_A_THREAD),
-            ),
-        ),
+        "clone": _THREADS,
         "ioctl": ((Condition(1, _IOCTL),),),
         "socket": (
             (Condition(0, (_AF_UNIX,)),),
@@ -94,17 +95,19 @@ def worker_filter(pid: int, machine: str) -> bytes:
     return compile_filter(machine, allowed, _NO_CLONE3)
 
 
-def helper_filter(pid: int, machine: str) -> bytes:
+def helper_filter(pid: int, machine: str, *, threads: bool) -> bytes:
     """The filter of the privileged helper, whose pid is `pid`.
 
-    It may open files and use BPF. It cannot open a socket, start anything, or touch another
-    process.
+    It may open files and use BPF, and start threads if `threads` says so. It cannot open a socket,
+    start a process, or touch another one.
     """
     allowed = _listed(_HELPER_HOT) | _listed(_COMMON) | _listed(_HELPER) | _own(pid)
     allowed["ioctl"] = (
         (Condition(1, _IOCTL),),
         (Condition(1, (_PERF_EVENT_IOCTL,), _IOCTL_TYPE),),
     )
+    if threads:
+        allowed |= {"clone": _THREADS, "futex": ALWAYS}
     return compile_filter(machine, allowed, _NO_CLONE3 | _NO_MODULE_TYPES)
 
 

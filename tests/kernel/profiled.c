@@ -5,13 +5,17 @@
  *   profiled read SECONDS     in a system call
  *   profiled many SECONDS     in 4,096 different stacks
  *   profiled deep SECONDS     300 calls down
+ *   profiled stuck SECONDS FILE    the same as spin, while a thread waits for the content of FILE, mapped
+ *                             as code, and keeps the list of mappings from others
  *
  * With `stay` as one argument more, it says when that is done, and is there until standard input ends.
  */
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -112,6 +116,31 @@ NOINLINE void deep(int depth)
 	sink++;
 }
 
+static void *look(void *file)
+{
+	sink = *(volatile char *)file;
+	return NULL;
+}
+
+static void *map_more(void *unused)
+{
+	usleep(500000); /* the other one waits by then */
+	mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	return NULL;
+}
+
+NOINLINE void stuck(const char *path)
+{
+	void *file = mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE, open(path, O_RDONLY), 0);
+	pthread_t looking, mapping;
+
+	if (file == MAP_FAILED || pthread_create(&looking, NULL, look, file) ||
+	    pthread_create(&mapping, NULL, map_more, NULL))
+		exit(1);
+	spin();
+	sink++;
+}
+
 int main(int argc, char **argv)
 {
 	const char *what = argc > 1 ? argv[1] : "";
@@ -124,6 +153,8 @@ int main(int argc, char **argv)
 		many();
 	} else if (!strcmp(what, "deep")) {
 		deep(300);
+	} else if (!strcmp(what, "stuck")) {
+		stuck(argv[3]);
 	} else {
 		spin();
 	}

@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import random
+import stat
 import struct
 import subprocess
 import sys
@@ -280,6 +281,20 @@ def test_a_file_system_that_may_not_answer_is_not_asked() -> None:
     mapping.close()
 
 
+@needs_capability
+def test_a_device_is_not_opened(tmp_path: Path) -> None:
+    """That does things, with some. Containers have devices on a tmpfs."""
+    device = tmp_path / "zero"
+    os.mknod(device, stat.S_IFCHR | 0o644, os.makedev(1, 5))
+    try:
+        mapping, first, last = mapped_code(device)
+    except PermissionError:
+        pytest.skip(f"{tmp_path} is on a file system without devices")
+    with pytest.raises(OSError, match="not a regular file"):
+        open_module(os.getpid(), first, last)
+    mapping.close()
+
+
 def is_devtmpfs() -> bool:
     return any(
         line.split()[1:3] == ["/dev", "devtmpfs"]
@@ -358,6 +373,40 @@ def test_a_file_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     named = symbols.name(own_process(), [address])
     assert "`+0x" in named.frames[address]
     assert named.build_ids == {}
+
+
+@needs_capability
+def test_a_process_that_lets_us_wait_is_left_alone() -> None:
+    """For a while. Others are looked into meanwhile."""
+    now = [0.0]
+    kernel, address = Silent(), address_of("getpid")
+    symbols = Symbols(kernel, lambda: now[0])
+    process = own_process()
+    for _ in range(3):
+        symbols.begin()
+        assert symbols.name(process, [address]) == NOTHING
+    assert kernel.asked == 1
+    kernel.silent = False
+    assert symbols.name(process._replace(image=0), [address]) == NOTHING  # no such process
+    assert kernel.asked == 2
+    now[0] += symbols_module.SILENT_SECONDS
+    symbols.begin()
+    assert symbols.name(process, [address]).frames
+
+
+class Silent(Here):
+    """Nothing is found out of the process within the time that there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+        self.silent = True
+
+    def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
+        self.asked += 1
+        if self.silent:
+            raise TimeoutError
+        return locate(pid, start, image, addresses)
 
 
 @needs_capability

@@ -10,7 +10,8 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,11 @@ I386 = 0x40000003
 ALLOW, FAIL = 0x7FFF0000, 0x00050000
 EPERM, ENOSYS = FAIL | errno.EPERM, FAIL | errno.ENOSYS
 PID, OTHER = 4711, 1
-FILTERS = {"worker": worker_filter, "helper": helper_filter}
+FILTERS: dict[str, Callable[[int, str], bytes]] = {
+    "worker": worker_filter,
+    "helper": partial(helper_filter, threads=False),
+    "looking helper": partial(helper_filter, threads=True),
+}
 
 
 def run(code: bytes, architecture: int, number: int, arguments: tuple[int, ...] = ()) -> int:
@@ -185,6 +190,8 @@ ALLOWED = [
     ("helper", "openat", (0, 0, O_CREAT | O_WRONLY)),
     ("helper", "bpf", (5,)),
     ("helper", "perf_event_open", ()),
+    ("looking helper", "clone", (THREAD,)),
+    ("looking helper", "futex", ()),
     ("helper", "ioctl", (3, 0x40042408)),
     ("helper", "sendmsg", (3,)),
     ("helper", "renameat", ()),
@@ -224,6 +231,9 @@ REFUSED = [
     ("helper", "connect", ()),
     ("helper", "sendto", ()),
     ("helper", "clone", (THREAD,)),
+    ("looking helper", "clone", (FORK,)),
+    ("looking helper", "socket", (1, 1, 0)),
+    ("looking helper", "kill", (OTHER, 9)),
     ("helper", "clone", (FORK,)),
     ("helper", "kill", (OTHER, 9)),
     ("helper", "ioctl", (0, 0x5412)),
@@ -278,7 +288,7 @@ def test_every_command_of_a_descriptor(who: str) -> None:
     commands = [(3, command) for command in (*range(0x600), *range(0x5400, 0x5480))]
     assert decided(who, "fcntl", commands) == {(3, command) for command in FCNTLS}
     commands += [(3, command) for command in (*range(0x8900, 0x8980), *range(0x2400, 0x2410))]
-    perf_events = {(3, 0x2400 + n) for n in range(16)} if who == "helper" else set()
+    perf_events = {(3, 0x2400 + n) for n in range(16)} if "helper" in who else set()
     allowed = {(3, command) for command in IOCTLS}
     assert decided(who, "ioctl", commands) == allowed | perf_events
     assert decided(who, "prctl", [(option,) for option in range(80)]) == {(15,), (16,)}
