@@ -173,11 +173,12 @@ class Functions:
     def _read_functions(self, header: tuple[int, ...]) -> None:
         sections = self._read_sections(header)
         for kind in (_SYMTAB, _DYNSYM):
-            for one in sections:
-                if one.kind == kind and one.link < len(sections):
-                    self._read_table(one, sections[one.link])
-                    if self._runs:
-                        return
+            # A file has one of each. Of thousands each would cost as much as the limits allow.
+            one = next((one for one in sections if one.kind == kind), None)
+            if one is not None and one.link < len(sections):
+                self._read_table(one, sections[one.link])
+                if self._runs:
+                    return
 
     def _read_table(self, table: _Section, strings: _Section) -> None:
         layout = self._class.symbol

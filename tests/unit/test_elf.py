@@ -239,3 +239,27 @@ def test_a_file_that_shrinks_while_it_is_read(program: Path, tmp_path: Path) -> 
         capture_output=True, text=True, cwd=root, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")
+
+
+def test_thousands_of_tables_cost_no_more_than_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sparse, so that it costs who makes it nothing."""
+    count, size = 4000, 16 << 20
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 3, 62, 1, *(0, 0, 64, 0, 64), *(56, 0, 64, count, 0)
+    )
+    table = struct.pack("<IIQQQQIIQQ", 0, 2, 0, 0, 1 << 20, size, 0, 0, 8, 24)
+    with (tmp_path / "many").open("wb") as file:
+        file.write(header + table * count)
+        file.truncate((1 << 20) + size)
+    sizes = []
+
+    def counted(fd: int, offset: int, size: int) -> bytes:
+        sizes.append(size)
+        return read(fd, offset, size)
+
+    read = elf._read
+    monkeypatch.setattr(elf, "_read", counted)
+    functions_of(tmp_path / "many")
+    assert sum(sizes) < 4 * size
