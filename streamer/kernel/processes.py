@@ -128,7 +128,8 @@ def open_module(pid: int, first: int, last: int) -> int:
     handle = os.open(link, os.O_PATH | os.O_CLOEXEC)  # asks no file system for anything
     try:
         kind = _file_system_of(handle, pid)
-        if kind not in _ANSWERING:
+        # An overlay answers as well as what it is made of, which whoever mounted it has chosen.
+        if kind not in _ANSWERING or (kind == "overlay" and not _is_initial_user_namespace(pid)):
             raise OSError(errno.EOPNOTSUPP, f"not opened on {kind or 'an unknown file system'}")
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EOPNOTSUPP, "not a regular file")  # to open a device does things
@@ -136,6 +137,12 @@ def open_module(pid: int, first: int, last: int) -> int:
         return os.open(f"/proc/self/fd/{handle}", flags)
     finally:
         os.close(handle)
+
+
+def _is_initial_user_namespace(pid: int) -> bool:
+    """Whether mounts that the process sees are an administrator's, as of this one."""
+    theirs, ours = (os.stat(f"/proc/{one}/ns/user") for one in (pid, "self"))
+    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def _file_system_of(handle: int, pid: int) -> str:

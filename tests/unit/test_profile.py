@@ -295,6 +295,47 @@ def test_a_device_is_not_opened(tmp_path: Path) -> None:
     mapping.close()
 
 
+IN_OVERLAY = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+directory = sys.argv[1]
+def mount(kind, where, options):
+    if libc.mount(kind, os.fsencode(where), kind, 0, options.encode()):
+        sys.exit(f"no {kind}: {os.strerror(ctypes.get_errno())}")
+mount(b"tmpfs", directory, "")
+for name in ("low", "empty", "above"):
+    os.mkdir(f"{directory}/{name}")
+open(f"{directory}/low/file", "wb").write(bytes(4096))
+mount(b"overlay", f"{directory}/above", f"lowerdir={directory}/low:{directory}/empty")
+with open(f"{directory}/above/file", "rb") as file:
+    code = mmap.PROT_READ | mmap.PROT_EXEC
+    mapping = mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE, code)
+(line,) = (one for one in open("/proc/self/maps") if "above/file" in one)
+print(line.split()[0], flush=True)
+sys.stdin.read()
+"""
+
+
+@needs_capability
+@pytest.mark.parametrize(("option", "allowed"), [("-m", True), ("-Urm", False)])
+def test_overlays_that_anybody_can_mount(option: str, allowed: bool, tmp_path: Path) -> None:
+    """Below one there can be a file system that does not answer, so only root's are read."""
+    command = ["unshare", option, sys.executable, "-c", IN_OVERLAY, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        first, _, last = process.stdout.readline().strip().partition(b"-")
+        where = process.pid, int(first, 16), int(last, 16)
+        if allowed:
+            fd = open_module(*where)
+            assert os.read(fd, 1) == b"\0"
+            os.close(fd)
+        else:
+            with pytest.raises(OSError, match="not opened on overlay"):
+                open_module(*where)
+        process.stdin.close()
+
+
 def is_devtmpfs() -> bool:
     return any(
         line.split()[1:3] == ["/dev", "devtmpfs"]
