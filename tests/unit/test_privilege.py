@@ -149,13 +149,11 @@ def test_where_code_of_a_process_is(profiling: Setting) -> None:
         profiling.loader.locate(here[0], here[1] + 10**9, here[2], [code])
 
 
+@pytest.mark.usefixtures("opens_mappings")
 def test_a_file_that_a_process_has_mapped(profiling: Setting) -> None:
     code = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value or 0
     (module,) = profiling.loader.locate(*where_it_is(os.getpid()), [code]).modules
-    try:
-        fd = profiling.loader.open_module(os.getpid(), module.first, module.last)
-    except PermissionError:
-        pytest.skip("that needs CAP_CHECKPOINT_RESTORE")
+    fd = profiling.loader.open_module(os.getpid(), module.first, module.last)
     assert os.read(fd, 4) == b"\x7fELF"
     assert not os.get_inheritable(fd)
     os.close(fd)

@@ -45,6 +45,7 @@ from streamer.summaries.profile import (
     sampled,
 )
 from streamer.summaries.symbols import NOTHING, Named, Process, Symbols
+from tests.conftest import Require
 
 PROCESS = Process(42, 10**9, 0x7FFC0000)
 
@@ -213,17 +214,6 @@ def test_a_process_that_is_not_the_one_that_was_sampled() -> None:
         locate((1 << 22) - 1, start, image, [])
 
 
-def can_open_mappings() -> bool:
-    status = Path("/proc/self/status").read_text()
-    (mask,) = (int(line.split()[1], 16) for line in status.splitlines() if "CapEff" in line)
-    return bool(mask >> 40 & 1 or mask >> 21 & 1)
-
-
-needs_capability = pytest.mark.skipif(
-    not can_open_mappings(), reason="needs CAP_CHECKPOINT_RESTORE"
-)
-
-
 def mapped_code(path: Path) -> tuple[mmap.mmap, int, int]:
     """A mapping of a file that could be run, and its addresses."""
     with path.open("rb") as file:
@@ -237,7 +227,7 @@ def mapped_code(path: Path) -> tuple[mmap.mmap, int, int]:
     raise AssertionError("it is not mapped")
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 def test_a_mapped_file_is_opened_whatever_has_its_name(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"what was mapped".ljust(4096))
@@ -252,7 +242,7 @@ def test_a_mapped_file_is_opened_whatever_has_its_name(tmp_path: Path) -> None:
         open_module(os.getpid(), first, last)
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 def test_data_is_not_opened(tmp_path: Path) -> None:
     """A worker that was taken over could read whatever a process has mapped."""
     path = tmp_path / "file"
@@ -266,30 +256,23 @@ def test_data_is_not_opened(tmp_path: Path) -> None:
     mapping.close()
 
 
-@needs_capability
-def test_a_file_system_that_may_not_answer_is_not_asked() -> None:
+@pytest.mark.usefixtures("opens_mappings")
+def test_a_file_system_that_may_not_answer_is_not_asked(require: Require) -> None:
     """As those that users mount, which let whoever opens their files wait."""
-    device = Path("/dev/zero")
-    mapping, first, last = mapped_code(device)
-    kind = subprocess.run(
-        ["stat", "-f", "-c", "%T", str(device)], capture_output=True, text=True, check=True
-    )
-    if "tmpfs" in kind.stdout and not is_devtmpfs():
-        pytest.skip("/dev is an ordinary file system here")
+    require(is_devtmpfs(), "/dev is an ordinary file system here")
+    mapping, first, last = mapped_code(Path("/dev/zero"))
     with pytest.raises(OSError, match="not opened on devtmpfs"):
         open_module(os.getpid(), first, last)
     mapping.close()
 
 
-@needs_capability
-def test_a_device_is_not_opened(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("opens_mappings")
+def test_a_device_is_not_opened(tmp_path: Path, require: Require) -> None:
     """That does things, with some. Containers have devices on a tmpfs."""
+    require(not os.statvfs(tmp_path).f_flag & os.ST_NODEV, "no devices on the tests' file system")
     device = tmp_path / "zero"
     os.mknod(device, stat.S_IFCHR | 0o644, os.makedev(1, 5))
-    try:
-        mapping, first, last = mapped_code(device)
-    except PermissionError:
-        pytest.skip(f"{tmp_path} is on a file system without devices")
+    mapping, first, last = mapped_code(device)
     with pytest.raises(OSError, match="not a regular file"):
         open_module(os.getpid(), first, last)
     mapping.close()
@@ -316,7 +299,7 @@ sys.stdin.read()
 """
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 @pytest.mark.parametrize(("option", "allowed"), [("-m", True), ("-Urm", False)])
 def test_overlays_that_anybody_can_mount(option: str, allowed: bool, tmp_path: Path) -> None:
     """Below one there can be a file system that does not answer, so only root's are read."""
@@ -361,7 +344,7 @@ def own_process() -> Process:
     return Process(os.getpid(), *stat_of(os.getpid()))
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 def test_names_of_addresses() -> None:
     kernel = Here()
     symbols = Symbols(kernel)
@@ -376,7 +359,7 @@ def test_names_of_addresses() -> None:
     assert kernel.opened == 1  # the file is kept
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 def test_a_file_is_looked_at_again_after_a_while() -> None:
     """Its number may be another file's by then; what was read of the same one is kept."""
     now = [0.0]
@@ -389,7 +372,7 @@ def test_a_file_is_looked_at_again_after_a_while() -> None:
     assert kernel.opened == 2
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 def test_a_period_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """When its time is used up, or it has had so many processes, nothing more is looked up."""
     address = address_of("getpid")
@@ -404,7 +387,7 @@ def test_a_period_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert symbols.name(own_process(), [address]) == NOTHING
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 def test_a_file_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not read, and places within it are published."""
     symbols = Symbols(Here())
@@ -416,7 +399,7 @@ def test_a_file_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     assert named.build_ids == {}
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 def test_a_process_that_lets_us_wait_is_left_alone() -> None:
     """For a while. Others are looked into meanwhile."""
     now = [0.0]
@@ -450,7 +433,7 @@ class Silent(Here):
         return locate(pid, start, image, addresses)
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 def test_the_end_is_near() -> None:
     """Then names are looked for as long as there is time, and not a period's."""
     now = [0.0]
@@ -464,7 +447,7 @@ def test_the_end_is_near() -> None:
     assert symbols.name(own_process(), [address]) == NOTHING
 
 
-@needs_capability
+@pytest.mark.usefixtures("opens_mappings")
 def test_what_is_kept_of_files_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symbols_module, "MOST_CACHED_BYTES", 1)
     kernel = Here()

@@ -25,6 +25,7 @@ open_latency = true
 unspecified_drops = true
 syscalls = ["*"]
 syscall_slow_ms = 1
+profile_hz = 99
 """
 
 
