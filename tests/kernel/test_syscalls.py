@@ -256,16 +256,22 @@ def sleep_in_threads(threads: int, ns: int) -> None:
 def test_calls_that_wait_at_once(scope: Scope, way: str) -> None:
     """kretprobes follow a bounded number at a time: what they miss is counted, and nothing else.
 
-    So is what is missed at tracepoints where the kernel preempts the programs there.
+    So is what is missed at tracepoints where the kernel preempts the programs there. At functions
+    it leaves out, and counts, a program that another task was preempted in: from 7.0 on.
     """
     threads = 64
     with Timing(scope, "nanosleep", "getppid") as timing:
         scope.act(sleep_in_threads, threads, round(seconds(0.3) * SECOND))
         found = timing.of_all()
+        left_out = timing.state.missed()
     sleeping = found["nanosleep"]
-    assert sleeping.count + sleeping.unreturned == threads
-    if way == "functions" or (way != "probes" and not kernel_is(7, 0)):
+    begun = threads - left_out.get("on_call_fentry", 0)  # some may have been of the other call
+    assert begun <= sleeping.count + sleeping.unreturned <= threads
+    if way == "functions":
+        assert sleeping.unreturned <= left_out.get("on_call_fexit", 0)
+    elif way != "probes" and not kernel_is(7, 0):
         assert sleeping.unreturned == 0
+    assert not left_out or kernel_is(7, 0)
 
 
 HELPER = """
