@@ -69,8 +69,10 @@ class Ring:
 class _Core(Loader):
     """A loader that tells the descriptors of what it made, for whoever is to inherit them."""
 
-    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
-        self.descriptors = super().load_core(rings, btf)
+    def load_core(
+        self, rings: Mapping[str, int], btf: str | None, transport: str = "auto"
+    ) -> dict[str, int]:
+        self.descriptors = super().load_core(rings, btf, transport)
         return self.descriptors
 
 

@@ -22,6 +22,7 @@ from streamer.config.settings import AnySink, FileSink, KafkaSink, Limits, MqttS
 from streamer.config.settings import StdoutSink as StdoutSettings
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
+from streamer.kernel.loader import Transport
 from streamer.kernel.state import Identity, KernelState, KindStatus, ProgramStatus
 from streamer.ring.reader import RingReader, RingSource
 from streamer.sinks.base import Sink
@@ -38,7 +39,8 @@ class InheritedKernel(KernelState):
         self.cpus = shared.cpus
         self.identity = Identity((0, 0), 0)
         self.ring_fds = {name: fd for name, (fd, _) in shared.rings.items()}
-        self.ring_bytes = {name: size for name, (_, size) in shared.rings.items()}
+        self.transport = Transport("ring", {name: size for name, (_, size) in shared.rings.items()})
+        self.buffers = {}
         mapped = Counters(shared)
         self.counters, self.kind_counters = mapped.counters, mapped.kind_counters
         self.faults = mapped.faults

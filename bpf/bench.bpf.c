@@ -68,7 +68,7 @@ static __always_inline void bench_identify(struct event_task *who, __u32 random)
 	__builtin_memcpy(who->comm, process->comm, COMM_LEN);
 }
 
-static __always_inline void bench_file_open(__u32 random)
+static __always_inline void bench_file_open(void *ctx, __u32 random)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
 	struct open_scratches *scratches = bpf_map_lookup_elem(&open_scratches, &cpu);
@@ -97,11 +97,11 @@ static __always_inline void bench_file_open(__u32 random)
 	length = path->length & (BENCH_PATH_LEN - 1);
 	bpf_probe_read_kernel(record->data, length, path->bytes);
 	record->path_len = length;
-	output(&bulk, &record->base, KIND_FILE_OPEN, RING_BULK,
+	output(ctx, &bulk, &record->base, KIND_FILE_OPEN, RING_BULK,
 	       offsetof(struct file_open, data) + length);
 }
 
-static __always_inline void bench_net_close(__u32 random)
+static __always_inline void bench_net_close(void *ctx, __u32 random)
 {
 	struct event_base base;
 	struct event_task who;
@@ -131,18 +131,28 @@ static __always_inline void bench_net_close(__u32 random)
 	record->local_addr[0] = record->remote_addr[0] = 10;
 	record->local_addr[3] = 7;
 	record->remote_addr[3] = random % BENCH_REMOTES;
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 }
+
+/* What the callbacks of bpf_loop() are given: it wants it on the stack. */
+struct bench_run {
+	void *ctx; /* the program's */
+	__u64 fd;
+};
 
 static long bench_emit_open(__u32 i, void *context)
 {
-	bench_file_open(bpf_get_prandom_u32());
+	struct bench_run *run = context;
+
+	bench_file_open(run->ctx, bpf_get_prandom_u32());
 	return 0;
 }
 
 static long bench_emit_close(__u32 i, void *context)
 {
-	bench_net_close(bpf_get_prandom_u32());
+	struct bench_run *run = context;
+
+	bench_net_close(run->ctx, bpf_get_prandom_u32());
 	return 0;
 }
 
@@ -150,20 +160,21 @@ static long bench_emit_close(__u32 i, void *context)
 static long bench_emit_mixed(__u32 i, void *context)
 {
 	__u32 random = bpf_get_prandom_u32();
+	struct bench_run *run = context;
 
 	if (i & 1)
-		bench_net_close(random);
+		bench_net_close(run->ctx, random);
 	else
-		bench_file_open(random);
+		bench_file_open(run->ctx, random);
 	return 0;
 }
 
 /* The hook of openat() itself, with what it finds out about an open file. */
 static long bench_emit_hook(__u32 i, void *context)
 {
-	struct bench_request *request = context;
+	struct bench_run *run = context;
 
-	opened(request->fd, user_registers(), CALL_OPENAT);
+	opened(run->ctx, run->fd, user_registers(), CALL_OPENAT);
 	return 0;
 }
 
@@ -172,21 +183,22 @@ static long bench_emit_nothing(__u32 i, void *context)
 	return 0;
 }
 
-static __always_inline int bench_run(long (*emit)(__u32, void *))
+static __always_inline int bench_run(void *ctx, long (*emit)(__u32, void *))
 {
-	struct bench_request *wanted = bench_request(), request; /* bpf_loop() wants the stack */
+	struct bench_request *wanted = bench_request();
+	struct bench_run run = { .ctx = ctx };
 
 	if (!wanted)
 		return 0;
-	request = *wanted;
-	return bpf_loop(request.events, emit, &request, 0);
+	run.fd = wanted->fd;
+	return bpf_loop(wanted->events, emit, &run, 0);
 }
 
 #define BENCH_PROGRAM(name, emit)          \
 	SEC("raw_tp/" #name)               \
 	int name(void *ctx)                \
 	{                                  \
-		return bench_run(emit);    \
+		return bench_run(ctx, emit);    \
 	}
 
 BENCH_PROGRAM(bench_open, bench_emit_open)

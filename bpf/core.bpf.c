@@ -33,6 +33,19 @@ int learn_pids(void *ctx)
 	return 0;
 }
 
+/* Never attached either: whether it loads tells whether events can travel as they are to. */
+SEC("raw_tp/streamer_try_rings")
+int try_rings(void *ctx)
+{
+	struct event_base base = {}, *record;
+
+	record = begin(&critical, &base, 0, RING_CRITICAL, sizeof(*record));
+	if (record)
+		submit(ctx, &critical, RING_CRITICAL, record);
+	output(ctx, &bulk, &base, 0, RING_BULK, sizeof(base));
+	return 0;
+}
+
 /* Never attached either: whether it loads tells whether programs at functions do on this kernel. */
 SEC("fexit/bpf_fentry_test1")
 int try_function(void *ctx)

@@ -259,7 +259,7 @@ static __always_inline __u64 latency_until(__u64 now)
 	return now - began;
 }
 
-static __always_inline int opened(long result, struct pt_regs___user *registers,
+static __always_inline int opened(void *ctx, long result, struct pt_regs___user *registers,
 				  const enum open_call call)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
@@ -307,7 +307,7 @@ static __always_inline int opened(long result, struct pt_regs___user *registers,
 	}
 	size = offsetof(struct file_open, data) + record->path_len;
 	if (size <= sizeof(*record))
-		output(&bulk, &record->base, KIND_FILE_OPEN, RING_BULK, size);
+		output(ctx, &bulk, &record->base, KIND_FILE_OPEN, RING_BULK, size);
 	return 0;
 }
 
@@ -322,13 +322,13 @@ static __always_inline int opened(long result, struct pt_regs___user *registers,
 	DOC("opens by " #name "()") needs                                                \
 	int BPF_PROG(on_##name, struct pt_regs___user *registers, long result)           \
 	{                                                                                \
-		return UNPREEMPTED(opened(result, registers, call));                     \
+		return UNPREEMPTED(opened(ctx, result, registers, call));                     \
 	}                                                                                \
 	SEC("tracepoint/syscalls/sys_exit_" #name) HOOK(#name) EMITS("file.open")        \
 	DOC("opens by " #name "()") needs                                                \
 	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                       \
 	{                                                                                \
-		return UNPREEMPTED(opened(ctx->ret, user_registers(), call));            \
+		return UNPREEMPTED(opened(ctx, ctx->ret, user_registers(), call));            \
 	}
 
 /* Newer architectures never had open() and creat(). */

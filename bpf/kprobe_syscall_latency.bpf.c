@@ -267,8 +267,9 @@ static __always_inline void count_in_cgroup(const struct ended_call *call)
 	count_call(&counts->counts, call);
 }
 
-static __always_inline void report(const struct ended_call *call, const struct syscall_place *place,
-				   struct event_task *who, long result)
+static __always_inline void report(void *ctx, const struct ended_call *call,
+				   const struct syscall_place *place, struct event_task *who,
+				   long result)
 {
 	struct pt_regs___user *registers = user_registers();
 	struct syscall_slow *record;
@@ -294,7 +295,7 @@ static __always_inline void report(const struct ended_call *call, const struct s
 	record->arg0 = argument == (__s32)argument || argument == (__u32)argument ? argument : 0;
 	record->pad = 0;
 	__builtin_memcpy(record->syscall, place->name, sizeof(record->syscall));
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 }
 
 /* Whether it failed: a negative number is no error where addresses and times are returned. */
@@ -312,7 +313,7 @@ static __always_inline bool is_slow(const struct syscall_place *place, __u64 dur
 	       duration_ns >= wanted->slow_ns && enabled(KIND_SYSCALL_SLOW);
 }
 
-static __always_inline int ended(long result)
+static __always_inline int ended(void *ctx, long result)
 {
 	struct call_start *start = start_kept();
 	struct syscall_settings *wanted;
@@ -351,7 +352,7 @@ static __always_inline int ended(long result)
 			count_in_cgroup(&call);
 	}
 	if (slow)
-		report(&call, place, &who, result);
+		report(ctx, &call, place, &who, result);
 	return 0;
 }
 
@@ -364,7 +365,7 @@ static __always_inline int ended(long result)
 SEC("fexit/syscalls") HOOK("syscall_exit") EMITS(KINDS) NEEDS("option:syscalls,functions")
 int BPF_PROG(on_call_fexit, struct pt_regs___user *registers, long result)
 {
-	return UNPREEMPTED(ended(result));
+	return UNPREEMPTED(ended(ctx, result));
 }
 
 #if defined(__TARGET_ARCH_x86)
@@ -382,7 +383,7 @@ int on_call_kretprobe(struct pt_regs___user *ctx)
 {
 	long result = RESULT(ctx);
 
-	return UNPREEMPTED(ended(result));
+	return UNPREEMPTED(ended(ctx, result));
 }
 
 SEC("tp/syscalls/sys_exit") HOOK("syscall_exit") EMITS(KINDS) NEEDS("option:syscalls,functions")
@@ -390,7 +391,7 @@ int on_call_tracepoint_exit(struct trace_event_raw_sys_exit *ctx)
 {
 	long result = ctx->ret;
 
-	return UNPREEMPTED(ended(result));
+	return UNPREEMPTED(ended(ctx, result));
 }
 
 /* Every call of every process comes by here, as a rule one that nobody asked about. Of some that
@@ -404,7 +405,7 @@ int on_call_exit(struct bpf_raw_tracepoint_args *ctx)
 
 	if (number != NO_NUMBER && !place_of(number))
 		return 0;
-	return UNPREEMPTED(ended(result));
+	return UNPREEMPTED(ended(ctx, result));
 }
 
 SEC("fentry/syscalls") HOOK("syscall_enter") EMITS(KINDS) NEEDS("option:syscalls,functions")

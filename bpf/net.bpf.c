@@ -88,8 +88,8 @@ static __always_inline void take_from_table(struct sock *sk, const bool typed)
 
 /* ---------------------------------------------------------------- events */
 
-static __noinline void emit_connect(const struct owner *owner, struct endpoints *ends,
-					 __u64 since_boot_ns, __u32 errno)
+static __noinline void emit_connect(void *ctx, const struct owner *owner,
+				    struct endpoints *ends, __u64 since_boot_ns, __u32 errno)
 {
 	struct net_connect *record;
 	struct event_base base;
@@ -107,11 +107,11 @@ static __noinline void emit_connect(const struct owner *owner, struct endpoints 
 	record->direction = DIRECTION_OUTBOUND;
 	record->pad = 0;
 	COPY_ENDPOINTS(record, ends);
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 }
 
-static __noinline void emit_close(const struct connection *connection, struct sock *sk,
-				       struct endpoints *ends)
+static __noinline void emit_close(void *ctx, const struct connection *connection,
+				  struct sock *sk, struct endpoints *ends)
 {
 	struct net_close *record;
 	struct event_base base;
@@ -140,7 +140,7 @@ static __noinline void emit_close(const struct connection *connection, struct so
 	record->direction = connection->direction;
 	record->pad = 0;
 	COPY_ENDPOINTS(record, ends);
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 }
 
 static __always_inline void remember_agent_peer(const struct endpoints *ends)
@@ -168,21 +168,21 @@ static __always_inline void on_syn(struct sock *sk, const bool typed)
 	made->direction = DIRECTION_OUTBOUND;
 }
 
-static __always_inline void on_connected(struct sock *sk, const bool typed)
+static __always_inline void on_connected(void *ctx, struct sock *sk, const bool typed)
 {
 	struct connection *known = find(sk, typed);
 	struct endpoints ends;
 
 	read_endpoints(&ends, sk);
 	if (!known) {
-		emit_connect(&nothing.owner, &ends, 0, 0);
+		emit_connect(ctx, &nothing.owner, &ends, 0, 0);
 		known = make(sk, typed);
 		if (!known)
 			return;
 	} else {
 		if (known->owner.is_agent)
 			remember_agent_peer(&ends);
-		emit_connect(&known->owner, &ends, known->since_boot_ns, 0);
+		emit_connect(ctx, &known->owner, &ends, known->since_boot_ns, 0);
 	}
 	known->direction = DIRECTION_OUTBOUND;
 	known->since_boot_ns = bpf_ktime_get_boot_ns();
@@ -210,7 +210,7 @@ static __always_inline bool waits_in_connect(struct sock *sk)
 	return !file || !(READ(struct file, file, f_flags) & O_NONBLOCK);
 }
 
-static __always_inline void on_connect_failed(struct sock *sk, const bool typed)
+static __always_inline void on_connect_failed(void *ctx, struct sock *sk, const bool typed)
 {
 	struct connection *known = find(sk, typed);
 	struct endpoints ends;
@@ -226,7 +226,7 @@ static __always_inline void on_connect_failed(struct sock *sk, const bool typed)
 		count_fault(FAULT_FAILED_FULL);
 	if (!known)
 		known = (void *)&nothing;
-	emit_connect(&known->owner, &ends, known->since_boot_ns, error);
+	emit_connect(ctx, &known->owner, &ends, known->since_boot_ns, error);
 out:
 	forget(sk, typed);
 }
@@ -305,7 +305,7 @@ static __always_inline bool is_cut_off(struct sock *sk, int from)
 	       READ(struct sock, sk, sk_lock.owned) && !READ(struct sock, sk, sk_err);
 }
 
-static __always_inline void on_closed(struct sock *sk, int from, const bool typed)
+static __always_inline void on_closed(void *ctx, struct sock *sk, int from, const bool typed)
 {
 	struct connection *known;
 	struct endpoints ends;
@@ -316,16 +316,16 @@ static __always_inline void on_closed(struct sock *sk, int from, const bool type
 	read_endpoints(&ends, sk);
 	if (known && !is_owned(known, sk))
 		known->owner = nothing.owner;
-	emit_close(known ?: &nothing, sk, &ends);
+	emit_close(ctx, known ?: &nothing, sk, &ends);
 	forget(sk, typed);
 	bpf_map_delete_elem(&agent_peers, &ends);
 }
 
 /* Never complete: of interest only if Fast Open let it be accepted all the same. */
-static __always_inline void on_aborted(struct sock *sk, const bool typed)
+static __always_inline void on_aborted(void *ctx, struct sock *sk, const bool typed)
 {
 	if (is_accepted(sk) && find(sk, typed))
-		on_closed(sk, TCP_SYN_RECV, typed);
+		on_closed(ctx, sk, TCP_SYN_RECV, typed);
 	else
 		forget(sk, typed);
 }
@@ -339,7 +339,8 @@ static __always_inline bool begins_with(struct sock *sk, int from, int to)
 	       (from == TCP_SYN_RECV && to == TCP_ESTABLISHED && !is_accepted(sk));
 }
 
-static __always_inline void change_state(struct sock *sk, int from, int to, const bool typed)
+static __always_inline void change_state(void *ctx, struct sock *sk, int from, int to,
+					 const bool typed)
 {
 	if (begins_with(sk, from, to))
 		forget_in_table(sk);
@@ -350,9 +351,9 @@ static __always_inline void change_state(struct sock *sk, int from, int to, cons
 	if (to == TCP_SYN_SENT)
 		on_syn(sk, typed);
 	else if (from == TCP_SYN_SENT && to == TCP_ESTABLISHED)
-		on_connected(sk, typed);
+		on_connected(ctx, sk, typed);
 	else if (from == TCP_SYN_SENT && to == TCP_CLOSE)
-		on_connect_failed(sk, typed);
+		on_connect_failed(ctx, sk, typed);
 	else if (from == TCP_SYN_RECV && to == TCP_ESTABLISHED)
 		on_inbound(sk, typed);
 	else if (to == TCP_LISTEN)
@@ -360,9 +361,9 @@ static __always_inline void change_state(struct sock *sk, int from, int to, cons
 	else if (to == TCP_FIN_WAIT1 || to == TCP_LAST_ACK)
 		on_closing(sk, typed);
 	else if (to == TCP_CLOSE && from == TCP_SYN_RECV)
-		on_aborted(sk, typed);
+		on_aborted(ctx, sk, typed);
 	else if (to == TCP_CLOSE && from != TCP_LISTEN)
-		on_closed(sk, from, typed);
+		on_closed(ctx, sk, from, typed);
 }
 
 /* Whether a change of state means anything here: most do not, and are not looked at further. */
@@ -417,22 +418,23 @@ static __always_inline bool is_gap(int seen, int from)
 }
 
 /* A connect that nobody saw succeed. The time at which it did is not known. */
-static __always_inline void connect_late(struct sock *sk, struct connection *kept)
+static __always_inline void connect_late(void *ctx, struct sock *sk, struct connection *kept)
 {
 	take_from_table(sk, TYPED);
 	kept->since_boot_ns = 0;
-	on_connected(sk, TYPED);
+	on_connected(ctx, sk, TYPED);
 	kept->since_boot_ns = 0;
 }
 
 /* Counts that changes went unseen, and does what can be done about it. */
-static __always_inline void mend_gap(struct sock *sk, struct connection *kept, int from)
+static __always_inline void mend_gap(void *ctx, struct sock *sk, struct connection *kept,
+				     int from)
 {
 	count_fault(FAULT_CHANGE_UNSEEN);
 	if (from == TCP_SYN_SENT)
 		*kept = nothing; /* of what the socket was used for before */
 	else if (kept->state == TCP_SYN_SENT && from != TCP_CLOSE && from != TCP_LISTEN)
-		connect_late(sk, kept); /* else it was used again: the addresses are others by now */
+		connect_late(ctx, sk, kept); /* else it was used again: the addresses are others by now */
 }
 
 /* Without anything kept with the socket, the twins leave notes for each other by CPU. */
@@ -514,8 +516,8 @@ static __always_inline bool is_second(volatile struct notes *here, struct connec
 	return !first_to_note(here, change, me);
 }
 
-static __always_inline int sock_state(struct sock *sk, int from, int to, const __u32 me,
-				      const bool typed)
+static __always_inline int sock_state(void *ctx, struct sock *sk, int from, int to,
+				      const __u32 me, const bool typed)
 {
 	struct connection *kept = NULL;
 	volatile struct notes *here;
@@ -532,8 +534,8 @@ static __always_inline int sock_state(struct sock *sk, int from, int to, const _
 	second = is_second(here, kept, sk, from, to, me);
 	if (!second) {
 		if (kept && is_gap(kept->state, from))
-			mend_gap(sk, kept, from);
-		change_state(sk, from, to, typed);
+			mend_gap(ctx, sk, kept, from);
+		change_state(ctx, sk, from, to, typed);
 		if (typed && !kept) /* handling it may have found room */
 			kept = bpf_sk_storage_get(&sockets, sk, NULL, 0);
 	}
@@ -550,7 +552,7 @@ static __always_inline int sock_state(struct sock *sk, int from, int to, const _
  * not the end of a connect (connect() may have said it), nor that of a connection that its owner has cut
  * off, because then the socket has lost its addresses. A close that was seen leaves nothing in the table.
  */
-static __always_inline int destroyed(struct sock *sk)
+static __always_inline int destroyed(void *ctx, struct sock *sk)
 {
 	struct connection *kept = bpf_sk_storage_get(&sockets, sk, NULL, 0);
 	bool has_peer = READ(struct sock, sk, __sk_common.skc_dport);
@@ -566,7 +568,7 @@ static __always_inline int destroyed(struct sock *sk)
 		return 0;
 	count_fault(FAULT_CHANGE_UNSEEN);
 	if (has_peer && seen != TCP_LISTEN && seen != TCP_SYN_SENT)
-		change_state(sk, seen, TCP_CLOSE, TYPED);
+		change_state(ctx, sk, seen, TCP_CLOSE, TYPED);
 	else
 		forget(sk, TYPED);
 	kept->state = TCP_CLOSE;
@@ -574,10 +576,11 @@ static __always_inline int destroyed(struct sock *sk)
 }
 
 /* For the kernels whose raw tracepoints have no guard. */
-static __always_inline int sock_state_alone(struct sock *sk, int from, int to, const bool typed)
+static __always_inline int sock_state_alone(void *ctx, struct sock *sk, int from, int to,
+					    const bool typed)
 {
 	if (matters(from, to) && is_tcp(sk))
-		change_state(sk, from, to, typed);
+		change_state(ctx, sk, from, to, typed);
 	return 0;
 }
 
@@ -594,19 +597,19 @@ static __always_inline int sock_state_alone(struct sock *sk, int from, int to, c
 	}
 
 ON_SOCK_STATE(on_sock_state, "tp_btf/inet_sock_set_state", "sock_state", NEEDS(GUARD),
-	      sock_state(sk, from, to, 0, TYPED))
+	      sock_state(ctx, sk, from, to, 0, TYPED))
 ON_SOCK_STATE(on_sock_state_untyped, "raw_tp/inet_sock_set_state", "sock_state", NEEDS(GUARD),
-	      sock_state(sk, from, to, 0, UNTYPED))
+	      sock_state(ctx, sk, from, to, 0, UNTYPED))
 ON_SOCK_STATE(on_sock_state_alone, "tp_btf/inet_sock_set_state", "sock_state",
-	      NEEDS("no " GUARD), sock_state_alone(sk, from, to, TYPED))
+	      NEEDS("no " GUARD), sock_state_alone(ctx, sk, from, to, TYPED))
 ON_SOCK_STATE(on_sock_state_alone_untyped, "raw_tp/inet_sock_set_state", "sock_state",
-	      NEEDS("no " GUARD), sock_state_alone(sk, from, to, UNTYPED))
+	      NEEDS("no " GUARD), sock_state_alone(ctx, sk, from, to, UNTYPED))
 ON_SOCK_STATE(on_sock_state_twin, "tp_btf/inet_sock_set_state", "sock_state_twin",
 	      NEEDS(GUARD) DOC("changes of state that interrupt another one"),
-	      sock_state(sk, from, to, 1, TYPED))
+	      sock_state(ctx, sk, from, to, 1, TYPED))
 ON_SOCK_STATE(on_sock_state_twin_untyped, "raw_tp/inet_sock_set_state", "sock_state_twin",
 	      NEEDS(GUARD) DOC("changes of state that interrupt another one"),
-	      sock_state(sk, from, to, 1, UNTYPED))
+	      sock_state(ctx, sk, from, to, 1, UNTYPED))
 
 /* Of no use before 7.0, but what tells that kernel from those before is not in its BTF. */
 #define PREEMPTS "function:bpf_preempt_disable"
@@ -616,7 +619,7 @@ ON_SOCK_STATE(on_sock_state_twin_untyped, "raw_tp/inet_sock_set_state", "sock_st
 	DOC("closes that both programs on the hook of socket states missed")           \
 	int BPF_PROG(name, struct sock *sk)                                            \
 	{                                                                              \
-		return UNPREEMPTED(destroyed(sk));                                     \
+		return UNPREEMPTED(destroyed(ctx, sk));                                     \
 	}
 
 ON_DESTROYED(on_destroyed)
@@ -668,7 +671,7 @@ static __always_inline bool is_told(struct sock *sk, __u32 errno)
 }
 
 /* Reports a connect that failed before a SYN was sent: nothing else tells of it. */
-static __always_inline int connected(long result, struct pt_regs___user *registers)
+static __always_inline int connected(void *ctx, long result, struct pt_regs___user *registers)
 {
 	struct wanted_address address = {};
 	struct call_arguments passed;
@@ -699,7 +702,7 @@ static __always_inline int connected(long result, struct pt_regs___user *registe
 	read_endpoints(&ends, sk);
 	read_wanted(&ends, &address);
 	own(&owner);
-	emit_connect(&owner, &ends, 0, errno_of(result));
+	emit_connect(ctx, &owner, &ends, 0, errno_of(result));
 	return 0;
 }
 
@@ -708,14 +711,14 @@ DOC("connects that fail before a SYN is sent (no route, no free port)")
 int BPF_PROG(on_connect, struct pt_regs___user *unused, long result)
 {
 	/* Not from the argument: in the BTF of 5.10 its type is only declared here. */
-	return UNPREEMPTED(connected(result, user_registers()));
+	return UNPREEMPTED(connected(ctx, result, user_registers()));
 }
 
 SEC("tracepoint/syscalls/sys_exit_connect") HOOK("connect") EMITS("net.connect")
 DOC("connects that fail before a SYN is sent (no route, no free port)")
 int on_connect_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return UNPREEMPTED(connected(ctx->ret, user_registers()));
+	return UNPREEMPTED(connected(ctx, ctx->ret, user_registers()));
 }
 
 /* ---------------------------------------------------------------- accept() */
@@ -769,7 +772,7 @@ static __always_inline void take_over(struct sock *sk, const struct owner *owner
 		forget_in_table(sk); /* it was told meanwhile */
 }
 
-static __always_inline int accepted(long fd, struct pt_regs___user *registers)
+static __always_inline int accepted(void *ctx, long fd, struct pt_regs___user *registers)
 {
 	struct net_accept *record;
 	struct event_base base;
@@ -801,7 +804,7 @@ static __always_inline int accepted(long fd, struct pt_regs___user *registers)
 	record->direction = DIRECTION_INBOUND;
 	record->pad = 0;
 	COPY_ENDPOINTS(record, &ends);
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 	return 0;
 }
 
@@ -812,13 +815,13 @@ static __always_inline int accepted(long fd, struct pt_regs___user *registers)
 	DOC("connections taken by " #name "(), and their owner at the close,")           \
 	int BPF_PROG(on_##name, struct pt_regs___user *unused, long result)              \
 	{                                                                                \
-		return UNPREEMPTED(accepted(result, user_registers()));                  \
+		return UNPREEMPTED(accepted(ctx, result, user_registers()));                  \
 	}                                                                                \
 	SEC("tracepoint/syscalls/sys_exit_" #name) HOOK(#name) EMITS("net.accept,net.close") OWNERS \
 	DOC("connections taken by " #name "(), and their owner at the close,")           \
 	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                       \
 	{                                                                                \
-		return UNPREEMPTED(accepted(ctx->ret, user_registers()));                \
+		return UNPREEMPTED(accepted(ctx, ctx->ret, user_registers()));                \
 	}
 
 ON_ACCEPT(accept)

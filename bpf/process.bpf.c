@@ -170,7 +170,7 @@ static __always_inline void fill_exec(struct process_exec *record, struct task_s
 						   4 * PATH_LEN + ARGV_LEN, EXEC_INTERP);
 }
 
-static __always_inline int executed(struct task_struct *task, struct linux_binprm *bprm)
+static __always_inline int executed(void *ctx, struct task_struct *task, struct linux_binprm *bprm)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
 	struct process_exec *record = bpf_map_lookup_elem(&exec_records, &cpu);
@@ -191,17 +191,17 @@ static __always_inline int executed(struct task_struct *task, struct linux_binpr
 	       record->cwd_len + record->parent_exe_len + record->filename_len +
 	       record->interp_len;
 	if (size <= sizeof(*record))
-		output(&critical, &record->base, KIND_PROCESS_EXEC, RING_CRITICAL, size);
+		output(ctx, &critical, &record->base, KIND_PROCESS_EXEC, RING_CRITICAL, size);
 	return 0;
 }
 
 SEC("raw_tp/sched_process_exec") EMITS("process.exec")
 int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
 {
-	return UNPREEMPTED(executed(task, bprm));
+	return UNPREEMPTED(executed(ctx, task, bprm));
 }
 
-static __always_inline int forked(struct task_struct *parent, struct task_struct *child)
+static __always_inline int forked(void *ctx, struct task_struct *parent, struct task_struct *child)
 {
 	struct event_base base;
 	struct event_task who;
@@ -229,14 +229,14 @@ static __always_inline int forked(struct task_struct *parent, struct task_struct
 	record->child_ppid = READ(struct task_struct, child, real_parent, tgid);
 	record->child_pidns = inner.pidns;
 	record->child_ns_pid = inner.pid;
-	submit(&critical, RING_CRITICAL, record);
+	submit(ctx, &critical, RING_CRITICAL, record);
 	return 0;
 }
 
 SEC("raw_tp/sched_process_fork") EMITS("process.fork")
 int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 {
-	return UNPREEMPTED(forked(parent, child));
+	return UNPREEMPTED(forked(ctx, parent, child));
 }
 
 struct exit_key {
@@ -272,7 +272,7 @@ static __always_inline bool ends_process(const struct event_task *who)
 	return true;
 }
 
-static __always_inline int ended(struct task_struct *task)
+static __always_inline int ended(void *ctx, struct task_struct *task)
 {
 	struct task_struct *leader;
 	struct event_base base;
@@ -302,12 +302,12 @@ static __always_inline int ended(struct task_struct *task)
 	record->signal = code & 0x7f;
 	record->core_dumped = !!(code & 0x80);
 	__builtin_memset(record->pad, 0, sizeof(record->pad));
-	submit(&critical, RING_CRITICAL, record);
+	submit(ctx, &critical, RING_CRITICAL, record);
 	return 0;
 }
 
 SEC("raw_tp/sched_process_exit") EMITS("process.exit")
 int BPF_PROG(on_exit, struct task_struct *task)
 {
-	return UNPREEMPTED(ended(task));
+	return UNPREEMPTED(ended(ctx, task));
 }

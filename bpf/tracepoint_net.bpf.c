@@ -69,7 +69,7 @@ static __always_inline void take_asked(struct endpoints *ends, const struct aske
 	}
 }
 
-static __always_inline int bound(long result, struct pt_regs___user *registers)
+static __always_inline int bound(void *ctx, long result, struct pt_regs___user *registers)
 {
 	struct asked_address asked = {};
 	struct call_arguments passed;
@@ -123,11 +123,11 @@ static __always_inline int bound(long result, struct pt_regs___user *registers)
 	record->reuse_port = reuses_port(sk);
 	record->pad = 0;
 	__builtin_memcpy(record->local_addr, ends.local_addr, 16);
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 	return 0;
 }
 
-static __always_inline int listened(long result, struct pt_regs___user *registers)
+static __always_inline int listened(void *ctx, long result, struct pt_regs___user *registers)
 {
 	struct call_arguments passed;
 	struct net_listen *record;
@@ -164,7 +164,7 @@ static __always_inline int listened(long result, struct pt_regs___user *register
 	record->reuse_port = reuses_port(sk);
 	record->pad = 0;
 	__builtin_memcpy(record->local_addr, ends.local_addr, 16);
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 	return 0;
 }
 
@@ -174,12 +174,12 @@ static __always_inline int listened(long result, struct pt_regs___user *register
 	SEC("fexit/" SYSTEM_CALL(name)) HOOK(#name) EMITS(kind) NEEDS(WANTED(kind))       \
 	int BPF_PROG(on_##name, struct pt_regs___user *unused, long result)               \
 	{                                                                                 \
-		return UNPREEMPTED(body(result, user_registers()));                       \
+		return UNPREEMPTED(body(ctx, result, user_registers()));                       \
 	}                                                                                 \
 	SEC("tracepoint/syscalls/sys_exit_" #name) HOOK(#name) EMITS(kind) NEEDS(WANTED(kind)) \
 	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                        \
 	{                                                                                 \
-		return UNPREEMPTED(body(ctx->ret, user_registers()));                     \
+		return UNPREEMPTED(body(ctx, ctx->ret, user_registers()));                     \
 	}
 
 ON_CALL(bind, "net.bind", bound)
@@ -208,7 +208,8 @@ struct retransmission {
 	__u8 pad[4];
 };
 
-static __noinline void emit_retransmit(const struct owner *owner, struct endpoints *ends,
+static __noinline void emit_retransmit(void *ctx, const struct owner *owner,
+				       struct endpoints *ends,
 				       const struct retransmission *what)
 {
 	struct net_retransmit *record;
@@ -230,7 +231,7 @@ static __noinline void emit_retransmit(const struct owner *owner, struct endpoin
 	record->direction = what->direction;
 	record->pad = 0;
 	COPY_ENDPOINTS(record, ends);
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 }
 
 static __always_inline __u8 content_of(__u8 flags)
@@ -250,7 +251,8 @@ static __always_inline __u8 direction_of(struct sock *sk, __u8 state, const bool
 	return known ? known->direction : DIRECTION_UNKNOWN;
 }
 
-static __always_inline int retransmitted(struct sock *sk, struct sk_buff *skb, const bool typed)
+static __always_inline int retransmitted(void *ctx, struct sock *sk, struct sk_buff *skb,
+					 const bool typed)
 {
 	struct inet_connection_sock *connection = (void *)sk;
 	struct retransmission what = {};
@@ -269,16 +271,17 @@ static __always_inline int retransmitted(struct sock *sk, struct sk_buff *skb, c
 	what.direction = direction_of(sk, what.state, typed);
 	read_endpoints(&ends, sk);
 	owner_of(&owner, sk, typed);
-	emit_retransmit(&owner, &ends, &what);
+	emit_retransmit(ctx, &owner, &ends, &what);
 	return 0;
 }
 
 /* From 6.16 on ("tcp: trace retransmit failures in tcp_retransmit_skb()") with an error, also of what
  * could not be sent; before, only of what was. */
-static __always_inline int retransmitted_or_not(struct sock *sk, struct sk_buff *skb, int error,
+static __always_inline int retransmitted_or_not(void *ctx, struct sock *sk,
+						struct sk_buff *skb, int error,
 						const bool typed)
 {
-	return error ? 0 : retransmitted(sk, skb, typed);
+	return error ? 0 : retransmitted(ctx, sk, skb, typed);
 }
 
 /* Whose a request for a connection is: the listener's. */
@@ -297,8 +300,8 @@ static __always_inline void owner_of_listener(struct owner *owner, struct sock *
 	*owner = listener ? listener->owner : nothing.owner;
 }
 
-static __always_inline int retransmitted_synack(struct sock *sk, struct request_sock *request,
-						const bool typed)
+static __always_inline int retransmitted_synack(void *ctx, struct sock *sk,
+						struct request_sock *request, const bool typed)
 {
 	struct retransmission what = {};
 	struct endpoints ends;
@@ -314,7 +317,7 @@ static __always_inline int retransmitted_synack(struct sock *sk, struct request_
 	what.content = CONTENT_SYN_ACK;
 	what.direction = DIRECTION_INBOUND;
 	owner_of_listener(&owner, sk, typed);
-	emit_retransmit(&owner, &ends, &what);
+	emit_retransmit(ctx, &owner, &ends, &what);
 	return 0;
 }
 
@@ -326,19 +329,19 @@ static __always_inline int retransmitted_synack(struct sock *sk, struct request_
 	}
 
 ON_RETRANSMIT(on_retransmit, "tp_btf/tcp_retransmit_skb",
-	      retransmitted_or_not(sk, skb, error, TYPED))
+	      retransmitted_or_not(ctx, sk, skb, error, TYPED))
 ON_RETRANSMIT(on_retransmit_untyped, "raw_tp/tcp_retransmit_skb",
-	      retransmitted_or_not(sk, skb, error, UNTYPED))
-ON_RETRANSMIT(on_retransmit_sent, "tp_btf/tcp_retransmit_skb", retransmitted(sk, skb, TYPED))
+	      retransmitted_or_not(ctx, sk, skb, error, UNTYPED))
+ON_RETRANSMIT(on_retransmit_sent, "tp_btf/tcp_retransmit_skb", retransmitted(ctx, sk, skb, TYPED))
 ON_RETRANSMIT(on_retransmit_sent_untyped, "raw_tp/tcp_retransmit_skb",
-	      retransmitted(sk, skb, UNTYPED))
+	      retransmitted(ctx, sk, skb, UNTYPED))
 
 #define ON_RETRANSMIT_SYNACK(name, section, typed)                                  \
 	SEC(section) HOOK("retransmit_synack") EMITS("net.retransmit")              \
 	NEEDS(WANTED("net.retransmit")) DOC("retransmissions of SYN-ACKs")          \
 	int BPF_PROG(name, struct sock *sk, struct request_sock *request)           \
 	{                                                                           \
-		return UNPREEMPTED(retransmitted_synack(sk, request, typed));       \
+		return UNPREEMPTED(retransmitted_synack(ctx, sk, request, typed));       \
 	}
 
 ON_RETRANSMIT_SYNACK(on_retransmit_synack, "tp_btf/tcp_retransmit_synack", TYPED)
@@ -609,7 +612,7 @@ static __always_inline bool within_limit(struct event_base *base, __u32 reason)
 	return true;
 }
 
-static __noinline void emit_drop(struct packet *packet, __u32 reason)
+static __noinline void emit_drop(void *ctx, struct packet *packet, __u32 reason)
 {
 	struct reason_name *name = bpf_map_lookup_elem(&drop_reasons, &reason);
 	struct net_drop *record;
@@ -643,23 +646,23 @@ static __noinline void emit_drop(struct packet *packet, __u32 reason)
 		count_fault(FAULT_UNREADABLE);
 	__builtin_memcpy(record->source_addr, packet->ends.local_addr, 16);
 	__builtin_memcpy(record->destination_addr, packet->ends.remote_addr, 16);
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 }
 
-static __always_inline int dropped(struct sk_buff *skb, __u32 reason)
+static __always_inline int dropped(void *ctx, struct sk_buff *skb, __u32 reason)
 {
 	struct packet packet;
 
 	if (enabled(KIND_NET_DROP) && read_packet(&packet, skb))
-		emit_drop(&packet, reason);
+		emit_drop(ctx, &packet, reason);
 	return 0;
 }
 
-static __always_inline int dropped_because(struct sk_buff *skb, __u32 reason)
+static __always_inline int dropped_because(void *ctx, struct sk_buff *skb, __u32 reason)
 {
 	__u32 unspecified = bpf_core_enum_value(enum skb_drop_reason, SKB_DROP_REASON_NOT_SPECIFIED);
 
-	return reason == unspecified && !unspecified_drops ? 0 : dropped(skb, reason);
+	return reason == unspecified && !unspecified_drops ? 0 : dropped(ctx, skb, reason);
 }
 
 /* With a reason since 5.17 (c504e5c2f964, "net: skb: introduce kfree_skb_reason()"). */
@@ -675,11 +678,11 @@ static __always_inline int dropped_because(struct sk_buff *skb, __u32 reason)
 	LACKS("the reasons of drops")                                              \
 	int BPF_PROG(name, struct sk_buff *skb)                                    \
 	{                                                                          \
-		return UNPREEMPTED(dropped(skb, 0));                               \
+		return UNPREEMPTED(dropped(ctx, skb, 0));                               \
 	}
 
-ON_DROP(on_drop, "tp_btf/kfree_skb", dropped_because(skb, reason))
-ON_DROP(on_drop_raw, "raw_tp/kfree_skb", dropped_because(skb, reason))
+ON_DROP(on_drop, "tp_btf/kfree_skb", dropped_because(ctx, skb, reason))
+ON_DROP(on_drop_raw, "raw_tp/kfree_skb", dropped_because(ctx, skb, reason))
 ON_DROP_UNREASONED(on_drop_unreasoned, "tp_btf/kfree_skb")
 ON_DROP_UNREASONED(on_drop_unreasoned_raw, "raw_tp/kfree_skb")
 
@@ -795,7 +798,8 @@ static __always_inline bool add_peer(struct endpoints *ends, const struct udp_so
 	return false;
 }
 
-static __noinline void emit_udp(const struct udp_socket *kept, struct sock *sk, __u32 closed)
+static __noinline void emit_udp(void *ctx, const struct udp_socket *kept, struct sock *sk,
+				__u32 closed)
 {
 	struct net_udp *record;
 	struct event_base base;
@@ -825,17 +829,17 @@ static __noinline void emit_udp(const struct udp_socket *kept, struct sock *sk, 
 	record->closed = closed;
 	__builtin_memset(record->pad, 0, sizeof(record->pad));
 	COPY_ENDPOINTS(record, &ends);
-	submit(&bulk, RING_BULK, record);
+	submit(ctx, &bulk, RING_BULK, record);
 }
 
-static __always_inline void tell_in_time(struct udp_socket *kept, struct sock *sk)
+static __always_inline void tell_in_time(void *ctx, struct udp_socket *kept, struct sock *sk)
 {
 	__u64 now = bpf_ktime_get_boot_ns();
 
 	if (now - kept->told_boot_ns < udp_seconds * ONE_SECOND)
 		return;
 	kept->told_boot_ns = now; /* another CPU may do so as well: it tells the same */
-	emit_udp(kept, sk, 0);
+	emit_udp(ctx, kept, sk, 0);
 }
 
 /* `result`: bytes, or an error. */
@@ -855,7 +859,8 @@ static __always_inline struct udp_socket *count_sent(struct sock *sk, long resul
 	return kept;
 }
 
-static __always_inline void count_received(struct sock *sk, __u64 bytes, const bool typed)
+static __always_inline void count_received(void *ctx, struct sock *sk, __u64 bytes,
+					   const bool typed)
 {
 	struct udp_socket *kept = find_udp(sk, typed) ?: make_udp(sk, DIRECTION_INBOUND, typed);
 
@@ -863,7 +868,7 @@ static __always_inline void count_received(struct sock *sk, __u64 bytes, const b
 		return;
 	count(&kept->datagrams_received);
 	__sync_fetch_and_add(&kept->bytes_received, bytes);
-	tell_in_time(kept, sk);
+	tell_in_time(ctx, kept, sk);
 }
 
 /* The kernel's copy of the address that the datagram was for. */
@@ -899,8 +904,8 @@ static __always_inline void note_peer(struct udp_socket *kept, struct msghdr *me
 }
 
 /* An IPv6 socket sends to an IPv4 address through the function for IPv4, within that for IPv6. */
-static __always_inline int sent(struct sock *sk, struct msghdr *message, long result,
-				const __u16 family, const bool typed)
+static __always_inline int sent(void *ctx, struct sock *sk, struct msghdr *message,
+				long result, const __u16 family, const bool typed)
 {
 	struct udp_socket *kept;
 
@@ -912,11 +917,12 @@ static __always_inline int sent(struct sock *sk, struct msghdr *message, long re
 		return 0;
 	if (result >= 0)
 		note_peer(kept, message);
-	tell_in_time(kept, sk);
+	tell_in_time(ctx, kept, sk);
 	return 0;
 }
 
-static __always_inline int sent_by_any(struct sock *sk, long result, const bool typed)
+static __always_inline int sent_by_any(void *ctx, struct sock *sk, long result,
+				       const bool typed)
 {
 	struct udp_socket *kept;
 
@@ -924,50 +930,51 @@ static __always_inline int sent_by_any(struct sock *sk, long result, const bool 
 		return 0;
 	kept = count_sent(sk, result, typed);
 	if (kept)
-		tell_in_time(kept, sk);
+		tell_in_time(ctx, kept, sk);
 	return 0;
 }
 
 /* A datagram leaves the queue; `length` is negative where it was only looked at. Of one without
  * content that cannot be seen, but then the queue has it as well. */
-static __always_inline int consumed(struct sock *sk, struct sk_buff *skb, int length,
-				    const bool typed)
+static __always_inline int consumed(void *ctx, struct sock *sk, struct sk_buff *skb,
+				    int length, const bool typed)
 {
 	if (!enabled(KIND_NET_UDP) || length < 0 || !is_udp(sk) ||
 	    (!length && READ(struct sk_buff, skb, users.refs.counter) > 1))
 		return 0;
-	count_received(sk, length, typed);
+	count_received(ctx, sk, length, typed);
 	return 0;
 }
 
 #define MSG_PEEK 2
 #define RCV_SHUTDOWN 1
 
-static __always_inline int received_by_any(struct sock *sk, int result, int flags, const bool typed)
+static __always_inline int received_by_any(void *ctx, struct sock *sk, int result, int flags,
+					   const bool typed)
 {
 	if (!enabled(KIND_NET_UDP) || result < 0 || flags & MSG_PEEK)
 		return 0;
 	if (!result && READ(struct sock, sk, sk_shutdown) & RCV_SHUTDOWN)
 		return 0; /* nothing will come any more */
-	count_received(sk, result, typed);
+	count_received(ctx, sk, result, typed);
 	return 0;
 }
 
-static __always_inline int closed_udp(struct sock *sk, struct udp_socket *kept)
+static __always_inline int closed_udp(void *ctx, struct sock *sk, struct udp_socket *kept)
 {
 	__u64 key = (__u64)sk;
 
 	if (kept)
-		emit_udp(kept, sk, 1);
+		emit_udp(ctx, kept, sk, 1);
 	bpf_map_delete_elem(&udp_sockets, &key);
 	return 0;
 }
 
-static __always_inline int released(struct sock *sk, const bool typed)
+static __always_inline int released(void *ctx, struct sock *sk, const bool typed)
 {
 	if (!is_udp(sk))
 		return 0;
-	return closed_udp(sk, find_udp(sk, typed));
+	return closed_udp(ctx, sk, find_udp(sk, typed));
 }
 
 #define OF_UDP(...) EMITS("net.udp") NEEDS(WANTED("net.udp") "," __VA_ARGS__)
@@ -979,7 +986,7 @@ static __always_inline int released(struct sock *sk, const bool typed)
 	int BPF_PROG(name, struct sock *sk, struct msghdr *message, unsigned long length,   \
 		     int result)                                                            \
 	{                                                                                   \
-		return UNPREEMPTED(sent(sk, message, result, family, typed));               \
+		return UNPREEMPTED(sent(ctx, sk, message, result, family, typed));               \
 	}
 
 ON_SEND(on_udp_send, "udp_sendmsg", AF_INET, TYPED)
@@ -993,7 +1000,7 @@ ON_SEND(on_udp6_send_untyped, "udpv6_sendmsg", AF_INET6, UNTYPED)
 	DOC("datagrams sent")                                                   \
 	int BPF_PROG(name, struct sock *sk, int result, int flags)              \
 	{                                                                       \
-		return is_udp(sk) ? UNPREEMPTED(sent_by_any(sk, result, typed)) : 0; \
+		return is_udp(sk) ? UNPREEMPTED(sent_by_any(ctx, sk, result, typed)) : 0; \
 	}
 
 ON_ANY_SEND(on_any_send, "tp_btf/sock_send_length", TYPED)
@@ -1004,7 +1011,7 @@ ON_ANY_SEND(on_any_send_untyped, "raw_tp/sock_send_length", UNTYPED)
 	DOC("datagrams received")                                               \
 	int BPF_PROG(name, struct sock *sk, struct sk_buff *skb, int length)    \
 	{                                                                       \
-		return UNPREEMPTED(consumed(sk, skb, length, typed));           \
+		return UNPREEMPTED(consumed(ctx, sk, skb, length, typed));           \
 	}
 
 ON_CONSUME(on_consume, TYPED)
@@ -1015,7 +1022,7 @@ ON_CONSUME(on_consume_untyped, UNTYPED)
 	DOC("datagrams received")                                               \
 	int BPF_PROG(name, struct sock *sk, int result, int flags)              \
 	{                                                                       \
-		return is_udp(sk) ? UNPREEMPTED(received_by_any(sk, result, flags, typed)) : 0; \
+		return is_udp(sk) ? UNPREEMPTED(received_by_any(ctx, sk, result, flags, typed)) : 0; \
 	}
 
 ON_ANY_RECEIVE(on_any_receive, "tp_btf/sock_recv_length", TYPED)
@@ -1026,7 +1033,7 @@ ON_ANY_RECEIVE(on_any_receive_untyped, "raw_tp/sock_recv_length", UNTYPED)
 	DOC("closes of UDP sockets")                                            \
 	int BPF_PROG(name, struct sock *sk)                                     \
 	{                                                                       \
-		return UNPREEMPTED(released(sk, typed));                        \
+		return UNPREEMPTED(released(ctx, sk, typed));                        \
 	}
 
 ON_RELEASE(on_release, TYPED)
@@ -1043,6 +1050,6 @@ int on_cgroup_release(struct bpf_sock *ctx)
 	if (!is_udp(sk))
 		return 1;
 	kept = bpf_sk_storage_get(&udp_kept, ctx, NULL, 0);
-	(void)UNPREEMPTED(closed_udp(sk, kept ?: find_udp(sk, UNTYPED)));
+	(void)UNPREEMPTED(closed_udp(ctx, sk, kept ?: find_udp(sk, UNTYPED)));
 	return 1;
 }

@@ -17,7 +17,7 @@ from itertools import count
 from streamer.config.settings import Settings
 from streamer.errors import HelperGone, KernelError
 from streamer.events.kinds import HEADER, KINDS
-from streamer.kernel.loader import ATTACHED, LOADED, Attached, Loaded, ProgramState
+from streamer.kernel.loader import ATTACHED, LOADED, Attached, Loaded, ProgramState, Transport
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
 from streamer.kernel.processes import Located
 from streamer.kernel.state import KernelState, sensors_of, size_of
@@ -81,6 +81,7 @@ class MemoryPrograms:
     ) -> None:
         self.cpus = CPUS
         self.no_functions = "none in memory"
+        self.transport = Transport("ring", {})
         self.done: list[str] = []
         self.attached: set[str] = set()
         self.filters: dict[tuple[str, bytes], bytes] = {}
@@ -95,8 +96,11 @@ class MemoryPrograms:
 
     # ------------------------------------------------------------ a loader, see `loading.py`
 
-    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
+    def load_core(
+        self, rings: Mapping[str, int], btf: str | None, transport: str = "auto"
+    ) -> dict[str, int]:
         self.done.append("load_core")
+        self.transport = Transport("ring", rings)
         for name, size in rings.items():
             self._make_ring(name, size)
         self._make_map("counters", size_of("cpu_counters") * CPUS)
@@ -110,6 +114,9 @@ class MemoryPrograms:
             "<3I", self._maps["identities"], 0, os.getpid(), os.getpid(), INITIAL_MNTNS
         )
         return self._fds | self.ring_fds  # type: ignore[return-value]
+
+    def open_buffers(self, cpu: int) -> dict[str, int]:
+        raise KernelError("there are no perf buffers")
 
     def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
         self.done.append(f"load {sensor}")

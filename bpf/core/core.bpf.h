@@ -12,7 +12,13 @@
 #include "tables.h"
 #include "tags.h"
 
-/* The loader sets the sizes of the rings. */
+/*
+ * Events travel in ring buffers, of sizes that the loader sets. Where those are refused, it makes these
+ * two maps arrays of perf events instead, of which each CPU has two for each ring: see perf_output().
+ * Which it is is a constant to the verifier: what only the other one has is never looked at.
+ */
+OPTION(perf_buffers);
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 4096);
@@ -41,6 +47,21 @@ MAPPED_ARRAY(kind_counters, KIND_END, struct kind_counters) SIZED("cpus,kinds");
 MAPPED_ARRAY(faults, FAULT_END, __u64);
 MAPPED_ARRAY(reader, 1, struct reader_state);
 MAPPED_ARRAY(identities, 1, struct identity);
+
+/* Where records of fixed size are built that go into a perf buffer. */
+#define PERF_SLOT_BYTES 504
+
+struct perf_slot {
+	__u64 users; /* 1: taken; more: others are looking at it */
+	__u8 record[PERF_SLOT_BYTES];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct perf_slot);
+} perf_slots SEC(".maps") SHARED SIZED("cpus,slots") NEEDS("option:perf_buffers");
 
 /* The interfaces that programs attach to: where the entries of each begin, by CPU, in tables that
  * are kept by interface. */
@@ -234,6 +255,63 @@ static __always_inline void wake_later(enum event_ring ring)
 		state->wake[ring] = WAKE_ANY;
 }
 
+/*
+ * Copies a numbered record into this CPU's perf buffer. Not 0: it is lost.
+ *
+ * Two perf events of each CPU write to that buffer: the second wakes the reader with each record, the
+ * first when another quarter of the buffer is full. The kernel counts what finds no room, too
+ * (PERF_RECORD_LOST), but not what finds no perf event: that of a CPU that has just come up.
+ */
+static __always_inline long perf_output(void *ctx, void *map, enum event_ring ring,
+					struct event_base *record, __u32 size)
+{
+	struct reader_state *state = ONLY_ENTRY(reader);
+	bool wakes = state && state->wake[ring] == WAKE_ANY;
+	long result;
+
+	if (wakes)
+		state->wake[ring] = WAKE_NEVER;
+	result = bpf_perf_event_output(ctx, map, 2 * record->cpu + wakes, record, size);
+	if (result && wakes)
+		wake_later(ring);
+	return result;
+}
+
+/*
+ * A slot of this CPU's that nothing else uses: what interrupts the program takes another one, and so does
+ * what runs while it is preempted. It is ours if ours is the only add; see take_seq() on why it is not
+ * a compare-and-exchange. NULL: there is none.
+ */
+static __always_inline struct perf_slot *take_slot(__u32 cpu)
+{
+	struct perf_slot *slot;
+	__u32 i, index;
+
+	for (i = 0; i < PERF_SLOTS; i++) {
+		index = cpu * PERF_SLOTS + i;
+		slot = bpf_map_lookup_elem(&perf_slots, &index);
+		if (!slot)
+			return NULL;
+		if (*(volatile __u64 *)&slot->users)
+			continue;
+		__sync_fetch_and_add(&slot->users, 1);
+		if (*(volatile __u64 *)&slot->users == 1)
+			return slot;
+		__sync_fetch_and_add(&slot->users, -1);
+	}
+	return NULL;
+}
+
+static __always_inline void *reserve(void *map, struct event_base *base, const __u32 size)
+{
+	struct perf_slot *slot;
+
+	if (!perf_buffers)
+		return bpf_ringbuf_reserve(map, size, 0);
+	slot = take_slot(base->cpu);
+	return slot ? slot->record : NULL;
+}
+
 /* Room for a record of constant `size`, with its base in place; NULL when it is lost. What is
  * behind the base is the caller's to write, to the last byte: the kernel does not clear it. */
 static __always_inline void *begin(void *map, struct event_base *base, enum event_kind kind,
@@ -244,7 +322,7 @@ static __always_inline void *begin(void *map, struct event_base *base, enum even
 
 	if (!counts)
 		return NULL;
-	record = base->seq ? bpf_ringbuf_reserve(map, size, 0) : NULL;
+	record = base->seq ? reserve(map, base, size) : NULL;
 	if (!record) {
 		count(&counts->lost);
 		return NULL;
@@ -253,20 +331,43 @@ static __always_inline void *begin(void *map, struct event_base *base, enum even
 	return record;
 }
 
-static __always_inline void submit(void *map, enum event_ring ring, void *record)
+static __always_inline void submit_of_size(void *ctx, void *map, enum event_ring ring,
+					   struct event_base *record, const __u32 size)
 {
-	bpf_ringbuf_submit(record, wakeup(map, ring, 0));
+	struct perf_slot *slot;
+	struct kind_counters *counts;
+
+	if (!perf_buffers) {
+		bpf_ringbuf_submit(record, wakeup(map, ring, 0));
+		return;
+	}
+	if (perf_output(ctx, map, ring, record, size)) {
+		counts = my_kind(record->cpu, record->kind);
+		if (counts)
+			count(&counts->lost);
+	}
+	slot = (void *)record - offsetof(struct perf_slot, record);
+	__sync_fetch_and_add(&slot->users, -1);
 }
 
-/* Copies a record of variable size, built elsewhere, into the ring. */
-static __always_inline void output(void *map, struct event_base *record, enum event_kind kind,
-				   enum event_ring ring, __u32 size)
+/* Ends what begin() has begun. `ctx` is the program's own context, which perf events want. */
+#define submit(ctx, map, ring, record) \
+	submit_of_size(ctx, map, ring, (struct event_base *)(record), sizeof(*(record)))
+
+/* Copies a record of variable size, built elsewhere, into the ring. `ctx` is as of submit(). */
+static __always_inline void output(void *ctx, void *map, struct event_base *record,
+				   enum event_kind kind, enum event_ring ring, __u32 size)
 {
 	struct kind_counters *counts = number(record, kind, ring, size);
 	__u64 flags;
 
 	if (!counts)
 		return;
+	if (perf_buffers) {
+		if (!record->seq || perf_output(ctx, map, ring, record, size))
+			count(&counts->lost);
+		return;
+	}
 	flags = wakeup(map, ring, size);
 	if (record->seq && !bpf_ringbuf_output(map, record, size, flags))
 		return;
@@ -290,6 +391,7 @@ const struct {
 	enum filter_verdict verdict;
 	enum fault fault;
 	enum wake wake;
+	enum perf_limits perf;
 } *other_types __attribute__((unused));
 
 #endif

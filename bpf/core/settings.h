@@ -95,6 +95,10 @@ struct reader_state {
 	__u32 wake[RING_END]; /* enum wake */
 };
 
+enum perf_limits {
+	PERF_SLOTS = 8, /* of each CPU: records of perf buffers that are being built at the same time */
+};
+
 #define PREFIX_LEN 256
 
 struct path_prefix {

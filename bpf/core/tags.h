@@ -29,6 +29,7 @@
  * On a map:
  *   SIZED("cpus")      an entry for each CPU that may come up
  *   SIZED("cpus,kinds")  an entry for each kind on each of them
+ *   SIZED("cpus,slots")  PERF_SLOTS entries for each of them
  *   SIZED("cpus,interfaces")  an entry for each interface that it attaches to on each of them
  *   SIZED("table:NAME")  as many entries as the configuration says
  *   SIZED("cpus,table:NAME")  as many on each CPU that may come up

@@ -21,6 +21,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
     programs: list[ProgramStatus] = []
     had_tracefs = loader.has_tracefs()
     reason, no_functions = "", "not tried"
+    rings = "not tried"
     try:
         kernel = _loaded(settings, kinds)
     except StreamerError as error:
@@ -28,6 +29,7 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
     else:
         no_functions = kernel.no_functions
+        rings = _transport(kernel.transport)
         try:
             kernel.attach()
             programs, found = kernel.statuses, kernel.coverage(kinds)
@@ -38,7 +40,10 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
         kernel=f"{uname.sysname} {uname.release} {uname.machine}",
         ok=all(one.status == "full" for one in found.values()),
         capabilities=capabilities.held(),
-        features=_features(settings, reason, no_functions, had_tracefs),
+        features={
+            **_features(settings, reason, no_functions, had_tracefs),
+            "transport": rings,
+        },
         programs=programs,
         kinds=found,
     )
@@ -68,6 +73,11 @@ def _features(
         "cgroup ids": cgroups.what_is_unseen() or "yes",
         "decoder": _decoder(),
     }
+
+
+def _transport(used: loader.Transport) -> str:
+    said = "ring buffers" if used.name == "ring" else "perf buffers"
+    return f"{said}: {used.reason}" if used.reason else said
 
 
 def _yes(there: bool) -> Literal["yes", "no"]:

@@ -82,6 +82,8 @@ class Reporter:
             machine=system.machine,
             cpu_count=self._kernel.cpus,
             ring_bytes=dict(self._kernel.ring_bytes),
+            transport="perf" if self._kernel.transport.name == "perf" else "ring",
+            transport_reason=self._kernel.transport.reason,
             coverage={
                 kind: KindReport(state.status, state.reason, unseen_of(kind))
                 for kind, state in self._kernel.coverage(frozenset(kinds)).items()

@@ -20,7 +20,7 @@ from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
 from streamer.events.stream import PreviousRun, StreamManifest, UntoldLoss
 from streamer.kernel.state import KernelState, KindStatus
-from streamer.ring.reader import RingReader, RingSource
+from streamer.ring.reader import PerfSource, RingReader, open_sources
 from streamer.sinks.base import Sink
 from streamer.summaries.period import Summaries
 from streamer.terminal.lines import Rates, StatusLine, status_text
@@ -88,10 +88,7 @@ class Service:
         self._interfaces_told = -_INTERFACES_SECONDS
         self.envelope = envelope = Envelope(settings.host, rfc3339_time=settings.rfc3339_time)
         self.reader = RingReader(
-            [
-                RingSource(name, fd, kernel.ring_bytes[name], envelope, kernel.cpus)
-                for name, fd in kernel.ring_fds.items()
-            ],
+            open_sources(kernel.transport, kernel.ring_fds, kernel.buffers, envelope, kernel.cpus),
             kernel.reader_state,
             on_batch=self._on_batch,
             on_error=self._on_error,
@@ -308,6 +305,7 @@ class Service:
             self.fanout.publish_owed()
             self._log_losses()
             self._follow_interfaces()
+            self._follow_cpus()
             # What a sink has no room for stays in the tables: the period is longer then.
             if time.monotonic() >= next_summary and not self.fanout.blocked:
                 next_summary = max(next_summary + self._settings.summary_seconds, time.monotonic())
@@ -378,6 +376,22 @@ class Service:
         records = await asyncio.to_thread(self._summaries.collect)
         if records:
             self._on_batch(Batch(records))
+
+    def _follow_cpus(self) -> None:
+        """Perf buffers are of CPUs, which go down and come up, be it within a second."""
+        perf = [one for one in self.reader.sources if isinstance(one, PerfSource)]
+        if not perf:
+            return
+        seqs = self._reporter.seqs()
+        mute = {cpu for source in perf for cpu in source.mute(seqs[source.name])}
+        gone = mute | self._kernel.gone_cpus()
+        for source in perf:
+            for cpu in gone:
+                source.forget(cpu)
+        self._kernel.close_buffers(gone)
+        for cpu, fds in self._kernel.open_buffers().items():
+            for source in perf:
+                source.add(cpu, fds[source.name])
 
     def _on_error(self, error: Exception) -> None:
         self.fail(KernelError(f"the events cannot be read: {error}"))

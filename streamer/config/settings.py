@@ -69,6 +69,15 @@ class Section(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
 class Rings(Section, frozen=True, kw_only=True):
     """Ring buffers between the kernel and the reader. Sizes are powers of two."""
 
+    transport: Annotated[
+        Literal["auto", "perf"],
+        doc(
+            "`auto`: ring buffers, and perf buffers where the kernel refuses those. `perf`: perf "
+            "buffers in any case. Each CPU has its own then, of the largest power of two that lets "
+            "those of all CPUs together keep to the sizes below."
+        ),
+    ] = "auto"
+
     critical_bytes: Annotated[
         CriticalBytes, doc("Ring of `process.*`: a power of two, a multiple of the page size.")
     ] = 4 << 20

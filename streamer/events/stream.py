@@ -124,7 +124,20 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
     kernel: Annotated[str, Meta(description="release of the running kernel")]
     machine: Annotated[str, Meta(description="architecture")]
     cpu_count: Annotated[int, Meta(ge=1, description="CPUs that the kernel may bring up")]
-    ring_bytes: Annotated[dict[str, Count], Meta(description="size of each ring in bytes")]
+    ring_bytes: Annotated[
+        dict[str, Count],
+        Meta(description="size of each ring in bytes: of perf buffers, of those of all CPUs"),
+    ]
+    transport: Annotated[
+        Literal["ring", "perf"], Meta(description="whether the rings are ring or perf buffers")
+    ]
+    transport_reason: Annotated[
+        str,
+        Meta(
+            description="why perf buffers, unless they were asked for, and why they are smaller "
+            "than that; empty if neither"
+        ),
+    ]
     coverage: Annotated[
         dict[str, KindReport], Meta(description="how far each kind asked for is observed")
     ]

@@ -23,6 +23,7 @@ _ENUMS = (
     "filter_verdict",
     "fault",
     "wake",
+    "perf_limits",
     "packet_vlan",
     "packet_network",
     "packet_transport",

@@ -22,6 +22,7 @@ from streamer.errors import KernelError
 _BTF_KIND_ENUM, _BTF_KIND_FUNC = 6, 12
 _MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 _BPF_XDP = 37  # enum bpf_attach_type
+_PERF_EVENT_ARRAY = 4  # BPF_MAP_TYPE_PERF_EVENT_ARRAY
 XDP_MODES = {"native": 1 << 2, "generic": 1 << 1}
 """The ways of an interface to run a program: in its driver, else behind it. XDP_FLAGS_…"""
 _LOG_FIGURES = 4  # BPF_LOG_STATS
@@ -101,6 +102,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_map__name": (c_char_p, [c_void_p]),
     "bpf_map__fd": (c_int, [c_void_p]),
     "bpf_map__set_max_entries": (c_int, [c_void_p, u32]),
+    "bpf_map__set_type": (c_int, [c_void_p, c_int]),
+    "bpf_map__set_key_size": (c_int, [c_void_p, u32]),
+    "bpf_map__set_value_size": (c_int, [c_void_p, u32]),
     "bpf_map__set_autocreate": (c_int, [c_void_p, c_bool]),
     "bpf_map__reuse_fd": (c_int, [c_void_p, c_int]),
     "bpf_map__key_size": (u32, [c_void_p]),
@@ -340,6 +344,14 @@ class Map:
     def resize(self, entries: int) -> None:
         """Set the number of entries (of a ring: bytes), before the object is loaded."""
         _check(_library().bpf_map__set_max_entries(self._handle, entries))
+
+    def become_perf_events(self, entries: int) -> None:
+        """Be an array of perf events, before the object is loaded, whatever it is declared as."""
+        library = _library()
+        _check(library.bpf_map__set_type(self._handle, _PERF_EVENT_ARRAY))
+        _check(library.bpf_map__set_key_size(self._handle, 4))
+        _check(library.bpf_map__set_value_size(self._handle, 4))
+        self.resize(entries)
 
     def leave_out(self) -> None:
         """Do not create it with the object. No program that is loaded may reach it."""

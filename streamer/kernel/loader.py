@@ -26,7 +26,8 @@ from streamer.kernel.libbpf import (
     functions_of,
     names_of_enum,
 )
-from streamer.kernel.objects import KIND_END, SENSORS
+from streamer.kernel.objects import CONTRACT, KIND_END, SENSORS
+from streamer.kernel.perf_buffers import EVENTS_OF_A_CPU, PerfBuffers
 from streamer.kernel.perf_event import CLOCK, CYCLES, open_sampling
 from streamer.kernel.processes import Located, locate, open_module
 from streamer.kernel.tags import RINGS, ProgramInfo, SensorInfo
@@ -35,6 +36,10 @@ OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
 KERNEL_BTF = "/sys/kernel/btf/vmlinux"
 CORE = "core"
 _LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
+_TRY_RINGS = "try_rings"
+_PERF_BUFFERS = "perf_buffers"
+_PERF_SLOTS = CONTRACT["enum perf_limits"][0][1]
+_LEAST_RING = 4096
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
 _AT_INTERFACES = "xdp"
@@ -57,6 +62,17 @@ class ProgramState(NamedTuple):
     hook: str
     way: str
     status: str
+    reason: str = ""
+
+
+class Transport(NamedTuple):
+    """How records come: `ring` (buffers), or `perf` (buffers) and why so.
+
+    `sizes` are the bytes of a buffer, by ring: of a ring buffer all, of a perf buffer a CPU's.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
     reason: str = ""
 
 
@@ -183,6 +199,8 @@ class Loader:
         self._common: dict[str, int] = {}  # descriptors of maps that sensors share
         self.no_functions = "not tried"
         """Why programs at functions (fentry, fexit) do not load; empty where they do."""
+        self.transport = Transport("ring", {})
+        self._buffers: PerfBuffers | None = None
         self._sensors: dict[str, _Sensor] = {}
         self.cpus = last_possible_cpu() + 1
 
@@ -206,37 +224,113 @@ class Loader:
 
     # ------------------------------------------------------------ core
 
-    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
+    def load_core(
+        self, rings: Mapping[str, int], btf: str | None, transport: str = "auto"
+    ) -> dict[str, int]:
         """Create what all sensors share, with rings of the sizes given in bytes.
 
-        `btf` is a BTF file to use in place of the kernel's. Returns the descriptors of the maps.
+        `btf` is a BTF file to use in place of the kernel's. With a `transport` of `perf` the rings
+        are perf buffers, and with `auto` where the kernel refuses ring buffers. Returns the
+        descriptors of the maps.
 
         Raises:
             KernelError: no BPF, no BTF, or the core object does not load.
         """
         self._btf = find_btf(btf)
-        core = self._open(CORE)
+        self.transport = Transport("perf" if transport == "perf" else "ring", rings)
         try:
-            for one in core.maps.values():
-                if one.name.endswith(_VARIABLES):
-                    one.leave_out()
-            for map_info in self._catalogue[CORE].maps:
-                size = self._entries(map_info.sized, {}, Targets())
-                if size:
-                    core.maps[map_info.name].resize(size)
-            for ring in RINGS:
-                core.maps[ring].resize(rings[ring])
-            for program in core.programs.values():
-                program.autoload(program.name == _LEARN_PIDS)
-            core.load()
+            core = self._load_core_object(rings)
+        except OSError as error:
+            refused = "" if transport == "perf" else self._refuses_rings()
+            if not refused:
+                raise _core_error(error) from error
+            self.transport = Transport("perf", rings, refused)
+            try:
+                core = self._load_core_object(rings)
+            except OSError:  # then it is not for the sake of the rings
+                raise _core_error(error) from error
+        try:
+            if self.transport.name == "perf":
+                self._make_buffers(core, rings)
             self._find_out_who(core)
             self._functions = self._known_functions()
             self.no_functions = self._try_function()
         except OSError as error:
             core.close()
             raise _core_error(error) from error
-        self._core, self._shared = core, _named(core.maps)
+        except KernelError:
+            core.close()
+            raise
+        made = self._core_maps()
+        self._shared = {name: one for name, one in _named(core.maps).items() if made(name)}
+        self._core = core
         return {name: found.fd for name, found in self._shared.items()}
+
+    def _core_maps(self) -> Callable[[str], bool]:
+        """Whether a map of the core is made."""
+        needs = {info.name: info.needs for info in self._catalogue[CORE].maps}
+        core = _Sensor(self._catalogue[CORE], self._own_options(), Targets())
+        return lambda name: self._is_given(core, needs.get(name, ()))
+
+    def _own_options(self) -> dict[str, int]:
+        """What programs are told that no configuration says."""
+        return {_PERF_BUFFERS: int(self.transport.name == "perf")}
+
+    def _load_core_object(self, rings: Mapping[str, int]) -> Object:
+        """Load it for the transport as it is. Raises OSError."""
+        core = self._open(CORE)
+        made = self._core_maps()
+        try:
+            for one in core.maps.values():
+                if one.name.endswith(_VARIABLES) or not made(one.name):
+                    one.leave_out()
+                elif one.name == _OPTION_SECTION + _PERF_BUFFERS:
+                    one.write_initial(self._own_options()[_PERF_BUFFERS].to_bytes(8, "little"))
+            for map_info in self._catalogue[CORE].maps:
+                size = self._entries(map_info.sized, {}, Targets())
+                if size:
+                    core.maps[map_info.name].resize(size)
+            for ring in RINGS:
+                if self.transport.name == "perf":
+                    core.maps[ring].become_perf_events(EVENTS_OF_A_CPU * self.cpus)
+                else:
+                    core.maps[ring].resize(rings[ring])
+            for program in core.programs.values():
+                program.autoload(program.name in (_LEARN_PIDS, _TRY_RINGS))
+            core.load()
+        except OSError:
+            core.close()
+            raise
+        return core
+
+    def _refuses_rings(self) -> str:
+        """Why the kernel has no ring buffers for us, however small; empty: it has."""
+        try:
+            self._load_core_object(dict.fromkeys(RINGS, _LEAST_RING)).close()
+        except OSError as error:
+            return f"ring buffers are refused: {error.strerror}"
+        return ""
+
+    def _make_buffers(self, core: Object, rings: Mapping[str, int]) -> None:
+        """Raises KernelError."""
+        arrays = {ring: core.maps[ring] for ring in RINGS}
+        self._buffers = PerfBuffers(arrays, rings, len(present_cpus()))
+        less = self._buffers.fit(online_cpus())
+        reason = "; ".join(filter(None, (self.transport.reason, less)))
+        self.transport = Transport("perf", self._buffers.sizes, reason)
+
+    def open_buffers(self, cpu: int) -> dict[str, int]:
+        """Descriptors of the perf buffers of a CPU, by ring, which are the caller's.
+
+        New ones, if the CPU has been down since the last time; none, if it is not up.
+
+        Raises:
+            KernelError: records do not come by perf buffers.
+            OSError: the kernel refused.
+        """
+        if self._buffers is None:
+            raise KernelError("there are no perf buffers")
+        return self._buffers.open(cpu)
 
     def _find_out_who(self, core: Object) -> None:
         if core.programs[_LEARN_PIDS].run():
@@ -289,6 +383,8 @@ class Loader:
             return self.cpus
         if sized == "cpus,kinds":
             return self.cpus * KIND_END
+        if sized == "cpus,slots":
+            return self.cpus * _PERF_SLOTS
         if sized == "cpus,interfaces":
             return self.cpus * len(targets.interfaces)
         kind, _, name = sized.partition(":")
@@ -310,7 +406,8 @@ class Loader:
             raise KernelError(f"there is no sensor {sensor}")
         if sensor in self._sensors or self._core is None:
             raise KernelError(f"{sensor} cannot be loaded now")
-        made = _Sensor(self._catalogue[sensor], options, self._targets.get(sensor, Targets()))
+        told = {**options, **self._own_options()}
+        made = _Sensor(self._catalogue[sensor], told, self._targets.get(sensor, Targets()))
         self._plan(made)
         try:
             self._load_together(made)
@@ -639,6 +736,9 @@ class Loader:
             made.close()
         self._sensors = {}
         self._forget_common()
+        if self._buffers is not None:
+            self._buffers.close()
+            self._buffers = None
         if self._core is not None:
             self._core.close()
             self._core, self._shared = None, {}
@@ -907,6 +1007,12 @@ def last_possible_cpu() -> int:
     """The highest number of a CPU that the kernel may ever bring up; there can be gaps below."""
     with open("/sys/devices/system/cpu/possible") as file:
         return max(_numbers_in(file.read()))
+
+
+def present_cpus() -> list[int]:
+    """The CPUs that are there, up or not."""
+    with open("/sys/devices/system/cpu/present") as file:
+        return list(_numbers_in(file.read()))
 
 
 def online_cpus() -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from streamer.kernel.loader import Attached, Loaded
+from streamer.kernel.loader import Attached, Loaded, Transport
 from streamer.kernel.processes import Located
 
 
@@ -14,9 +14,15 @@ class LoaderLike(Protocol):
 
     cpus: int
     no_functions: str
+    transport: Transport
 
-    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
+    def load_core(
+        self, rings: Mapping[str, int], btf: str | None, transport: str = "auto"
+    ) -> dict[str, int]:
         """Load what all sensors share; maps and their descriptors."""
+
+    def open_buffers(self, cpu: int) -> dict[str, int]:
+        """Descriptors of a CPU's perf buffers."""
 
     def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
         """Load a sensor."""

@@ -33,6 +33,8 @@ from streamer.kernel.loader import (
     Attached,
     Loader,
     ProgramState,
+    Transport,
+    online_cpus,
 )
 from streamer.kernel.loading import LoaderLike
 from streamer.kernel.misses import missed_runs
@@ -45,8 +47,10 @@ from streamer.kernel.targets import targets_of
 _KEEP, _DROP = b"\x01", b"\x02"
 _MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filter_mode"]}
 _OWNERS = "owners of connections, and those of the agent itself,"
-# The header that the kernel puts before each record, and the eight bytes that it never fills.
-_RING_OVERHEAD = 8 + 8
+# The header that the kernel puts before each record, and the bytes that it never fills.
+_OVERHEAD = {"ring": 8 + 8, "perf": 12 + 8}
+_MOST_OF_A_SAMPLE = 1 << 16
+"""The length of a perf buffer's record, header included, is a u16 and a multiple of eight."""
 
 Coverage = Literal["full", "partial", "missing"]
 
@@ -113,13 +117,22 @@ def syscall_places(kernel: Kernel) -> list[Place]:
 # ---------------------------------------------------------------- what is observed
 
 
+def room_for_records(transport: Transport) -> dict[str, int]:
+    """The largest record that each ring can ever hold, in bytes."""
+    return {
+        ring: min(size, _MOST_OF_A_SAMPLE if transport.name == "perf" else size)
+        - _OVERHEAD[transport.name]
+        for ring, size in transport.sizes.items()
+    }
+
+
 def coverage(
     programs: Iterable[ProgramStatus], kinds: Collection[str], rings: Mapping[str, int]
 ) -> dict[str, KindStatus]:
     """How far each of `kinds` is observed, given what became of the programs.
 
-    `rings`: size of each ring in bytes. A kind whose largest record does not fit is not fully
-    observed, however much room there is.
+    `rings`: the largest record that each ring can hold, in bytes. A kind whose largest record
+    does not fit is not fully observed, however much room there is.
     """
     statuses = list(programs)
     return {kind: _coverage_of(kind, statuses, rings) for kind in sorted(kinds)}
@@ -172,7 +185,7 @@ def _too_large(kind: str, rings: Mapping[str, int]) -> str:
     if kind not in KINDS:  # a summary
         return ""
     ring, most = KINDS[kind].ring, RECORDS[KIND_NUMBERS[kind]].max_size
-    room = rings[ring] - _RING_OVERHEAD
+    room = rings[ring]
     if most <= room:
         return ""
     return (
@@ -400,13 +413,18 @@ class KernelState:
         self.cpus = loader.cpus
         self.no_functions = "not tried"
         """Why programs at functions (fentry, fexit) do not load; empty where they do."""
-        self.ring_bytes = dict(
+        asked = dict(
             zip(RINGS, (settings.rings.critical_bytes, settings.rings.bulk_bytes), strict=True)
         )
         self._check_contract(CORE)
-        maps = loader.load_core(self.ring_bytes, settings.btf)
+        maps = loader.load_core(asked, settings.btf, settings.rings.transport)
         self.no_functions = loader.no_functions
+        self.transport = loader.transport
+        """How records come."""
+        self.buffers: dict[int, dict[str, int]] = {}
+        """Descriptors of the perf buffers, by CPU and ring; none where there are ring buffers."""
         try:
+            self._open_buffers(online_cpus())
             self.ring_fds = {name: maps[name] for name in RINGS}
             self.counters = self._map(maps["counters"], size_of("cpu_counters") * self.cpus)
             self.kind_counters = self._map(
@@ -423,6 +441,46 @@ class KernelState:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def ring_bytes(self) -> dict[str, int]:
+        """Bytes of each ring: of perf buffers, of those of all CPUs together."""
+        count = len(self.buffers) if self.transport.name == "perf" else 1
+        return {ring: size * count for ring, size in self.transport.sizes.items()}
+
+    def _open_buffers(self, cpus: Iterable[int]) -> None:
+        """Raises KernelError."""
+        if self.transport.name != "perf":
+            return
+        for cpu in cpus:
+            try:
+                found = self._loader.open_buffers(cpu)
+            except OSError as error:
+                raise KernelError(f"no perf buffer of CPU {cpu}: {error.strerror}") from error
+            if found:
+                self.buffers[cpu] = found
+
+    def gone_cpus(self) -> frozenset[int]:
+        """CPUs that are down, and to whose perf buffers nothing is written any more."""
+        return frozenset(self.buffers.keys() - online_cpus())
+
+    def close_buffers(self, cpus: Iterable[int]) -> None:
+        """Close the descriptors of those CPUs' perf buffers; who has mapped them may read on."""
+        for cpu in cpus:
+            for fd in self.buffers.pop(cpu).values():
+                os.close(fd)
+
+    def open_buffers(self) -> dict[int, dict[str, int]]:
+        """Make the perf buffers of CPUs that are up and have none. Their descriptors, as `buffers`.
+
+        What such a CPU did before has found no buffer, and is lost.
+
+        Raises:
+            KernelError: a buffer cannot be had.
+        """
+        came = set(online_cpus()) - self.buffers.keys()
+        self._open_buffers(sorted(came))
+        return {cpu: self.buffers[cpu] for cpu in came & self.buffers.keys()}
 
     def _map(self, fd: int, size: int, *, writable: bool = False) -> mmap.mmap:
         pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -629,7 +687,7 @@ class KernelState:
 
     def coverage(self, kinds: Collection[str]) -> dict[str, KindStatus]:
         """How far each of `kinds` is observed."""
-        return coverage(self.statuses, kinds, self.ring_bytes)
+        return coverage(self.statuses, kinds, room_for_records(self.transport))
 
     def missed(self) -> dict[str, int]:
         """Runs of programs that the kernel left out, per program that had any.
@@ -656,6 +714,7 @@ class KernelState:
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""
         self._loader.close()
+        self.close_buffers(list(self.buffers))
         if self.kallsyms is not None:
             os.close(self.kallsyms)
             self.kallsyms = None

@@ -21,6 +21,7 @@ from streamer.kernel.loader import (
     Loaded,
     ProgramState,
     Targets,
+    Transport,
     last_possible_cpu,
 )
 from streamer.kernel.processes import Located, Module
@@ -230,20 +231,34 @@ class RemoteLoader:
         """`files` are those that the helper was told."""
         self.cpus = last_possible_cpu() + 1
         self.no_functions = "not tried"
+        self.transport = Transport("ring", {})
         self._client = client
         self._descriptors: dict[str, list[int]] = {}  # of maps: a sensor's, the core's as ""
         self._attached: dict[str, list[int]] = {}  # of a sensor's programs
         self._indexes = {file.path: i for i, file in enumerate(files) if file.use == "read"}
 
-    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
+    def load_core(
+        self, rings: Mapping[str, int], btf: str | None, transport: str = "auto"
+    ) -> dict[str, int]:
         """See `Loader`; `btf` has to be a file that was named."""
         index = None if btf is None else self._indexes[os.path.abspath(btf)]
         result, found = self._client.ask_for(
-            "load_core", None, seconds=LOAD_SECONDS, rings=dict(rings), btf=index
+            "load_core",
+            None,
+            seconds=LOAD_SECONDS,
+            rings=dict(rings),
+            btf=index,
+            transport=transport,
         )
         self._descriptors[""] = found
         self.no_functions = str(result["no_functions"])
+        self.transport = Transport(*result["transport"])
         return _by_name(result["maps"], found)
+
+    def open_buffers(self, cpu: int) -> dict[str, int]:
+        """See `Loader`."""
+        rings, found = self._client.ask_for("open_buffers", None, cpu=cpu)
+        return _by_name(rings, found)
 
     def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
         """See `Loader`."""

@@ -140,6 +140,7 @@ class Helper:
         self._ended = False
         self._requests: dict[str, Callable[..., Iterable[Answer]]] = {
             "load_core": self._load_core,
+            "open_buffers": self._open_buffers,
             "load": self._load,
             "attach": self._attach,
             "unload": self._unload,
@@ -204,15 +205,27 @@ class Helper:
 
     # ------------------------------------------------------------ the kernel
 
-    def _load_core(self, rings: dict[str, int], btf: int | None) -> Iterator[Answer]:
+    def _load_core(
+        self, rings: dict[str, int], btf: int | None, transport: str
+    ) -> Iterator[Answer]:
         if self._core:
             raise Refused("it is loaded already")
         path = None if btf is None else self._files.path_to_read(btf)
-        maps = self._loader.load_core(rings, path)
+        maps = self._loader.load_core(rings, path, transport)
         self._core = True
         trim()
-        result = {"maps": list(maps), "no_functions": self._loader.no_functions}
+        result = {
+            "maps": list(maps),
+            "no_functions": self._loader.no_functions,
+            "transport": list(self._loader.transport),
+        }
         yield Answer(result, list(maps.values()))
+
+    def _open_buffers(self, cpu: int) -> Iterator[Answer]:
+        if not self._core:
+            raise Refused("no core")
+        found = self._loader.open_buffers(cpu)
+        yield Answer(list(found), list(found.values()), owned=True)
 
     def _load(self, sensor: str, options: dict[str, int]) -> Iterator[Answer]:
         if not self._core or sensor in self._sensors:

@@ -16,6 +16,8 @@ from streamer.privilege.files import MOST_KEPT
 MOST_PID = 1 << 22  # PID_MAX_LIMIT
 MOST_RING = 1 << 30
 """Bytes of a ring."""
+MOST_CPU = (1 << 16) - 1
+TRANSPORTS = ("auto", "perf")
 MOST_OPTION = 1 << 22
 """Entries of a table."""
 MOST_NAMED = 64
@@ -138,7 +140,12 @@ _PID = _integer(1, MOST_PID)
 _INDEX = _integer(0, MOST_FILES)
 _KEEP = _integer(1, MOST_KEPT)
 REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
-    "load_core": {"rings": _numbers(MOST_RING), "btf": _optional(_INDEX)},
+    "load_core": {
+        "rings": _numbers(MOST_RING),
+        "btf": _optional(_INDEX),
+        "transport": _one_of(TRANSPORTS),
+    },
+    "open_buffers": {"cpu": _integer(0, MOST_CPU)},
     "load": {"sensor": _string(_SENSOR), "options": _numbers(MOST_OPTION)},
     "attach": {"sensor": _string(_SENSOR)},
     "unload": {"sensor": _string(_SENSOR)},

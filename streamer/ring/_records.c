@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Reads a BPF ring buffer and decodes its records straight to msgspec Structs.
+ * Reads BPF ring buffers and perf buffers, and decodes their records straight to msgspec Structs.
  *
  * `_records.pyi` documents what Python sees; `records_py.py` is the same in plain Python and the
  * oracle of this file in the tests. The ring's format is that of the kernel (kernel/bpf/ringbuf.c):
  * a u32 of length and BUSY and DISCARD bits, a u32 that is the kernel's own, then the record,
- * rounded up to 8 bytes. The data area is mapped twice in a row, so no record is ever split.
+ * rounded up to 8 bytes. The data area is mapped twice in a row, so no record is ever split. That of
+ * a perf buffer is mapped once; what the kernel puts there is in linux/perf_event.h.
  *
  * Three rules keep this safe and fast:
  *   - Every offset of the layout is checked when the Decoder is made, so that decoding only has
@@ -1252,47 +1253,27 @@ static PyType_Spec decoder_spec = {
 	.slots = decoder_slots,
 };
 
-/* ------------------------------------------------------------------- Ring */
+/* --------------------------------------------------------------- Consumer */
 
 struct state {
-	PyTypeObject *decoder, *ring, *drained;
+	PyTypeObject *decoder, *ring, *perf_buffers, *drained;
 	PyObject *missing, *late, *skipped; /* the words for anomalies */
 };
 
+/* What Ring and PerfBuffers have in common: what becomes of a record. */
 typedef struct {
 	PyObject_HEAD
-	Py_buffer consumer, producer; /* .obj is NULL once closed */
-	const uint8_t *data;
-	uint64_t size;
 	uint64_t records, discarded;
 	uint64_t *last_seq; /* per CPU; 0 before the first */
 	uint32_t cpus;      /* length of last_seq */
 	bool draining;
 	PyObject *events, *gaps; /* of a drain whose result could not be made, for the next one */
-} Ring;
+} Consumer;
 
 enum stop { STOP_EMPTY, STOP_BUSY, STOP_LIMIT };
 
-static inline uint64_t consumer_position(const Ring *self)
-{
-	return __atomic_load_n((const uint64_t *)self->consumer.buf, __ATOMIC_RELAXED);
-}
-
-static inline uint64_t producer_position(const Ring *self)
-{
-	return __atomic_load_n((const uint64_t *)self->producer.buf, __ATOMIC_ACQUIRE);
-}
-
-static int check_open(const Ring *self)
-{
-	if (self->consumer.obj != NULL)
-		return 0;
-	PyErr_SetString(PyExc_ValueError, "the ring is closed");
-	return -1;
-}
-
 /* Makes room for the sequence of `cpu`. */
-static uint64_t *last_seq_of(Ring *self, uint16_t cpu)
+static uint64_t *last_seq_of(Consumer *self, uint16_t cpu)
 {
 	if (UNLIKELY(cpu >= self->cpus)) {
 		uint32_t cpus = self->cpus == 0 ? 8 : self->cpus;
@@ -1334,7 +1315,7 @@ static int add_gaps(const struct state *state, PyObject *gaps, uint16_t cpu, uin
 }
 
 /* Follows the sequence. `commit` is where the CPU's last number belongs once all has succeeded. */
-static int follow(Ring *self, const struct state *state, const struct header *header,
+static int follow(Consumer *self, const struct state *state, const struct header *header,
 		  const uint8_t *record, uint64_t **commit)
 {
 	uint16_t cpu = load16(record + header->cpu);
@@ -1352,8 +1333,8 @@ static int follow(Ring *self, const struct state *state, const struct header *he
 }
 
 /* One record into `events` and `gaps`; -1 with an exception and nothing changed. */
-static int take(Ring *self, const struct state *state, Decoder *decoder, const uint8_t *record,
-		size_t length)
+static int take(Consumer *self, const struct state *state, Decoder *decoder,
+		const uint8_t *record, size_t length)
 {
 	struct outcome outcome = {0};
 	uint64_t *last = NULL;
@@ -1381,6 +1362,180 @@ undo:
 	if (PyList_SetSlice(self->gaps, gaps, PY_SSIZE_T_MAX, NULL) < 0)
 		PyErr_Clear();
 	PyErr_Restore(type, value, traceback);
+	return -1;
+}
+
+static int count_kind(PyObject *kinds, const struct plan *plan)
+{
+	PyObject *number = PyLong_FromUnsignedLongLong(plan->decoded);
+	if (number == NULL)
+		return -1;
+	int result = PyDict_SetItem(kinds, plan->kind, number);
+	Py_DECREF(number);
+	return result;
+}
+
+static PyObject *kinds_of(const Decoder *decoder)
+{
+	PyObject *kinds = PyDict_New();
+	for (uint32_t i = 0; kinds != NULL && i < decoder->plan_count; i++) {
+		const struct plan *plan = decoder->plans[i];
+		if (plan != NULL && plan->decoded > 0 && count_kind(kinds, plan) < 0)
+			Py_CLEAR(kinds);
+	}
+	return kinds;
+}
+
+static void forget_kinds(Decoder *decoder)
+{
+	for (uint32_t i = 0; i < decoder->plan_count; i++) {
+		if (decoder->plans[i] != NULL)
+			decoder->plans[i]->decoded = 0;
+	}
+}
+
+/* Hands over what was drained. When this fails, all of it stays for the next drain. */
+static PyObject *hand_over(Consumer *self, const struct state *state, Decoder *decoder,
+			   enum stop stop)
+{
+	PyObject *kinds = kinds_of(decoder);
+	PyObject *gaps = kinds == NULL ? NULL : PyList_AsTuple(self->gaps);
+	PyObject *drained = gaps == NULL ? NULL : PyStructSequence_New(state->drained);
+	if (drained == NULL) {
+		Py_XDECREF(kinds);
+		Py_XDECREF(gaps);
+		return NULL;
+	}
+	PyStructSequence_SetItem(drained, 0, self->events);
+	PyStructSequence_SetItem(drained, 1, kinds);
+	PyStructSequence_SetItem(drained, 2, gaps);
+	PyStructSequence_SetItem(drained, 3, Py_NewRef(stop == STOP_LIMIT ? Py_True : Py_False));
+	PyStructSequence_SetItem(drained, 4, Py_NewRef(stop == STOP_BUSY ? Py_True : Py_False));
+	self->events = NULL;
+	if (PyList_GET_SIZE(self->gaps) > 0)
+		Py_CLEAR(self->gaps);
+	forget_kinds(decoder);
+	return drained;
+}
+
+static int prepare(Consumer *self)
+{
+	if (self->events == NULL)
+		self->events = PyList_New(0);
+	if (self->gaps == NULL)
+		self->gaps = PyList_New(0);
+	return self->events == NULL || self->gaps == NULL ? -1 : 0;
+}
+
+/* Consumes up to `limit` records: 0, or -1 with an exception and nothing lost. */
+typedef int consume_function(Consumer *self, const struct state *state, Decoder *decoder,
+			     Py_ssize_t limit, enum stop *stop);
+
+static PyObject *drain(Consumer *self, PyObject *const *args, Py_ssize_t count,
+		       consume_function *consume)
+{
+	const struct state *state = PyType_GetModuleState(Py_TYPE(self));
+	if (count != 2 || !Py_IS_TYPE(args[0], state->decoder)) {
+		PyErr_SetString(PyExc_TypeError, "drain() takes a Decoder and a number of records");
+		return NULL;
+	}
+	Py_ssize_t limit = PyLong_AsSsize_t(args[1]);
+	if (limit == -1 && PyErr_Occurred())
+		return NULL;
+	if (limit < 1) {
+		PyErr_Format(PyExc_ValueError, "max_records is %zd, not at least 1", limit);
+		return NULL;
+	}
+	/* An allocation can start the garbage collector, and that a finalizer, which must not
+	 * change the ring underneath. */
+	if (self->draining) {
+		PyErr_SetString(PyExc_RuntimeError, "the ring is being drained");
+		return NULL;
+	}
+	Decoder *decoder = (Decoder *)args[0];
+	enum stop stop;
+	PyObject *drained = NULL;
+	self->draining = true;
+	if (prepare(self) == 0 && consume(self, state, decoder, limit, &stop) == 0)
+		drained = hand_over(self, state, decoder, stop);
+	self->draining = false;
+	return drained;
+}
+
+/* A number of a CPU, or -1 with an exception. */
+static long cpu_from(PyObject *number)
+{
+	long cpu = PyLong_AsLong(number);
+	if (cpu == -1 && PyErr_Occurred())
+		return -1;
+	if (cpu < 0 || cpu >= CPUS) {
+		PyErr_Format(PyExc_ValueError, "cpu is %ld, not 0 to %d", cpu, CPUS - 1);
+		return -1;
+	}
+	return cpu;
+}
+
+static PyObject *next_seq(Consumer *self, PyObject *number)
+{
+	long cpu = cpu_from(number);
+	if (cpu < 0)
+		return NULL;
+	return PyLong_FromUnsignedLongLong((cpu < self->cpus ? self->last_seq[cpu] : 0) + 1);
+}
+
+static int shape_error(const char *trouble)
+{
+	PyErr_SetString(PyExc_ValueError, trouble);
+	return -1;
+}
+
+static int consumer_traverse(Consumer *self, visitproc visit, void *arg)
+{
+	Py_VISIT(Py_TYPE(self));
+	Py_VISIT(self->events);
+	Py_VISIT(self->gaps);
+	return 0;
+}
+
+static int consumer_clear(Consumer *self)
+{
+	Py_CLEAR(self->events);
+	Py_CLEAR(self->gaps);
+	return 0;
+}
+
+static void consumer_free(Consumer *self)
+{
+	PyTypeObject *type = Py_TYPE(self);
+	PyMem_Free(self->last_seq);
+	type->tp_free(self);
+	Py_DECREF(type);
+}
+
+/* ------------------------------------------------------------------- Ring */
+
+typedef struct {
+	Consumer base;
+	Py_buffer consumer, producer; /* .obj is NULL once closed */
+	const uint8_t *data;
+	uint64_t size;
+} Ring;
+
+static inline uint64_t consumer_position(const Ring *self)
+{
+	return __atomic_load_n((const uint64_t *)self->consumer.buf, __ATOMIC_RELAXED);
+}
+
+static inline uint64_t producer_position(const Ring *self)
+{
+	return __atomic_load_n((const uint64_t *)self->producer.buf, __ATOMIC_ACQUIRE);
+}
+
+static int check_open(const Ring *self)
+{
+	if (self->consumer.obj != NULL)
+		return 0;
+	PyErr_SetString(PyExc_ValueError, "the ring is closed");
 	return -1;
 }
 
@@ -1415,8 +1570,8 @@ static int consume(Ring *self, const struct state *state, Decoder *decoder, uint
 		return -1;
 	}
 	if (UNLIKELY(word & DISCARD_BIT))
-		self->discarded++;
-	else if (UNLIKELY(take(self, state, decoder, at + RING_HEADER, length) < 0))
+		self->base.discarded++;
+	else if (UNLIKELY(take(&self->base, state, decoder, at + RING_HEADER, length) < 0))
 		return -1;
 	*position += step;
 	return 1;
@@ -1425,9 +1580,10 @@ static int consume(Ring *self, const struct state *state, Decoder *decoder, uint
 /* Consumes up to `limit` records: 0, or -1 with an exception and nothing consumed. When there is
  * an exception after the first record, the drain ends before it, so that nothing that has been
  * consumed is lost; the next drain meets it again as its first. */
-static int consume_many(Ring *self, const struct state *state, Decoder *decoder, Py_ssize_t limit,
-			enum stop *stop)
+static int ring_consume(Consumer *consumer, const struct state *state, Decoder *decoder,
+			Py_ssize_t limit, enum stop *stop)
 {
+	Ring *self = (Ring *)consumer;
 	uint64_t start = consumer_position(self), position = start, end = start;
 	Py_ssize_t count = 0;
 	int result = 1;
@@ -1459,109 +1615,11 @@ static int consume_many(Ring *self, const struct state *state, Decoder *decoder,
 	return 0;
 }
 
-static int count_kind(PyObject *kinds, const struct plan *plan)
-{
-	PyObject *number = PyLong_FromUnsignedLongLong(plan->decoded);
-	if (number == NULL)
-		return -1;
-	int result = PyDict_SetItem(kinds, plan->kind, number);
-	Py_DECREF(number);
-	return result;
-}
-
-static PyObject *kinds_of(const Decoder *decoder)
-{
-	PyObject *kinds = PyDict_New();
-	for (uint32_t i = 0; kinds != NULL && i < decoder->plan_count; i++) {
-		const struct plan *plan = decoder->plans[i];
-		if (plan != NULL && plan->decoded > 0 && count_kind(kinds, plan) < 0)
-			Py_CLEAR(kinds);
-	}
-	return kinds;
-}
-
-static void forget_kinds(Decoder *decoder)
-{
-	for (uint32_t i = 0; i < decoder->plan_count; i++) {
-		if (decoder->plans[i] != NULL)
-			decoder->plans[i]->decoded = 0;
-	}
-}
-
-/* Hands over what was drained. When this fails, all of it stays for the next drain. */
-static PyObject *hand_over(Ring *self, const struct state *state, Decoder *decoder, enum stop stop)
-{
-	PyObject *kinds = kinds_of(decoder);
-	PyObject *gaps = kinds == NULL ? NULL : PyList_AsTuple(self->gaps);
-	PyObject *drained = gaps == NULL ? NULL : PyStructSequence_New(state->drained);
-	if (drained == NULL) {
-		Py_XDECREF(kinds);
-		Py_XDECREF(gaps);
-		return NULL;
-	}
-	PyStructSequence_SetItem(drained, 0, self->events);
-	PyStructSequence_SetItem(drained, 1, kinds);
-	PyStructSequence_SetItem(drained, 2, gaps);
-	PyStructSequence_SetItem(drained, 3, Py_NewRef(stop == STOP_LIMIT ? Py_True : Py_False));
-	PyStructSequence_SetItem(drained, 4, Py_NewRef(stop == STOP_BUSY ? Py_True : Py_False));
-	self->events = NULL;
-	if (PyList_GET_SIZE(self->gaps) > 0)
-		Py_CLEAR(self->gaps);
-	forget_kinds(decoder);
-	return drained;
-}
-
-static int prepare(Ring *self)
-{
-	if (self->events == NULL)
-		self->events = PyList_New(0);
-	if (self->gaps == NULL)
-		self->gaps = PyList_New(0);
-	return self->events == NULL || self->gaps == NULL ? -1 : 0;
-}
-
 static PyObject *ring_drain(Ring *self, PyObject *const *args, Py_ssize_t count)
 {
-	const struct state *state = PyType_GetModuleState(Py_TYPE(self));
-	if (count != 2 || !Py_IS_TYPE(args[0], state->decoder)) {
-		PyErr_SetString(PyExc_TypeError, "drain() takes a Decoder and a number of records");
-		return NULL;
-	}
-	Py_ssize_t limit = PyLong_AsSsize_t(args[1]);
-	if (limit == -1 && PyErr_Occurred())
-		return NULL;
-	if (limit < 1) {
-		PyErr_Format(PyExc_ValueError, "max_records is %zd, not at least 1", limit);
-		return NULL;
-	}
 	if (check_open(self) < 0)
 		return NULL;
-	/* An allocation can start the garbage collector, and that a finalizer, which must not
-	 * change the ring underneath. */
-	if (self->draining) {
-		PyErr_SetString(PyExc_RuntimeError, "the ring is being drained");
-		return NULL;
-	}
-	Decoder *decoder = (Decoder *)args[0];
-	enum stop stop;
-	PyObject *drained = NULL;
-	self->draining = true;
-	if (prepare(self) == 0 && consume_many(self, state, decoder, limit, &stop) == 0)
-		drained = hand_over(self, state, decoder, stop);
-	self->draining = false;
-	return drained;
-}
-
-static PyObject *ring_next_seq(Ring *self, PyObject *number)
-{
-	long cpu = PyLong_AsLong(number);
-	if (cpu == -1 && PyErr_Occurred())
-		return NULL;
-	if (cpu < 0 || cpu >= CPUS) {
-		PyErr_Format(PyExc_ValueError, "cpu is %ld, not 0 to %d", cpu, CPUS - 1);
-		return NULL;
-	}
-	return PyLong_FromUnsignedLongLong((cpu < self->cpus ? self->last_seq[cpu] : 0) + 1);
+	return drain(&self->base, args, count, ring_consume);
 }
 
 static PyObject *ring_pending(Ring *self, void *Py_UNUSED(closure))
@@ -1573,7 +1631,7 @@ static PyObject *ring_pending(Ring *self, void *Py_UNUSED(closure))
 
 static PyObject *ring_close(Ring *self, PyObject *Py_UNUSED(ignored))
 {
-	if (self->draining) {
+	if (self->base.draining) {
 		PyErr_SetString(PyExc_RuntimeError, "the ring is being drained");
 		return NULL;
 	}
@@ -1581,12 +1639,6 @@ static PyObject *ring_close(Ring *self, PyObject *Py_UNUSED(ignored))
 	PyBuffer_Release(&self->producer);
 	self->data = NULL;
 	Py_RETURN_NONE;
-}
-
-static int shape_error(const char *trouble)
-{
-	PyErr_SetString(PyExc_ValueError, trouble);
-	return -1;
 }
 
 static int set_shape(Ring *self, Py_ssize_t offset)
@@ -1625,38 +1677,25 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 
 static int ring_traverse(Ring *self, visitproc visit, void *arg)
 {
-	Py_VISIT(Py_TYPE(self));
 	Py_VISIT(self->consumer.obj);
 	Py_VISIT(self->producer.obj);
-	Py_VISIT(self->events);
-	Py_VISIT(self->gaps);
-	return 0;
-}
-
-static int ring_clear(Ring *self)
-{
-	Py_CLEAR(self->events);
-	Py_CLEAR(self->gaps);
-	return 0;
+	return consumer_traverse(&self->base, visit, arg);
 }
 
 static void ring_dealloc(Ring *self)
 {
-	PyTypeObject *type = Py_TYPE(self);
 	PyObject_GC_UnTrack(self);
-	ring_clear(self);
+	consumer_clear(&self->base);
 	PyBuffer_Release(&self->consumer);
 	PyBuffer_Release(&self->producer);
-	PyMem_Free(self->last_seq);
-	type->tp_free(self);
-	Py_DECREF(type);
+	consumer_free(&self->base);
 }
 
 static PyMethodDef ring_methods[] = {
 	{"drain", (PyCFunction)(void (*)(void))ring_drain, METH_FASTCALL, PyDoc_STR(
 		"drain(decoder, max_records, /)\n--\n\n"
 		"Consume and decode up to max_records records; a Drained.")},
-	{"next_seq", (PyCFunction)ring_next_seq, METH_O, PyDoc_STR(
+	{"next_seq", (PyCFunction)next_seq, METH_O, PyDoc_STR(
 		"next_seq(cpu, /)\n--\n\nThe sequence number that the CPU's next record should have.")},
 	{"close", (PyCFunction)ring_close, METH_NOARGS, PyDoc_STR(
 		"close()\n--\n\nLet go of both buffers. Harmless when called twice.")},
@@ -1670,9 +1709,9 @@ static PyGetSetDef ring_getset[] = {
 };
 
 static PyMemberDef ring_members[] = {
-	{"records", T_ULONGLONG, offsetof(Ring, records), READONLY,
+	{"records", T_ULONGLONG, offsetof(Ring, base.records), READONLY,
 	 PyDoc_STR("records consumed that were not discarded, refused ones included")},
-	{"discarded", T_ULONGLONG, offsetof(Ring, discarded), READONLY,
+	{"discarded", T_ULONGLONG, offsetof(Ring, base.discarded), READONLY,
 	 PyDoc_STR("records consumed that the producer had discarded")},
 	{NULL, 0, 0, 0, NULL},
 };
@@ -1684,7 +1723,7 @@ static PyType_Slot ring_slots[] = {
 	{Py_tp_new, ring_new},
 	{Py_tp_dealloc, ring_dealloc},
 	{Py_tp_traverse, ring_traverse},
-	{Py_tp_clear, ring_clear},
+	{Py_tp_clear, consumer_clear},
 	{Py_tp_methods, ring_methods},
 	{Py_tp_getset, ring_getset},
 	{Py_tp_members, ring_members},
@@ -1696,6 +1735,472 @@ static PyType_Spec ring_spec = {
 	.basicsize = sizeof(Ring),
 	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
 	.slots = ring_slots,
+};
+
+/* ------------------------------------------------------------ PerfBuffers */
+
+/* struct perf_event_mmap_page and the records, of linux/perf_event.h. */
+enum {
+	PERF_HEAD = 1024,
+	PERF_TAIL = 1032,
+	PERF_HEADER = 8,
+	PERF_SAMPLE = 9,
+	PERF_SAMPLE_DATA = 12, /* behind the header and the u32 of the data's length */
+	PERF_LOST = 2,
+	PERF_LOST_COUNT = 16,
+	PERF_LOST_SIZE = 24,
+	PERF_LARGEST = 1 << 16,
+};
+
+struct perf_buffer {
+	Py_buffer memory;
+	uint8_t *data;
+	uint64_t size;
+	uint64_t before; /* bytes that earlier buffers of its CPU have carried */
+	uint16_t cpu;
+	bool replaced;   /* its CPU writes to another one by now */
+	/* In a drain: how far it has come, where the kernel was, and the next sample. */
+	uint64_t position, end, boot_ns;
+	uint32_t step, length;
+};
+
+typedef struct {
+	Consumer base;
+	struct perf_buffer **buffers;
+	struct perf_buffer **heap; /* in a drain: those with a sample, the oldest first */
+	uint32_t count;
+	uint64_t lost;
+	uint8_t *scratch; /* a record that goes round the end of a buffer */
+	bool closed;
+} PerfBuffers;
+
+static inline uint64_t perf_head(const struct perf_buffer *buffer)
+{
+	const uint8_t *page = buffer->memory.buf;
+	return __atomic_load_n((const uint64_t *)(page + PERF_HEAD), __ATOMIC_ACQUIRE);
+}
+
+static inline uint64_t perf_tail(const struct perf_buffer *buffer)
+{
+	const uint8_t *page = buffer->memory.buf;
+	return __atomic_load_n((const uint64_t *)(page + PERF_TAIL), __ATOMIC_RELAXED);
+}
+
+static inline void set_perf_tail(const struct perf_buffer *buffer, uint64_t position)
+{
+	uint8_t *page = buffer->memory.buf;
+	__atomic_store_n((uint64_t *)(page + PERF_TAIL), position, __ATOMIC_RELEASE);
+}
+
+static void copy_from(const struct perf_buffer *buffer, uint64_t position, void *to, size_t size)
+{
+	uint64_t offset = position & (buffer->size - 1);
+	size_t first = Py_MIN(size, buffer->size - offset);
+	memcpy(to, buffer->data + offset, first);
+	memcpy((uint8_t *)to + first, buffer->data, size - first);
+}
+
+/* Eight bytes at a multiple of eight, which are never split. */
+static inline uint64_t word_at(const struct perf_buffer *buffer, uint64_t position)
+{
+	return load64(buffer->data + (position & (buffer->size - 1)));
+}
+
+static int perf_corrupt(const struct perf_buffer *buffer, uint64_t size)
+{
+	PyErr_Format(PyExc_ValueError,
+		     "corrupt perf buffer: CPU %u, a record of %llu bytes at %llu, "
+		     "where %llu are pending",
+		     (unsigned)buffer->cpu, (unsigned long long)size,
+		     (unsigned long long)buffer->position,
+		     (unsigned long long)(buffer->end - buffer->position));
+	return -1;
+}
+
+static void see_sample(const Decoder *decoder, struct perf_buffer *buffer)
+{
+	uint64_t boot_ns = 0;
+	buffer->length = 0;
+	if (buffer->step >= PERF_HEADER + ROUND) {
+		uint32_t said = (uint32_t)word_at(buffer, buffer->position + PERF_HEADER);
+		buffer->length = Py_MIN(said, buffer->step - PERF_SAMPLE_DATA);
+	}
+	if (LIKELY(buffer->length >= decoder->header.total))
+		copy_from(buffer, buffer->position + PERF_SAMPLE_DATA + decoder->header.boot_ns,
+			  &boot_ns, sizeof(boot_ns));
+	buffer->boot_ns = boot_ns;
+}
+
+/* Goes on to the next sample: 1; 0 if there is none, -1 with an exception. */
+static int find_sample(PerfBuffers *self, const Decoder *decoder, struct perf_buffer *buffer)
+{
+	while (buffer->position != buffer->end) {
+		uint64_t header = word_at(buffer, buffer->position);
+		uint32_t type = (uint32_t)header, size = (uint32_t)(header >> 48);
+		if (UNLIKELY(size < PERF_HEADER || size % ROUND != 0 ||
+			     size > buffer->end - buffer->position))
+			return perf_corrupt(buffer, size);
+		buffer->step = size;
+		if (LIKELY(type == PERF_SAMPLE)) {
+			see_sample(decoder, buffer);
+			return 1;
+		}
+		if (type == PERF_LOST && size >= PERF_LOST_SIZE)
+			self->lost += word_at(buffer, buffer->position + PERF_LOST_COUNT);
+		else
+			self->base.discarded++;
+		buffer->position += size;
+	}
+	return 0;
+}
+
+static inline bool is_older(const struct perf_buffer *one, const struct perf_buffer *other)
+{
+	return one->boot_ns < other->boot_ns ||
+	       (one->boot_ns == other->boot_ns && one->cpu < other->cpu);
+}
+
+static void sift_down(struct perf_buffer **heap, uint32_t count, uint32_t at)
+{
+	struct perf_buffer *moved = heap[at];
+	for (;;) {
+		uint32_t child = 2 * at + 1;
+		if (child >= count)
+			break;
+		if (child + 1 < count && is_older(heap[child + 1], heap[child]))
+			child++;
+		if (!is_older(heap[child], moved))
+			break;
+		heap[at] = heap[child];
+		at = child;
+	}
+	heap[at] = moved;
+}
+
+/* Looks at every buffer. How many have a sample, or -1 with an exception. */
+static int64_t fill_heap(PerfBuffers *self, const Decoder *decoder)
+{
+	uint32_t count = 0;
+	for (uint32_t i = 0; i < self->count; i++) {
+		struct perf_buffer *buffer = self->buffers[i];
+		buffer->position = buffer->end = perf_tail(buffer);
+	}
+	for (uint32_t i = 0; i < self->count; i++) {
+		struct perf_buffer *buffer = self->buffers[i];
+		uint64_t head = perf_head(buffer);
+		if (UNLIKELY(head - buffer->position > buffer->size || buffer->position % ROUND)) {
+			PyErr_Format(PyExc_ValueError,
+				     "corrupt perf buffer: CPU %u, read to %llu, written to %llu, "
+				     "size %llu",
+				     (unsigned)buffer->cpu, (unsigned long long)buffer->position,
+				     (unsigned long long)head, (unsigned long long)buffer->size);
+			return -1;
+		}
+		buffer->end = head;
+		int found = find_sample(self, decoder, buffer);
+		if (found < 0)
+			return -1;
+		if (found)
+			self->heap[count++] = buffer;
+	}
+	for (uint32_t i = count / 2; i-- > 0;)
+		sift_down(self->heap, count, i);
+	return count;
+}
+
+static int take_sample(PerfBuffers *self, const struct state *state, Decoder *decoder,
+		       const struct perf_buffer *buffer)
+{
+	uint64_t position = buffer->position + PERF_SAMPLE_DATA;
+	uint64_t offset = position & (buffer->size - 1);
+	const uint8_t *record = buffer->data + offset;
+	if (UNLIKELY(offset + buffer->length > buffer->size)) {
+		copy_from(buffer, position, self->scratch, buffer->length);
+		record = self->scratch;
+	}
+	return take(&self->base, state, decoder, record, buffer->length);
+}
+
+/* Lets go of a buffer that is empty, and that nothing writes to any more. */
+static void drop_buffer(PerfBuffers *self, uint32_t index)
+{
+	struct perf_buffer *gone = self->buffers[index];
+	for (uint32_t i = index + 1; i < self->count; i++) {
+		if (self->buffers[i]->cpu == gone->cpu) {
+			self->buffers[i]->before += gone->before + perf_tail(gone);
+			break;
+		}
+	}
+	PyBuffer_Release(&gone->memory);
+	PyMem_Free(gone);
+	self->count--;
+	memmove(&self->buffers[index], &self->buffers[index + 1],
+		(self->count - index) * sizeof(*self->buffers));
+}
+
+static void drop_replaced(PerfBuffers *self)
+{
+	for (uint32_t i = self->count; i-- > 0;) {
+		const struct perf_buffer *buffer = self->buffers[i];
+		if (UNLIKELY(buffer->replaced) && perf_head(buffer) == perf_tail(buffer))
+			drop_buffer(self, i);
+	}
+}
+
+/* The oldest sample of all comes first; those of one CPU stay in their order. As in a Ring, an
+ * exception after the first sample ends the drain, and the next one meets it again. */
+static int perf_consume(Consumer *consumer, const struct state *state, Decoder *decoder,
+			Py_ssize_t limit, enum stop *stop)
+{
+	PerfBuffers *self = (PerfBuffers *)consumer;
+	Py_ssize_t taken = 0;
+	int result = 0;
+	int64_t left = fill_heap(self, decoder);
+	*stop = STOP_EMPTY;
+	while (left > 0) {
+		struct perf_buffer *oldest = self->heap[0];
+		if (taken == limit) {
+			*stop = STOP_LIMIT;
+			break;
+		}
+		result = take_sample(self, state, decoder, oldest);
+		if (UNLIKELY(result < 0))
+			break;
+		taken++;
+		oldest->position += oldest->step;
+		result = find_sample(self, decoder, oldest);
+		if (UNLIKELY(result < 0))
+			break;
+		if (result == 0)
+			self->heap[0] = self->heap[--left];
+		sift_down(self->heap, (uint32_t)left, 0);
+	}
+	for (uint32_t i = 0; i < self->count; i++) {
+		if (self->buffers[i]->position != perf_tail(self->buffers[i]))
+			set_perf_tail(self->buffers[i], self->buffers[i]->position);
+	}
+	drop_replaced(self);
+	if (left >= 0 && result >= 0)
+		return 0;
+	if (taken == 0)
+		return -1;
+	PyErr_Clear();
+	*stop = STOP_LIMIT;
+	return 0;
+}
+
+static int perf_check(const PerfBuffers *self)
+{
+	if (self->base.draining) {
+		PyErr_SetString(PyExc_RuntimeError, "the buffers are being drained");
+		return -1;
+	}
+	if (!self->closed)
+		return 0;
+	PyErr_SetString(PyExc_ValueError, "the buffers are closed");
+	return -1;
+}
+
+static PyObject *perf_drain(PerfBuffers *self, PyObject *const *args, Py_ssize_t count)
+{
+	if (perf_check(self) < 0)
+		return NULL;
+	return drain(&self->base, args, count, perf_consume);
+}
+
+static int set_perf_shape(struct perf_buffer *buffer, Py_ssize_t offset)
+{
+	if (offset < PERF_TAIL + ROUND || offset % ROUND != 0)
+		return shape_error("data_offset is not a multiple of 8 behind the positions");
+	Py_ssize_t size = buffer->memory.len - offset;
+	if (size < ROUND || (size & (size - 1)) != 0)
+		return shape_error("memory does not hold a power of two of data");
+	if ((uintptr_t)buffer->memory.buf % ROUND != 0)
+		return shape_error("memory is not aligned to 8 bytes");
+	buffer->data = (uint8_t *)buffer->memory.buf + offset;
+	buffer->size = (uint64_t)size;
+	return 0;
+}
+
+static int perf_grow(PerfBuffers *self)
+{
+	size_t bytes = (self->count + 1) * sizeof(*self->buffers);
+	struct perf_buffer **buffers = PyMem_Realloc(self->buffers, bytes);
+	if (buffers != NULL)
+		self->buffers = buffers;
+	struct perf_buffer **heap = PyMem_Realloc(self->heap, bytes);
+	if (heap != NULL)
+		self->heap = heap;
+	if (self->scratch == NULL)
+		self->scratch = PyMem_Malloc(PERF_LARGEST);
+	if (buffers != NULL && heap != NULL && self->scratch != NULL)
+		return 0;
+	PyErr_NoMemory();
+	return -1;
+}
+
+static PyObject *perf_add(PerfBuffers *self, PyObject *args)
+{
+	PyObject *memory, *number;
+	Py_ssize_t offset = 4096;
+	if (!PyArg_ParseTuple(args, "OO|n:add", &number, &memory, &offset))
+		return NULL;
+	long cpu = cpu_from(number);
+	if (cpu < 0 || perf_check(self) < 0 || perf_grow(self) < 0)
+		return NULL;
+	struct perf_buffer *buffer = PyMem_Calloc(1, sizeof(*buffer));
+	if (buffer == NULL)
+		return PyErr_NoMemory();
+	if (PyObject_GetBuffer(memory, &buffer->memory, PyBUF_WRITABLE) < 0 ||
+	    set_perf_shape(buffer, offset) < 0) {
+		PyBuffer_Release(&buffer->memory);
+		PyMem_Free(buffer);
+		return NULL;
+	}
+	buffer->cpu = (uint16_t)cpu;
+	for (uint32_t i = 0; i < self->count; i++)
+		self->buffers[i]->replaced |= self->buffers[i]->cpu == cpu;
+	self->buffers[self->count++] = buffer;
+	drop_replaced(self);
+	Py_RETURN_NONE;
+}
+
+/* The sum of one position over the buffers of a CPU. */
+static PyObject *perf_position(PerfBuffers *self, PyObject *number,
+			       uint64_t (*position)(const struct perf_buffer *))
+{
+	long cpu = cpu_from(number);
+	uint64_t sum = 0;
+	if (cpu < 0 || perf_check(self) < 0)
+		return NULL;
+	for (uint32_t i = 0; i < self->count; i++) {
+		if (self->buffers[i]->cpu == cpu)
+			sum += self->buffers[i]->before + position(self->buffers[i]);
+	}
+	return PyLong_FromUnsignedLongLong(sum);
+}
+
+static PyObject *perf_produced(PerfBuffers *self, PyObject *number)
+{
+	return perf_position(self, number, perf_head);
+}
+
+static PyObject *perf_consumed(PerfBuffers *self, PyObject *number)
+{
+	return perf_position(self, number, perf_tail);
+}
+
+static PyObject *perf_pending(PerfBuffers *self, void *Py_UNUSED(closure))
+{
+	uint64_t sum = 0;
+	if (perf_check(self) < 0)
+		return NULL;
+	for (uint32_t i = 0; i < self->count; i++)
+		sum += perf_head(self->buffers[i]) - perf_tail(self->buffers[i]);
+	return PyLong_FromUnsignedLongLong(sum);
+}
+
+static void perf_release(PerfBuffers *self)
+{
+	for (uint32_t i = 0; i < self->count; i++) {
+		PyBuffer_Release(&self->buffers[i]->memory);
+		PyMem_Free(self->buffers[i]);
+	}
+	self->count = 0;
+	PyMem_Free(self->buffers);
+	PyMem_Free(self->heap);
+	PyMem_Free(self->scratch);
+	self->buffers = self->heap = NULL;
+	self->scratch = NULL;
+	self->closed = true;
+}
+
+static PyObject *perf_close(PerfBuffers *self, PyObject *Py_UNUSED(ignored))
+{
+	if (self->base.draining) {
+		PyErr_SetString(PyExc_RuntimeError, "the buffers are being drained");
+		return NULL;
+	}
+	perf_release(self);
+	Py_RETURN_NONE;
+}
+
+static PyObject *perf_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+	static char *names[] = {NULL};
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, ":PerfBuffers", names))
+		return NULL;
+	return type->tp_alloc(type, 0);
+}
+
+static int perf_traverse(PerfBuffers *self, visitproc visit, void *arg)
+{
+	for (uint32_t i = 0; i < self->count; i++)
+		Py_VISIT(self->buffers[i]->memory.obj);
+	return consumer_traverse(&self->base, visit, arg);
+}
+
+static void perf_dealloc(PerfBuffers *self)
+{
+	PyObject_GC_UnTrack(self);
+	consumer_clear(&self->base);
+	perf_release(self);
+	consumer_free(&self->base);
+}
+
+static PyMethodDef perf_methods[] = {
+	{"add", (PyCFunction)perf_add, METH_VARARGS, PyDoc_STR(
+		"add(cpu, memory, data_offset=4096, /)\n--\n\n"
+		"Read the buffer of a CPU as well; if it has one already, that one to its end first.")},
+	{"drain", (PyCFunction)(void (*)(void))perf_drain, METH_FASTCALL, PyDoc_STR(
+		"drain(decoder, max_records, /)\n--\n\n"
+		"Consume and decode up to max_records records, the oldest first; a Drained.")},
+	{"next_seq", (PyCFunction)next_seq, METH_O, PyDoc_STR(
+		"next_seq(cpu, /)\n--\n\nThe sequence number that the CPU's next record should have.")},
+	{"produced", (PyCFunction)perf_produced, METH_O, PyDoc_STR(
+		"produced(cpu, /)\n--\n\nBytes that were ever written for a CPU.")},
+	{"consumed", (PyCFunction)perf_consumed, METH_O, PyDoc_STR(
+		"consumed(cpu, /)\n--\n\nBytes that were ever read of a CPU.")},
+	{"close", (PyCFunction)perf_close, METH_NOARGS, PyDoc_STR(
+		"close()\n--\n\nLet go of all buffers. Harmless when called twice.")},
+	{NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef perf_getset[] = {
+	{"pending", (getter)perf_pending, NULL,
+	 PyDoc_STR("bytes that were written and not read, in all buffers"), NULL},
+	{NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMemberDef perf_members[] = {
+	{"records", T_ULONGLONG, offsetof(PerfBuffers, base.records), READONLY,
+	 PyDoc_STR("records consumed, refused ones included")},
+	{"discarded", T_ULONGLONG, offsetof(PerfBuffers, base.discarded), READONLY,
+	 PyDoc_STR("the kernel's own records, other than those of losses")},
+	{"lost", T_ULONGLONG, offsetof(PerfBuffers, lost), READONLY,
+	 PyDoc_STR("records that found no room, as the kernel's own records say")},
+	{NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot perf_slots[] = {
+	{Py_tp_doc, (void *)PyDoc_STR(
+		"PerfBuffers()\n--\n\n"
+		"The consumer of the perf buffers of all CPUs.")},
+	{Py_tp_new, perf_new},
+	{Py_tp_dealloc, perf_dealloc},
+	{Py_tp_traverse, perf_traverse},
+	{Py_tp_clear, consumer_clear},
+	{Py_tp_methods, perf_methods},
+	{Py_tp_getset, perf_getset},
+	{Py_tp_members, perf_members},
+	{0, NULL},
+};
+
+static PyType_Spec perf_spec = {
+	.name = "streamer.ring._records.PerfBuffers",
+	.basicsize = sizeof(PerfBuffers),
+	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+	.slots = perf_slots,
 };
 
 /* ----------------------------------------------------------------- module */
@@ -1724,6 +2229,9 @@ static int add_types(PyObject *module, struct state *state)
 	state->ring = (PyTypeObject *)PyType_FromModuleAndSpec(module, &ring_spec, NULL);
 	if (state->ring == NULL || PyModule_AddType(module, state->ring) < 0)
 		return -1;
+	state->perf_buffers = (PyTypeObject *)PyType_FromModuleAndSpec(module, &perf_spec, NULL);
+	if (state->perf_buffers == NULL || PyModule_AddType(module, state->perf_buffers) < 0)
+		return -1;
 	state->drained = PyStructSequence_NewType(&drained_desc);
 	if (state->drained == NULL || PyModule_AddType(module, state->drained) < 0)
 		return -1;
@@ -1746,6 +2254,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 	struct state *state = PyModule_GetState(module);
 	Py_VISIT(state->decoder);
 	Py_VISIT(state->ring);
+	Py_VISIT(state->perf_buffers);
 	Py_VISIT(state->drained);
 	return 0;
 }
@@ -1755,6 +2264,7 @@ static int module_clear(PyObject *module)
 	struct state *state = PyModule_GetState(module);
 	Py_CLEAR(state->decoder);
 	Py_CLEAR(state->ring);
+	Py_CLEAR(state->perf_buffers);
 	Py_CLEAR(state->drained);
 	Py_CLEAR(state->missing);
 	Py_CLEAR(state->late);

@@ -78,19 +78,23 @@ class GapTracker:
             self._open(cpu, first, last, now_ns, tail=True)
 
     def expire(
-        self, now_ns: int, next_seq: Callable[[int], int], *, produced: int = 0, consumed: int = 0
+        self,
+        now_ns: int,
+        next_seq: Callable[[int], int],
+        produced: Callable[[int], int],
+        consumed: Callable[[int], int],
     ) -> Iterator[Loss]:
         """The losses that are certain now.
 
-        `next_seq(cpu)` is the number that the ring expects; `produced` and `consumed` are the
-        positions up to which it has been written and read, in bytes.
+        `next_seq(cpu)` is the number that the ring expects; `produced(cpu)` and `consumed(cpu)`
+        are the positions up to which it has been written and read, in bytes.
         """
         for cpu, gaps in self._gaps.items():
             waiting = []
             for gap in gaps:
                 if gap.mark is None and gap.due_ns <= now_ns:
-                    gap.mark = produced
-                if gap.mark is None or gap.mark > consumed:
+                    gap.mark = produced(cpu)
+                if gap.mark is None or gap.mark > consumed(cpu):
                     waiting.append(gap)
                     continue
                 loss = self._settle(cpu, gap, next_seq)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import select
 import struct
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 from streamer.events.batch import Batch, Event, Spans, join_spans
@@ -20,10 +21,11 @@ from streamer.events.clock import clock_offset_ns
 from streamer.events.envelope import Envelope
 from streamer.events.kinds import HEADER, RECORDS
 from streamer.events.layout import with_time
+from streamer.kernel.loader import Transport
 from streamer.kernel.objects import CONTRACT
 from streamer.kernel.tags import RINGS
 from streamer.ring.gaps import GapTracker, Loss
-from streamer.ring.records import Decoder, Gap, Ring
+from streamer.ring.records import Decoder, Gap, PerfBuffers, Ring
 
 LOOKS_IN_VAIN = 5
 """Looks at empty rings before the reader goes to sleep: at moderate rates it had better not."""
@@ -37,19 +39,16 @@ _boot_ns = attrgetter("boot_ns")
 _POSITION = struct.Struct("<Q")
 
 
-class RingSource:
-    """One ring: its mapping, its decoder and its gaps."""
+class Source:
+    """One ring: its consumer, its decoder and its gaps."""
 
-    def __init__(self, name: str, fd: int, size: int, envelope: Envelope, cpus: int) -> None:
-        """Map the ring `fd` with a data area of `size` bytes; `cpus` may write to it."""
+    def __init__(
+        self, name: str, fd: int, ring: Ring | PerfBuffers, envelope: Envelope, cpus: int
+    ) -> None:
+        """`fd` is readable when there are records and the reader is to be woken for them."""
         self.name = name
         self.fd = fd
-        page = mmap.PAGESIZE
-        self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._producer = mmap.mmap(
-            fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
-        )
-        self.ring = Ring(self._consumer, self._producer, page)
+        self.ring = ring
         constants, prefix = envelope.constants(name), envelope.id_prefix(name)
         layouts = with_time(RECORDS) if envelope.rfc3339_time else RECORDS
         self.decoder = Decoder(HEADER, layouts, constants, prefix)
@@ -71,15 +70,111 @@ class RingSource:
                 spans = dict(join_spans(spans, {(self.name, cpu): (seq, seq)}))
         return spans
 
-    @property
-    def produced(self) -> int:
-        """Bytes that were ever reserved in the ring."""
+    def produced(self, cpu: int) -> int:
+        """Bytes that were ever written where that CPU writes."""
+        raise NotImplementedError
+
+    def consumed(self, cpu: int) -> int:
+        """Bytes that were ever read there."""
+        raise NotImplementedError
+
+
+class RingSource(Source):
+    """A ring buffer, which all CPUs share."""
+
+    def __init__(self, name: str, fd: int, size: int, envelope: Envelope, cpus: int) -> None:
+        """Map the ring `fd` with a data area of `size` bytes; `cpus` may write to it."""
+        page = mmap.PAGESIZE
+        self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._producer = mmap.mmap(
+            fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
+        )
+        ring = Ring(self._consumer, self._producer, page)
+        super().__init__(name, fd, ring, envelope, cpus)
+
+    def produced(self, cpu: int) -> int:
+        """See `Source`."""
         return int(_POSITION.unpack_from(self._producer)[0])
 
-    @property
-    def consumed(self) -> int:
-        """Bytes that were ever read from the ring."""
+    def consumed(self, cpu: int) -> int:
+        """See `Source`."""
         return int(_POSITION.unpack_from(self._consumer)[0])
+
+
+class PerfSource(Source):
+    """The perf buffers of all CPUs, which take the place of one ring buffer."""
+
+    def __init__(self, name: str, size: int, envelope: Envelope, cpus: int) -> None:
+        """`size` is that of a buffer's data area in bytes; `add` brings the buffers."""
+        self._size = size
+        self._epoll = select.epoll()
+        self._registered: dict[int, int] = {}
+        self._seen: dict[int, tuple[int, int]] = {}
+        self.buffers = PerfBuffers()
+        super().__init__(name, self._epoll.fileno(), self.buffers, envelope, cpus)
+
+    def add(self, cpu: int, fd: int) -> None:
+        """Map and read the buffer of a CPU. Raises OSError."""
+        memory = mmap.mmap(fd, mmap.PAGESIZE + self._size)
+        self.buffers.add(cpu, memory, mmap.PAGESIZE)
+        self._epoll.register(fd, select.EPOLLIN)
+        self._registered[cpu] = fd
+
+    def forget(self, cpu: int) -> None:
+        """Nothing is written for that CPU any more; what is there is read all the same.
+
+        Its descriptor is still open.
+        """
+        self._epoll.unregister(self._registered.pop(cpu))
+        self._seen.pop(cpu, None)
+
+    def mute(self, taken: Sequence[int]) -> list[int]:
+        """CPUs for which nothing was written since the last call, although numbers were taken.
+
+        `taken` is the last of each CPU. Such a CPU was down in between, and its events went with
+        it; that it has not been read, and so has no room, is another matter.
+        """
+        found = []
+        for cpu in self._registered:
+            before, now = self._seen.get(cpu), (taken[cpu], self.produced(cpu))
+            self._seen[cpu] = now
+            if before is None or self.consumed(cpu) != now[1]:
+                continue
+            if now[0] > before[0] and now[1] == before[1]:
+                found.append(cpu)
+        return found
+
+    def produced(self, cpu: int) -> int:
+        """See `Source`."""
+        return self.buffers.produced(cpu)
+
+    def consumed(self, cpu: int) -> int:
+        """See `Source`."""
+        return self.buffers.consumed(cpu)
+
+
+def open_sources(
+    transport: Transport,
+    ring_fds: Mapping[str, int],
+    buffers: Mapping[int, Mapping[str, int]],
+    envelope: Envelope,
+    cpus: int,
+) -> list[Source]:
+    """The rings of a `KernelState`, mapped: `buffers` are perf buffers, by CPU and ring.
+
+    Raises:
+        OSError: one cannot be mapped.
+    """
+    if transport.name == "ring":
+        return [
+            RingSource(name, fd, transport.sizes[name], envelope, cpus)
+            for name, fd in ring_fds.items()
+        ]
+    sources = [PerfSource(name, transport.sizes[name], envelope, cpus) for name in ring_fds]
+    for cpu, fds in buffers.items():
+        for source in sources:
+            source.add(cpu, fds[source.name])
+    return [*sources]
 
 
 class RingReader:
@@ -91,7 +186,7 @@ class RingReader:
 
     def __init__(
         self,
-        sources: list[RingSource],
+        sources: Sequence[Source],
         state: mmap.mmap,
         *,
         on_batch: Callable[[Batch], None],
@@ -119,8 +214,8 @@ class RingReader:
         self._drain_records = drain_records
         self._looks_in_vain = 0
         self._looks = False
-        self._reading = sources
-        self._armed: set[RingSource] = set()
+        self._reading: Sequence[Source] = sources
+        self._armed: set[Source] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
@@ -185,7 +280,7 @@ class RingReader:
             self._wake()
         return more
 
-    def _drain(self, source: RingSource, found: list[Batch]) -> bool:
+    def _drain(self, source: Source, found: list[Batch]) -> bool:
         """One drain of one ring, which adds to `found`. Whether there was any record."""
         if self.done:
             return False
@@ -257,17 +352,17 @@ class RingReader:
                 self._ask(source, wake)
                 self._loop.add_reader(source.fd, self._woken, source)
 
-    def _woken(self, source: RingSource) -> None:
+    def _woken(self, source: Source) -> None:
         self._disarm(source)
         self._wake()
 
-    def _disarm(self, source: RingSource) -> None:
+    def _disarm(self, source: Source) -> None:
         if source in self._armed:
             self._armed.discard(source)
             self._ask(source, _WAKE["WAKE_NEVER"])
             self._loop.remove_reader(source.fd)
 
-    def _ask(self, source: RingSource, wake: int) -> None:
+    def _ask(self, source: Source, wake: int) -> None:
         _WAKE_WORD.pack_into(self._state, _WAKE_WORD.size * RINGS.index(source.name), wake)
 
     def refresh_clock(self) -> None:
@@ -297,11 +392,16 @@ class RingReader:
             losses = source.gaps.expire(
                 _FOREVER if final else self._now_ns(),
                 source.ring.next_seq,
-                produced=source.produced,
-                consumed=_FOREVER if final else source.consumed,
+                source.produced,
+                _everything if final else source.consumed,
             )
             for loss in losses:
                 yield source.name, loss
+
+
+def _everything(cpu: int) -> int:
+    """A position behind all others."""
+    return _FOREVER
 
 
 def in_time_order(batches: list[Batch]) -> Batch:

@@ -502,6 +502,7 @@ class Decoder:
         self._truncated = self._incomplete = 0
         self._kind_and_size = self.header.getter("kind", "size")
         self.sequence_of = self.header.getter("cpu", "seq", "skipped")
+        self.times_of = self.header.getter("boot_ns", "seq")
         context = _Context(self.header, constants, id_prefix)
         self._plans = {
             _between(0, number, 65535, "layouts: kind"): _Plan(layout, context)
@@ -799,3 +800,250 @@ class Ring:
         # In the machine's own format, struct copies all 8 bytes at once.
         position: int = struct.unpack_from("@Q", self._producer)[0]
         return position
+
+
+# ------------------------------------------------------------------ the perf buffers
+
+PERF_HEAD, PERF_TAIL = 1024, 1032
+"""Offsets of the positions in a buffer's first page (struct perf_event_mmap_page)."""
+PERF_HEADER, PERF_DATA = 8, 12
+PERF_SAMPLE, PERF_LOST = 9, 2
+_PERF_RECORD = struct.Struct("<IHH")
+
+
+class _PerfBuffer:
+    """One buffer, and how far the drain that is under way has come in it."""
+
+    def __init__(self, cpu: int, memory: WriteableBuffer, data_offset: int) -> None:
+        if data_offset < PERF_TAIL + 8 or data_offset % 8:
+            raise ValueError("data_offset is not a multiple of 8 behind the positions")
+        view = memoryview(memory)
+        self.size = view.nbytes - data_offset
+        if self.size < 8 or self.size & (self.size - 1):
+            raise ValueError("memory does not hold a power of two of data")
+        # A ctypes integer stores all 8 bytes at once, which struct.pack_into does not.
+        self._head = ctypes.c_uint64.from_buffer(memory, PERF_HEAD)
+        self._tail = ctypes.c_uint64.from_buffer(memory, PERF_TAIL)
+        self._data = view[data_offset:]
+        self.cpu = cpu
+        self.before = 0
+        self.replaced = False
+        self.position = self.end = self.step = self.length = self.boot_ns = 0
+
+    @property
+    def head(self) -> int:
+        return self._head.value
+
+    @property
+    def tail(self) -> int:
+        return self._tail.value
+
+    @tail.setter
+    def tail(self, position: int) -> None:
+        self._tail.value = position
+
+    def read(self, position: int, size: int) -> bytes:
+        offset = position & (self.size - 1)
+        first = bytes(self._data[offset : offset + size])
+        return first + bytes(self._data[: size - len(first)])
+
+    def release(self) -> None:
+        del self._head, self._tail
+        self._data.release()
+
+
+class PerfBuffers:
+    """The consumer of the perf buffers of all CPUs: the same as `Ring` to whoever reads it.
+
+    Its records are those of the kernel (linux/perf_event.h): samples, of which each holds a
+    record, and the numbers of those that found no room.
+    """
+
+    def __init__(self) -> None:
+        """Without any; `add` brings them."""
+        self._buffers: list[_PerfBuffer] = []
+        self._fence = _Fence()
+        self._sequence = _Sequence()
+        self._records = self._discarded = self._lost = 0
+        self._draining = self._closed = False
+
+    @property
+    def pending(self) -> int:
+        """Bytes that were written and not read, in all buffers."""
+        self._check()
+        return sum((one.head - one.tail) & U64 for one in self._buffers) & U64
+
+    @property
+    def records(self) -> int:
+        """Records consumed, refused ones included."""
+        return self._records
+
+    @property
+    def discarded(self) -> int:
+        """The kernel's own records, other than those of losses."""
+        return self._discarded
+
+    @property
+    def lost(self) -> int:
+        """Records that found no room, as the kernel's own records say."""
+        return self._lost
+
+    def next_seq(self, cpu: int, /) -> int:
+        """The sequence number that the next record of `cpu` (0 to 65535) should have."""
+        return self._sequence.expected(_between(0, cpu, 65535, "cpu"))
+
+    def produced(self, cpu: int, /) -> int:
+        """Bytes that were ever written for a CPU."""
+        return self._sum(cpu, lambda one: one.head)
+
+    def consumed(self, cpu: int, /) -> int:
+        """Bytes that were ever read of a CPU."""
+        return self._sum(cpu, lambda one: one.tail)
+
+    def _sum(self, cpu: int, position: Callable[[_PerfBuffer], int]) -> int:
+        _between(0, cpu, 65535, "cpu")
+        self._check()
+        return sum(one.before + position(one) for one in self._buffers if one.cpu == cpu) & U64
+
+    def add(self, cpu: int, memory: WriteableBuffer, data_offset: int = 4096, /) -> None:
+        """Read the buffer of a CPU as well; if it has one already, that one to its end first.
+
+        Args:
+            cpu: 0 to 65535.
+            memory: the mapped pages: `data_offset` bytes with the positions, then the data area,
+                whose size must be a power of two. Writable.
+            data_offset: where the data area begins, in bytes; a multiple of 8.
+
+        Raises:
+            ValueError: memory of another shape.
+            BufferError, TypeError: memory that is not writable.
+        """
+        _between(0, cpu, 65535, "cpu")
+        self._check()
+        made = _PerfBuffer(cpu, memory, data_offset)
+        for one in self._buffers:
+            one.replaced |= one.cpu == cpu
+        self._buffers.append(made)
+        self._drop_replaced()
+
+    def close(self) -> None:
+        """Let go of all buffers, so that they can be unmapped. Harmless when called twice."""
+        if self._draining:
+            raise RuntimeError("the buffers are being drained")
+        for one in self._buffers:
+            one.release()
+        self._buffers = []
+        self._closed = True
+
+    def drain(self, decoder: Decoder, max_records: int, /) -> Drained:
+        """Consume and decode up to `max_records` records, the oldest first; see `Ring.drain`."""
+        self._check()
+        if max_records < 1:
+            raise ValueError(f"max_records is {max_records}, not at least 1")
+        self._draining = True
+        try:
+            return self._drain(decoder, max_records)
+        finally:
+            self._draining = False
+            self._drop_replaced()
+
+    def _drain(self, decoder: Decoder, limit: int) -> Drained:
+        drained = Drained([], {}, (), False, False)
+        gaps: list[Gap] = []
+        taken, more = 0, False
+        for one in self._buffers:
+            one.position = one.end = one.tail
+        try:
+            heads = self._heads(decoder)
+            while heads:
+                oldest = min(heads, key=lambda one: (one.boot_ns, one.cpu))
+                if taken == limit:
+                    more = True
+                    break
+                self._take(decoder, oldest, drained, gaps)
+                taken += 1
+                oldest.position = (oldest.position + oldest.step) & U64
+                if not self._find(decoder, oldest):
+                    heads.remove(oldest)
+        except (ValueError, MemoryError):
+            if not taken:
+                raise
+            more = True
+        finally:
+            self._fence()
+            for one in self._buffers:
+                one.tail = one.position
+        return drained._replace(gaps=tuple(gaps), more=more)
+
+    def _heads(self, decoder: Decoder) -> list[_PerfBuffer]:
+        """Those that have a sample."""
+        found = []
+        for one in self._buffers:
+            head = one.head
+            if (head - one.position) & U64 > one.size or one.position % 8:
+                raise ValueError(
+                    f"corrupt perf buffer: CPU {one.cpu}, read to {one.position}, "
+                    f"written to {head}, size {one.size}"
+                )
+            one.end = head
+            self._fence()
+            if self._find(decoder, one):
+                found.append(one)
+        return found
+
+    def _find(self, decoder: Decoder, one: _PerfBuffer) -> bool:
+        """Go on to the next sample, if there is one."""
+        while one.position != one.end:
+            kind, _, size = _PERF_RECORD.unpack(one.read(one.position, PERF_HEADER))
+            pending = (one.end - one.position) & U64
+            if size < PERF_HEADER or size % 8 or size > pending:
+                raise ValueError(
+                    f"corrupt perf buffer: CPU {one.cpu}, a record of {size} bytes at "
+                    f"{one.position}, where {pending} are pending"
+                )
+            one.step = size
+            if kind == PERF_SAMPLE:
+                self._see(decoder, one)
+                return True
+            if kind == PERF_LOST and size >= 24:
+                lost = int.from_bytes(one.read(one.position + 16, 8), "little")
+                self._lost = (self._lost + lost) & U64
+            else:
+                self._discarded += 1
+            one.position = (one.position + size) & U64
+        return False
+
+    def _see(self, decoder: Decoder, one: _PerfBuffer) -> None:
+        one.length = one.boot_ns = 0
+        if one.step >= PERF_HEADER + 8:
+            said = int.from_bytes(one.read(one.position + PERF_HEADER, 4), "little")
+            one.length = min(said, one.step - PERF_DATA)
+        if one.length >= decoder.header.size:
+            record = one.read(one.position + PERF_DATA, decoder.header.size)
+            one.boot_ns, _ = decoder.times_of(record)
+
+    def _take(self, decoder: Decoder, one: _PerfBuffer, drained: Drained, gaps: list[Gap]) -> None:
+        record = one.read(one.position + PERF_DATA, one.length)
+        decoded = decoder.decode_kind(record)
+        self._records += 1
+        if len(record) >= decoder.header.size:
+            gaps += self._sequence.follow(*decoder.sequence_of(record))
+        if decoded is not None:
+            kind, event = decoded
+            drained.events.append(event)
+            drained.kinds[kind] = drained.kinds.get(kind, 0) + 1
+
+    def _drop_replaced(self) -> None:
+        """Let go of buffers that are empty, and that nothing writes to any more."""
+        for one in [one for one in self._buffers if one.replaced and one.head == one.tail]:
+            index = self._buffers.index(one)
+            newer = next(other for other in self._buffers[index + 1 :] if other.cpu == one.cpu)
+            newer.before += one.before + one.tail
+            self._buffers.remove(one)
+            one.release()
+
+    def _check(self) -> None:
+        if self._draining:
+            raise RuntimeError("the buffers are being drained")
+        if self._closed:
+            raise ValueError("the buffers are closed")

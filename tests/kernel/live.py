@@ -18,7 +18,7 @@ from streamer.events.envelope import Envelope
 from streamer.events.stream import KindCounts
 from streamer.kernel import state
 from streamer.kernel.loader import OBJECTS
-from streamer.ring.reader import RingSource
+from streamer.ring.reader import open_sources
 from tests.kernel.agent import kind_of
 from tests.kernel.bpf_maps import HeldMap, maps_of
 from tests.kernel.pace import seconds
@@ -44,10 +44,13 @@ class Live:
         wanted = msgspec.structs.replace(self.settings, filters=filters)
         self.state = state.load(wanted, kinds, directory=directory)
         envelope = Envelope()
-        self._sources = [
-            RingSource(name, fd, self.state.ring_bytes[name], envelope, self.state.cpus)
-            for name, fd in self.state.ring_fds.items()
-        ]
+        self.opened = open_sources(
+            self.state.transport,
+            self.state.ring_fds,
+            self.state.buffers,
+            envelope,
+            self.state.cpus,
+        )
         self._counters = KernelCounters(
             self.state.counters, self.state.kind_counters, self.state.cpus
         )
@@ -67,7 +70,7 @@ class Live:
     def read(self) -> list[Any]:
         """What the rings hold, which is all that has happened so far."""
         read: list[Any] = []
-        for source in self._sources:
+        for source in self.opened:
             more = True
             while more:
                 events, _, gaps, more, _ = source.ring.drain(source.decoder, DRAIN)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.kernel
 
 FLOOD = repetitions(3000, 300)
 RUNS = 20
+TRANSPORTS = ("auto", "perf")
 
 
 def flood(name: str, cpu: int) -> None:
@@ -59,9 +60,12 @@ def stop_reading(agent: Agent) -> None:
         time.sleep(0.01)
 
 
-def test_delivered_and_lost_are_what_was_done(scope: Scope, subject: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_delivered_and_lost_are_what_was_done(
+    scope: Scope, subject: Path, tmp_path: Path, transport: str
+) -> None:
     """Of floods into a tiny ring, also of one that nothing follows. Other rings lose nothing."""
-    config = "[rings]\nbulk_bytes = 4096\n"
+    config = f'[rings]\nbulk_bytes = 4096\ntransport = "{transport}"\n'
     with Agent(tmp_path, *scope.options, config=config) as agent:
         with scope.start(overflow, str(subject)) as actor:
             actor.reached()
@@ -104,9 +108,11 @@ def flood_all(name: str) -> int:
     return flood_everywhere(name)
 
 
-def test_a_reader_that_keeps_up_loses_nothing(scope: Scope, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_reader_that_keeps_up_loses_nothing(scope: Scope, tmp_path: Path, transport: str) -> None:
     """The same flood, with a ring for it: the reader is woken in time."""
-    with Agent(tmp_path, *scope.options, events="file.open") as agent:
+    config = f'[rings]\ntransport = "{transport}"\n'
+    with Agent(tmp_path, *scope.options, events="file.open", config=config) as agent:
         opens: Any = scope.act(flood_all, "kept")
         recording = agent.stop()
     assert len(recording.events) == opens

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from streamer.errors import KernelError
-from streamer.kernel.loader import Attached, Loaded, ProgramState
+from streamer.kernel.loader import Attached, Loaded, ProgramState, Transport
 from streamer.kernel.processes import Located, locate, open_module
 from streamer.privilege.helper import main
 
@@ -25,16 +25,24 @@ class MemoryLoader:
 
     cpus = 1
     no_functions = "none here"
+    transport = Transport("perf", {"bulk": 4096}, "there are no rings")
     filters_packets = False
 
     def __init__(self) -> None:
         self.maps: dict[str, dict[bytes, bytes]] = {"small": {}, "empty": {}}
         self.maps["large"] = {i.to_bytes(4, "little"): bytes([i % 251] * 24) for i in range(MANY)}
 
-    def load_core(self, rings: Mapping[str, int], btf: str | None) -> dict[str, int]:
-        told = {b"ring": repr(dict(rings)), b"btf_": repr(btf)}
+    def load_core(
+        self, rings: Mapping[str, int], btf: str | None, transport: str = "auto"
+    ) -> dict[str, int]:
+        told = {b"ring": repr(dict(rings)), b"btf_": repr(btf), b"tran": repr(transport)}
         self.maps["told"] = {key: text.encode().ljust(300) for key, text in told.items()}
         return {name: os.open("/proc/self/status", os.O_RDONLY) for name in rings}
+
+    def open_buffers(self, cpu: int) -> dict[str, int]:
+        if cpu:
+            return {}
+        return {ring: os.open("/proc/self/stat", os.O_RDONLY) for ring in ("critical", "bulk")}
 
     def load(self, sensor: str, options: Mapping[str, int]) -> Loaded:
         if sensor == "bad":

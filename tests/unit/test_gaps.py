@@ -40,7 +40,7 @@ class Line:
 
     def losses(self, now: int = LATER, *, produced: int = 0, consumed: int = 0) -> list[Loss]:
         found = self.tracker.expire(
-            now, lambda cpu: self.expected, produced=produced, consumed=consumed
+            now, lambda cpu: self.expected, lambda cpu: produced, lambda cpu: consumed
         )
         return list(found)
 
@@ -101,7 +101,7 @@ def test_a_late_record_of_no_gap_changes_nothing() -> None:
 def test_each_cpu_has_its_own_numbers() -> None:
     tracker = GapTracker(GRACE)
     tracker.feed([("missing", 0, 1, 2), ("missing", 1, 1, 4), ("late", 1, 2, 2)], 0)
-    found = list(tracker.expire(LATER, lambda cpu: 9))
+    found = list(tracker.expire(LATER, lambda cpu: 9, lambda cpu: 0, lambda cpu: 0))
     assert found == [loss(1, 2, cpu=0), loss(1, 1, cpu=1), loss(3, 4, cpu=1)]
 
 

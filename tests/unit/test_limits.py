@@ -14,8 +14,9 @@ import pytest
 
 from streamer.config.settings import Settings
 from streamer.events.kinds import RECORDS
+from streamer.kernel.loader import Transport
 from streamer.kernel.objects import KIND_NUMBERS
-from streamer.kernel.state import KernelState, ProgramStatus, coverage
+from streamer.kernel.state import KernelState, ProgramStatus, coverage, room_for_records
 from streamer.privilege import files, proc, requests
 from streamer.privilege.channel import MESSAGE_BYTES, MOST_DESCRIPTORS, Channel, MessageError
 from streamer.privilege.files import MOST_KEPT, AppendTarget, DirectOpener, open_read, read_all
@@ -65,7 +66,7 @@ JUST_ALLOWED = [
     request("open", index=requests.MOST_FILES),
     request("rotate", index=0, keep=1),
     request("rotate", index=0, keep=MOST_KEPT),
-    request("load_core", rings={"bulk": requests.MOST_RING}, btf=None),
+    request("load_core", rings={"bulk": requests.MOST_RING}, btf=None, transport="auto"),
     request("load", sensor="a" * 32, options=NAMED),
     request("load", sensor="net", options={"connections": requests.MOST_OPTION}),
     request("delete", map="m" * 64, key=base64(requests.MOST_BYTES)),
@@ -79,7 +80,10 @@ TOO_MUCH = [
     (request("open", index=requests.MOST_FILES + 1), "open: index"),
     (request("rotate", index=0, keep=0), "rotate: keep"),
     (request("rotate", index=0, keep=MOST_KEPT + 1), "rotate: keep"),
-    (request("load_core", rings={"bulk": requests.MOST_RING + 1}, btf=None), "load_core: rings"),
+    (
+        request("load_core", rings={"bulk": requests.MOST_RING + 1}, btf=None, transport="auto"),
+        "load_core: rings",
+    ),
     (request("load", sensor="a" * 33, options={}), "load: sensor"),
     (request("load", sensor="net", options=NAMED | {"more": 1}), "load: options"),
     (request("load", sensor="net", options={"c": requests.MOST_OPTION + 1}), "load: options"),
@@ -216,8 +220,19 @@ def test_a_record_that_just_fits_its_ring_is_observed_in_full() -> None:
     largest = RECORDS[KIND_NUMBERS["process.fork"]].max_size
     for more, status in ((0, "full"), (-1, "partial")):
         rings = {"critical": largest + 16 + more, "bulk": 1 << 20}
-        found = coverage(_attached("process"), {"process.fork"}, rings)
+        room = room_for_records(Transport("ring", rings))
+        found = coverage(_attached("process"), {"process.fork"}, room)
         assert found["process.fork"].status == status
+
+
+def test_a_record_that_just_fits_a_perf_buffer_is_observed_in_full() -> None:
+    """The kernel's header and padding, and no more than a u16 can say of a sample."""
+    largest = RECORDS[KIND_NUMBERS["process.exec"]].max_size
+    for more, status in ((0, "full"), (-1, "partial")):
+        room = room_for_records(Transport("perf", {"critical": largest + 20 + more}))
+        found = coverage(_attached("process"), {"process.exec"}, room)
+        assert found["process.exec"].status == status
+    assert room_for_records(Transport("perf", {"bulk": 1 << 20})) == {"bulk": (1 << 16) - 20}
 
 
 def _attached(sensor: str) -> list[ProgramStatus]:

@@ -80,6 +80,9 @@ class FakeMap:
     def resize(self, entries: int) -> None:
         self.entries_wanted = entries
 
+    def become_perf_events(self, entries: int) -> None:
+        self.entries_wanted = entries
+
     def reuse(self, fd: int) -> None:
         self.fd = fd
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from streamer.config.settings import Settings
 from streamer.errors import ContractError, HelperGone, KernelError, PrivilegeError, StreamerError
 from streamer.kernel import processes
-from streamer.kernel.loader import NO_TARGETS, ProgramState, Targets
+from streamer.kernel.loader import NO_TARGETS, ProgramState, Targets, Transport
 from streamer.privilege import split
 from streamer.privilege.channel import MESSAGE_BYTES, Channel
 from streamer.privilege.client import (
@@ -80,7 +80,15 @@ def test_loading(helper: Setting) -> None:
     assert {key: value.rstrip() for key, value in loader.read("told")} == {
         b"ring": b"{'critical': 4096, 'bulk': 8192}",
         b"btf_": repr(str(helper.secret)).encode(),
+        b"tran": b"'auto'",
     }
+    assert loader.transport == Transport("perf", {"bulk": 4096}, "there are no rings")
+    buffers = loader.open_buffers(0)
+    assert list(buffers) == ["critical", "bulk"]
+    assert loader.open_buffers(1) == {}
+    for fd in buffers.values():
+        assert not os.get_inheritable(fd)
+        os.close(fd)
     loaded = loader.load("good", {"connections": 65536})
     assert loaded.programs == [ProgramState("on_good", "raw_tp/good", "raw_tp", "loaded", "")]
     once, attached = loader.attach("good"), loader.attach("good")
@@ -418,8 +426,17 @@ LIMITS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("load", options(64, 1 << 22), options(65, 1)),
     ("load", options(1, 0), options(1, (1 << 22) + 1)),
     ("load", {"sensor": "s", "options": {}}, {"sensor": "s" * 33, "options": {}}),
-    ("load_core", {"rings": {"r": 1 << 30}, "btf": None}, {"rings": {"r": -1}, "btf": None}),
-    ("load_core", {"rings": {}, "btf": 0}, {"rings": {"r": (1 << 30) + 1}, "btf": 0}),
+    (
+        "load_core",
+        {"rings": {"r": 1 << 30}, "btf": None, "transport": "auto"},
+        {"rings": {"r": -1}, "btf": None, "transport": "auto"},
+    ),
+    (
+        "load_core",
+        {"rings": {}, "btf": 0, "transport": "perf"},
+        {"rings": {"r": (1 << 30) + 1}, "btf": 0, "transport": "perf"},
+    ),
+    ("open_buffers", {"cpu": 65535}, {"cpu": 65536}),
     ("delete", element(1 << 16), element(2 << 16)),
     ("read", {"map": "m" * 64}, {"map": "m" * 65}),
     ("read", {"map": ".rodata_x"}, {"map": "a b"}),
@@ -551,11 +568,14 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("load", {"sensor": "good", "options": {str(i): 1 for i in range(65)}}),
     ("attach", {"sensor": "good"}),  # not loaded
     ("unload", {"sensor": "good"}),
-    ("load_core", {"rings": {}, "btf": "/tmp/evil"}),
-    ("load_core", {"rings": {}, "btf": 1}),  # a file to append to
-    ("load_core", {"rings": {}, "btf": 9}),
-    ("load_core", {"rings": [1], "btf": None}),
-    ("load_core", {"rings": {"a/b": 1}, "btf": None}),
+    ("load_core", {"rings": {}, "btf": "/tmp/evil", "transport": "auto"}),
+    ("load_core", {"rings": {}, "btf": 1, "transport": "auto"}),  # a file to append to
+    ("load_core", {"rings": {}, "btf": 9, "transport": "auto"}),
+    ("load_core", {"rings": [1], "btf": None, "transport": "auto"}),
+    ("load_core", {"rings": {"a/b": 1}, "btf": None, "transport": "auto"}),
+    ("load_core", {"rings": {}, "btf": None, "transport": "ring"}),
+    ("open_buffers", {"cpu": -1}),
+    ("open_buffers", {"cpu": "0"}),
     ("update", {"map": "small", "key": "AA", "value": ""}),  # no Base64
     ("update", {"map": "small", "key": "ä", "value": ""}),
     ("update", {"map": "small", "key": 7, "value": ""}),
