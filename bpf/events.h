@@ -18,8 +18,11 @@
  *     hidden           not published
  *     bool             true or false
  *     cstr             char[N], ends at the first NUL
- *     ns               a duration, or a time since boot, in nanoseconds
- *     boottime         ns since boot, published as ns since the epoch
+ *     ns               a duration in nanoseconds
+ *     moment           ns since boot, when something happened
+ *     start            ns since boot, when a process started: with its pid, who it is
+ *     boottime         the same, published as ns since the epoch
+ *     serial           a number that seldom repeats
  *     ip:FIELD         16 bytes of address, of the IP version that FIELD says (4: the first 4)
  *     names:A,B,...    an index, published as the string at that place
  *     str:NAME         bytes of string NAME in `data`
@@ -111,8 +114,8 @@ enum net_direction {
 
 /* What every record begins with. */
 struct event_base {
-	__u64 boot_ns AS("ns") DOC("nanoseconds since boot, suspend included, when the event happened");
-	__u64 seq AS("ns") RANGE("1..") DOC("sequence number in this ring on this CPU; a missing number is a lost event");
+	__u64 boot_ns AS("moment") DOC("nanoseconds since boot, suspend included, when the event happened");
+	__u64 seq AS("serial") RANGE("1..") DOC("sequence number in this ring on this CPU; a missing number is a lost event");
 	__u32 size HIDDEN DOC("bytes of this record");
 	__u32 weight RANGE("1..1048576") DOC("how many events this one stands for: more than 1 when its kind is sampled");
 	__u16 kind HIDDEN DOC("enum event_kind");
@@ -125,7 +128,7 @@ struct event_base {
 
 /* Who, in records that have a task. Process ids are reused: start and pid together are not. */
 struct event_task {
-	__u64 start_boot_ns DOC("when the process started, nanoseconds since boot: with `pid`, identifies it");
+	__u64 start_boot_ns AS("start") DOC("when the process started, nanoseconds since boot: with `pid`, identifies it");
 	__u64 cgroup_id DOC("id of the task's cgroup in the unified (v2) hierarchy");
 	__u32 pid PID DOC("process id (thread group id) in the initial pid namespace");
 	__u32 tid PID DOC("thread id in the initial pid namespace");
@@ -170,7 +173,7 @@ struct process_exec {
 struct process_fork {
 	struct event_base base;
 	struct event_task task;
-	__u64 child_start_boot_ns DOC("when the child started, nanoseconds since boot");
+	__u64 child_start_boot_ns AS("start") DOC("when the child started, nanoseconds since boot");
 	__u64 child_start_time_ns AS("boottime") DOC("the same, ns since the epoch");
 	__u32 child_pid PID DOC("process id of the child");
 	__u32 child_ppid PID DOC("process id of its parent: `ppid` and not `pid` after a clone with CLONE_PARENT");

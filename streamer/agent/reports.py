@@ -72,7 +72,7 @@ class Reporter:
         self, kinds: Iterable[str], sinks: Iterable[Sink], previous: PreviousRun | None
     ) -> StreamManifest:
         """What is observed of `kinds`, and how; and the run before."""
-        system = os.uname()
+        system, timing = os.uname(), self._envelope.timing
         return self._envelope.record(
             StreamManifest,
             agent=__version__,
@@ -84,6 +84,7 @@ class Reporter:
             ring_bytes=dict(self._kernel.ring_bytes),
             transport="perf" if self._kernel.transport.name == "perf" else "ring",
             transport_reason=self._kernel.transport.reason,
+            resolution_ns=timing.resolution_ns if timing is not None else 0,
             coverage={
                 kind: KindReport(state.status, state.reason, unseen_of(kind))
                 for kind, state in self._kernel.coverage(frozenset(kinds)).items()

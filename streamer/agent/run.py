@@ -18,12 +18,14 @@ from streamer.agent import signals
 from streamer.agent.allocator import keep_freed_memory
 from streamer.agent.run_file import RunFile
 from streamer.agent.service import Outcome, Service
+from streamer.agent.timing_key import timing_of
 from streamer.config.rules import host_problems
 from streamer.config.settings import Limits, Settings, StdoutSink, with_budgets
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.batch import Batch
 from streamer.events.envelope import host_name
 from streamer.events.stream import PreviousRun
+from streamer.events.timing import Timing
 from streamer.kernel import capabilities, state
 from streamer.kernel.targets import in_vain
 from streamer.privilege.split import Split
@@ -88,9 +90,10 @@ def _split_and_run(
         notes = RunFile.open(settings.state_file) if settings.state_file else None
         if notes is not None:
             stack.callback(notes.close)
+        timing = timing_of(settings)
         split.drop()
         console.start()
-        given = Surroundings(line, split, kernel, terminal, notes, sink)
+        given = Surroundings(line, split, kernel, terminal, notes, timing, sink)
         return run_loop(_run(settings, kinds, limits, given))
 
 
@@ -121,7 +124,7 @@ class Surroundings(NamedTuple):
     """What a run has from before its privileges were given up.
 
     `terminal` is the controlling terminal, if there is one, and `notes` where the runs on this
-    host leave a note for the next one.
+    host leave a note for the next one. `timing` is how coarse times are, None: as they are.
     """
 
     line: StatusLine | None
@@ -129,6 +132,7 @@ class Surroundings(NamedTuple):
     kernel: state.KernelState
     terminal: int | None
     notes: RunFile | None
+    timing: Timing | None
     sink: Sink | None = None
     """In place of those of the settings."""
 
@@ -178,6 +182,7 @@ def _service(
             sinks,
             given.kernel,
             status_line=given.line,
+            timing=given.timing,
             **noted,
         )
     except OSError as error:

@@ -19,6 +19,7 @@ from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
 from streamer.events.stream import PreviousRun, StreamManifest, UntoldLoss
+from streamer.events.timing import Timing
 from streamer.kernel.state import KernelState, KindStatus
 from streamer.ring.reader import PerfSource, RingReader, open_sources
 from streamer.sinks.base import Sink
@@ -60,12 +61,14 @@ class Service:
         kernel: KernelState,
         *,
         status_line: StatusLine | None = None,
+        timing: Timing | None = None,
         previous: PreviousRun | None = None,
         leave_note: Callable[[PreviousRun], None] = lambda note: None,
     ) -> None:
         """`kernel` is loaded and not attached; `sinks` are in the order of `settings.sinks`.
 
-        `previous` is the run before, for the manifest; `leave_note` keeps a note for the next.
+        `timing` makes times coarse. `previous` is the run before, for the manifest; `leave_note`
+        keeps a note for the next.
 
         Raises:
             OSError: a ring or a table cannot be mapped.
@@ -86,13 +89,18 @@ class Service:
         self._coverage: dict[str, KindStatus] = {}
         self._interfaces_changed = False
         self._interfaces_told = -_INTERFACES_SECONDS
-        self.envelope = envelope = Envelope(settings.host, rfc3339_time=settings.rfc3339_time)
+        self.envelope = envelope = Envelope(
+            settings.host, rfc3339_time=settings.rfc3339_time, timing=timing
+        )
         self.reader = RingReader(
             open_sources(kernel.transport, kernel.ring_fds, kernel.buffers, envelope, kernel.cpus),
             kernel.reader_state,
             on_batch=self._on_batch,
             on_error=self._on_error,
-            poll_interval_ms=settings.rings.poll_interval_ms,
+            poll_interval_ms=max(
+                settings.rings.poll_interval_ms, -(-settings.timing.resolution_us // 1000)
+            ),
+            sleeps=timing is None,
             drain_records=settings.rings.drain_records,
             max_events=limits.max_events,
         )

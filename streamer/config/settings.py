@@ -265,6 +265,34 @@ class Filters(Section, frozen=True, kw_only=True):
     ] = ()
 
 
+class TimingSection(Section, frozen=True, kw_only=True):
+    """How precise published times and durations are. See docs/security_review.md.
+
+    As they are, they tell whoever reads the stream how long each thing took, to the nanosecond,
+    which can tell him another's secrets: whether a file was in the cache, how much of a password
+    was right. Coarse ones are multiples of a resolution. What stays is that something happened,
+    in which order, and how often.
+    """
+
+    resolution_us: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000),
+        doc(
+            "Of what all times and durations are multiples, in microseconds; what takes less "
+            "reads as one. Events come up to so much later. 0: times are as measured, for "
+            "readers that may know all of the host."
+        ),
+    ] = 0
+    jitter: Annotated[
+        bool,
+        doc(
+            "Whether times round up or down at places that a secret key draws, the same for the "
+            "same time. Without it they round down, and who can choose when something happens "
+            "can measure it all the same."
+        ),
+    ] = True
+
+
 class Tls(Section, frozen=True, kw_only=True):
     """TLS towards a broker. Without `ca_file` the system's certificates are trusted."""
 
@@ -526,6 +554,9 @@ class Settings(Section, frozen=True, kw_only=True):
     ] = "info"
     rings: Annotated[Rings, doc("Ring buffers.")] = field(default_factory=Rings)
     kernel: Annotated[Kernel, doc("How the kernel is observed.")] = field(default_factory=Kernel)
+    timing: Annotated[TimingSection, doc("Precision of published times.")] = field(
+        default_factory=TimingSection
+    )
     filters: Annotated[Filters, doc("Filters, applied in the kernel.")] = field(
         default_factory=Filters
     )

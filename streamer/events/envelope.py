@@ -14,6 +14,7 @@ from msgspec import UNSET
 from streamer.events.clock import clock_offset_ns, rfc3339
 from streamer.events.kinds import SCHEMA_VERSION
 from streamer.events.stream import StreamRecord
+from streamer.events.timing import Timing
 
 _Record = TypeVar("_Record", bound=StreamRecord)
 
@@ -34,10 +35,20 @@ def host_name(configured: str | None) -> str:
 class Envelope:
     """The identity of this run, and a maker of stream records."""
 
-    def __init__(self, host: str | None = None, *, rfc3339_time: bool = False) -> None:
-        """`host` is the name as configured. With `rfc3339_time` records say their time in words."""
+    def __init__(
+        self,
+        host: str | None = None,
+        *,
+        rfc3339_time: bool = False,
+        timing: Timing | None = None,
+    ) -> None:
+        """`host` is the name as configured. With `rfc3339_time` records say their time in words.
+
+        `timing` is how coarse times and durations are; None: as they are.
+        """
         self.host = host_name(host)
         self.rfc3339_time = rfc3339_time
+        self.timing = timing
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.run_id = run_id(self.boot_id, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         self._numbers = count(1)
@@ -56,9 +67,15 @@ class Envelope:
         """How the id of every event of a ring begins; CPU and sequence number follow."""
         return f"{self.run_id}-{ring}"
 
+    def start_ns(self, boot_ns: int) -> int:
+        """When a process started, as events have it, of nanoseconds since boot."""
+        return boot_ns if self.timing is None else self.timing.start(boot_ns)
+
     def record(self, cls: type[_Record], **fields: Any) -> _Record:
         """A record of the stream itself, of now."""
         boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        if self.timing is not None:
+            boot_ns = self.timing.moment(boot_ns)
         time_ns = boot_ns + clock_offset_ns()
         seq = next(self._numbers)
         return cls(

@@ -265,11 +265,11 @@ _BASE = (
     FieldLayout("schema", "const", 0, 'schema'),
     FieldLayout("id", "id", 0, None),
     FieldLayout("time_ns", "time", 0, None),
-    FieldLayout("boot_ns", "ns", 0, None),
+    FieldLayout("boot_ns", "moment", 0, None),
     FieldLayout("host", "const", 0, 'host'),
     FieldLayout("boot_id", "const", 0, 'boot_id'),
     FieldLayout("ring", "const", 0, 'ring'),
-    FieldLayout("seq", "ns", 8, None),
+    FieldLayout("seq", "serial", 8, None),
     FieldLayout("cpu", "u16", 26, None),
     FieldLayout("weight", "u32", 20, None),
 )
@@ -280,7 +280,7 @@ _MARKS = (
 )
 
 _TASK = (
-    FieldLayout("start_boot_ns", "u64", 32, None),
+    FieldLayout("start_boot_ns", "start", 32, None),
     FieldLayout("cgroup_id", "u64", 40, None),
     FieldLayout("pid", "u32", 48, None),
     FieldLayout("tid", "u32", 52, None),
@@ -332,7 +332,7 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("truncated", "cut", 30, ()),
         *_MARKS,
         *_TASK,
-        FieldLayout("child_start_boot_ns", "u64", 96, None),
+        FieldLayout("child_start_boot_ns", "start", 96, None),
         FieldLayout("child_start_time_ns", "boottime", 104, None),
         FieldLayout("child_pid", "u32", 112, None),
         FieldLayout("child_ppid", "u32", 116, None),

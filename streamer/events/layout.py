@@ -8,7 +8,10 @@ op                 argument               value
 =================  =====================  ===================================================
 u8 u16 u32 u64     None                   int, unsigned little-endian at `offset`
 s32 s64            None                   int, signed
-ns                 None                   int, u64 that seldom repeats (not worth a cache)
+ns                 None                   int, u64: a duration in nanoseconds
+moment             None                   int, u64: nanoseconds since boot, of what happened
+start              None                   int, u64: the same of a process's start, part of who it is
+serial             None                   int, u64 that seldom repeats (not worth a cache)
 bool               None                   u8, true unless 0
 cstr               length in bytes        str up to the first NUL
 ip                 offset of the version  str; version 4: the first 4 bytes, 6: all 16, else ""
@@ -19,12 +22,14 @@ line               None                   str: the record's argv joined by singl
 const              name                   the decoder's constant of that name
 id                 None                   str: "{id_prefix}-{cpu}-{seq}"
 time               None                   int: the base's boot_ns plus the clock offset
-boottime           None                   int: u64 at `offset` plus the clock offset
+boottime           None                   int: u64 at `offset`, a start, plus the clock offset
 rfc3339            None                   str: what `time` is, in UTC with nine digits
 cut                names of the strings   tuple of str: those whose bit the u8 at `offset` has
 flag               mask                   bool: whether the u8 at `offset` has that bit
 invalid_utf8       None                   bool: whether any string of the record was replaced
 =================  =====================  ===================================================
+
+`timing.py` makes durations, moments and starts coarse where that is configured.
 
 Strings of `data` (`str` and `argv`) follow one another from `RecordLayout.size` on, in the order
 of the ops; there are at most `MAX_STRINGS`. Bit n of the base's `cut` says that the n-th is not

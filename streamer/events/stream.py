@@ -138,6 +138,10 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
             "than that; empty if neither"
         ),
     ]
+    resolution_ns: Annotated[
+        Count,
+        Meta(description="of what times and durations are multiples, by `timing`; 0: as measured"),
+    ]
     coverage: Annotated[
         dict[str, KindReport], Meta(description="how far each kind asked for is observed")
     ]

@@ -251,9 +251,9 @@ static PyObject *ip_of(struct caches *caches, const uint8_t *address, uint8_t ve
 /* ------------------------------------------------------------------ plans */
 
 enum op_code {
-	OP_U8, OP_U16, OP_U32, OP_U64, OP_S32, OP_S64, OP_NS, OP_BOOL, OP_CSTR, OP_IP, OP_NAMES,
-	OP_STR, OP_ARGV, OP_LINE, OP_CONST, OP_ID, OP_TIME, OP_BOOTTIME, OP_RFC3339, OP_CUT,
-	OP_FLAG, OP_INVALID_UTF8,
+	OP_U8, OP_U16, OP_U32, OP_U64, OP_S32, OP_S64, OP_NS, OP_MOMENT, OP_START, OP_SERIAL,
+	OP_BOOL, OP_CSTR, OP_IP, OP_NAMES, OP_STR, OP_ARGV, OP_LINE, OP_CONST, OP_ID, OP_TIME,
+	OP_BOOTTIME, OP_RFC3339, OP_CUT, OP_FLAG, OP_INVALID_UTF8,
 };
 
 /* A line needs the argv, and the mark of what was replaced needs all strings. */
@@ -274,6 +274,9 @@ static const struct op_spec OP_SPECS[] = {
 	{"s32", OP_S32, STAGE_VALUE, 4},
 	{"s64", OP_S64, STAGE_VALUE, 8},
 	{"ns", OP_NS, STAGE_VALUE, 8},
+	{"moment", OP_MOMENT, STAGE_VALUE, 8},
+	{"start", OP_START, STAGE_VALUE, 8},
+	{"serial", OP_SERIAL, STAGE_VALUE, 8},
 	{"bool", OP_BOOL, STAGE_VALUE, 1},
 	{"cstr", OP_CSTR, STAGE_VALUE, 0},
 	{"ip", OP_IP, STAGE_VALUE, 16},
@@ -310,6 +313,8 @@ struct plan {
 	struct op *ops;        /* `count` of them, by stage */
 	Py_ssize_t string_count;
 	uint32_t *strings;     /* offsets of the u16 lengths, in the order of the data */
+	bool has_subject;      /* whose durations they are is at these offsets */
+	uint32_t cgroup, uid;
 	uint64_t decoded;      /* events since the last finished drain */
 };
 
@@ -344,6 +349,14 @@ struct second {
 	char text[20];     /* "2026-11-28T22:31:50.", unterminated; begins with 0 while there is none */
 };
 
+/* How coarse times are, see events/timing.py. */
+struct timing {
+	uint64_t resolution; /* nanoseconds; 0: as they are */
+	uint64_t key[2];
+	bool jitter;
+	uint64_t bucket, cut; /* of the last moment: many are in the same bucket */
+};
+
 static const struct header_part HEADER_PARTS[] = {
 	{"boot_ns", offsetof(struct header, boot_ns), 8},
 	{"seq", offsetof(struct header, seq), 8},
@@ -366,6 +379,7 @@ typedef struct {
 	uint8_t *id_prefix;  /* with its hyphen */
 	size_t id_prefix_size;
 	struct second second;
+	struct timing timing;
 } Decoder;
 
 /* ------------------------------------------------- from layout to plan */
@@ -628,6 +642,25 @@ static int strings_from(struct plan *plan)
 	return cuts_check(plan);
 }
 
+/* Where the user and the cgroup are, if it has both. */
+static void find_subject(struct plan *plan, PyObject *fields)
+{
+	int found = 0;
+	for (Py_ssize_t i = 0; i < plan->count; i++) {
+		PyObject *name = PyTuple_GET_ITEM(PyTuple_GET_ITEM(fields, i), 0);
+		const struct op *op = &plan->ops[i];
+		if (op->code == OP_U64 && PyUnicode_CompareWithASCIIString(name, "cgroup_id") == 0) {
+			plan->cgroup = op->offset;
+			found++;
+		}
+		if (op->code == OP_U32 && PyUnicode_CompareWithASCIIString(name, "uid") == 0) {
+			plan->uid = op->offset;
+			found++;
+		}
+	}
+	plan->has_subject = found == 2;
+}
+
 /* Orders the ops by stage, and within a stage as they are. */
 static int sort_ops(struct plan *plan)
 {
@@ -730,6 +763,7 @@ static int fill_plan(struct plan *plan, PyObject *layout, const struct header *h
 	}
 	if (ops_from(plan, fields, constants) < 0 || strings_from(plan) < 0)
 		return -1;
+	find_subject(plan, fields);
 	return sort_ops(plan);
 }
 
@@ -815,6 +849,124 @@ done:
 	return result;
 }
 
+/* ------------------------------------------------------------ coarse times */
+
+static inline uint64_t rotated(uint64_t word, int bits)
+{
+	return word << bits | word >> (64 - bits);
+}
+
+static inline void sip_round(uint64_t v[4])
+{
+	v[0] += v[1];
+	v[1] = rotated(v[1], 13) ^ v[0];
+	v[0] = rotated(v[0], 32);
+	v[2] += v[3];
+	v[3] = rotated(v[3], 16) ^ v[2];
+	v[0] += v[3];
+	v[3] = rotated(v[3], 21) ^ v[0];
+	v[2] += v[1];
+	v[1] = rotated(v[1], 17) ^ v[2];
+	v[2] = rotated(v[2], 32);
+}
+
+/* SipHash-2-4 (Aumasson and Bernstein, 2012) of 64-bit words. */
+static uint64_t siphash(const uint64_t key[2], const uint64_t *words, size_t count)
+{
+	uint64_t v[4] = {
+		key[0] ^ 0x736F6D6570736575u, key[1] ^ 0x646F72616E646F6Du,
+		key[0] ^ 0x6C7967656E657261u, key[1] ^ 0x7465646279746573u,
+	};
+	for (size_t i = 0; i <= count; i++) {
+		uint64_t word = i < count ? words[i] : (uint64_t)count << 59;
+		v[3] ^= word;
+		sip_round(v);
+		sip_round(v);
+		v[0] ^= word;
+	}
+	v[2] ^= 0xFF;
+	for (int i = 0; i < 4; i++)
+		sip_round(v);
+	return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+/* What is hashed, so that no two uses draw the same. */
+enum drawn { DRAWN_MOMENT, DRAWN_START, DRAWN_DURATION };
+
+static uint64_t coarse_moment(struct timing *timing, uint64_t ns)
+{
+	uint64_t bucket = ns / timing->resolution, rest = ns % timing->resolution;
+	if (timing->jitter && timing->bucket != bucket) {
+		const uint64_t words[] = {DRAWN_MOMENT, bucket};
+		timing->cut = siphash(timing->key, words, 2) % timing->resolution;
+		timing->bucket = bucket;
+	}
+	return (bucket + (timing->jitter && rest > timing->cut)) * timing->resolution;
+}
+
+static uint64_t coarse_start(struct timing *timing, uint64_t ns)
+{
+	if (ns == 0)
+		return 0;
+	const uint64_t words[] = {DRAWN_START, ns};
+	uint64_t moment = coarse_moment(timing, ns);
+	uint64_t before = Py_MAX(moment, timing->resolution) - timing->resolution;
+	return before + 1 + siphash(timing->key, words, 2) % (timing->resolution - 1);
+}
+
+static uint64_t coarse_duration(const struct timing *timing, uint64_t ns, uint64_t cgroup,
+				uint32_t uid)
+{
+	uint64_t bucket = ns / timing->resolution, rest = ns % timing->resolution;
+	if (bucket == 0)
+		return ns == 0 ? 0 : timing->resolution;
+	const uint64_t words[] = {DRAWN_DURATION, bucket, cgroup, uid};
+	bool up = timing->jitter && rest > siphash(timing->key, words, 4) % timing->resolution;
+	return (bucket + up) * timing->resolution;
+}
+
+static inline bool is_coarse(const Decoder *self)
+{
+	return UNLIKELY(self->timing.resolution != 0);
+}
+
+static inline uint64_t moment_of(Decoder *self, uint64_t ns)
+{
+	return is_coarse(self) ? coarse_moment(&self->timing, ns) : ns;
+}
+
+static inline uint64_t start_of(Decoder *self, uint64_t ns)
+{
+	return is_coarse(self) ? coarse_start(&self->timing, ns) : ns;
+}
+
+/* `timing` is a Timing or None. */
+static int set_timing(Decoder *self, PyObject *timing)
+{
+	if (timing == Py_None)
+		return 0;
+	PyObject *where = PyUnicode_FromString("timing");
+	if (where == NULL)
+		return -1;
+	int64_t resolution = -1;
+	if (is_tuple_of(timing, 3) && PyBytes_Check(PyTuple_GET_ITEM(timing, 1)) &&
+	    PyBytes_GET_SIZE(PyTuple_GET_ITEM(timing, 1)) == sizeof(self->timing.key))
+		resolution = int_from(PyTuple_GET_ITEM(timing, 0), 2, INT64_MAX, "resolution_ns",
+				      where);
+	else
+		PyErr_Format(PyExc_ValueError, "%U: not a Timing with a key of 16 bytes", where);
+	Py_DECREF(where);
+	int jitter = resolution < 0 ? -1 : PyObject_IsTrue(PyTuple_GET_ITEM(timing, 2));
+	if (jitter < 0)
+		return -1;
+	self->timing.resolution = (uint64_t)resolution;
+	memcpy(self->timing.key, PyBytes_AS_STRING(PyTuple_GET_ITEM(timing, 1)),
+	       sizeof(self->timing.key));
+	self->timing.jitter = jitter;
+	self->timing.bucket = UINT64_MAX; /* which none is, of a resolution from 2 on */
+	return 0;
+}
+
 /* --------------------------------------------------------------- decoding */
 
 /* What decoding a record found out. Committed by the caller, once the event is safe. */
@@ -825,6 +977,7 @@ struct outcome {
 
 /* What is carried from one op to the next. */
 struct cursor {
+	const struct plan *plan;
 	const uint8_t *record;
 	const uint8_t *data;  /* the next string */
 	const uint8_t *argv;
@@ -965,6 +1118,22 @@ static inline PyObject *cut_names(const struct op *op, uint8_t bits, struct outc
 	return Py_NewRef(PyTuple_GET_ITEM(op->object, mask));
 }
 
+static uint64_t duration_of(const Decoder *self, const struct cursor *cursor, uint64_t ns)
+{
+	const struct plan *plan = cursor->plan;
+	if (!is_coarse(self))
+		return ns;
+	if (!plan->has_subject)
+		return coarse_duration(&self->timing, ns, 0, 0);
+	return coarse_duration(&self->timing, ns, load64(cursor->record + plan->cgroup),
+			       load32(cursor->record + plan->uid));
+}
+
+static inline uint64_t event_moment(Decoder *self, const struct cursor *cursor)
+{
+	return moment_of(self, load64(cursor->record + self->header.boot_ns));
+}
+
 static inline PyObject *op_value(Decoder *self, const struct op *op, struct cursor *cursor,
 				 struct outcome *outcome)
 {
@@ -988,6 +1157,12 @@ static inline PyObject *op_value(Decoder *self, const struct op *op, struct curs
 	case OP_S64:
 		return PyLong_FromLongLong((int64_t)load64(at));
 	case OP_NS:
+		return PyLong_FromUnsignedLongLong(duration_of(self, cursor, load64(at)));
+	case OP_MOMENT:
+		return PyLong_FromUnsignedLongLong(moment_of(self, load64(at)));
+	case OP_START:
+		return int_of(caches, start_of(self, load64(at)));
+	case OP_SERIAL:
 		return PyLong_FromUnsignedLongLong(load64(at));
 	case OP_BOOL:
 		return Py_NewRef(*at != 0 ? Py_True : Py_False);
@@ -1008,13 +1183,11 @@ static inline PyObject *op_value(Decoder *self, const struct op *op, struct curs
 	case OP_ID:
 		return id_of(self, cursor->record);
 	case OP_TIME:
-		return PyLong_FromUnsignedLongLong(
-			load64(cursor->record + self->header.boot_ns) + clock);
+		return PyLong_FromUnsignedLongLong(event_moment(self, cursor) + clock);
 	case OP_BOOTTIME:
-		return PyLong_FromUnsignedLongLong(load64(at) + clock);
+		return PyLong_FromUnsignedLongLong(start_of(self, load64(at)) + clock);
 	case OP_RFC3339:
-		return rfc3339_of(&self->second,
-				  load64(cursor->record + self->header.boot_ns) + clock);
+		return rfc3339_of(&self->second, event_moment(self, cursor) + clock);
 	case OP_CUT:
 		return cut_names(op, *at, outcome);
 	case OP_FLAG:
@@ -1031,6 +1204,7 @@ static PyObject *build(Decoder *self, const struct plan *plan, const uint8_t *re
 		       struct outcome *outcome)
 {
 	struct cursor cursor = {
+		.plan = plan,
 		.record = record,
 		.data = record + plan->size,
 		.cut = record[self->header.cut],
@@ -1130,13 +1304,14 @@ static int fill_decoder(Decoder *self, PyObject *header, PyObject *layouts, PyOb
 /* All in tp_new and nothing in tp_init, so that no second call changes plans that are in use. */
 static PyObject *decoder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-	static char *names[] = {"header", "layouts", "constants", "id_prefix", NULL};
-	PyObject *header, *layouts, *constants, *prefix;
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOU:Decoder", names, &header, &layouts,
-					 &constants, &prefix))
+	static char *names[] = {"header", "layouts", "constants", "id_prefix", "timing", NULL};
+	PyObject *header, *layouts, *constants, *prefix, *timing = Py_None;
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOU|O:Decoder", names, &header, &layouts,
+					 &constants, &prefix, &timing))
 		return NULL;
 	Decoder *self = (Decoder *)type->tp_alloc(type, 0);
-	if (self != NULL && fill_decoder(self, header, layouts, constants, prefix) < 0)
+	if (self != NULL && (set_timing(self, timing) < 0 ||
+			     fill_decoder(self, header, layouts, constants, prefix) < 0))
 		Py_CLEAR(self);
 	return (PyObject *)self;
 }
@@ -1234,7 +1409,7 @@ static PyMemberDef decoder_members[] = {
 
 static PyType_Slot decoder_slots[] = {
 	{Py_tp_doc, (void *)PyDoc_STR(
-		"Decoder(header, layouts, constants, id_prefix)\n--\n\n"
+		"Decoder(header, layouts, constants, id_prefix, timing=None)\n--\n\n"
 		"Makes Structs of records, as the layouts say.")},
 	{Py_tp_new, decoder_new},
 	{Py_tp_dealloc, decoder_dealloc},

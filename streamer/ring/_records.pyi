@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias, final
 from _typeshed import ReadableBuffer, WriteableBuffer
 
 from streamer.events.layout import RecordLayout
+from streamer.events.timing import Timing
 
 Gap: TypeAlias = tuple[Literal["missing", "late", "skipped"], int, int, int]
 
@@ -31,6 +32,7 @@ class Decoder:
         layouts: Mapping[int, RecordLayout],
         constants: Mapping[str, object],
         id_prefix: str,
+        timing: Timing | None = None,
     ) -> Decoder: ...
     @property
     def unknown_kind(self) -> int: ...

@@ -51,7 +51,7 @@ class Source:
         self.ring = ring
         constants, prefix = envelope.constants(name), envelope.id_prefix(name)
         layouts = with_time(RECORDS) if envelope.rfc3339_time else RECORDS
-        self.decoder = Decoder(HEADER, layouts, constants, prefix)
+        self.decoder = Decoder(HEADER, layouts, constants, prefix, envelope.timing)
         self.decoder.clock_offset_ns = clock_offset_ns()
         self.gaps = GapTracker()
         self.more = False
@@ -193,9 +193,13 @@ class RingReader:
         on_error: Callable[[Exception], None],
         poll_interval_ms: int,
         drain_records: int,
+        sleeps: bool = True,
         max_events: int | None = None,
     ) -> None:
         """`state` is the mapped `struct reader_state`.
+
+        Unless it `sleeps`, it looks every `poll_interval_ms` whatever happens, so that an event's
+        coming does not tell when it happened, unless a ring fills.
 
         `on_batch` gets the events of each drain, and may call `pause`. `on_error` gets what
         makes further reading impossible, and is called once. After `max_events` the reader
@@ -211,6 +215,7 @@ class RingReader:
         self._on_batch = on_batch
         self._on_error = on_error
         self._interval = poll_interval_ms / 1000
+        self._sleeps = sleeps
         self._drain_records = drain_records
         self._looks_in_vain = 0
         self._looks = False
@@ -324,9 +329,14 @@ class RingReader:
         if self._timer is not this:  # halted in the meantime, and perhaps woken again
             return
         # One look more after the programs were asked to wake it: one may just have missed that.
-        sleeps = self._looks_in_vain > LOOKS_IN_VAIN and len(self._armed) == len(self._reading)
+        tired = self._sleeps and self._looks_in_vain >= LOOKS_IN_VAIN
+        sleeps = tired and self._looks_in_vain > LOOKS_IN_VAIN and self._all_armed
         self._timer = None if sleeps else self._loop.call_later(self._interval, self._tick)
-        self._arm(_WAKE["WAKE_ANY" if self._looks_in_vain >= LOOKS_IN_VAIN else "WAKE_FULL"])
+        self._arm(_WAKE["WAKE_ANY" if tired else "WAKE_FULL"])
+
+    @property
+    def _all_armed(self) -> bool:
+        return len(self._armed) == len(self._reading)
 
     def _continue(self) -> None:
         self._soon = None

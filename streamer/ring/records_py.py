@@ -24,6 +24,7 @@ import msgspec
 
 from streamer.events.clock import rfc3339
 from streamer.events.layout import HEADER_FIELDS, MAX_STRINGS, FieldLayout, RecordLayout
+from streamer.events.timing import KEY_BYTES, Timing
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -42,7 +43,7 @@ Gap: TypeAlias = tuple[Literal["missing", "late", "skipped"], int, int, int]
 before it were given up, so that they are no losses."""
 
 _WIDTHS = {1: "B", 2: "H", 4: "I", 8: "Q"}
-_INTEGERS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "s32": "i", "s64": "q", "ns": "Q"}
+_INTEGERS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "s32": "i", "s64": "q", "serial": "Q"}
 
 
 class Drained(NamedTuple):
@@ -235,12 +236,29 @@ def _read_id(prefix: str) -> Callable[[int, int], _Read]:
     return lambda cpu, seq: lambda words, cursor: f"{prefix}-{words[cpu]}-{words[seq]}"
 
 
-def _read_time(at: int) -> _Read:
-    return lambda words, cursor: (words[at] + cursor.clock) & U64
+_Coarse = Callable[[int], int]
 
 
-def _read_rfc3339(at: int) -> _Read:
-    return lambda words, cursor: rfc3339((words[at] + cursor.clock) & U64)
+def _as_it_is(ns: int) -> int:
+    return ns
+
+
+def _read_coarse(coarse: _Coarse) -> Callable[[int], _Read]:
+    return lambda at: lambda words, cursor: coarse(words[at])
+
+
+def _read_duration(timing: Timing) -> Callable[[int, int, int], _Read]:
+    return lambda at, cgroup, uid: (
+        lambda words, cursor: timing.duration(words[at], words[cgroup], words[uid])
+    )
+
+
+def _read_time(coarse: _Coarse) -> Callable[[int], _Read]:
+    return lambda at: lambda words, cursor: (coarse(words[at]) + cursor.clock) & U64
+
+
+def _read_rfc3339(coarse: _Coarse) -> Callable[[int], _Read]:
+    return lambda at: lambda words, cursor: rfc3339((coarse(words[at]) + cursor.clock) & U64)
 
 
 def _read_cut(names: tuple[str, ...]) -> Callable[[int], _Read]:
@@ -295,7 +313,17 @@ class _Context(NamedTuple):
     header: _Header
     constants: Mapping[str, object]
     id_prefix: str
+    timing: Timing | None = None
     strings: tuple[str, ...] = ()
+    subject: tuple[_Word, ...] = ()
+
+    @property
+    def moment(self) -> _Coarse:
+        return _as_it_is if self.timing is None else self.timing.moment
+
+    @property
+    def start(self) -> _Coarse:
+        return _as_it_is if self.timing is None else self.timing.start
 
 
 class _Field(NamedTuple):
@@ -334,8 +362,14 @@ def _op_of(field: _Field, context: _Context) -> _Op:
             return _Op((field.word("16s"), field.word("B", argument)), _read_ip)
         case "names":
             return _Op((field.word("B"),), _read_name(field.names(1)))
+        case "ns":
+            return _duration_op(field, context)
+        case "moment":
+            return _Op((field.word("Q"),), _read_coarse(context.moment))
+        case "start":
+            return _Op((field.word("Q"),), _read_coarse(context.start))
         case "boottime":
-            return _Op((field.word("Q"),), _read_time)
+            return _Op((field.word("Q"),), _read_time(context.start))
         case "flag":
             mask = _between(1, argument, 255, f"{field.where}: mask")
             return _Op((field.word("B"),), _read_flag(mask))
@@ -345,6 +379,15 @@ def _op_of(field: _Field, context: _Context) -> _Op:
         return _op_without_word(field, context)
     bit = 1 << context.strings.index(field.layout.name)
     return _Op((field.word("H"),), _STRINGS[op](bit))
+
+
+def _duration_op(field: _Field, context: _Context) -> _Op:
+    word, timing = field.word("Q"), context.timing
+    if timing is None:
+        return _Op((word,), None)
+    if context.subject:
+        return _Op((word, *context.subject), _read_duration(timing))
+    return _Op((word,), _read_coarse(timing.duration))
 
 
 _STRINGS: dict[str, Callable[[int], Callable[[int], _Read]]] = {
@@ -363,9 +406,9 @@ def _op_without_word(field: _Field, context: _Context) -> _Op:
         case "id":
             return _Op((header["cpu"], header["seq"]), _read_id(context.id_prefix))
         case "time":
-            return _Op((header["boot_ns"],), _read_time)
+            return _Op((header["boot_ns"],), _read_time(context.moment))
         case "rfc3339":
-            return _Op((header["boot_ns"],), _read_rfc3339)
+            return _Op((header["boot_ns"],), _read_rfc3339(context.moment))
         case "invalid_utf8":
             return _Op((), _read_invalid_utf8, stage=2)
     raise ValueError(f"{field.where}: unknown op {field.layout.op!r}")
@@ -390,6 +433,13 @@ def _check_struct(layout: RecordLayout) -> None:
 
 def _strings_of(layout: RecordLayout) -> tuple[str, ...]:
     return tuple(field.name for field in layout.fields if field.op in _STRINGS)
+
+
+def _subject_of(layout: RecordLayout) -> tuple[_Word, ...]:
+    """Cgroup and user, whose durations they are; empty where it has not both."""
+    known = {(field.name, field.op): field.offset for field in layout.fields}
+    cgroup, uid = known.get(("cgroup_id", "u64")), known.get(("uid", "u32"))
+    return () if cgroup is None or uid is None else (_Word(cgroup, "Q"), _Word(uid, "I"))
 
 
 def _check_strings(layout: RecordLayout) -> None:
@@ -422,7 +472,7 @@ class _Plan:
         _check_struct(layout)
         self.kind = layout.kind
         self.size = _between(context.header.size, layout.size, MAX_RECORD, f"{layout.kind}: size")
-        context = context._replace(strings=_strings_of(layout))
+        context = context._replace(strings=_strings_of(layout), subject=_subject_of(layout))
         ops = [
             _op_of(_Field(field, f"{layout.kind}.{field.name}", self.size), context)
             for field in layout.fields
@@ -479,6 +529,7 @@ class Decoder:
         layouts: Mapping[int, RecordLayout],
         constants: Mapping[str, object],
         id_prefix: str,
+        timing: Timing | None = None,
     ) -> None:
         """Compile the layouts.
 
@@ -487,15 +538,21 @@ class Decoder:
             layouts: how records are read, by the number of their kind (0 to 65535).
             constants: values of `const` fields, shared by all events.
             id_prefix: begins the `id` of each event; ASCII.
+            timing: how coarse times and durations are; None: as they are.
 
         Raises:
             TypeError: a class that cannot be made as its layout says: not a Struct with
                 `gc=False`, without `__post_init__` and with exactly the layout's fields.
-            ValueError: an unknown op, or an offset or size outside the record.
+            ValueError: an unknown op, an offset or size outside the record, or a timing that
+                makes no sense.
             KeyError: an offset of the header or a constant that is not there.
         """
         if not id_prefix.isascii():
             raise ValueError(f"id_prefix {id_prefix!r} is not ASCII")
+        if timing is not None:
+            _between(2, timing.resolution_ns, (1 << 63) - 1, "timing: resolution_ns")
+            if len(timing.key) != KEY_BYTES:
+                raise ValueError(f"timing: not a Timing with a key of {KEY_BYTES} bytes")
         self.header = _Header(header)
         self._clock_offset_ns = 0
         self._unknown_kind = self._short_record = self._invalid_utf8 = 0
@@ -503,7 +560,7 @@ class Decoder:
         self._kind_and_size = self.header.getter("kind", "size")
         self.sequence_of = self.header.getter("cpu", "seq", "skipped")
         self.times_of = self.header.getter("boot_ns", "seq")
-        context = _Context(self.header, constants, id_prefix)
+        context = _Context(self.header, constants, id_prefix, timing)
         self._plans = {
             _between(0, number, 65535, "layouts: kind"): _Plan(layout, context)
             for number, layout in layouts.items()

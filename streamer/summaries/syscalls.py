@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from streamer.errors import HelperGone
 from streamer.events.envelope import Envelope
 from streamer.events.summaries import SyscallLatency
+from streamer.events.timing import Timing
 from streamer.kernel.objects import CONTRACT
 from streamer.kernel.state import KernelState, size_of, syscall_places
 from streamer.summaries.tables import CounterTable, entries_of
@@ -83,6 +84,16 @@ def _longest(before: Sequence[int], now: Sequence[int], period: int) -> int:
     return found
 
 
+def coarse(counted: Counted, timing: Timing, cgroup: int) -> Counted:
+    """The same with nothing about durations below the resolution."""
+    short, rest = counted.buckets[: timing.least_bit + 1], counted.buckets[timing.least_bit + 1 :]
+    return counted._replace(
+        total_ns=timing.total(counted.total_ns, counted.calls, cgroup),
+        max_ns=timing.duration(counted.max_ns, cgroup),
+        buckets=(*[0] * timing.least_bit, sum(short), *rest) if short else (),
+    )
+
+
 def percentile(counted: Counted, share: float) -> int:
     """The nanoseconds that so large a share of the calls took at most: the end of a bucket."""
     left = share * sum(counted.buckets)
@@ -112,8 +123,11 @@ class Total(NamedTuple):
 class _CgroupTable:
     """What was counted by cgroup and call, in a table of which the oldest entries make way."""
 
-    def __init__(self, kernel: KernelState, settings: mmap.mmap) -> None:
+    def __init__(
+        self, kernel: KernelState, settings: mmap.mmap, coarse: Callable[[Counted, int], Counted]
+    ) -> None:
         self._kernel = kernel
+        self._coarse = coarse
         self._settings = settings
         self._held: list[tuple[bytes, bytes]] | None = None
         self._before: dict[bytes, tuple[int, ...]] = {}
@@ -151,10 +165,10 @@ class _CgroupTable:
         if before is None or before[0] != since:  # another one than before, of the same key
             before = (since, *_NOTHING)
             self._totals.pop(key, None)
-        counted = between(before[1:], now, ended)
+        cgroup, number, _ = _CGROUP.unpack(key)
+        counted = self._coarse(between(before[1:], now, ended), cgroup)
         if counted.calls:
             self._totals[key] = total = self._totals.get(key, Total()).plus(counted)
-            cgroup, number, _ = _CGROUP.unpack(key)
             self.changed[cgroup, number] = counted, total
 
 
@@ -181,7 +195,7 @@ class SyscallSummary:
         settings = kernel.table("syscall_settings", size_of("syscall_settings"), writable=True)
         self._settings = settings
         wanted = kernel.kernel_settings.syscall_cgroups
-        self._cgroups = _CgroupTable(kernel, settings) if wanted else None
+        self._cgroups = _CgroupTable(kernel, settings, self._coarse) if wanted else None
         self._count_in(self._period)
 
     def _count_in(self, period: int) -> None:
@@ -201,12 +215,16 @@ class SyscallSummary:
             place = index // self._cpus
             found[place] = found.get(place, Counted()).and_also(between(before, now, ended))
         for place in sorted(found):
-            counted = found[place]
+            counted = self._coarse(found[place], _ALL)
             self._totals[place] = total = self._totals.get(place, Total()).plus(counted)
             if counted.calls or counted.missed:
                 yield self._record(place, _ALL, counted, total, period_ns, 0)
         if self._cgroups is not None:
             yield from self._of_cgroups(self._cgroups, ended, period_ns)
+
+    def _coarse(self, counted: Counted, cgroup: int) -> Counted:
+        timing = self._envelope.timing
+        return counted if timing is None else coarse(counted, timing, cgroup)
 
     def _of_cgroups(
         self, table: _CgroupTable, ended: int, period_ns: int

@@ -92,9 +92,9 @@ SAMPLE_FIELDS = (
     FieldLayout("host", "const", 0, "host"),
     FieldLayout("schema", "const", 0, "schema"),
     FieldLayout("time_ns", "time", 0, None),
-    FieldLayout("boot_ns", "ns", 0, None),
+    FieldLayout("boot_ns", "moment", 0, None),
     FieldLayout("cpu", "u16", 22, None),
-    FieldLayout("seq", "ns", 8, None),
+    FieldLayout("seq", "serial", 8, None),
     FieldLayout("truncated", "cut", 25, STRINGS),
     FieldLayout("incomplete", "flag", 26, 4),
     FieldLayout("invalid_utf8", "invalid_utf8", 0, None),
@@ -126,7 +126,7 @@ LAYOUTS = {
         Fork,
         36,
         36,
-        (FieldLayout("seq", "ns", 8, None), FieldLayout("child", "u32", 32, None)),
+        (FieldLayout("seq", "serial", 8, None), FieldLayout("child", "u32", 32, None)),
     ),
 }
 

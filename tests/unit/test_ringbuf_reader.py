@@ -81,7 +81,7 @@ class Source:
 class Bench:
     """A reader over two scripted rings."""
 
-    def __init__(self, max_events: int | None = None) -> None:
+    def __init__(self, max_events: int | None = None, *, sleeps: bool = True) -> None:
         self.critical, self.bulk = Source("critical"), Source("bulk")
         self.state = mmap.mmap(-1, mmap.PAGESIZE)
         self.read = 0
@@ -94,6 +94,7 @@ class Bench:
             on_error=self.errors.append,
             poll_interval_ms=INTERVAL_MS,
             drain_records=10,
+            sleeps=sleeps,
             max_events=max_events,
         )
 
@@ -137,6 +138,20 @@ async def test_an_idle_reader_sleeps_and_a_wake_up_makes_it_read(bench: Bench) -
     bench.bulk.wake()
     await bench.until_read(25)
     assert bench.critical.ring.drains >= LOOKS_IN_VAIN
+
+
+async def test_one_that_does_not_sleep_is_woken_by_a_ring_that_fills_alone() -> None:
+    """Where times are coarse, when an event comes must not tell when it happened."""
+    bench = Bench(sleeps=False)
+    bench.reader.start()
+    await until(lambda: bench.bulk.ring.drains > 4 * LOOKS_IN_VAIN)
+    assert bench.asked == [WAKE["WAKE_FULL"]] * 2
+    assert bench.reader._timer is not None
+    bench.bulk.ring.held = 25
+    await bench.until_read(25)
+    bench.reader.close()
+    bench.critical.close()
+    bench.bulk.close()
 
 
 async def test_who_drains_by_the_way_leaves_the_reader_awake(bench: Bench) -> None:

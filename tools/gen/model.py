@@ -22,10 +22,11 @@ _PYTHON_TYPES |= {"id": "str", "const": "str"}
 _RANGES: dict[str, tuple[int | None, int | None]] = {
     **{f"u{bits}": (0, (1 << bits) - 1) for bits in (8, 16, 32)},
     "s32": (-1 << 31, (1 << 31) - 1),
-    **dict.fromkeys(("u64", "ns", "time", "boottime"), (0, None)),
+    **dict.fromkeys(("u64", "ns", "moment", "start", "serial", "time", "boottime"), (0, None)),
 }
 
-_SIZES = {"bool": 1, "names": 1, "ns": 8, "boottime": 8, "ip": 16, "str": 2, "argv": 2}
+_SIZES = {"bool": 1, "names": 1, "ip": 16, "str": 2, "argv": 2}
+_SIZES |= dict.fromkeys(("ns", "moment", "start", "serial", "boottime"), 8)
 
 
 class Field(NamedTuple):
@@ -325,7 +326,7 @@ def _shown(
     match shown:
         case "":
             yield Field(name, _integer(btf, member), offset, None, doc)
-        case "bool" | "ns" | "boottime":
+        case "bool" | "ns" | "moment" | "start" | "serial" | "boottime":
             yield Field(name, shown, offset, None, doc)
         case "cstr":
             yield Field(name, "cstr", offset, size, doc)
