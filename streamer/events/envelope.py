@@ -67,15 +67,13 @@ class Envelope:
         """How the id of every event of a ring begins; CPU and sequence number follow."""
         return f"{self.run_id}-{ring}"
 
-    def start_ns(self, boot_ns: int) -> int:
-        """When a process started, as events have it, of nanoseconds since boot."""
-        return boot_ns if self.timing is None else self.timing.start(boot_ns)
-
     def record(self, cls: type[_Record], **fields: Any) -> _Record:
-        """A record of the stream itself, of now."""
+        """A record of the stream itself, of now; of a process by its exact `start_boot_ns`."""
         boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         if self.timing is not None:
             boot_ns = self.timing.moment(boot_ns)
+            if "start_boot_ns" in fields:
+                fields["start_boot_ns"] = self.timing.start(fields["start_boot_ns"])
         time_ns = boot_ns + clock_offset_ns()
         seq = next(self._numbers)
         return cls(

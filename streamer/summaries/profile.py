@@ -280,11 +280,10 @@ class ProfileSummary:
         return True
 
     def _record(self, one: Counted, period: Period, period_ns: int) -> ProfileSample:
-        start = self._envelope.start_ns(one.record.start_boot_ns)
         return self._envelope.record(
             ProfileSample,
             period_ns=period_ns,
-            **one.record._replace(start_boot_ns=start)._asdict(),
+            **one.record._asdict(),
             count=one.met,
             rate_hz=self._rate,
             modules=one.modules,

@@ -21,8 +21,8 @@ from streamer.config.settings import Settings, TimingSection
 from streamer.events.envelope import Envelope
 from streamer.events.kinds import HEADER, KINDS, RECORDS
 from streamer.events.layout import FieldLayout, RecordLayout, with_time
-from streamer.events.stream import StreamLoss
-from streamer.events.summaries import SUMMARIES
+from streamer.events.stream import StreamLoss, StreamRecord
+from streamer.events.summaries import SUMMARIES, ProfileSample
 from streamer.events.timing import Timing, key_of_boot, siphash
 from streamer.ring import _records, records_py
 from streamer.summaries.syscalls import Counted, coarse, percentile
@@ -213,7 +213,7 @@ def test_a_timing_that_makes_no_sense_is_refused(reader: ModuleType, timing: Tim
 TIME_OPS = {"ns", "moment", "start", "time", "boottime"}
 # Of the agent's own work, by its own clock.
 OWN_TIMES = {"time_ns", "boot_ns", "period_ns"}
-STARTS = {"start_boot_ns"}  # by Envelope.start_ns
+STARTS = {"start_boot_ns"}  # by Envelope.record
 COARSE_SUMMARIES = {
     "syscall.latency": {
         "duration_sum_ns", "p50_ns", "p90_ns", "p99_ns", "max_ns", "duration_total_ns",
@@ -273,8 +273,14 @@ def test_nothing_but_times_changes(reader: ModuleType) -> None:
 
 def test_the_streams_own_records_are_on_the_same_grid() -> None:
     timing = Timing(1000 * MS, KEY)
-    record = Envelope("here", timing=timing).record(StreamLoss, stage="sink", count=1, kinds={})
+    envelope = Envelope("here", timing=timing)
+    record = envelope.record(StreamLoss, stage="sink", count=1, kinds={})
     assert record.boot_ns % timing.resolution_ns == 0
+    start = timing.resolution_ns * 7 + 1
+    own = StreamRecord.__struct_fields__
+    fields = dict.fromkeys(set(ProfileSample.__struct_fields__) - {*own, "start_boot_ns"}, 0)
+    sample = envelope.record(ProfileSample, **fields, start_boot_ns=start)
+    assert sample.start_boot_ns == timing.start(start)
 
 
 # ---------------------------------------------------------------- summaries
@@ -368,32 +374,35 @@ def test_the_next_run_rounds_alike_and_the_next_boot_does_not(tmp_path: Path) ->
 SHORT, LONG = 2 * MS, 4 * MS
 
 
-def aligned_guess(timing: Timing, secret: list[bool], noise: random.Random) -> list[bool]:
-    """Of each bit: the observer makes it end just before a multiple, or just after.
+def aligned_guess(timing: Timing, secret: list[bool], noise: random.Random, aim: int) -> list[bool]:
+    """Of each bit: the observer makes it end just before `aim`, or just after if it is a 1.
 
-    He knows when he asks, and that a 1 takes longer. He sees the time of the answer, three times.
+    He knows when he asks, and sees the time of the answer, three times: rounded up, or not.
     """
     edge = timing.resolution_ns
-    ask = edge - (SHORT + LONG) // 2
+    ask = aim - (SHORT + LONG) // 2
     guess = []
     for index, bit in enumerate(secret):
         late = 0
         for again in range(3):
-            bucket = 1000 + 3 * index + again
-            end = bucket * edge + ask + (LONG if bit else SHORT) + noise.randrange(MS // 2)
-            late += timing.moment(end) > bucket * edge
+            begin = (1000 + 3 * index + again) * edge
+            end = begin + ask + (LONG if bit else SHORT) + noise.randrange(MS // 2)
+            late += timing.moment(end) > begin
         guess.append(late > 1)
     return guess
 
 
-@pytest.mark.parametrize(("jitter", "low", "high"), [(False, 1.0, 1.0), (True, 0.45, 0.56)])
+@pytest.mark.parametrize(
+    ("jitter", "aim", "low", "high"),
+    [(False, 100 * MS, 1.0, 1.0), (True, 100 * MS, 0.45, 0.56), (True, 50 * MS, 0.45, 0.56)],
+)
 def test_who_chooses_the_moment_learns_nothing_with_jitter(
-    jitter: bool, low: float, high: float
+    jitter: bool, aim: int, low: float, high: float
 ) -> None:
     """Rounding alone is a ruler to whoever can move what he measures along it."""
     source = random.Random(7)
     secret = [source.random() < 0.5 for _ in range(4000)]
-    guess = aligned_guess(Timing(100 * MS, KEY, jitter), secret, source)
+    guess = aligned_guess(Timing(100 * MS, KEY, jitter), secret, source, aim)
     right = fmean(a == b for a, b in zip(guess, secret, strict=True))
     assert low <= right <= high
 
