@@ -197,11 +197,13 @@ def _profile(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     chosen = plan(arguments)
     from streamer.agent.check import report
-    from streamer.terminal.tables import check_code, check_text, json_text
+    from streamer.kernel.trials import have_own_mounts
+    from streamer.terminal.checked import check_code, check_text
+    from streamer.terminal.tables import json_text
 
-    found = report(chosen.settings, chosen.kinds)
+    found = report(chosen.settings, chosen.kinds, apart=have_own_mounts())
     print(json_text(found) if arguments.json else check_text(found))
-    return check_code(found, chosen.kinds)
+    return check_code(found)
 
 
 def _events(arguments: argparse.Namespace) -> int:
@@ -222,11 +224,16 @@ def _events(arguments: argparse.Namespace) -> int:
 def _schema(arguments: argparse.Namespace) -> int:
     from streamer.config.reference import schema
     from streamer.events.catalogue import PUBLISHED
-    from streamer.events.schema import any_of
+    from streamer.events.schema import any_of, of_kind
     from streamer.terminal import tables as text
 
     if arguments.name == "config":
         print(text.json_text(schema()))
+        return 0
+    if arguments.name == "check":
+        from streamer.kernel.report import CheckReport
+
+        print(text.json_text(of_kind("check", CheckReport)))
         return 0
     known = PUBLISHED
     chosen = [text.named(known, arguments.name)] if arguments.name else known.values()
@@ -385,7 +392,12 @@ def _add_profile(commands: Any) -> None:
 
 def _add_check(commands: Any) -> None:
     text = "say what this kernel offers, what would attach, what is lost and why"
-    parser = _command(commands, "check", _check, text, "sudo streamer check --events '*'")
+    codes = (
+        "exit codes: 0 all that was asked for is observed in full, 1 some of it, 3 nothing,\n"
+        "  2 the configuration or command line is wrong (docs/check.md)"
+    )
+    example = "sudo streamer check --events '*'"
+    parser = _command(commands, "check", _check, text, f"{example}\n\n{codes}")
     _add_source(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -398,9 +410,11 @@ def _add_events(commands: Any) -> None:
 
 
 def _add_schema(commands: Any) -> None:
-    text = "print the JSON Schema of events, of one kind, or of the configuration"
+    text = "print the JSON Schema of events, of one kind, of the configuration, or of `check`"
     parser = _command(commands, "schema", _schema, text, "streamer schema net.connect")
-    parser.add_argument("name", nargs="?", metavar="KIND|config", help="by default, any event")
+    parser.add_argument(
+        "name", nargs="?", metavar="KIND|config|check", help="by default, any event"
+    )
 
 
 def _duration(text: str) -> float:

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from typing import Literal
+import socket
+from collections.abc import Iterable, Iterator
 
+from streamer import __version__
 from streamer.config.settings import Settings
 from streamer.errors import StreamerError
-from streamer.kernel import capabilities, cgroups, loader, state
-from streamer.kernel.report import CheckReport
+from streamer.events.catalogue import SELECTABLE
+from streamer.kernel import capabilities, cgroups, loader, state, trials
+from streamer.kernel.host_settings import host_settings
+from streamer.kernel.loader import ATTACHED, SPARE
+from streamer.kernel.report import VERSION, Answer, CheckReport, Hook, Kind, Rung, Status
 from streamer.kernel.state import KindStatus, ProgramStatus
+from streamer.kernel.targets import in_vain, without_target
+from streamer.kernel.uses import uses_of
 from streamer.privilege.split import with_helper
 
+_NOT_ASKED = "not among the events asked for"
+_MOST_NAMES = 10
+_CAPABILITIES = {
+    capabilities.CAP_BPF: "to load programs",
+    capabilities.CAP_PERFMON: "to load those that look at the kernel",
+    capabilities.CAP_NET_ADMIN: "for programs at interfaces and cgroups",
+    capabilities.CAP_SYS_PTRACE: "to look at processes of others",
+    capabilities.CAP_DAC_READ_SEARCH: "to look at files of others",
+    capabilities.CAP_SYS_ADMIN: "to mount tracefs; stands for the first three",
+    capabilities.CAP_SYS_RESOURCE: "to raise RLIMIT_MEMLOCK, which counts before Linux 5.11",
+    capabilities.CAP_SETUID: "to become a user without rights",
+    capabilities.CAP_SETGID: "to become a user without rights",
+}
+_WORDS: dict[str, Status] = {"full": "full", "partial": "degraded", "missing": "unavailable"}
 
-def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
-    """Load and attach for `kinds`, detach again, and say what became of each. Never raises.
 
-    Through a privileged helper, as `run` does: that it has fewer rights can make a difference.
+def report(settings: Settings, kinds: frozenset[str], *, apart: bool = False) -> CheckReport:
+    """Load and attach for `kinds`, detach again, and say what became of each; and try all that the
+    objects use. Never raises.
+
+    What is loaded for `kinds` goes through a privileged helper, as `run` does: that it has fewer
+    rights can make a difference. `apart`: this process has mounts of its own.
     """
-    programs: list[ProgramStatus] = []
+    settings_there = host_settings(apart=apart)  # before anything is raised
     had_tracefs = loader.has_tracefs()
-    reason, no_functions = "", "not tried"
-    rings = "not tried"
+    programs: list[ProgramStatus] = []
+    reason, no_functions, transport = "", "not tried", "not tried"
     try:
         kernel = _loaded(settings, kinds)
     except StreamerError as error:
@@ -29,24 +54,48 @@ def report(settings: Settings, kinds: frozenset[str]) -> CheckReport:
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
     else:
         no_functions = kernel.no_functions
-        rings = _transport(kernel.transport)
+        transport = _transport(kernel.transport)
         try:
             kernel.attach()
             programs, found = kernel.statuses, kernel.coverage(kinds)
         finally:
             kernel.close()
+    tried = trials.try_all(uses_of(), apart=apart)
+    interfaces = {name: _interface(name) for name in settings.kernel.interfaces}
     uname = os.uname()
-    return CheckReport(
+    made = CheckReport(
+        version=VERSION,
+        agent=__version__,
         kernel=f"{uname.sysname} {uname.release} {uname.machine}",
-        ok=all(one.status == "full" for one in found.values()),
-        capabilities=capabilities.held(),
+        ok=False,
+        types=_types(settings),
+        transport=transport,
+        kinds={kind: Kind(_WORDS[one.status], one.reason) for kind, one in found.items()},
+        not_asked=_not_asked(settings, kinds),
+        interfaces=interfaces,
+        notes=list(in_vain(settings.kernel, kinds)),
+        hooks=list(hooks_of(programs)),
         features={
-            **_features(settings, reason, no_functions, had_tracefs),
-            "transport": rings,
+            **tried.features,
+            "load": Answer("no", reason) if reason else trials.YES,
+            "functions": _functions(no_functions),
+            "tracefs": _tracefs(had_tracefs),
+            "cgroup_ids": _cgroup_ids(),
+            "decoder": _decoder(),
         },
-        programs=programs,
-        kinds=found,
+        program_types=tried.program_types,
+        map_types=tried.map_types,
+        helpers=tried.helpers,
+        attach_points=tried.attach_points,
+        capabilities=dict(_capabilities()),
+        settings=settings_there,
     )
+    made.ok = all(one.status == "full" for one in made.kinds.values()) and all(
+        one.answer == "yes" for one in interfaces.values()
+    )
+    if not apart:
+        _leave_no_tracefs(had_tracefs)
+    return made
 
 
 def _loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
@@ -59,20 +108,19 @@ def _loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
         raise
 
 
-def _features(
-    settings: Settings, reason: str, no_functions: str, had_tracefs: bool
-) -> dict[str, str]:
-    tracefs = loader.ensure_tracefs() if not reason else ""
-    if not tracefs and not had_tracefs and loader.has_tracefs():
-        tracefs = "yes: it was not mounted before this check, and is now"
-    return {
-        "btf": settings.btf or _yes(os.path.exists(loader.KERNEL_BTF)),
-        "load": reason or "yes",
-        "fentry": no_functions or "yes",
-        "tracefs": tracefs or "yes",
-        "cgroup ids": cgroups.what_is_unseen() or "yes",
-        "decoder": _decoder(),
-    }
+def hooks_of(programs: Iterable[ProgramStatus]) -> Iterator[Hook]:
+    """The hooks that the programs are ways to."""
+    ways: dict[tuple[str, str], list[ProgramStatus]] = {}
+    for program in programs:
+        ways.setdefault((program.sensor, program.hook), []).append(program)
+    for (sensor, hook), rungs in ways.items():
+        yield Hook(
+            hook=hook,
+            sensor=sensor,
+            kinds=sorted({kind for rung in rungs for kind in rung.kinds}),
+            used=next((rung.way for rung in rungs if rung.status == ATTACHED), ""),
+            rungs=[_rung(rung) for rung in rungs],
+        )
 
 
 def _transport(used: loader.Transport) -> str:
@@ -80,11 +128,76 @@ def _transport(used: loader.Transport) -> str:
     return f"{said}: {used.reason}" if used.reason else said
 
 
-def _yes(there: bool) -> Literal["yes", "no"]:
-    return "yes" if there else "no"
+def _rung(program: ProgramStatus) -> Rung:
+    if program.status == ATTACHED:
+        return Rung(program.name, program.way, "used", program.reason)
+    if program.status == SPARE:
+        return Rung(program.name, program.way, "spare", program.reason)
+    return Rung(program.name, program.way, "lacking", program.reason)
 
 
-def _decoder() -> str:
+def _types(settings: Settings) -> str:
+    try:
+        file = loader.find_btf(settings.btf)
+    except StreamerError as error:
+        return str(error)
+    return f"BTF file: {file}" if file else f"BTF of the running kernel: {loader.KERNEL_BTF}"
+
+
+def _not_asked(settings: Settings, kinds: frozenset[str]) -> dict[str, str]:
+    why = without_target(settings.kernel)
+    return {kind: why.get(kind, _NOT_ASKED) for kind in sorted(SELECTABLE.keys() - kinds)}
+
+
+def _interface(name: str) -> Answer:
+    there = [one for _, one in socket.if_nameindex()]
+    if name in there:
+        return trials.YES
+    listed = ", ".join(there[:_MOST_NAMES]) + (", …" if len(there) > _MOST_NAMES else "")
+    return Answer("no", f"there is no such interface here; there are: {listed}")
+
+
+def _functions(no_functions: str) -> Answer:
+    if no_functions == "not tried":
+        return Answer("unknown", no_functions)
+    return Answer("no", no_functions) if no_functions else trials.YES
+
+
+def _tracefs(had: bool) -> Answer:
+    trouble = loader.ensure_tracefs()
+    if not trouble:
+        return trials.YES if had else Answer("yes", "not mounted now: `streamer run` mounts it")
+    if capabilities.CAP_SYS_ADMIN in capabilities.of_host():
+        return Answer("no", trouble)
+    return Answer("unknown", f"{trouble}: only root can look into it, or mount it")
+
+
+def _leave_no_tracefs(had: bool) -> None:
+    """Where it had to be mounted in the mounts that others see."""
+    if not had and loader.has_tracefs():
+        ctypes.CDLL(None).umount2(loader.TRACEFS[0].encode(), 0)
+
+
+def _cgroup_ids() -> Answer:
+    unseen = cgroups.what_is_unseen()
+    return Answer("no", unseen) if unseen else trials.YES
+
+
+def _decoder() -> Answer:
     from streamer.ring.records import COMPILED
 
-    return "compiled" if COMPILED else "pure Python: slower, no compiler was there at the install"
+    if COMPILED:
+        return Answer("yes", "compiled")
+    return Answer("no", "pure Python: slower, no compiler was there at the install")
+
+
+def _capabilities() -> Iterator[tuple[str, Answer]]:
+    effective, of_host = capabilities.effective(), capabilities.of_host()
+    for number, purpose in _CAPABILITIES.items():
+        name = capabilities.name_of(number)
+        if number in of_host:
+            yield name, Answer("yes", purpose)
+        elif number in effective:
+            yield name, Answer("no", f"{purpose}; it is that of a user namespace only")
+        else:
+            yield name, Answer("no", purpose)

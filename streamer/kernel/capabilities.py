@@ -17,6 +17,20 @@ CAP_SYS_PTRACE, CAP_SYS_ADMIN = 19, 21
 CAP_PERFMON, CAP_BPF = 38, 39
 CAP_CHECKPOINT_RESTORE = 40
 
+CAP_SYS_RESOURCE = 24
+NAMES = {
+    CAP_BPF: "CAP_BPF",
+    CAP_PERFMON: "CAP_PERFMON",
+    CAP_NET_ADMIN: "CAP_NET_ADMIN",
+    CAP_SYS_ADMIN: "CAP_SYS_ADMIN",
+    CAP_SYS_PTRACE: "CAP_SYS_PTRACE",
+    CAP_SYS_RESOURCE: "CAP_SYS_RESOURCE",
+    CAP_DAC_READ_SEARCH: "CAP_DAC_READ_SEARCH",
+    CAP_SETUID: "CAP_SETUID",
+    CAP_SETGID: "CAP_SETGID",
+}
+"""Those that make a difference to the agent."""
+
 _BITS = {"CAP_SYS_ADMIN": CAP_SYS_ADMIN, "CAP_PERFMON": CAP_PERFMON, "CAP_BPF": CAP_BPF}
 _NEEDED = ("CAP_BPF", "CAP_PERFMON")
 _VERSION_3 = 0x20080522
@@ -31,6 +45,20 @@ def effective() -> frozenset[int]:
     line = next(line for line in status.splitlines() if line.startswith("CapEff:"))
     mask = int(line.split()[1], 16)
     return frozenset(bit for bit in range(64) if mask >> bit & 1)
+
+
+def of_host() -> frozenset[int]:
+    """The capabilities in force that are the host's: in a user namespace they are not."""
+    return effective() if _maps_every_user(Path("/proc/self/uid_map").read_text()) else frozenset()
+
+
+def _maps_every_user(uid_map: str) -> bool:
+    return uid_map.split() == ["0", "0", "4294967295"]
+
+
+def name_of(capability: int) -> str:
+    """Its name, such as CAP_BPF."""
+    return NAMES.get(capability, f"capability {capability}")
 
 
 def held() -> dict[str, bool]:

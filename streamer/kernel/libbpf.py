@@ -25,6 +25,11 @@ _BPF_XDP = 37  # enum bpf_attach_type
 _PERF_EVENT_ARRAY = 4  # BPF_MAP_TYPE_PERF_EVENT_ARRAY
 XDP_MODES = {"native": 1 << 2, "generic": 1 << 1}
 """The ways of an interface to run a program: in its driver, else behind it. XDP_FLAGS_…"""
+_NEWER_ATTACH_TYPES = {46: "tcx_ingress", 47: "tcx_egress"}  # than libbpf
+_TYPED_ATTACH_TYPES = (23, 24, 25, 26, 27, 28)  # BPF_TRACE_RAW_TP and so on: by the kernel's BTF
+_MAP_FLAGS = {1 << 0: "no_prealloc", 1 << 7: "rdonly_prog", 1 << 9: "clone", 1 << 10: "mmapable"}
+_INSTRUCTION_BYTES = 8
+_SHORT_LOG_BYTES = 4096
 _LOG_FIGURES = 4  # BPF_LOG_STATS
 LOG_BYTES = 1 << 20
 """Room for one program's verifier log; a longer one loses its beginning or fails to be kept."""
@@ -72,6 +77,45 @@ class _LinkOptions(Structure):
     _fields_ = [("size", c_size_t), ("flags", u32)]
 
 
+class _LoadOptions(Structure):
+    """The members of `struct bpf_prog_load_opts` of libbpf 1.x."""
+
+    _fields_ = [
+        ("size", c_size_t),
+        ("attempts", c_int),
+        ("expected_attach_type", c_int),
+        ("prog_btf_fd", u32),
+        ("prog_flags", u32),
+        ("prog_ifindex", u32),
+        ("kern_version", u32),
+        ("attach_btf_id", u32),
+        ("attach_prog_fd", u32),
+        ("attach_btf_obj_fd", u32),
+        ("fd_array", c_void_p),
+        ("func_info", c_void_p),
+        ("func_info_cnt", u32),
+        ("func_info_rec_size", u32),
+        ("line_info", c_void_p),
+        ("line_info_cnt", u32),
+        ("line_info_rec_size", u32),
+        ("log_level", u32),
+        ("log_size", u32),
+        ("log_buf", c_char_p),
+    ]
+
+
+class _ProgramInfo(Structure):
+    """The leading members of `struct bpf_prog_info`."""
+
+    _fields_ = [
+        ("type", u32),
+        ("id", u32),
+        ("tag", ctypes.c_uint8 * 8),
+        ("jited_prog_len", u32),
+        ("xlated_prog_len", u32),
+    ]
+
+
 class _BtfType(Structure):
     """`struct btf_type`: of an enum, its values follow."""
 
@@ -87,12 +131,15 @@ class _BtfEnum(Structure):
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "libbpf_set_print": (c_void_p, [c_void_p]),
     "bpf_object__open_file": (c_void_p, [c_char_p, POINTER(_OpenOptions)]),
+    "bpf_object__open_mem": (c_void_p, [c_char_p, c_size_t, POINTER(_OpenOptions)]),
     "bpf_object__load": (c_int, [c_void_p]),
     "bpf_object__close": (None, [c_void_p]),
     "bpf_object__next_program": (c_void_p, [c_void_p, c_void_p]),
     "bpf_object__next_map": (c_void_p, [c_void_p, c_void_p]),
     "bpf_program__name": (c_char_p, [c_void_p]),
     "bpf_program__section_name": (c_char_p, [c_void_p]),
+    "bpf_program__type": (c_int, [c_void_p]),
+    "bpf_program__expected_attach_type": (c_int, [c_void_p]),
     "bpf_program__set_autoload": (c_int, [c_void_p, c_bool]),
     "bpf_program__set_log_level": (c_int, [c_void_p, u32]),
     "bpf_program__set_log_buf": (c_int, [c_void_p, c_char_p, c_size_t]),
@@ -110,6 +157,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_map__key_size": (u32, [c_void_p]),
     "bpf_map__value_size": (u32, [c_void_p]),
     "bpf_map__type": (c_int, [c_void_p]),
+    "bpf_map__map_flags": (u32, [c_void_p]),
+    "bpf_map__max_entries": (u32, [c_void_p]),
     "bpf_map__is_internal": (c_bool, [c_void_p]),
     "libbpf_num_possible_cpus": (c_int, []),
     "bpf_map__initial_value": (c_void_p, [c_void_p, POINTER(c_size_t)]),
@@ -129,6 +178,15 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "btf__free": (None, [c_void_p]),
     "btf__type_by_id": (POINTER(_BtfType), [c_void_p, u32]),
     "btf__name_by_offset": (c_char_p, [c_void_p, u32]),
+    "libbpf_bpf_prog_type_str": (c_char_p, [c_int]),
+    "libbpf_bpf_attach_type_str": (c_char_p, [c_int]),
+    "libbpf_bpf_map_type_str": (c_char_p, [c_int]),
+    "libbpf_find_vmlinux_btf_id": (c_int, [c_char_p, c_int]),
+    "bpf_prog_load": (
+        c_int,
+        [c_int, c_char_p, c_char_p, c_char_p, c_size_t, POINTER(_LoadOptions)],
+    ),
+    "bpf_obj_get_info_by_fd": (c_int, [c_int, c_void_p, POINTER(u32)]),
     "bpf_prog_test_run_opts": (c_int, [c_int, POINTER(_TestRunOptions)]),
 }
 
@@ -212,6 +270,84 @@ def _sized(name: str, what: str, data: bytes, size: int) -> bytes:
     return data
 
 
+def program_type_name(type: int, attach: int) -> str:
+    """The name of a type of program, with that of what it attaches to where the type has several.
+
+    Of numbers of `enum bpf_prog_type` and `enum bpf_attach_type`.
+    """
+    library = _library()
+    name = _name_of(library.libbpf_bpf_prog_type_str(type), type)
+    if not attach:
+        return name
+    at = _NEWER_ATTACH_TYPES.get(attach) or _name_of(
+        library.libbpf_bpf_attach_type_str(attach), attach
+    )
+    return name if at == name else f"{name}/{at}"
+
+
+def map_type_name(type: int, flags: int) -> str:
+    """The name of a type of map, with those of the flags that it is made with."""
+    name = _name_of(_library().libbpf_bpf_map_type_str(type), type)
+    known = [word for bit, word in _MAP_FLAGS.items() if flags & bit]
+    others = flags & ~sum(_MAP_FLAGS)
+    return "+".join([name, *known, *([hex(others)] if others else [])])
+
+
+def _name_of(name: bytes | None, number: int) -> str:
+    return name.decode() if name else str(number)
+
+
+def btf_id_at(section: str, attach: int) -> int:
+    """The number in the kernel's BTF of what a program of that section and type attaches to.
+
+    0 where its type needs none. Raises OSError: it is not there.
+    """
+    if attach not in _TYPED_ATTACH_TYPES:
+        return 0
+    name = section.partition("/")[2]
+    return _check(_library().libbpf_find_vmlinux_btf_id(name.encode(), attach))
+
+
+class Refused(OSError):
+    """A program that did not load; `log` is what the verifier said."""
+
+    def __init__(self, number: int, log: str) -> None:
+        """Of the kernel's error number."""
+        super().__init__(number, os.strerror(number))
+        self.log = log
+
+
+def load_instructions(
+    type: int, code: bytes, name: str, *, attach: int = 0, btf_id: int = 0
+) -> int:
+    """A descriptor of a program that consists of these instructions.
+
+    Raises:
+        Refused: the kernel did not load it.
+    """
+    log = ctypes.create_string_buffer(_SHORT_LOG_BYTES)
+    options = _LoadOptions(size=ctypes.sizeof(_LoadOptions), expected_attach_type=attach)
+    options.attach_btf_id = btf_id
+    options.log_level, options.log_size = 1, len(log)
+    options.log_buf = ctypes.cast(log, c_char_p)
+    count = len(code) // _INSTRUCTION_BYTES
+    fd: int = _library().bpf_prog_load(type, name.encode(), b"GPL", code, count, byref(options))
+    if fd < 0:
+        raise Refused(-fd, log.value.decode(errors="replace"))
+    return fd
+
+
+def lengths_of(fd: int) -> tuple[int, int]:
+    """Bytes of a program as machine code and as the verifier left it.
+
+    Both are 0 to those who may not know, the first as well where it is interpreted. Raises OSError.
+    """
+    info = _ProgramInfo()
+    size = u32(ctypes.sizeof(info))
+    _check(_library().bpf_obj_get_info_by_fd(fd, byref(info), byref(size)))
+    return int(info.jited_prog_len), int(info.xlated_prog_len)
+
+
 class Program:
     """A program of an object."""
 
@@ -222,6 +358,16 @@ class Program:
         self._log: ctypes.Array[ctypes.c_char] | None = None
         self.name: str = library.bpf_program__name(handle).decode()
         self.section: str = library.bpf_program__section_name(handle).decode()
+
+    @property
+    def type(self) -> int:
+        """Its number in `enum bpf_prog_type`."""
+        return int(_library().bpf_program__type(self._handle))
+
+    @property
+    def attach_type(self) -> int:
+        """Its number in `enum bpf_attach_type`; 0 also where its type has none."""
+        return int(_library().bpf_program__expected_attach_type(self._handle))
 
     def autoload(self, wanted: bool) -> None:
         """Load this program with the object, or leave it out."""
@@ -337,6 +483,21 @@ class Map:
         """Whether it is a section of global data."""
 
     @property
+    def type(self) -> int:
+        """Its number in `enum bpf_map_type`."""
+        return int(_library().bpf_map__type(self._handle))
+
+    @property
+    def flags(self) -> int:
+        """What it is made with: BPF_F_…, ORed."""
+        return int(_library().bpf_map__map_flags(self._handle))
+
+    @property
+    def max_entries(self) -> int:
+        """How many entries it is to have, as far as the object says."""
+        return int(_library().bpf_map__max_entries(self._handle))
+
+    @property
     def fd(self) -> int:
         """The created map's file descriptor, owned by the object."""
         return _check(_library().bpf_map__fd(self._handle))
@@ -432,7 +593,17 @@ class Object:
         """Open the object at `path`; `btf` is a BTF file to use in place of the kernel's."""
         options = _OpenOptions(size=ctypes.sizeof(_OpenOptions))
         options.btf_custom_path = btf.encode() if btf else None
-        opened = _library().bpf_object__open_file(str(path).encode(), byref(options))
+        self._adopt(_library().bpf_object__open_file(str(path).encode(), byref(options)))
+
+    @classmethod
+    def of_bytes(cls, data: bytes, name: str) -> Object:
+        """Open an object that is in memory."""
+        options = _OpenOptions(size=ctypes.sizeof(_OpenOptions), object_name=name.encode())
+        made = cls.__new__(cls)
+        made._adopt(_library().bpf_object__open_mem(data, len(data), byref(options)))
+        return made
+
+    def _adopt(self, opened: int | None) -> None:
         self._handle: int | None = _check_pointer(opened)
         self.programs = {p.name: p for p in map(Program, self._walk("program"))}
         self.maps = {m.name: m for m in map(Map, self._walk("map"))}

@@ -1,9 +1,9 @@
-"""What the commands `check`, `events` and `schema` print."""
+"""What the commands `events` and `schema` print."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -14,15 +14,6 @@ from streamer.events.layout import KindInfo
 from streamer.events.stream import STREAM_KINDS
 from streamer.kernel.objects import SENSORS
 from streamer.terminal.lines import printable
-
-if TYPE_CHECKING:
-    from streamer.kernel.report import CheckReport
-
-DEGRADED = 1
-"""Exit code of `check` when a part of what was asked for cannot be observed."""
-
-NOTHING = 3
-"""Exit code of `check` when nothing of what was asked for can be observed."""
 
 
 def named(known: Mapping[str, KindInfo], kind: str) -> KindInfo:
@@ -70,33 +61,6 @@ def kinds_data(kinds: Sequence[KindInfo]) -> list[dict[str, Any]]:
 def _programs_of(kind: str) -> list[str]:
     programs = (program for sensor in SENSORS.values() for program in sensor.programs)
     return [program.name for program in programs if kind in program.kinds]
-
-
-def check_code(report: CheckReport, kinds: frozenset[str]) -> int:
-    """0 when every kind of `kinds` is full, 3 when none can be observed, else 1."""
-    statuses = {report.kinds[kind].status if kind in report.kinds else "missing" for kind in kinds}
-    if statuses <= {"full"}:
-        return 0
-    return NOTHING if statuses == {"missing"} else DEGRADED
-
-
-def check_text(report: CheckReport) -> str:
-    """The report of `check` for people: what is offered, what attaches, what is lost and why."""
-    held = [[name, "yes" if there else "no"] for name, there in report.capabilities.items()]
-    programs = [
-        [p.hook, p.way, ",".join(p.kinds), p.status, p.reason]
-        for p in report.programs
-        if p.status != "spare"
-    ]
-    kinds = [[kind, found.status, found.reason] for kind, found in report.kinds.items()]
-    sections = [
-        f"kernel {report.kernel}: {'ok' if report.ok else 'not everything can be observed'}",
-        table(["capability", "held"], held),
-        table(["feature", "found"], [list(pair) for pair in report.features.items()]),
-        table(["hook", "attached to", "kinds", "status", "reason"], programs),
-        table(["event", "status", "reason"], kinds),
-    ]
-    return "\n\n".join(sections)
 
 
 def json_text(value: object) -> str:

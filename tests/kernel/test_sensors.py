@@ -473,11 +473,14 @@ def test_manifest_and_check_say_which_way_is_taken(scope: Scope, tmp_path: Path)
     command = [sys.executable, "-m", "streamer", "check", "--json", "--events", ALL]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert done.returncode in (0, 1)  # 1: a kind is observed in part
-    checked = json.loads(done.stdout)["programs"]
-    keys = ("name", "sensor", "hook", "way", "status", "reason")
-    assert [tuple(one[key] for key in keys) for one in checked] == [
-        tuple(getattr(one, key) for key in keys) for one in programs
+    rungs = [
+        (rung["program"], hook["sensor"], hook["hook"], rung["way"], rung["status"], rung["reason"])
+        for hook in json.loads(done.stdout)["hooks"]
+        for rung in hook["rungs"]
     ]
+    words = {"attached": "used", "failed": "lacking", "spare": "spare"}
+    told = [(p.name, p.sensor, p.hook, p.way, words[p.status], p.reason) for p in programs]
+    assert sorted(rungs) == sorted(told)
     ways: dict[str, list[str]] = {}
     for one in sorted(programs, key=_preference):
         ways.setdefault(one.hook, []).append(one.status)

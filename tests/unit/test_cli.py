@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from streamer import __version__, cli
@@ -23,7 +22,6 @@ from streamer.events.catalogue import PUBLISHED, SELECTABLE
 from streamer.events.kinds import KINDS
 from streamer.events.stream import STREAM_KINDS
 from streamer.events.summaries import SUMMARIES
-from streamer.kernel.report import CheckReport
 from streamer.terminal import tables
 
 COMMANDS = ("run", "check", "events", "schema")
@@ -368,72 +366,15 @@ def test_the_schema_of_any_event(capfd: pytest.CaptureFixture[str]) -> None:
     assert tags == [[kind] for kind in PUBLISHED]
 
 
+def test_the_schema_of_check(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", "check"]) == 0
+    schema = json.loads(capfd.readouterr().out)
+    assert schema["properties"]["kinds"]["additionalProperties"] == {"$ref": "#/$defs/Kind"}
+
+
 def test_the_schema_of_the_configuration(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", "config"]) == 0
     assert "MqttSink" in json.loads(capfd.readouterr().out)["$defs"]
-
-
-# ----------------------------------------------------------------------------------- `check`
-
-
-def report(**statuses: str) -> CheckReport:
-    found = {
-        "kernel": "Linux 6.1.0 x86_64",
-        "ok": set(statuses.values()) == {"full"},
-        "capabilities": {"CAP_BPF": True, "CAP_PERFMON": False},
-        "features": {"btf": "yes"},
-        "programs": [
-            {"name": name, "sensor": "process", "hook": "exec", "way": way, "status": status,
-             "kinds": ["process.exec"], "reason": reason}
-            for name, way, status, reason in (
-                ("on_exec", "tp_btf/sched_process_exec", "failed", "line one\nline two"),
-                ("on_exec_untyped", "raw_tp/sched_process_exec", "spare", ""),
-            )
-        ],
-        "kinds": {
-            kind.replace("_", "."): {"status": status, "reason": "" if status == "full" else "why"}
-            for kind, status in statuses.items()
-        },
-    }  # fmt: skip
-    return msgspec.convert(found, CheckReport)
-
-
-@pytest.mark.parametrize(
-    ("statuses", "code"),
-    [
-        ({"process_exec": "full", "net_close": "full"}, 0),
-        ({"process_exec": "full", "net_close": "partial"}, 1),
-        ({"process_exec": "full", "net_close": "missing"}, 1),
-        ({"process_exec": "partial", "net_close": "partial"}, 1),
-        ({"process_exec": "missing", "net_close": "missing"}, 3),
-        ({"process_exec": "missing"}, 3),
-        ({}, 3),
-    ],
-)
-def test_how_check_ends(statuses: dict[str, str], code: int) -> None:
-    asked = frozenset({"process.exec", "net.close"})
-    assert tables.check_code(report(**statuses), asked) == code
-
-
-def test_the_report_of_check_for_people() -> None:
-    text = tables.check_text(report(process_exec="full", net_close="missing"))
-    assert text == (
-        "kernel Linux 6.1.0 x86_64: not everything can be observed\n"
-        "\n"
-        "capability   held\n"
-        "CAP_BPF      yes\n"
-        "CAP_PERFMON  no\n"
-        "\n"
-        "feature  found\n"
-        "btf      yes\n"
-        "\n"
-        "hook  attached to                kinds         status  reason\n"
-        "exec  tp_btf/sched_process_exec  process.exec  failed  line one\\nline two\n"
-        "\n"
-        "event         status   reason\n"
-        "process.exec  full\n"
-        "net.close     missing  why"
-    )
 
 
 # --------------------------------------------------------------------------- how it ends

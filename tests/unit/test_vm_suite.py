@@ -95,7 +95,7 @@ def test_a_guest_that_does_not_say_what_it_gives_is_a_failure() -> None:
 
 def test_a_table_of_kinds() -> None:
     """Reasons stand below it, each once."""
-    why = Kind("partial", "no fexit"), Kind("missing", "no hook")
+    why = Kind("degraded", "no fexit"), Kind("unavailable", "no hook")
     by_kernel = {
         "5.10": Kinds("5.10", {"net.udp": why[1], "net.drop": why[0], "file.open": why[0]}),
         "7.2": Kinds("7.2", {"net.udp": Kind("full", ""), "net.drop": Kind("full", "")}),

@@ -62,10 +62,6 @@ def read(output: bytes) -> Kinds:
     return msgspec.json.decode(output, type=Kinds)
 
 
-# The words of `streamer check`, where the table's are others.
-_WORDS = {"full": "full", "partial": "degraded", "missing": "unavailable"}
-
-
 def table(by_kernel: Mapping[str, Kinds]) -> list[str]:
     """A line per kind, a column per kernel, and below it why a cell is not `full`."""
     notes: dict[str, int] = {}
@@ -80,10 +76,9 @@ def table(by_kernel: Mapping[str, Kinds]) -> list[str]:
 def _cell(kind: Kind | None, notes: dict[str, int]) -> str:
     if kind is None:
         return "unknown"
-    word = _WORDS.get(kind.status, kind.status)
     if not kind.reason:
-        return word
-    return f"{word} ({notes.setdefault(kind.reason, len(notes) + 1)})"
+        return kind.status
+    return f"{kind.status} ({notes.setdefault(kind.reason, len(notes) + 1)})"
 
 
 def page(by_kernel: Mapping[str, Kinds]) -> str:

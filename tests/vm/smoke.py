@@ -353,7 +353,7 @@ def main() -> int:
     result = {
         "kernel": checked["kernel"],
         "ok": not wrong,
-        "attached": sum(program["status"] == "attached" for program in checked["programs"]),
+        "attached": sum(bool(hook["used"]) for hook in checked["hooks"]),
         "compared": {kind: len(of_kind) for kind, of_kind in sorted(doer.expected.items())},
         "account": account,
         "wrong": wrong,

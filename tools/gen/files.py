@@ -21,6 +21,7 @@ from streamer.kernel.contract import (
 )
 from streamer.kernel.tags import SensorInfo
 from tools.gen.documents import events_page, pretty, schemas
+from tools.gen.helpers import helpers_module
 from tools.gen.model import read_model
 from tools.gen.modules import events_module, objects_module
 from tools.gen.sensors import read_sensor
@@ -42,13 +43,19 @@ def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
     source = events_module(model)
     yield root / "streamer" / "events" / "kinds.py", source
     yield root / "streamer" / "kernel" / "objects.py", _objects_module(found)
+    yield (
+        root / "streamer" / "kernel" / "helper_names.py",
+        helpers_module(objects.rglob(f"*{_SUFFIX}")),
+    )
     events = _execute(source)
     kinds: dict[str, type] = {kind: info.struct for kind, info in events.KINDS.items()}
     # Imported only now: these import the modules, which may have been stale until this moment.
     from streamer.config import reference
     from streamer.events.catalogue import made_by_agent
+    from streamer.events.schema import of_kind
     from streamer.events.stream import STREAM_KINDS
     from streamer.events.summaries import SUMMARIES
+    from streamer.kernel.report import CheckReport
 
     numbered = {dotted(name) for name in summary_names(found[_CORE])}
     if numbered != SUMMARIES.keys():
@@ -57,6 +64,7 @@ def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
     for name, text in schemas(kinds | SUMMARIES | STREAM_KINDS).items():
         yield root / "schemas" / name, text
     yield root / "schemas" / "config.schema.json", pretty(reference.schema())
+    yield root / "schemas" / "check.schema.json", pretty(of_kind("check", CheckReport))
     yield (
         root / "docs" / "events.md",
         events_page(
