@@ -15,6 +15,8 @@ HELPERS: dict[int, str] = {
     14: "bpf_get_current_pid_tgid",
     15: "bpf_get_current_uid_gid",
     16: "bpf_get_current_comm",
+    25: "bpf_perf_event_output",
+    27: "bpf_get_stackid",
     35: "bpf_get_current_task",
     80: "bpf_get_current_cgroup_id",
     107: "bpf_sk_storage_get",

@@ -22,7 +22,7 @@ from streamer.errors import KernelError
 _BTF_KIND_ENUM, _BTF_KIND_FUNC = 6, 12
 _MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 _BPF_XDP = 37  # enum bpf_attach_type
-_PERF_EVENT_ARRAY = 4  # BPF_MAP_TYPE_PERF_EVENT_ARRAY
+PERF_EVENT_ARRAY = 4  # BPF_MAP_TYPEPERF_EVENT_ARRAY
 XDP_MODES = {"native": 1 << 2, "generic": 1 << 1}
 """The ways of an interface to run a program: in its driver, else behind it. XDP_FLAGS_…"""
 _NEWER_ATTACH_TYPES = {46: "tcx_ingress", 47: "tcx_egress"}  # than libbpf
@@ -509,7 +509,7 @@ class Map:
     def become_perf_events(self, entries: int) -> None:
         """Be an array of perf events, before the object is loaded, whatever it is declared as."""
         library = _library()
-        _check(library.bpf_map__set_type(self._handle, _PERF_EVENT_ARRAY))
+        _check(library.bpf_map__set_type(self._handle, PERF_EVENT_ARRAY))
         _check(library.bpf_map__set_key_size(self._handle, 4))
         _check(library.bpf_map__set_value_size(self._handle, 4))
         self.resize(entries)

@@ -346,6 +346,8 @@ def _try_map(use: MapUse, have: frozenset[int]) -> Answer:
             for name, one in opened.maps.items():
                 if name != use.name:
                     one.leave_out()
+                elif one.type != use.type:
+                    one.become_perf_events(1)
                 elif one.max_entries:
                     one.resize(mmap.PAGESIZE if use.type == _RINGBUF else 1)
             for program in opened.programs.values():

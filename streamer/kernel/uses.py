@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from streamer.errors import ContractError
 from streamer.kernel.instructions import Calls
-from streamer.kernel.libbpf import Object
+from streamer.kernel.libbpf import PERF_EVENT_ARRAY, Object
 from streamer.kernel.loader import CORE, OBJECTS
 from streamer.kernel.objects import SENSORS
-from streamer.kernel.tags import ProgramInfo, SensorInfo
+from streamer.kernel.tags import RINGS, ProgramInfo, SensorInfo
 
 _SUFFIX = ".bpf.o"
 
@@ -85,10 +85,11 @@ def _uses_of_object(path: Path, sensor: SensorInfo) -> tuple[list[ProgramUse], l
             for name, program in opened.programs.items()
             if name in infos or sensor.name == CORE
         ]
-        maps = [
-            MapUse(one.type, one.flags, os.fspath(path), name)
-            for name, one in opened.maps.items()
-            if not one.internal
+        made = {name: one for name, one in opened.maps.items() if not one.internal}
+        maps = [MapUse(one.type, one.flags, os.fspath(path), name) for name, one in made.items()]
+        # What a ring becomes where the kernel refuses ring buffers.
+        maps += [
+            MapUse(PERF_EVENT_ARRAY, 0, one.path, one.name) for one in maps if one.name in RINGS
         ]
     finally:
         opened.close()

@@ -38,6 +38,7 @@ events = ["*"]
 interfaces = ["lo"]
 syscalls = ["getppid"]
 open_latency = true
+profile_hz = 19
 """
 
 
@@ -85,7 +86,8 @@ def test_what_it_says_of_this_kernel() -> None:
     storage = "yes" if kernel_knows("BPF_FUNC_task_storage_get") else "no"
     assert maps.pop("task_storage+no_prealloc") == storage
     assert set(maps.values()) == {"yes"}
-    assert {"ringbuf", "array+mmapable", "lpm_trie+no_prealloc"} <= maps.keys()
+    assert {"ringbuf", "perf_event_array", "array+mmapable", "lpm_trie+no_prealloc"} <= maps.keys()
+    assert found.transport.startswith("ring buffers")
     points = answers(found.attach_points)
     assert points["kprobe/syscalls"] == points["kretprobe/syscalls"] == _yes(KPROBES)
     assert points["fentry/syscalls"] == typed

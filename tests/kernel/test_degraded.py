@@ -201,14 +201,14 @@ OPENAT9 = """
 SEC("fexit/" SYSTEM_CALL(openat9)) HOOK("openat2") EMITS("file.open") DOC("opens by openat2()")
 int BPF_PROG(on_openat2, struct pt_regs___user *registers, long result)
 {
-	return opened(result, registers, CALL_OPENAT2);
+	return opened(ctx, result, registers, CALL_OPENAT2);
 }
 
 SEC("tracepoint/syscalls/sys_exit_openat9") HOOK("openat2") EMITS("file.open")
 DOC("opens by openat2()")
 int on_openat2_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return opened(ctx->ret, user_registers(), CALL_OPENAT2);
+	return opened(ctx, ctx->ret, user_registers(), CALL_OPENAT2);
 }
 """
 
