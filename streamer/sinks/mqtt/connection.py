@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import socket
 import ssl
 import struct
@@ -36,6 +38,12 @@ NO_LIMIT = 65535
 CONNECT_TIMEOUT = 5.0
 """The most seconds for one address of the broker to answer, handshake included."""
 
+MOST_RECEIVED = 1 << 16
+"""Bytes of a packet of the broker's: it has answers to give, and nothing else."""
+
+_ANSWERS = frozenset({2, 4, 13, 14})
+"""Types of packets that a broker may send to who subscribes to nothing, at QoS 1: CONNACK, PUBACK,
+PINGRESP, DISCONNECT."""
 _KEEP_ALIVE = 0x8D
 # Of no use to try again soon: the settings or the broker's have to change first.
 _LASTING = frozenset({0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C, 0x90, 0x95, 0x9B, 0x9C, 0x9D})
@@ -156,6 +164,10 @@ class Connection(aiomqtt.Client):
         # paho's own leaves the socket open when the TLS handshake fails.
         self._client._create_socket = self._create_socket  # type: ignore[method-assign]
         self._client.max_inflight_messages_set(0)  # counted by the sink, without walking a list
+        # paho would take a packet of any size into memory, and answer or keep what is none of ours.
+        self._receive, self._handle = self._client._sock_recv, self._client._packet_handle
+        self._client._sock_recv = self._sock_recv  # type: ignore[method-assign]
+        self._client._packet_handle = self._packet_handle  # type: ignore[method-assign]
         # Below on_publish, because paho ends the connection over a PUBACK with a code that its
         # table does not allow there, such as Mosquitto's 0x95 for a message over its limit.
         self._client._handle_pubackcomp = self._handle_puback  # type: ignore[method-assign]
@@ -288,6 +300,20 @@ class Connection(aiomqtt.Client):
     def _on_socket_close(self, client: paho.Client, userdata: Any, sock: Any) -> None:
         if not self._loop.is_closed():
             super()._on_socket_close(client, userdata, sock)
+
+    def _sock_recv(self, size: int) -> bytes:
+        """Bytes of the broker's. Raises OSError for a packet that is longer than any answer."""
+        if size > MOST_RECEIVED:
+            self._ending = f"connection lost: the broker sent a packet of {size:,} bytes"
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        return self._receive(size)
+
+    def _packet_handle(self) -> MQTTErrorCode:
+        kind = self._client._in_packet["command"] >> 4
+        if kind not in _ANSWERS:
+            self._ending = f"connection lost: the broker sent a packet of type {kind}"
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+        return self._handle()
 
     def _handle_puback(self, cmd: Literal["PUBACK", "PUBCOMP"]) -> MQTTErrorCode:
         packet = self._client._in_packet["packet"]
