@@ -301,12 +301,12 @@ class Connection(aiomqtt.Client):
         if not self._loop.is_closed():
             super()._on_socket_close(client, userdata, sock)
 
-    def _sock_recv(self, size: int) -> bytes:
+    def _sock_recv(self, bufsize: int) -> bytes:
         """Bytes of the broker's. Raises OSError for a packet that is longer than any answer."""
-        if size > MOST_RECEIVED:
-            self._ending = f"connection lost: the broker sent a packet of {size:,} bytes"
+        if bufsize > MOST_RECEIVED:
+            self._ending = f"connection lost: the broker sent a packet of {bufsize:,} bytes"
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-        return self._receive(size)
+        return self._receive(bufsize)
 
     def _packet_handle(self) -> MQTTErrorCode:
         kind = self._client._in_packet["command"] >> 4
