@@ -87,9 +87,11 @@ def _longest(before: Sequence[int], now: Sequence[int], period: int) -> int:
 def coarse(counted: Counted, timing: Timing, cgroup: int) -> Counted:
     """The same with nothing about durations below the resolution."""
     short, rest = counted.buckets[: timing.least_bit + 1], counted.buckets[timing.least_bit + 1 :]
+    longest = timing.duration(counted.max_ns, cgroup)
     return counted._replace(
-        total_ns=timing.total(counted.total_ns, counted.calls, cgroup),
-        max_ns=timing.duration(counted.max_ns, cgroup),
+        # No less than the longest, which the mean of it and of others that took 0 can be.
+        total_ns=max(timing.total(counted.total_ns, counted.calls, cgroup), longest),
+        max_ns=longest,
         buckets=(*[0] * timing.least_bit, sum(short), *rest) if short else (),
     )
 

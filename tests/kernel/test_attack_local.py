@@ -10,6 +10,7 @@ import mmap
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.addresses import in_lines, in_text
+from tests.conftest import Require
 from tests.kernel.agent import ROOT, Agent
 from tests.kernel.bpf_maps import maps_of
 from tests.kernel.hostile import attach, read_memory, seize, system_call
@@ -259,3 +261,59 @@ def test_no_address_of_the_kernel_is_told(scope: Scope, tmp_path: Path) -> None:
     for text in (recording.stderr, check.stdout.decode(), check.stderr.decode()):
         assert not in_text(text)
     assert not in_text((tmp_path / "run.json").read_bytes().decode("utf-8", "replace"))
+
+
+# ---------------------------------------------------------------- what passes unseen
+
+IO_URING_SETUP, IO_URING_ENTER = 425, 426
+IORING_OP_OPENAT, IORING_ENTER_GETEVENTS, IORING_OFF_SQES = 18, 1, 0x10000000
+AT_TAIL, AT_ARRAY, AT_CQES = 44, 64, 100
+"""In struct io_uring_params: of the submissions, tail and array; where the completions are."""
+
+
+def open_through_io_uring(path: str) -> int:
+    """What the kernel gave for it: a descriptor, or less than 0; -ENOSYS without io_uring."""
+    parameters = ctypes.create_string_buffer(120)
+    ring, error, _ = call(IO_URING_SETUP, 4, parameters)
+    if ring < 0:
+        return -error
+    tail, array, completions = (
+        int.from_bytes(parameters.raw[at : at + 4], "little") for at in (AT_TAIL, AT_ARRAY, AT_CQES)
+    )
+    queues = mmap.mmap(ring, mmap.PAGESIZE)  # both, in one mapping, since 5.4
+    entries = mmap.mmap(ring, 4 * 64, offset=IORING_OFF_SQES)
+    name = ctypes.create_string_buffer(path.encode())
+    entry = struct.pack(
+        "<BBHiQQIIQ24x", IORING_OP_OPENAT, 0, 0, -100, 0, ctypes.addressof(name), 0, 0, 7
+    )
+    entries[:64] = entry
+    queues[array : array + 4] = bytes(4)
+    queues[tail : tail + 4] = (1).to_bytes(4, "little")
+    done, error, _ = call(IO_URING_ENTER, ring, 1, 1, IORING_ENTER_GETEVENTS, None, 0)
+    if done != 1:
+        return -error
+    mark, result = struct.unpack_from("<Qi", queues, completions)
+    assert mark == 7
+    return int(result)
+
+
+def open_both_ways(directory: str) -> int:
+    fd = open_through_io_uring(f"{directory}/unseen")
+    open_missing(f"{directory}/seen-", 1)
+    return fd
+
+
+def test_an_open_through_io_uring_is_unseen_and_the_manifest_says_so(
+    scope: Scope, tmp_path: Path, require_kernel: Require
+) -> None:
+    """Known, and not mended: a test that fails once it is."""
+    (tmp_path / "unseen").write_text("")
+    with Agent(tmp_path, *scope.options, events="file.open") as agent:
+        fd = scope.act(open_both_ways, str(tmp_path))
+        recording = agent.stop()
+    require_kernel(fd not in (-errno.ENOSYS, -errno.EPERM), "this kernel has no io_uring for users")
+    assert fd > 2
+    paths = {event.path for event in recording.of("file.open")}
+    assert f"{tmp_path}/seen-0" in paths
+    assert f"{tmp_path}/unseen" not in paths
+    assert "opens through io_uring" in recording.manifest.coverage["file.open"].unseen

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from streamer.agent.timing_key import NAME, kept_secret, timing_of
@@ -305,6 +305,7 @@ def test_what_is_short_is_alike_in_a_summary() -> None:
 
 
 @given(timings, st.lists(st.integers(0, 1 << 40), max_size=30), st.integers(0, 100))
+@example(Timing(2, bytes(16), False), [0, 0, 20562176], 0)
 def test_a_coarse_summary_agrees_with_itself(timing: Timing, took: list[int], cgroup: int) -> None:
     exact, shown = counted(*took), coarse(counted(*took), timing, cgroup)
     assert (shown.calls, sum(shown.buckets)) == (exact.calls, sum(exact.buckets))
