@@ -37,7 +37,7 @@ test-image: ## build the container image with podman, without a registry, and ru
 	@exec tools/image.sh test $(ARGS)
 
 # On which kernels, for how many minutes at most on each, and, for CI, what came of the tests here.
-KERNELS := bullseye bookworm trixie sid
+KERNELS := bullseye bookworm trixie sid trixie-arm64
 MINUTES := 180
 HOST :=
 # WRITE=--write puts what each kernel gives into docs/kernels.md.
@@ -47,14 +47,17 @@ test-kernels: ## the kernel's tests on stock Debian kernels 5.10 to 7.2 in virtu
 	@tools/setup.sh dev
 	@$(PYTHON_BIN) bpf/build.py --all
 	@tools/kernels.sh setup $(foreach one,$(KERNELS),$(firstword $(subst /, ,$(one))))
+	@[[ " $(KERNELS)" != *-arm64* ]] || tools/arm64.sh
 	@exec $(PYTHON_BIN) -m tests.vm.suite $(KERNELS:%=--kernel %) --minutes $(MINUTES) \
 		$(HOST:%=--host %) $(WRITE) -- $(ARGS)
+
+VERIFIED := $(filter-out %-arm64,$(KERNELS))
 
 verify: ## what the verifier says of every program on those kernels, as a table (root, slow)
 	@tools/setup.sh dev
 	@$(PYTHON_BIN) bpf/build.py --all
-	@tools/kernels.sh setup $(KERNELS)
-	@exec $(PYTHON_BIN) -m tests.vm.verifier $(KERNELS:%=--kernel %) $(ARGS)
+	@tools/kernels.sh setup $(VERIFIED)
+	@exec $(PYTHON_BIN) -m tests.vm.verifier $(VERIFIED:%=--kernel %) $(ARGS)
 
 lint: ## check style, types, generated files, and that released schemas still hold
 	@tools/setup.sh dev

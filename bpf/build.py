@@ -6,6 +6,7 @@ kernels without BTF of their own `streamer/bpf/nobtf/NAME.bpf.o` (see READ in ke
 `build/bpf/`. An object newer than everything in this directory is left alone.
 
     python3 bpf/build.py [--all]
+    python3 bpf/build.py --machine aarch64 DIRECTORY    for another machine, into another place
 
 `CLANG` and `LLVM_STRIP` in the environment name other tools than `clang` and `llvm-strip`.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "bpf"
 PACKAGED = ROOT / "streamer" / "bpf"
-WITHOUT_BTF = PACKAGED / "nobtf"
+WITHOUT_BTF = "nobtf"
 UNPACKAGED = ROOT / "build" / "bpf"
 
 # What libbpf's headers call the architectures that they know.
@@ -49,11 +50,14 @@ def compiler_flags(machine: str, root: Path = ROOT) -> list[str]:
     flags += ["-Wno-unused-parameter", f"-D__TARGET_ARCH_{ARCHITECTURES[machine]}"]
     # The BTF holds names of source files: keep the directory of the build out of them.
     flags += [f"-ffile-prefix-map={root}=.", "-Ibpf"]
-    # Debian keeps <asm/types.h> where the bpf target does not look.
-    return [*flags, f"-I/usr/include/{machine}-linux-gnu"]
+    # Debian keeps <asm/types.h> where the bpf target does not look, and another machine's apart.
+    places = (f"/usr/include/{machine}-linux-gnu", f"/usr/{machine}-linux-gnu/include")
+    return [*flags, f"-I{next(filter(os.path.isdir, places), places[0])}"]
 
 
-def outputs(sources: Iterable[Path], everything: bool) -> dict[Path, Path]:
+def outputs(
+    sources: Iterable[Path], everything: bool, packaged: Path = PACKAGED
+) -> dict[Path, Path]:
     """Every object that is to be made, and its source."""
     found = {}
     for source in sources:
@@ -61,8 +65,8 @@ def outputs(sources: Iterable[Path], everything: bool) -> dict[Path, Path]:
         if everything and for_tests:
             found[UNPACKAGED / f"{source.stem}.o"] = source
         elif not for_tests:
-            found[PACKAGED / f"{source.stem}.o"] = source
-            found[WITHOUT_BTF / f"{source.stem}.o"] = source
+            found[packaged / f"{source.stem}.o"] = source
+            found[packaged / WITHOUT_BTF / f"{source.stem}.o"] = source
     return found
 
 
@@ -74,32 +78,34 @@ def is_stale(built: Path, inputs: Iterable[Path]) -> bool:
     return any(path.stat().st_mtime_ns > age for path in inputs)
 
 
-def build(everything: bool = False, environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Compile what is stale; the objects that were compiled.
+def build(
+    everything: bool = False,
+    environ: Mapping[str, str] = os.environ,
+    machine: str = "",
+    packaged: Path = PACKAGED,
+) -> list[Path]:
+    """Compile what is stale, for this machine unless another is named; the objects compiled.
 
     Raises:
         BuildError: a tool that is missing, or an error of the compiler, which it has printed.
     """
     inputs = [path for path in SOURCES.rglob("*") if path.suffix in {".c", ".h", ".py"}]
-    wanted = outputs(sorted(SOURCES.glob("*.bpf.c")), everything)
+    wanted = outputs(sorted(SOURCES.glob("*.bpf.c")), everything, packaged)
     if SOURCES / "core.bpf.c" not in wanted.values():
         raise BuildError(f"{SOURCES}/core.bpf.c is missing: this is no complete source tree")
     stale = {built: source for built, source in wanted.items() if is_stale(built, inputs)}
     for built, source in stale.items():
-        _compile(source, built, environ)
+        _compile(source, built, environ, machine or platform.machine())
     return list(stale)
 
 
-def _compile(source: Path, built: Path, environ: Mapping[str, str]) -> None:
+def _compile(source: Path, built: Path, environ: Mapping[str, str], machine: str) -> None:
     clang = _tool("clang", environ.get("CLANG", "clang"))
     strip = _tool("llvm", environ.get("LLVM_STRIP", "llvm-strip"))
     built.parent.mkdir(parents=True, exist_ok=True)
     # Named apart until it is complete, so that an interrupted build leaves nothing half done.
     partial = built.with_suffix(".o.partial")
-    flags = [
-        *compiler_flags(platform.machine()),
-        f"-DPLAIN_LOADS={int(built.parent != WITHOUT_BTF)}",
-    ]
+    flags = [*compiler_flags(machine), f"-DPLAIN_LOADS={int(built.parent.name != WITHOUT_BTF)}"]
     _run([clang, *flags, "-c", str(source.relative_to(ROOT)), "-o", str(partial)])
     _run([strip, "-g", str(partial)])  # drops DWARF, keeps BTF
     partial.replace(built)
@@ -122,12 +128,17 @@ def _run(command: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """The command line: 0, or 1 after a line that says what is wrong."""
-    if arguments not in ([], ["--all"]):
-        print("usage: build.py [--all]", file=sys.stderr)
-        return 2
+    match arguments:
+        case [] | ["--all"]:
+            machine, packaged = "", PACKAGED
+        case ["--machine", machine, directory]:
+            packaged = Path(directory).resolve()
+        case _:
+            print("usage: build.py [--all] | --machine MACHINE DIRECTORY", file=sys.stderr)
+            return 2
     try:
-        for built in build(everything=bool(arguments)):
-            print(f"compiled {built.relative_to(ROOT)}")
+        for built in build("--all" in arguments, machine=machine, packaged=packaged):
+            print(f"compiled {os.path.relpath(built, ROOT)}")
     except BuildError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return 1

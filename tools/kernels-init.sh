@@ -48,7 +48,8 @@ make_root() {
     options=trans=virtio,version=9p2000.L,msize=512000
     mount -t 9p -o "ro,cache=loose,$options" host .host
     mount -t 9p -o "$options" out .out
-    take_directories .host
+    . /root/.out/.guest/settings
+    take_directories ".host$BASE"
     mount -t tmpfs -o mode=755 run run
     chmod 1777 tmp
     take_copies .out/.guest/copies.tar .out/.guest/copies

@@ -6,7 +6,8 @@
 #   tools/kernels.sh list                         the suites, and the kernels that are there
 #
 # SUITE is bullseye (5.10), bookworm (6.1), trixie (6.12) or sid; VERSION is the beginning of a
-# kernel release that `list` shows, such as 5.10.
+# kernel release that `list` shows, such as 5.10. With -arm64 behind it (trixie-arm64) it is that
+# kernel for arm64, on an emulated machine of that kind: see "arm64" below.
 #
 # The guest has two CPUs, no network but loopback, cgroup v2 and no cgroup v1, and mounts neither
 # tracefs nor bpffs. Its root is in memory; on it are the directories of this machine, read-only
@@ -25,15 +26,26 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${STREAMER_CACHE:-$root/.cache}
 kernels=$cache/kernels
 suites=(bullseye bookworm trixie sid)
+known=("${suites[@]}" trixie-arm64)
 export PATH="$PATH:/usr/sbin:/sbin" # where Debian keeps depmod
 
 say() { echo "kernels: $*" >&2; }
 die() { echo "kernels: $*" >&2; exit 1; }
 
-need_tools() {
+arch_of() { # arch_of SUITE
+    case $1 in *-arm64) echo arm64 ;; *) echo amd64 ;; esac
+}
+
+need_tools() { # need_tools SUITE...
     [ "$(dpkg --print-architecture)" = amd64 ] || die "the machine is to be amd64"
-    local pair missing=()
-    for pair in qemu-system-x86_64=qemu-system-x86 busybox=busybox-static depmod=kmod; do
+    local suite pair missing=() pairs=(busybox=busybox-static depmod=kmod)
+    for suite in "$@"; do
+        case $(arch_of "$suite") in
+        amd64) pairs+=(qemu-system-x86_64=qemu-system-x86) ;;
+        arm64) pairs+=(qemu-system-aarch64=qemu-system-arm) ;;
+        esac
+    done
+    for pair in "${pairs[@]}"; do
         command -v "${pair%=*}" >/dev/null || missing+=("${pair#*=}")
     done
     [ ${#missing[@]} -eq 0 ] && return
@@ -48,30 +60,38 @@ need_tools() {
 
 # apt with a state of its own, which knows one suite of the mirror and no installed package.
 private_apt() { # private_apt SUITE PROGRAM ARGUMENT...
-    local state=$kernels/apt/$1 program=$2
+    local state=$kernels/apt/$1 program=$2 arch
+    arch=$(arch_of "$1")
     shift 2
-    "$program" -q -o Dir::Etc::SourceList="$state/sources.list" -o Dir::Etc::SourceParts=/dev/null \
+    "$program" -q -o APT::Architecture="$arch" -o APT::Architectures="$arch" \
+        -o Dir::Etc::SourceList="$state/sources.list" -o Dir::Etc::SourceParts=/dev/null \
         -o Dir::State::Lists="$state/lists" -o Dir::State::Status="$state/status" \
         -o Dir::Cache="$state/cache" -o APT::Sandbox::User=root "$@"
 }
 
-read_suite() { # read_suite SUITE
+read_suite() { # read_suite SUITE [ANOTHER]: with the packages of the other, for the same machine
     local suite=$1 state=$kernels/apt/$1 mirror
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | head -n 1)
     [ -n "$mirror" ] || die "apt knows no mirror here: apt-get update"
     mkdir -p "$state/lists/partial" "$state/cache/archives/partial"
     : >"$state/status"
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" \
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror ${2:-${suite%-arm64}} main" \
         >"$state/sources.list"
     private_apt "$suite" apt-get update -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false \
         -o Acquire::Languages=none >&2
 }
 
+with_dependencies() { # with_dependencies SUITE PACKAGE...
+    private_apt "$1" apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts \
+        --no-breaks --no-replaces --no-enhances "${@:2}" | grep -E '^[a-z]' | sort -u
+}
+
 # The packages that hold the kernel which linux-image-amd64 stands for: one, or two (from 7.x on).
 kernel_packages() { # kernel_packages SUITE
-    private_apt "$1" apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts \
-        --no-breaks --no-replaces --no-enhances linux-image-amd64 |
-        grep -E '^linux-(image|modules|binary)-[0-9].*-amd64$' | sort -u
+    local arch
+    arch=$(arch_of "$1")
+    with_dependencies "$1" "linux-image-$arch" |
+        grep -E "^linux-(image|modules|binary)-[0-9].*-$arch\$"
 }
 
 unpack() { # unpack SUITE
@@ -89,6 +109,7 @@ unpack() { # unpack SUITE
     mkdir -p "$work/boot"
     [ -e "$work/boot/vmlinuz-$version" ] ||
         ln "$work/lib/modules/$version/vmlinuz" "$work/boot/vmlinuz-$version"
+    [ "$(arch_of "$suite")" = amd64 ] || unpack_arm64 "$suite" "$work"
     # It warns that sid's packages have no list of what is built in, which is not needed here.
     depmod -b "$work" "$version" 2>/dev/null || die "depmod failed for $version"
     rm -rf "$work/download" "$kernels/apt/$suite"
@@ -97,12 +118,12 @@ unpack() { # unpack SUITE
 
 setup() { # setup SUITE...
     local suite
-    need_tools
+    need_tools "$@"
     mkdir -p "$kernels"
     exec 9>"$kernels/lock"
     flock 9
     for suite in "$@"; do
-        [[ " ${suites[*]} " == *" $suite "* ]] || die "unknown suite $suite; known: ${suites[*]}"
+        [[ " ${known[*]} " == *" $suite "* ]] || die "unknown suite $suite; known: ${known[*]}"
         [ -d "$kernels/$suite" ] && continue
         say "fetching the kernel of $suite"
         unpack "$suite"
@@ -120,18 +141,18 @@ release_of() { # release_of SUITE
 
 list() {
     local suite
-    for suite in "${suites[@]}"; do
+    for suite in "${known[@]}"; do
         echo "$suite $(release_of "$suite" || echo "not fetched")"
     done
 }
 
 suite_of() { # suite_of SUITE|VERSION
     local suite
-    for suite in "${suites[@]}"; do
+    for suite in "${known[@]}"; do
         if [ "$1" = "$suite" ]; then echo "$suite" && return; fi
         case $(release_of "$suite" || true) in "$1" | "$1".* | "$1"-* | "$1"+*) echo "$suite" && return ;; esac
     done
-    die "no kernel $1 here; known suites: ${suites[*]}"
+    die "no kernel $1 here; known suites: ${known[*]}"
 }
 
 # What the guest needs before it sees the files of this machine.
@@ -142,7 +163,7 @@ first_modules=(virtio_pci 9pnet_virtio 9p)
 make_initramfs() { # make_initramfs SUITE RELEASE FILE
     local place=$kernels/$1 release=$2 work=$3.d module number=10
     mkdir -p "$work"/{bin,modules,proc,sys,dev,root}
-    cp "$(command -v busybox)" "$work/bin/busybox"
+    cp "$(programs_of "$1" busybox)" "$work/bin/busybox"
     while read -r module; do
         # Numbered, since they are loaded in the order of their names.
         case $module in
@@ -160,10 +181,23 @@ make_initramfs() { # make_initramfs SUITE RELEASE FILE
     rm -r "$work"
 }
 
+programs_of() { # programs_of SUITE PROGRAM: where one is that runs there
+    case $(arch_of "$1") in
+    amd64) command -v "$2" ;;
+    arm64) echo "$kernels/$1/root/bin/$2" ;;
+    esac
+}
+
 # Copies of what many small files are read from, since each look at a file of this machine costs
 # the guest a millisecond. Its memory holds them, so what no command needs there is left out.
-copy() { # copy DIRECTORY: makes `copies`, a list, and `copies.tar` there
-    local python=$root/.venv/bin/python
+copy() { # copy SUITE DIRECTORY: makes `copies`, a list, and `copies.tar` there
+    local python=$root/.venv/bin/python suite=$1
+    shift
+    if [ "$(arch_of "$suite")" = arm64 ]; then
+        echo "$staged" >"$1/copies"
+        tar -cf "$1/copies.tar" -C / "${staged#/}"
+        return
+    fi
     echo "$root" >"$1/copies"
     if [ -x "$python" ]; then
         "$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))' >>"$1/copies"
@@ -174,14 +208,47 @@ copy() { # copy DIRECTORY: makes `copies`, a list, and `copies.tar` there
         --warning=no-file-changed --files-from=<(sed 's,^/,,' "$1/copies") || [ $? -eq 1 ]
 }
 
+# ---------------------------------------------------------------- arm64
+
+# Nothing of this machine runs there. Its root is Debian 12's files for arm64, unpacked and not
+# installed; instead of the checkout it has what `tools/arm64.sh` makes of it.
+staged=$root/build/arm64
+
+unpack_arm64() { # unpack_arm64 SUITE WORK
+    local packages package
+    rm -rf "$kernels/apt/$1"
+    read_suite "$1" bookworm
+    mapfile -t packages < <(
+        with_dependencies "$1" base-passwd bash coreutils iproute2 libbpf1 mount procps python3 util-linux |
+            grep -v -E 'debconf|debian-installer|perl|awk|^(dpkg|install-info|lib(newt|slang|textwrap))'
+    )
+    packages+=(busybox-static libpython3.11-dev)
+    mkdir -p "$2/root" "$2/download-root"
+    (cd "$2/download-root" && private_apt "$1" apt-get download "${packages[@]}" >&2)
+    for package in "$2"/download-root/*.deb; do dpkg -x "$package" "$2/root"; done
+    mkdir -p "$2"/root/{proc,sys,dev,run,tmp}
+    ln -s bash "$2/root/bin/sh"
+    cp "$2/root/usr/share/base-passwd/passwd.master" "$2/root/etc/passwd"
+    cp "$2/root/usr/share/base-passwd/group.master" "$2/root/etc/group"
+    install -m 600 /dev/null "$2/root/etc/shadow"
+    rm -r "$2/download-root"
+}
+
+# ---------------------------------------------------------------- the machine
+
 # The processor is the plain one: newer features are emulated slower than what programs do in
 # their absence. Nobody in there is to be protected from anybody, so no mitigations either.
 emulate() { # emulate SUITE RELEASE INITRAMFS OUT: in the background: it becomes the machine
-    exec timeout --foreground -k 10 "${KERNEL_SECONDS:-3600}" qemu-system-x86_64 \
-        -machine q35 -accel tcg,thread=multi -cpu qemu64 -smp 2 -m 2G -nodefaults -no-user-config \
+    local machine
+    case $(arch_of "$1") in
+    amd64) machine=(qemu-system-x86_64 -machine q35 -cpu qemu64) console=ttyS0 ;;
+    arm64) machine=(qemu-system-aarch64 -machine virt -cpu cortex-a72) console=ttyAMA0 ;;
+    esac
+    exec timeout --foreground -k 10 "${KERNEL_SECONDS:-3600}" "${machine[@]}" \
+        -accel tcg,thread=multi -smp 2 -m 2G -nodefaults -no-user-config \
         -display none -no-reboot -net none \
         -kernel "$kernels/$1/boot/vmlinuz-$2" -initrd "$3" \
-        -append "console=ttyS0 panic=-1 mitigations=off tsc=reliable loglevel=5" \
+        -append "console=$console panic=-1 mitigations=off tsc=reliable loglevel=5" \
         -serial "file:$kernels/$1.log" \
         -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
         -virtfs "local,path=$4,mount_tag=out,security_model=none" </dev/null
@@ -202,8 +269,11 @@ run() { # run SUITE|VERSION -- COMMAND...
     local out=${KERNEL_OUT:-$work/out}
     mkdir -p "$out/.guest"
     make_initramfs "$suite" "$release" "$work/initramfs"
-    copy "$out/.guest"
-    printf 'DIRECTORY=%q\nMODULES=%q\n' "$PWD" "/.host$kernels/$suite" >"$out/.guest/settings"
+    local base= directory=$PWD
+    [ "$(arch_of "$suite")" = amd64 ] || base=$kernels/$suite/root directory=$staged
+    copy "$suite" "$out/.guest"
+    printf 'DIRECTORY=%q\nMODULES=%q\nBASE=%q\n' "$directory" "/.host$kernels/$suite" "$base" \
+        >"$out/.guest/settings"
     printf '%q ' "$@" >"$out/.guest/command"
     : >"$out/.guest/stdout"
     : >"$out/.guest/stderr"

@@ -202,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     there = releases()
     by_kernel = {}
-    for suite in given.kernel or list(there):
+    for suite in given.kernel or [suite for suite in there if not suite.endswith("-arm64")]:
         print(f"verifier: {there[suite]}", file=sys.stderr, flush=True)
         by_kernel[".".join(there[suite].split(".")[:2])] = on(suite)
     lines = table(by_kernel)
