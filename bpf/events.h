@@ -28,6 +28,8 @@
  *     str:NAME         bytes of string NAME in `data`
  *     argv:NAME,LINE   bytes of NUL-terminated strings in `data`, published as the array NAME
  *                      and, joined by spaces, as the string LINE
+ *     parsed:WHAT,NAME bytes in `data` that WHAT of streamer/events/parsed.py makes several fields
+ *                      of, which are documented there; in `truncated` they are NAME
  *
  * Strings in `data` follow one another in the order of the fields that give their lengths; there
  * are at most eight, and bit n of `cut` in the base says that the n-th is not whole. A record with
@@ -58,6 +60,8 @@
 #define ARGV_LEN 16384
 #define INTERFACE_LEN 16
 #define REASON_LEN 32
+#define DNS_QUERY_LEN 272 /* a header, and a question with a name of 255 bytes, rounded up */
+#define DNS_MESSAGE_LEN 4096
 
 /* In the order of enum packet_transport in core/tables.h. */
 #define TRANSPORT_NAMES \
@@ -81,6 +85,7 @@ enum event_kind {
 	KIND_NET_RETRANSMIT = 37,
 	KIND_NET_DROP = 38,
 	KIND_NET_UDP = 39,
+	KIND_NET_DNS = 40,
 	KIND_SYSCALL_SLOW = 50,
 	KIND_END = 64, /* more than the largest, of summaries too */
 };
@@ -354,6 +359,27 @@ struct net_udp {
 } RING("bulk") DOC("What went through a UDP socket, when it is closed, and while it is in use every `udp_seconds`. All counts are totals.")
 UNSEEN("sockets through which nothing was sent or received|how many datagrams a single call sent (UDP_SEGMENT) or received (UDP_GRO) at once: it counts as one|UDP-Lite");
 
+struct net_dns {
+	struct event_base base;
+	struct event_task task;
+	__u64 latency_ns AS("ns") DOC("time from the first query to the response, or for which a query has been waiting; 0 of an unsolicited response");
+	__u32 netns DOC("inode number of the network namespace");
+	__u32 queries DOC("how often the query was sent, as seen here: more than once when it was repeated from the same port; 0 of an unsolicited response");
+	__u32 message_bytes DOC("bytes of the response, however much of it is looked at; 0 when there was none");
+	__u16 dns_id DOC("number of the query, by which the response is known");
+	__u16 local_port DOC("local port");
+	__u16 remote_port DOC("port of the server");
+	__u16 message_len AS("parsed:dns,answers") DOC("query and response");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6; an IPv4-mapped address is published as IPv4");
+	__u8 transport AS("names:none,other,tcp,udp") DOC("udp or tcp");
+	__u8 state AS("names:answered,unanswered,unsolicited,unfollowed") DOC("answered; unanswered: no response within `dns_timeout_seconds`; unsolicited: a response to no query that is known, or a second one; unfollowed: over TCP, and its connection could not be followed");
+	__u8 owner_known AS("bool") DOC("whether the task is who sent the query; where it is not known, pid is 0");
+	__u8 local_addr[16] AS("ip:ip_version") DOC("local address");
+	__u8 remote_addr[16] AS("ip:ip_version") DOC("address of the server");
+	__u8 data[8 + DNS_QUERY_LEN + DNS_MESSAGE_LEN] HIDDEN;
+} RING("bulk") DOC("A DNS query of this host was answered, or not; or a response came that nobody had asked for.")
+UNSEEN("what a server on this host is asked|DNS over TCP|encrypted DNS (over TLS, HTTPS, QUIC)|queries to other ports than dns_ports|what is handed on without a socket, as between containers and the network|the messages of a zone transfer behind the first");
+
 struct syscall_slow {
 	struct event_base base;
 	struct event_task task;
@@ -383,6 +409,7 @@ union event_record {
 	struct net_retransmit net_retransmit;
 	struct net_drop net_drop;
 	struct net_udp net_udp;
+	struct net_dns net_dns;
 	struct syscall_slow syscall_slow;
 };
 

@@ -584,13 +584,14 @@ static __always_inline int sock_state_alone(void *ctx, struct sock *sk, int from
 	return 0;
 }
 
-/* Those of connections, and the agent's own. */
+/* Those of connections, and the agent's own; of what connects alone. */
 #define OWNERS KEEPS("net.retransmit,net.drop")
+#define OWNERS_OF_ALL KEEPS("net.retransmit,net.drop,net.dns")
 
 #define GUARD "function:bpf_prog_inc_misses_counter"
 
 #define ON_SOCK_STATE(name, section, hook, needs, body)     \
-	SEC(section) HOOK(hook) EMITS("net.connect,net.close") OWNERS needs \
+	SEC(section) HOOK(hook) EMITS("net.connect,net.close") OWNERS_OF_ALL needs \
 	int BPF_PROG(name, struct sock *sk, int from, int to) \
 	{                                                   \
 		return UNPREEMPTED(body);                   \

@@ -17,7 +17,15 @@ from itertools import count
 from streamer.config.settings import Settings
 from streamer.errors import HelperGone, KernelError
 from streamer.events.kinds import HEADER, KINDS
-from streamer.kernel.loader import ATTACHED, LOADED, Attached, Loaded, ProgramState, Transport
+from streamer.kernel.loader import (
+    ATTACHED,
+    LOADED,
+    TIMED,
+    Attached,
+    Loaded,
+    ProgramState,
+    Transport,
+)
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
 from streamer.kernel.processes import Located
 from streamer.kernel.state import KernelState, sensors_of, size_of
@@ -130,6 +138,9 @@ class MemoryPrograms:
             return Attached(_states(sensor, "failed", "no such hook"), {})
         self.attached.add(sensor)
         return Attached(_states(sensor, ATTACHED), {})
+
+    def run(self, sensor: str) -> None:
+        self.done.append(f"run {sensor}")
 
     def unload(self, sensor: str) -> None:
         self.done.append(f"unload {sensor}")
@@ -286,9 +297,13 @@ class MemoryKernel(KernelState):
         super().detach()
 
 
+def _way(program: str) -> str:
+    return TIMED if program == "every_second" else f"memory/{program}"
+
+
 def _states(sensor: str, status: str, reason: str = "") -> list[ProgramState]:
     return [
-        ProgramState(program.name, program.hook, f"memory/{program.name}", status, reason)
+        ProgramState(program.name, program.hook, _way(program.name), status, reason)
         for program in SENSORS[sensor].programs
         if "no fentry" not in program.needs
     ]

@@ -85,6 +85,8 @@ needed_to_test() {
     need iproute2 command -v ip
     need openssl command -v openssl
     need bpftrace command -v bpftrace
+    need bind9-dnsutils command -v dig
+    need dnsmasq-base command -v dnsmasq
     need docker-compose has_compose # checks compose.yaml; no engine is needed for that
 }
 

@@ -47,6 +47,22 @@ static __always_inline bool passes(__u8 mode, void *map, const void *key)
 
 #define MOST_CGROUP_LEVELS 32
 
+/* The same without the helper, from 6.1 on. */
+static __always_inline __u64 ancestor_by_pointer(struct task_struct *task, int level)
+{
+	struct cgroup___pointers *cgroup = (void *)BPF_CORE_READ(task, cgroups, dfl_cgrp);
+	struct cgroup *ancestor = NULL;
+
+	if (level > BPF_CORE_READ(cgroup, level))
+		return 0;
+	if (bpf_probe_read_kernel(&ancestor, sizeof(ancestor),
+				  (void *)cgroup +
+					  bpf_core_field_offset(struct cgroup___pointers, ancestors) +
+					  level * sizeof(ancestor)))
+		count_fault(FAULT_UNREADABLE);
+	return BPF_CORE_READ(ancestor, kn, id);
+}
+
 /* The id of the current task's cgroup's ancestor at a level, itself included; 0 where there is none.
  * Tracing programs have had the helper since about 5.12; kernels before it keep the ids at hand. */
 static __always_inline __u64 ancestor_cgroup(int level)
@@ -56,7 +72,11 @@ static __always_inline __u64 ancestor_cgroup(int level)
 	__u64 id = 0;
 
 	if (!bpf_core_field_exists(struct cgroup___ids, ancestor_ids))
+#if TASK_HELPERS
 		return bpf_get_current_ancestor_cgroup_id(level);
+#else
+		return ancestor_by_pointer(task, level);
+#endif
 	cgroup = (void *)BPF_CORE_READ(task, cgroups, dfl_cgrp);
 	if (level > BPF_CORE_READ(cgroup, level))
 		return 0;

@@ -191,6 +191,11 @@ struct cgroup___ids { /* until 6.1 */
 	__u64 ancestor_ids[1];
 };
 
+struct cgroup___pointers { /* since 6.1 */
+	int level;
+	struct cgroup *ancestors[1];
+};
+
 struct css_set {
 	struct cgroup *dfl_cgrp;
 };

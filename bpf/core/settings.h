@@ -80,7 +80,9 @@ enum fault {
 	FAULT_SAMPLES_FULL = 13,     /* a sample of the profile could not be counted: it is in `lost` */
 	FAULT_STACK_COLLIDED = 14,   /* a stack of a sample had no place: others were there */
 	FAULT_STACK_UNREADABLE = 15, /* a stack of a sample could not be read */
-	FAULT_END = 16,
+	FAULT_DNS_FULL = 16,         /* a DNS query could not be kept: it is counted as lost */
+	FAULT_DNS_UNFOLLOWED = 17,   /* a TCP connection with a DNS server could not be followed */
+	FAULT_END = 18,
 };
 
 /* When a program is to wake the reader. */

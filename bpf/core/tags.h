@@ -26,6 +26,8 @@
  *                                                 the program names none that is of any meaning. At
  *                                                 tp/syscalls/sys_enter (or _exit): the tracepoints
  *                                                 of the system calls behind which they are.
+ *   A program whose section is raw_tp/streamer_every_second is attached nowhere: the agent runs it
+ *   before the others of its object are attached, and then every second.
  * On a map:
  *   SIZED("cpus")      an entry for each CPU that may come up
  *   SIZED("cpus,kinds")  an entry for each kind on each of them

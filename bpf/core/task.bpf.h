@@ -5,6 +5,11 @@
 
 #include "core.bpf.h"
 
+/* Whether the helpers that tell of the current task are there: not for programs at packets. */
+#ifndef TASK_HELPERS
+#define TASK_HELPERS 1
+#endif
+
 struct namespaced_pid {
 	__u32 pidns;
 	__u32 pid;
@@ -52,7 +57,14 @@ static __always_inline void read_comm(char *comm, struct task_struct *task)
 	}
 #endif
 	__builtin_memset(comm, 0, COMM_LEN);
+#if TASK_HELPERS
 	bpf_get_current_comm(comm, COMM_LEN);
+#else
+	if (bpf_probe_read_kernel_str(comm, COMM_LEN,
+				      (void *)task +
+					      bpf_core_field_offset(struct task_struct, comm)) < 0)
+		count_fault(FAULT_UNREADABLE);
+#endif
 }
 
 /* Who the current task is. */
@@ -62,7 +74,6 @@ static __always_inline void identify(struct event_task *who)
 	struct task_struct *leader = READ(struct task_struct, task, group_leader);
 	struct namespaced_pid inner = namespaced_pid_of(leader);
 	struct cred *cred;
-	__u64 ids;
 
 	who->start_boot_ns = READ(struct task_struct, leader, start_boottime);
 	who->ppid = READ(struct task_struct, task, real_parent, tgid);
@@ -70,7 +81,7 @@ static __always_inline void identify(struct event_task *who)
 	who->ns_pid = inner.pid;
 	who->pad = 0;
 	read_comm(who->comm, task);
-	if (plain_loads()) {
+	if (plain_loads() || !TASK_HELPERS) {
 		cred = READ(struct task_struct, task, cred);
 		who->pid = READ(struct task_struct, task, tgid);
 		who->tid = READ(struct task_struct, task, pid);
@@ -79,13 +90,16 @@ static __always_inline void identify(struct event_task *who)
 		who->cgroup_id = READ(struct task_struct, task, cgroups, dfl_cgrp, kn, id);
 		return;
 	}
-	ids = bpf_get_current_pid_tgid();
+#if TASK_HELPERS
+	__u64 ids = bpf_get_current_pid_tgid();
+
 	who->pid = ids >> 32;
 	who->tid = ids;
 	ids = bpf_get_current_uid_gid();
 	who->uid = ids;
 	who->gid = ids >> 32;
 	who->cgroup_id = bpf_get_current_cgroup_id();
+#endif
 }
 
 /* The base of a record of now; the rest of it is written when it is numbered. */

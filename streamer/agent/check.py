@@ -100,7 +100,7 @@ def report(settings: Settings, kinds: frozenset[str], *, apart: bool = False) ->
 
 def _loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
     capabilities.require()
-    loader = with_helper(settings).loader
+    loader = with_helper(settings, kinds).loader
     try:
         return state.load(settings, kinds, loader)
     except BaseException:

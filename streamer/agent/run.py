@@ -83,7 +83,7 @@ def _split_and_run(
         _log.warning("%s", said)
     with contextlib.ExitStack() as stack:
         terminal = stack.enter_context(_controlling_terminal())  # while there is one
-        split = Split(settings)
+        split = Split(settings, kinds)
         stack.callback(split.close)
         kernel = state.load(settings, kinds, split.loader)
         stack.callback(kernel.close)

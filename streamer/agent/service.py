@@ -309,6 +309,7 @@ class Service:
         while True:
             await asyncio.sleep(1)
             self.reader.refresh_clock()
+            self._kernel.run_timed()
             self._find_losses()
             self.fanout.publish_owed()
             self._log_losses()

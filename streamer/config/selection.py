@@ -14,8 +14,9 @@ DEFAULT_EVENTS: tuple[str, ...] = (
     *("net.connect", "net.accept", "net.close", "net.listen", "net.bind"),
     *("net.retransmit", "net.udp"),
 )
-"""What one leaves on in production. Left out are `file.open`, of which there are many, and
-`net.drop`, of which strangers can make many."""
+"""What one leaves on in production. Left out are `file.open`, of which there are many,
+`net.drop`, of which strangers can make many, and `net.dns`, for which every packet pays, and
+whose names can be private."""
 
 ALWAYS_ON = "stream."
 

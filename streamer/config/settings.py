@@ -140,6 +140,32 @@ class Kernel(Section, frozen=True, kw_only=True):
             "their own. A socket that found none makes no `net.udp`."
         ),
     ] = 16384
+    dns_ports: Annotated[
+        tuple[Port, ...],
+        Meta(min_length=1, max_length=4),
+        doc("`net.dns`: the ports at which servers are asked; at most four."),
+    ] = (53,)
+    dns_timeout_seconds: Annotated[
+        int,
+        Meta(ge=1, le=300),
+        doc("`net.dns`: how long a response may take before the query is reported as unanswered."),
+    ] = 10
+    dns_per_second: Annotated[
+        int,
+        Meta(ge=1, le=1 << 20),
+        doc(
+            "`net.dns`: how many exchanges of one user are reported in a second. The next one "
+            "stands for those that were left out: they are in its `weight`."
+        ),
+    ] = 2000
+    dns_queries: Annotated[
+        int,
+        Meta(ge=64, le=1 << 16),
+        doc(
+            "`net.dns`: room for queries that wait for their response; an eighth of it is what one "
+            "user can have. A query that finds none is counted as lost."
+        ),
+    ] = 4096
     interfaces: Annotated[
         tuple[InterfaceName, ...],
         Meta(max_length=16),

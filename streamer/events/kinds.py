@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from streamer.events.clock import Timed
+from streamer.events.dns import DnsAnswer
 from streamer.events.layout import FieldInfo, FieldLayout, KindInfo, RecordLayout
+from streamer.events.parsed import PARSED
 
 SCHEMA_VERSION = 3
 """The published `schema`: raised when a field changes its meaning."""
@@ -245,6 +247,38 @@ class NetUdp(TaskEvent, tag="net.udp", gc=False):
     owner_known: Annotated[bool, Meta(description="always true: the task is the one that first sent or received")]
     local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="local address; 0.0.0.0 or :: when it is bound to none")]
     remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="address of the peer: of a socket that is not connected, the last one that it sent to; all zero when none is known")]
+
+
+class NetDns(TaskEvent, tag="net.dns", gc=False):
+    """A DNS query of this host was answered, or not; or a response came that nobody had asked for."""
+
+    latency_ns: Annotated[int, Meta(ge=0, description="time from the first query to the response, or for which a query has been waiting; 0 of an unsolicited response")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace")]
+    queries: Annotated[int, Meta(ge=0, le=4294967295, description="how often the query was sent, as seen here: more than once when it was repeated from the same port; 0 of an unsolicited response")]
+    message_bytes: Annotated[int, Meta(ge=0, le=4294967295, description="bytes of the response, however much of it is looked at; 0 when there was none")]
+    dns_id: Annotated[int, Meta(ge=0, le=65535, description="number of the query, by which the response is known")]
+    local_port: Annotated[int, Meta(ge=0, le=65535, description="local port")]
+    remote_port: Annotated[int, Meta(ge=0, le=65535, description="port of the server")]
+    answers: Annotated[list[DnsAnswer], Meta(description="records of the answer section, at most 32")]
+    query: Annotated[str, Meta(description="name that was asked for, without the dot at its end; `.` is the root. Its case is kept; what is no printable ASCII is `\\DDD`, in decimal, and special characters have a `\\`")]
+    query_type: Annotated[str, Meta(description="what was asked for, such as A; `TYPE65280` where it has no name here")]
+    query_class: Annotated[str, Meta(description="almost always IN; `CLASS32` where it has no name here")]
+    opcode: Annotated[str, Meta(description="almost always QUERY")]
+    response_code: Annotated[str, Meta(description="such as NOERROR, NXDOMAIN, SERVFAIL; empty where there is no response")]
+    authoritative: Annotated[bool, Meta(description="whether the server answers for the zone itself (AA)")]
+    response_truncated: Annotated[bool, Meta(description="whether the server left out what had no room (TC): it is then asked over TCP")]
+    recursion_desired: Annotated[bool, Meta(description="whether the server was asked to ask others (RD)")]
+    recursion_available: Annotated[bool, Meta(description="whether it would do that (RA)")]
+    authenticated: Annotated[bool, Meta(description="whether it says to have checked signatures (AD)")]
+    edns_bytes: Annotated[int, Meta(ge=0, description="what the server can take over UDP (EDNS); 0 where it does not say")]
+    answers_left_out: Annotated[int, Meta(ge=0, description="records of the answer section that are not in `answers`")]
+    malformed: Annotated[str, Meta(description="the first mistake in the message, in words; empty where there is none")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6; an IPv4-mapped address is published as IPv4")]
+    transport: Annotated[Literal["none", "other", "tcp", "udp"], Meta(description="udp or tcp")]
+    state: Annotated[Literal["answered", "unanswered", "unsolicited", "unfollowed"], Meta(description="answered; unanswered: no response within `dns_timeout_seconds`; unsolicited: a response to no query that is known, or a second one; unfollowed: over TCP, and its connection could not be followed")]
+    owner_known: Annotated[bool, Meta(description="whether the task is who sent the query; where it is not known, pid is 0")]
+    local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="local address")]
+    remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="address of the server")]
 
 
 class SyscallSlow(TaskEvent, tag="syscall.slow", gc=False):
@@ -514,6 +548,40 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("remote_addr", "ip", 192, 164),
         *_END,
     )),
+    40: RecordLayout("net.dns", NetDns, 160, 4536, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ('answers',)),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("latency_ns", "ns", 96, None),
+        FieldLayout("netns", "u32", 104, None),
+        FieldLayout("queries", "u32", 108, None),
+        FieldLayout("message_bytes", "u32", 112, None),
+        FieldLayout("dns_id", "u16", 116, None),
+        FieldLayout("local_port", "u16", 118, None),
+        FieldLayout("remote_port", "u16", 120, None),
+        FieldLayout("answers", "parsed", 122, PARSED["dns"].parse),
+        FieldLayout("query", "part", 0, 1),
+        FieldLayout("query_type", "part", 0, 2),
+        FieldLayout("query_class", "part", 0, 3),
+        FieldLayout("opcode", "part", 0, 4),
+        FieldLayout("response_code", "part", 0, 5),
+        FieldLayout("authoritative", "part", 0, 6),
+        FieldLayout("response_truncated", "part", 0, 7),
+        FieldLayout("recursion_desired", "part", 0, 8),
+        FieldLayout("recursion_available", "part", 0, 9),
+        FieldLayout("authenticated", "part", 0, 10),
+        FieldLayout("edns_bytes", "part", 0, 11),
+        FieldLayout("answers_left_out", "part", 0, 12),
+        FieldLayout("malformed", "part", 0, 13),
+        FieldLayout("ip_version", "u8", 124, None),
+        FieldLayout("transport", "names", 125, ('none', 'other', 'tcp', 'udp')),
+        FieldLayout("state", "names", 126, ('answered', 'unanswered', 'unsolicited', 'unfollowed')),
+        FieldLayout("owner_known", "bool", 127, None),
+        FieldLayout("local_addr", "ip", 128, 124),
+        FieldLayout("remote_addr", "ip", 144, 124),
+        *_END,
+    )),
     50: RecordLayout("syscall.slow", SyscallSlow, 160, 160, (
         *_BASE,
         FieldLayout("truncated", "cut", 30, ()),
@@ -757,6 +825,38 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("remote_addr", "string", "address of the peer: of a socket that is not connected, the last one that it sent to; all zero when none is known"),
         *_END_INFO,
     ), ("sockets through which nothing was sent or received", "how many datagrams a single call sent (UDP_SEGMENT) or received (UDP_GRO) at once: it counts as one", "UDP-Lite")),
+    "net.dns": KindInfo("net.dns", NetDns, "bulk", "A DNS query of this host was answered, or not; or a response came that nobody had asked for.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("latency_ns", "integer", "time from the first query to the response, or for which a query has been waiting; 0 of an unsolicited response"),
+        FieldInfo("netns", "integer", "inode number of the network namespace"),
+        FieldInfo("queries", "integer", "how often the query was sent, as seen here: more than once when it was repeated from the same port; 0 of an unsolicited response"),
+        FieldInfo("message_bytes", "integer", "bytes of the response, however much of it is looked at; 0 when there was none"),
+        FieldInfo("dns_id", "integer", "number of the query, by which the response is known"),
+        FieldInfo("local_port", "integer", "local port"),
+        FieldInfo("remote_port", "integer", "port of the server"),
+        FieldInfo("answers", "array of objects", "records of the answer section, at most 32"),
+        FieldInfo("query", "string", "name that was asked for, without the dot at its end; `.` is the root. Its case is kept; what is no printable ASCII is `\\DDD`, in decimal, and special characters have a `\\`"),
+        FieldInfo("query_type", "string", "what was asked for, such as A; `TYPE65280` where it has no name here"),
+        FieldInfo("query_class", "string", "almost always IN; `CLASS32` where it has no name here"),
+        FieldInfo("opcode", "string", "almost always QUERY"),
+        FieldInfo("response_code", "string", "such as NOERROR, NXDOMAIN, SERVFAIL; empty where there is no response"),
+        FieldInfo("authoritative", "boolean", "whether the server answers for the zone itself (AA)"),
+        FieldInfo("response_truncated", "boolean", "whether the server left out what had no room (TC): it is then asked over TCP"),
+        FieldInfo("recursion_desired", "boolean", "whether the server was asked to ask others (RD)"),
+        FieldInfo("recursion_available", "boolean", "whether it would do that (RA)"),
+        FieldInfo("authenticated", "boolean", "whether it says to have checked signatures (AD)"),
+        FieldInfo("edns_bytes", "integer", "what the server can take over UDP (EDNS); 0 where it does not say"),
+        FieldInfo("answers_left_out", "integer", "records of the answer section that are not in `answers`"),
+        FieldInfo("malformed", "string", "the first mistake in the message, in words; empty where there is none"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6; an IPv4-mapped address is published as IPv4"),
+        FieldInfo("transport", "\"none\" or \"other\" or \"tcp\" or \"udp\"", "udp or tcp"),
+        FieldInfo("state", "\"answered\" or \"unanswered\" or \"unsolicited\" or \"unfollowed\"", "answered; unanswered: no response within `dns_timeout_seconds`; unsolicited: a response to no query that is known, or a second one; unfollowed: over TCP, and its connection could not be followed"),
+        FieldInfo("owner_known", "boolean", "whether the task is who sent the query; where it is not known, pid is 0"),
+        FieldInfo("local_addr", "string", "local address"),
+        FieldInfo("remote_addr", "string", "address of the server"),
+        *_END_INFO,
+    ), ("what a server on this host is asked", "DNS over TCP", "encrypted DNS (over TLS, HTTPS, QUIC)", "queries to other ports than dns_ports", "what is handed on without a socket, as between containers and the network", "the messages of a zone transfer behind the first")),
     "syscall.slow": KindInfo("syscall.slow", SyscallSlow, "bulk", "A system call took longer than `syscall_slow_ms`. It is told when it returns.", (
         *_BASE_INFO,
         *_TASK_INFO,

@@ -19,6 +19,9 @@ names              tuple of str           str at that index (u8); the first, if 
 str                None                   str from `data`; u16 length in bytes at `offset`
 argv               None                   list of str from `data`; NUL-terminated strings
 line               None                   str: the record's argv joined by single spaces
+parsed             function               first part of what the function makes of bytes from `data`
+                                          (u16 length in bytes at `offset`): see `parsed.py`
+part               index                  another part of that
 const              name                   the decoder's constant of that name
 id                 None                   str: "{id_prefix}-{cpu}-{seq}"
 time               None                   int: the base's boot_ns plus the clock offset
@@ -31,10 +34,10 @@ invalid_utf8       None                   bool: whether any string of the record
 
 `timing.py` makes durations, moments and starts coarse where that is configured.
 
-Strings of `data` (`str` and `argv`) follow one another from `RecordLayout.size` on, in the order
-of the ops; there are at most `MAX_STRINGS`. Bit n of the base's `cut` says that the n-th is not
-whole: what is left of a character at its end (of an argv: at the end of an argument without NUL),
-or at the beginning of a `str`, is left off, and is not what `invalid_utf8` tells.
+Strings of `data` (`str`, `argv` and `parsed`) follow one another from `RecordLayout.size` on, in
+the order of the ops; there are at most `MAX_STRINGS`. Bit n of the base's `cut` says that the n-th
+is not whole: what is left of a character at its end (of an argv: at the end of an argument without
+NUL), or at the beginning of a `str`, is left off, and is not what `invalid_utf8` tells.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
 _AT_INTERFACES = "xdp"
 _PROBES = ("kprobe/", "kretprobe/", "tp/")
+TIMED = "raw_tp/streamer_every_second"
 _LOOKS = 10  # for two lists of interfaces that agree
 _AT_A_RATE = "perf_event"
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
@@ -595,7 +596,8 @@ class Loader:
             KernelError: the sensor is not loaded.
         """
         made = self._loaded(sensor)
-        for hook, program in list(made.programs.items()):
+        # What is run from time to time prepares what the others need.
+        for hook, program in sorted(made.programs.items(), key=lambda one: not _is_timed(one[1])):
             if made.states[program.name].status == LOADED:
                 self._attach_hook(made, hook)
             elif program.section == _AT_INTERFACES:
@@ -671,6 +673,17 @@ class Loader:
         made.copies |= copies
         kind = program.section.partition("/")[0]
         return links, " ".join([kind, first, *others])
+
+    def run(self, sensor: str) -> None:
+        """Run the programs of a sensor that are to be run every second.
+
+        Raises:
+            KernelError: the sensor is not loaded.
+            OSError: the kernel refused.
+        """
+        for program in self._loaded(sensor).programs.values():
+            if _is_timed(program):
+                program.run()
 
     def _loaded(self, sensor: str) -> _Sensor:
         if sensor not in self._sensors:
@@ -801,7 +814,15 @@ def _takes_functions(info: SensorInfo, program: Program) -> bool:
     return "functions" in needs
 
 
+def _is_timed(program: Program) -> bool:
+    """Whether it is attached nowhere, and run by the agent every second."""
+    return program.section == TIMED
+
+
 def _attach(program: Program, targets: Targets) -> list[Link]:
+    if _is_timed(program):
+        program.run()
+        return []
     if program.section.startswith("cgroup"):
         return _attach_to_each((targets.cgroup,), lambda path: _to_cgroup(program, path))
     return [program.attach()]

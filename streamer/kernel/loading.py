@@ -33,6 +33,9 @@ class LoaderLike(Protocol):
     def unload(self, sensor: str) -> None:
         """Detach and release a sensor."""
 
+    def run(self, sensor: str) -> None:
+        """Run what a sensor has to be run every second."""
+
     def update(self, map: str, key: bytes, value: bytes) -> None:
         """Set an element of a map."""
 

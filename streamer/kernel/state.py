@@ -24,12 +24,14 @@ from streamer.config.settings import Filters, Kernel, Rings, Settings
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.kinds import KINDS, RECORDS
 from streamer.kernel import capabilities
+from streamer.kernel.cgroups import cgroup_root
 from streamer.kernel.contract import check_object
 from streamer.kernel.loader import (
     ATTACHED,
     CORE,
     FAILED,
     OBJECTS,
+    TIMED,
     Attached,
     Loader,
     ProgramState,
@@ -101,7 +103,16 @@ def options_of(kernel: Kernel) -> dict[str, int]:
         "udp_seconds": kernel.udp_seconds,
         "udp_sockets": kernel.udp_sockets,
         "profile_stacks": kernel.profile_stacks,
+        **dns_ports(kernel.dns_ports),
+        "dns_timeout_seconds": kernel.dns_timeout_seconds,
+        "dns_per_second": kernel.dns_per_second,
+        "dns_queries": kernel.dns_queries,
     }
+
+
+def dns_ports(ports: tuple[int, ...]) -> dict[str, int]:
+    """An option for each of four ports; the first stands for those that are missing."""
+    return {f"dns_port_{place}": port for place, port in enumerate((*ports, *ports[:1] * 3)[:4], 1)}
 
 
 def wanting(kinds: Iterable[str]) -> dict[str, int]:
@@ -151,7 +162,7 @@ def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, i
     reporting = [ways for ways in hooks.values() if _info(ways[-1]).reports]
     if essential or all(ways in lost for ways in reporting):
         reasons = dict.fromkeys(ways[-1].reason for ways in lost)
-        return KindStatus("missing", "; ".join(reasons) or "no program reports it")
+        return KindStatus("missing", "; ".join(reasons) or _why_none(kind))
     reasons = dict.fromkeys(_why(ways[-1]) for ways in lost)
     for program in programs:
         if kind in program.kinds and program.status == ATTACHED and program.reason:
@@ -161,6 +172,14 @@ def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, i
     if too_large:
         reasons[too_large] = None
     return KindStatus("partial" if reasons else "full", "; ".join(reasons))
+
+
+def _why_none(kind: str) -> str:
+    """Why no program reports it: as far as is known it was not given what it needs."""
+    programs = (one for sensor in SENSORS.values() for one in sensor.programs)
+    if any(kind in one.kinds and "cgroup" in one.needs for one in programs) and not cgroup_root():
+        return "no cgroup v2 hierarchy is mounted, at whose root its programs attach"
+    return "no program reports it"
 
 
 def _what_ways_lack(hooks: Iterable[list[ProgramStatus]]) -> Iterator[str]:
@@ -639,6 +658,17 @@ class KernelState:
     def program_fds(self) -> dict[str, int]:
         """The descriptors of the programs that are attached, by name."""
         return {name: fd for one in self._attached.values() for name, fd in one.descriptors.items()}
+
+    def run_timed(self) -> None:
+        """Run what the sensors have to be run every second.
+
+        Raises:
+            KernelError: the helper cannot be asked.
+            OSError: the kernel refused.
+        """
+        for sensor, attached in self._attached.items():
+            if any(one.way == TIMED and one.status == ATTACHED for one in attached.programs):
+                self._loader.run(sensor)
 
     def unload(self, sensor: str) -> None:
         """Detach one sensor and let go of it; the others go on."""

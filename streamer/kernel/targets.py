@@ -17,14 +17,20 @@ NO_SUCH_SYSCALL = "this machine has none of the system calls that are named"
 NO_RATE = "no rate is set: --profile-hz N, or `profile_hz` in [kernel]"
 
 
-def targets_of(kernel: Kernel) -> dict[str, Targets]:
-    """The targets of every sensor that has any."""
+def targets_of(kernel: Kernel, kinds: Set[str] | None = None) -> dict[str, Targets]:
+    """The targets of every sensor that has any, if `kinds` are given of those that report them.
+
+    Others get none, so that the helper keeps no capability for them.
+    """
     interfaces = kernel.interfaces
     cgroup = cgroup_root()
     functions = functions_of_calls(kernel.syscalls, platform.machine())
     found = {}
     for name, sensor in SENSORS.items():
-        needs = {need for program in sensor.programs for need in program.needs}
+        programs = [
+            one for one in sensor.programs if kinds is None or not kinds.isdisjoint(one.kinds)
+        ]
+        needs = {need for program in programs for need in program.needs}
         targets = Targets(
             interfaces=interfaces if "interface" in needs else (),
             cgroup=cgroup if "cgroup" in needs else "",

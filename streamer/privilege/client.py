@@ -275,6 +275,10 @@ class RemoteLoader:
         self._attached[sensor] = found
         return Attached(_programs(result), _by_name(result["attached"], found))
 
+    def run(self, sensor: str) -> None:
+        """See `Loader`."""
+        self._client.ask("run", sensor=sensor)
+
     def unload(self, sensor: str) -> None:
         """See `Loader`."""
         self._client.ask("unload", sensor=sensor)

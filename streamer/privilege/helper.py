@@ -143,6 +143,7 @@ class Helper:
             "open_buffers": self._open_buffers,
             "load": self._load,
             "attach": self._attach,
+            "run": self._run,
             "unload": self._unload,
             "update": self._update,
             "delete": self._delete,
@@ -241,6 +242,11 @@ class Helper:
         attached = self._loader.attach(sensor)
         result = {"programs": listed(attached.programs), "attached": list(attached.descriptors)}
         yield Answer(result, list(attached.descriptors.values()))
+
+    def _run(self, sensor: str) -> Iterator[Answer]:
+        self._check_loaded(sensor)
+        self._loader.run(sensor)
+        yield Answer(None)
 
     def _unload(self, sensor: str) -> Iterator[Answer]:
         self._check_loaded(sensor)

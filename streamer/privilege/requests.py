@@ -148,6 +148,7 @@ REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "open_buffers": {"cpu": _integer(0, MOST_CPU)},
     "load": {"sensor": _string(_SENSOR), "options": _numbers(MOST_OPTION)},
     "attach": {"sensor": _string(_SENSOR)},
+    "run": {"sensor": _string(_SENSOR)},
     "unload": {"sensor": _string(_SENSOR)},
     "update": {"map": _string(_MAP), "key": _bytes, "value": _bytes},
     "delete": {"map": _string(_MAP), "key": _bytes},

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from streamer.config.settings import Settings
@@ -44,7 +44,7 @@ class Helped(NamedTuple):
 class Split:
     """The worker's side of a split that has begun: the helper runs, and `drop` ends it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, kinds: Set[str]) -> None:
         """Import what the worker will need, and start the helper.
 
         Raises:
@@ -53,7 +53,7 @@ class Split:
         """
         self._account = drop.account_of(settings.user) if drop.can_change_user() else None
         preload(settings)
-        self.client, self.loader, self.opener = with_helper(settings)
+        self.client, self.loader, self.opener = with_helper(settings, kinds)
 
     def drop(self) -> None:
         """Give up every privilege of this process. Raises PrivilegeError."""
@@ -66,8 +66,8 @@ class Split:
         self.client.close()
 
 
-def with_helper(settings: Settings) -> Helped:
-    """Start a helper for a configuration, whose files it is told.
+def with_helper(settings: Settings, kinds: Set[str]) -> Helped:
+    """Start a helper for a configuration, whose files it is told, and what `kinds` attach to.
 
     Raises:
         StreamerError: it does not start.
@@ -75,7 +75,7 @@ def with_helper(settings: Settings) -> Helped:
     files = named_files(settings)
     client = start_helper()
     try:
-        client.set_up(files, targets_of(settings.kernel))
+        client.set_up(files, targets_of(settings.kernel, kinds))
     except BaseException:
         client.close()
         raise

@@ -253,10 +253,10 @@ static PyObject *ip_of(struct caches *caches, const uint8_t *address, uint8_t ve
 enum op_code {
 	OP_U8, OP_U16, OP_U32, OP_U64, OP_S32, OP_S64, OP_NS, OP_MOMENT, OP_START, OP_SERIAL,
 	OP_BOOL, OP_CSTR, OP_IP, OP_NAMES, OP_STR, OP_ARGV, OP_LINE, OP_CONST, OP_ID, OP_TIME,
-	OP_BOOTTIME, OP_RFC3339, OP_CUT, OP_FLAG, OP_INVALID_UTF8,
+	OP_BOOTTIME, OP_RFC3339, OP_CUT, OP_FLAG, OP_INVALID_UTF8, OP_PARSED, OP_PART,
 };
 
-/* A line needs the argv, and the mark of what was replaced needs all strings. */
+/* A line needs the argv, a part what was parsed, and the mark of what was replaced all strings. */
 enum stage { STAGE_VALUE, STAGE_LINE, STAGE_MARK, STAGE_END };
 
 struct op_spec {
@@ -284,6 +284,8 @@ static const struct op_spec OP_SPECS[] = {
 	{"str", OP_STR, STAGE_VALUE, 2},
 	{"argv", OP_ARGV, STAGE_VALUE, 2},
 	{"line", OP_LINE, STAGE_LINE, 0},
+	{"parsed", OP_PARSED, STAGE_VALUE, 2},
+	{"part", OP_PART, STAGE_LINE, 0},
 	{"const", OP_CONST, STAGE_VALUE, 0},
 	{"id", OP_ID, STAGE_VALUE, 0},
 	{"time", OP_TIME, STAGE_VALUE, 0},
@@ -298,11 +300,11 @@ struct op {
 	enum op_code code;
 	enum stage stage;
 	uint32_t offset;   /* in the record */
-	uint32_t argument; /* cstr: length; ip: offset of the version; cut, flag: mask;
-			      str, argv: its bit in the base's `cut` */
+	uint32_t argument; /* cstr: length; ip: offset of the version; cut, flag: mask; part: index;
+			      str, argv, parsed: its bit in the base's `cut` */
 	Py_ssize_t slot;   /* where the Struct keeps the field */
 	PyObject *object;  /* names: tuple; cut: a tuple for each mask; const: the constant;
-			      else NULL */
+			      parsed: the function; else NULL */
 };
 
 struct plan {
@@ -543,6 +545,16 @@ static int argument_from(struct op *op, PyObject *argument, uint32_t size, PyObj
 		return names_check(argument, 1, where);
 	case OP_CUT:
 		return choices_from(op, argument, where);
+	case OP_PART:
+		number = int_from(argument, 1, UINT8_MAX, "index", where);
+		break;
+	case OP_PARSED:
+		if (!PyCallable_Check(argument)) {
+			PyErr_Format(PyExc_ValueError, "%U: %R is no function", where, argument);
+			return -1;
+		}
+		op->object = Py_NewRef(argument);
+		return 0;
 	case OP_CONST:
 		op->object = PyObject_GetItem(constants, argument);
 		return op->object == NULL ? -1 : 0;
@@ -622,13 +634,19 @@ static int cuts_check(const struct plan *plan)
 
 static int strings_from(struct plan *plan)
 {
-	Py_ssize_t argvs = 0, lines = 0;
+	Py_ssize_t argvs = 0, lines = 0, parsed = 0, parts = 0;
 	for (Py_ssize_t i = 0; i < plan->count; i++) {
 		struct op *op = &plan->ops[i];
-		if (op->code == OP_STR || op->code == OP_ARGV)
+		if (op->code == OP_STR || op->code == OP_ARGV || op->code == OP_PARSED)
 			add_string(plan, op);
 		argvs += op->code == OP_ARGV;
 		lines += op->code == OP_LINE;
+		parsed += op->code == OP_PARSED;
+		parts += op->code == OP_PART;
+	}
+	if (parts > 0 && parsed != 1) {
+		PyErr_Format(PyExc_ValueError, "%U: parts of %zd parsed", plan->kind, parsed);
+		return -1;
 	}
 	if (lines > 0 && argvs != 1) {
 		PyErr_Format(PyExc_ValueError, "%U: a line of %zd argv", plan->kind, argvs);
@@ -983,6 +1001,7 @@ struct cursor {
 	const uint8_t *argv;
 	size_t argv_size;
 	PyObject *argv_list;  /* borrowed from the event */
+	PyObject *parsed;     /* a tuple, or NULL */
 	uint8_t cut;          /* a bit per string */
 };
 
@@ -1111,6 +1130,28 @@ static inline PyObject *next_str(Decoder *self, const struct op *op, struct curs
 	return str_of(self->caches, at, size, cut, invalid);
 }
 
+static PyObject *part_of(const struct cursor *cursor, Py_ssize_t index)
+{
+	if (!PyTuple_Check(cursor->parsed) || index >= PyTuple_GET_SIZE(cursor->parsed)) {
+		PyErr_Format(PyExc_TypeError, "part %zd of %R", index, cursor->parsed);
+		return NULL;
+	}
+	return Py_NewRef(PyTuple_GET_ITEM(cursor->parsed, index));
+}
+
+static PyObject *next_parsed(const struct op *op, struct cursor *cursor)
+{
+	size_t size = load16(cursor->record + op->offset);
+	PyObject *cut = cursor->cut & op->argument ? Py_True : Py_False;
+	PyObject *data = PyBytes_FromStringAndSize((const char *)cursor->data, (Py_ssize_t)size);
+	if (data == NULL)
+		return NULL;
+	cursor->data += size;
+	Py_XSETREF(cursor->parsed, PyObject_CallFunctionObjArgs(op->object, data, cut, NULL));
+	Py_DECREF(data);
+	return cursor->parsed == NULL ? NULL : part_of(cursor, 0);
+}
+
 static inline PyObject *cut_names(const struct op *op, uint8_t bits, struct outcome *outcome)
 {
 	uint32_t mask = bits & op->argument;
@@ -1178,6 +1219,10 @@ static inline PyObject *op_value(Decoder *self, const struct op *op, struct curs
 		return next_argv(self, op, cursor, invalid);
 	case OP_LINE:
 		return line_of(self, cursor);
+	case OP_PARSED:
+		return next_parsed(op, cursor);
+	case OP_PART:
+		return part_of(cursor, op->argument);
 	case OP_CONST:
 		return Py_NewRef(op->object);
 	case OP_ID:
@@ -1215,11 +1260,12 @@ static PyObject *build(Decoder *self, const struct plan *plan, const uint8_t *re
 	for (const struct op *op = plan->ops, *end = op + plan->count; op < end; op++) {
 		PyObject *value = op_value(self, op, &cursor, outcome);
 		if (UNLIKELY(value == NULL)) {
-			Py_DECREF(event);
-			return NULL;
+			Py_CLEAR(event);
+			break;
 		}
 		memcpy((char *)event + op->slot, &value, sizeof(value));
 	}
+	Py_XDECREF(cursor.parsed);
 	return event;
 }
 

@@ -121,7 +121,8 @@ class _Cursor:
     """What is carried from one field of a record to the next."""
 
     __slots__ = (
-        "argv", "clock", "cut", "incomplete", "invalid", "position", "record", "truncated"
+        "argv", "clock", "cut", "incomplete", "invalid", "parsed", "position", "record",
+        "truncated",
     )  # fmt: skip
 
     def __init__(self, record: bytes, position: int, clock: int, cut: int) -> None:
@@ -130,6 +131,7 @@ class _Cursor:
         self.clock = clock
         self.cut = cut
         self.argv: list[str] = []
+        self.parsed: Any = ()
         self.invalid = False
         self.truncated = False
         self.incomplete = False
@@ -159,6 +161,15 @@ class _Cursor:
         if last:
             self.argv.append(self.text(last, not cut))
         return self.argv
+
+    def take_parsed(self, parse: Callable[[bytes, bool], Any], size: int, bit: int) -> Any:
+        self.parsed = parse(self.take(size), self.cut & bit != 0)
+        return self.part(0)
+
+    def part(self, index: int) -> Any:
+        if not isinstance(self.parsed, tuple) or index >= len(self.parsed):
+            raise TypeError(f"part {index} of {self.parsed!r}")
+        return self.parsed[index]
 
     def mark_cut(self, choices: tuple[tuple[str, ...], ...], bits: int) -> tuple[str, ...]:
         names = choices[bits & (len(choices) - 1)]
@@ -222,6 +233,14 @@ def _read_str(bit: int) -> Callable[[int], _Read]:
 
 def _read_argv(bit: int) -> Callable[[int], _Read]:
     return lambda at: lambda words, cursor: cursor.take_argv(words[at], bit)
+
+
+def _read_parsed(parse: Callable[[bytes, bool], Any], bit: int) -> Callable[[int], _Read]:
+    return lambda at: lambda words, cursor: cursor.take_parsed(parse, words[at], bit)
+
+
+def _read_part(index: int) -> Callable[[], _Read]:
+    return lambda: lambda words, cursor: cursor.part(index)
 
 
 def _read_line() -> _Read:
@@ -378,7 +397,11 @@ def _op_of(field: _Field, context: _Context) -> _Op:
     if op not in _STRINGS:
         return _op_without_word(field, context)
     bit = 1 << context.strings.index(field.layout.name)
-    return _Op((field.word("H"),), _STRINGS[op](bit))
+    if op == "parsed":
+        if not callable(argument):
+            raise ValueError(f"{field.where}: {argument!r} is no function")
+        return _Op((field.word("H"),), _read_parsed(argument, bit))
+    return _Op((field.word("H"),), _TEXTS[op](bit))
 
 
 def _duration_op(field: _Field, context: _Context) -> _Op:
@@ -390,10 +413,11 @@ def _duration_op(field: _Field, context: _Context) -> _Op:
     return _Op((word,), _read_coarse(timing.duration))
 
 
-_STRINGS: dict[str, Callable[[int], Callable[[int], _Read]]] = {
+_TEXTS: dict[str, Callable[[int], Callable[[int], _Read]]] = {
     "str": _read_str,
     "argv": _read_argv,
 }
+_STRINGS = (*_TEXTS, "parsed")
 
 
 def _op_without_word(field: _Field, context: _Context) -> _Op:
@@ -401,6 +425,9 @@ def _op_without_word(field: _Field, context: _Context) -> _Op:
     match field.layout.op:
         case "line":
             return _Op((), _read_line, stage=1)
+        case "part":
+            index = _between(1, field.layout.argument, 255, f"{field.where}: index")
+            return _Op((), _read_part(index), stage=1)
         case "const":
             return _Op((), _read_constant(context.constants[field.layout.argument]))
         case "id":
@@ -446,6 +473,8 @@ def _check_strings(layout: RecordLayout) -> None:
     ops, count = [field.op for field in layout.fields], len(_strings_of(layout))
     if "line" in ops and ops.count("argv") != 1:
         raise ValueError(f"{layout.kind}: a line of {ops.count('argv')} argv")
+    if "part" in ops and ops.count("parsed") != 1:
+        raise ValueError(f"{layout.kind}: parts of {ops.count('parsed')} parsed")
     if count > MAX_STRINGS:
         raise ValueError(f"{layout.kind}: {count} strings, more than {MAX_STRINGS}")
     for field in layout.fields:

@@ -392,6 +392,31 @@ def _udp(event: Any) -> Iterator[Segment]:
     yield Segment(f" {state} {duration(event.duration_ns)}", "dim")
 
 
+_FEW_ANSWERS = 4
+
+
+def _dns(event: Any) -> Iterator[Segment]:
+    yield Segment(f"{event.query} {event.query_type}")
+    if event.state != "answered":
+        yield Segment(f" {event.state}", "red" if event.state == "unanswered" else "yellow")
+    if event.response_code:
+        style = "" if event.response_code == "NOERROR" else "red"
+        yield Segment(f" {event.response_code}", style)
+    shown = [f"{answer.type} {answer.data}" for answer in event.answers[:_FEW_ANSWERS]]
+    more = len(event.answers) - len(shown) + event.answers_left_out
+    if shown:
+        yield Segment(f" {', '.join(shown)}")
+    if more:
+        yield Segment(f" and {more:,} more", "dim")
+    if event.malformed:
+        yield Segment(f" malformed: {event.malformed}", "yellow")
+    if event.response_truncated:
+        yield Segment(" truncated", "yellow")
+    what = f" {event.transport} {endpoint(event.remote_addr, event.remote_port)}"
+    waited = f" {duration(event.latency_ns)}" if event.latency_ns else ""
+    yield Segment(f"{what}{waited}", "dim")
+
+
 _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "process.exec": _exec,
     "process.fork": _fork,
@@ -406,6 +431,7 @@ _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "net.retransmit": _retransmit,
     "net.drop": _drop,
     "net.udp": _udp,
+    "net.dns": _dns,
     "syscall.slow": _slow,
     "syscall.latency": _syscall,
     "profile.sample": _profile,

@@ -138,6 +138,44 @@ static void use_udp(void)
 	close(receiver);
 }
 
+#define DNS_QUESTION "\3www\5a.b\\c\4TEST\0\0\1\0\1"
+#define DNS_QUERY "\1\0\0\1\0\0\0\0\0\0" DNS_QUESTION
+#define DNS_RESPONSE(answers) "\x85\x80\0\1\0" answers "\0\0\0\0" DNS_QUESTION
+
+/* Asks itself: for what is another's name, for what leads nowhere, and in vain. */
+static void use_dns(void)
+{
+	static const char queries[3][sizeof(DNS_QUERY) + 2] = { "\0\1" DNS_QUERY, "\0\2" DNS_QUERY,
+								"\0\3" DNS_QUERY };
+	static const char alias[] = "\0\1" DNS_RESPONSE("\2") "\xc0\x0c\0\5\0\1\0\0\0\x3c\0\5\2xy"
+				    "\xc0\x16\xc0\x2c\0\1\0\1\0\0\0\x3c\0\4\xc0\0\2\1";
+	static const char loop[] = "\0\2" DNS_RESPONSE("\1") "\xc0\x20\0\1\0\1\0\0\0\x3c\0\4\1\2\3\4";
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_port = htons(53),
+				       .sin_addr.s_addr = htonl(0x7f080808) };
+	struct sockaddr_in from;
+	socklen_t length = sizeof(address);
+	int client = socket(AF_INET, SOCK_DGRAM, 0), server = socket(AF_INET, SOCK_DGRAM, 0);
+	char bytes[512];
+	int i;
+
+	if (bind(server, (void *)&address, length) || connect(client, (void *)&address, length))
+		exit(90);
+	for (i = 0; i < 3; i++) {
+		length = sizeof(from);
+		if (write(client, queries[i], sizeof(DNS_QUERY) + 1) != sizeof(DNS_QUERY) + 1 ||
+		    recvfrom(server, bytes, sizeof(bytes), 0, (void *)&from, &length) < 0)
+			exit(89);
+		if (i == 2)
+			break;
+		if (sendto(server, i ? loop : alias, (i ? sizeof(loop) : sizeof(alias)) - 1, 0,
+			   (void *)&from, length) < 0 ||
+		    read(client, bytes, sizeof(bytes)) < 0)
+			exit(88);
+	}
+	close(client);
+	close(server);
+}
+
 /* Connects to who drops every packet, until the SYN has been sent again. */
 static void connect_in_vain(void)
 {
@@ -182,6 +220,7 @@ int main(int argc, char **argv)
 	use_tcp(AF_INET, (void *)&v4, sizeof(v4));
 	use_tcp(AF_INET6, (void *)&v6, sizeof(v6));
 	use_udp();
+	use_dns();
 	connect_in_vain();
 	syscall(SYS_nanosleep, &moment, NULL);
 	go_down();

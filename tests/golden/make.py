@@ -75,12 +75,13 @@ def record(program: Path, scope: Scope) -> list[Case]:
     """Run the program and take what it did out of the rings."""
     settings = Settings(
         filters=Filters(cgroups=(scope.id,)),
-        kernel=Kernel(syscalls=("nanosleep",), syscall_slow_ms=1),
+        kernel=Kernel(syscalls=("nanosleep",), syscall_slow_ms=1, dns_timeout_seconds=1),
     )
     state = kernel.load(settings, frozenset(KINDS))
     try:
         state.attach()
         scope.act(run_program, str(program))
+        state.run_timed()
         state.detach()
         cases = [case for ring in state.ring_fds for case in drained(state, ring)]
     finally:

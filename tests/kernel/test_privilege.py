@@ -112,14 +112,16 @@ def test_what_the_worker_has(scope: Scope, tmp_path: Path) -> None:
 
 
 @pytest.mark.every_kernel
-def test_what_the_helper_has(scope: Scope, tmp_path: Path) -> None:
-    with Agent(tmp_path, *scope.options, events="file.open") as agent:
+@pytest.mark.parametrize("events", ["file.open", "net.udp", "net.dns"])
+def test_what_the_helper_has(scope: Scope, tmp_path: Path, events: str) -> None:
+    with Agent(tmp_path, *scope.options, events=events) as agent:
         directory = Path(f"/proc/{agent.helper_pid}")
         status = status_of(directory)
         links = [os.readlink(fd) for fd in (directory / "fd").iterdir()]
         agent.stop()
-    # A program at a cgroup sees UDP sockets being closed where none at a function does.
-    cgroup = 0 if functions_load() or not cgroup_root() else CAP_NET_ADMIN
+    # A program at a cgroup sees UDP sockets being closed where none at a function does, and DNS.
+    at_cgroup = {"net.dns": True, "net.udp": not functions_load()}.get(events, False)
+    cgroup = CAP_NET_ADMIN if at_cgroup and cgroup_root() else 0
     assert int(status["CapPrm"], 16) & ~(ALLOWED_TO_HELPER | cgroup) == 0
     assert int(status["CapPrm"], 16) & CAP_NET_ADMIN == cgroup
     assert [int(status[f"Cap{name}"], 16) for name in ("Inh", "Amb", "Bnd")] == [0] * 3

@@ -38,7 +38,7 @@ class Client:
 class OneProcess:
     """In place of `Split`: no helper, and nothing is given up."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, kinds: Collection[str]) -> None:
         self.client, self.loader, self.opener = Client(), None, DIRECT
 
     def drop(self) -> None:

@@ -29,7 +29,7 @@ SYSCALLS = frozenset({"syscall.latency", "syscall.slow"})
 PROFILE = frozenset({"profile.sample"})
 UNTARGETED = frozenset(KINDS) - SYSCALLS
 """What can be observed without anything named that it is to be observed at."""
-OFF = frozenset({"file.open", "net.drop"})
+OFF = frozenset({"file.open", "net.drop", "net.dns"})
 DEFAULT = UNTARGETED - OFF
 
 

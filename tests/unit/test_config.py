@@ -695,7 +695,7 @@ def test_the_default_leaves_out_what_can_be_much() -> None:
     left_out = {
         kind for kind in events.KINDS if not any(fnmatchcase(kind, glob) for glob in DEFAULT_EVENTS)
     }
-    assert left_out == {"file.open", "net.drop"}
+    assert left_out == {"file.open", "net.drop", "net.dns"}
 
 
 # --------------------------------------------------------------------------- documentation

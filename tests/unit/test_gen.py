@@ -244,7 +244,7 @@ PACKET = """struct xdp_drop {
 def with_packet(variant: Make) -> ModuleType:
     """The events with a kind more, that has no task."""
     changes = [
-        ("	KIND_END = 64,", "	KIND_XDP_DROP = 40,\n	KIND_END = 64,"),
+        ("	KIND_END = 64,", "	KIND_XDP_DROP = 63,\n	KIND_END = 64,"),
         (EVERY_RECORD, PACKET + EVERY_RECORD),
         (
             "	struct net_close net_close;",
@@ -260,7 +260,7 @@ def with_packet(variant: Make) -> ModuleType:
 
 
 def test_a_kind_without_a_task_has_no_fields_of_one(with_packet: ModuleType) -> None:
-    module, layout = with_packet, with_packet.RECORDS[40]
+    module, layout = with_packet, with_packet.RECORDS[63]
     assert module.XdpDrop.__mro__[1] is module.Event
     assert module.XdpDrop.__struct_fields__ == (
         *module.Event.__struct_fields__[:-1],
@@ -277,7 +277,7 @@ def test_a_kind_without_a_task_has_no_fields_of_one(with_packet: ModuleType) -> 
 @pytest.mark.parametrize("reader", [_records, records_py], ids=["compiled", "twin"])
 def test_a_record_without_a_task_is_decoded(with_packet: ModuleType, reader: ModuleType) -> None:
     decoder = reader.Decoder(with_packet.HEADER, with_packet.RECORDS, constants("bulk"), "p")
-    base = struct.pack("<QQIIHHBBBB", 7, 3, 44, 10, 40, 1, 0, 1, 1, 1)
+    base = struct.pack("<QQIIHHBBBB", 7, 3, 44, 10, 63, 1, 0, 1, 1, 1)
     event = decoder.decode(base + struct.pack("<IHH", 5, 4, 0) + b"eth\xc3")
     assert (event.boot_ns, event.seq, event.weight, event.cpu, event.ring) == (7, 3, 10, 1, "bulk")
     assert (event.interface, event.name) == (5, "eth")
@@ -305,7 +305,7 @@ def test_what_every_event_begins_with() -> None:
 def test_the_strings_that_can_be_cut_are_those_of_the_record() -> None:
     for layout in events.RECORDS.values():
         (cut,) = [field for field in layout.fields if field.op == "cut"]
-        strings = tuple(f.name for f in layout.fields if f.op in ("str", "argv"))
+        strings = tuple(f.name for f in layout.fields if f.op in ("str", "argv", "parsed"))
         assert (cut.name, cut.argument) == ("truncated", strings)
 
 

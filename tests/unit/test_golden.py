@@ -203,3 +203,24 @@ def test_its_connections_are_there() -> None:
         for address, _ in ends
         for way in (("outbound", 1000, 77), ("inbound", 77, 1000))
     }
+
+
+def test_what_it_asked_is_there() -> None:
+    """A name with a dot and a backslash in a label; a chain of names, a loop, and no answer."""
+    alias, loop, vain = of("net.dns")
+    for number, event in enumerate((alias, loop, vain), 1):
+        assert (event["query"], event["query_type"]) == (r"www.a\.b\\c.TEST", "A")
+        assert (event["dns_id"], event["queries"], event["transport"]) == (number, 1, "udp")
+        assert (event["remote_addr"], event["remote_port"]) == ("127.8.8.8", 53)
+        assert event["recursion_desired"]
+    assert [event["state"] for event in (alias, loop, vain)] == [*["answered"] * 2, "unanswered"]
+    shown = [tuple(answer.values()) for answer in alias["answers"]]
+    assert shown == [
+        (r"www.a\.b\\c.TEST", "CNAME", 60, "xy.TEST"),
+        ("xy.TEST", "A", 60, "192.0.2.1"),
+    ]
+    assert (alias["malformed"], alias["authoritative"]) == ("", True)
+    assert loop["malformed"] == "a pointer that does not lead back"
+    assert (loop["answers"], loop["answers_left_out"]) == ([], 1)
+    assert (vain["response_code"], vain["message_bytes"]) == ("", 0)
+    assert vain["latency_ns"] >= 10**9

@@ -17,7 +17,7 @@ import pytest
 
 from streamer.errors import KernelError
 from streamer.kernel import loader as module
-from streamer.kernel.loader import Loader, Targets
+from streamer.kernel.loader import TIMED, Loader, Targets
 from streamer.kernel.objects import KIND_END
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
@@ -28,6 +28,7 @@ SECTIONS = {
     "slow": "raw_tp/thing_slowly",
     "other": "raw_tp/other",
     "optional": "raw_tp/optional",
+    "timed": TIMED,
 }
 CATALOGUE = {
     "core": SensorInfo(
@@ -41,6 +42,7 @@ CATALOGUE = {
             ProgramInfo("slow", "thing", ("test.thing",)),
             ProgramInfo("other", "other", ("test.other",)),
             ProgramInfo("optional", "optional", ("test.optional",), "", ("option:more",)),
+            ProgramInfo("timed", "timed", ("test.thing",), "late ones", ("option:timed",)),
         ),
         (MapInfo("table", "table:entries"), MapInfo("counters", "cpus", True)),
     ),
@@ -63,6 +65,7 @@ class Kernel:
         self.open: list[FakeObject] = []
         self.attached: list[str] = []
         self.detached: list[str] = []
+        self.ran: list[tuple[str, tuple[str, ...]]] = []  # and what was attached by then
         self.fds = iter(range(1000, 2000))
 
 
@@ -120,6 +123,7 @@ class FakeProgram:
         self.log = "R1 invalid\nprocessed 3 insns"
 
     def run(self) -> int:
+        self._kernel.ran.append((self.name, tuple(self._kernel.attached)))
         return 0
 
     def attach(self) -> FakeLink:
@@ -253,6 +257,22 @@ def test_attaching_twice_attaches_once(kernel: Kernel) -> None:
     made.attach("thing")
     made.attach("thing")
     assert kernel.attached == ["plain", "other"]
+
+
+def test_what_is_run_every_second_is_run_before_others_attach(kernel: Kernel) -> None:
+    """And is attached nowhere. The core's own program was run when that was loaded."""
+    made = loaded(kernel)
+    core = len(kernel.ran)
+    made.load("thing", {"timed": 1})
+    attached = made.attach("thing")
+    assert kernel.ran[core:] == [("timed", ())]
+    assert statuses(attached.programs)["timed"] == "attached"
+    assert kernel.attached == ["plain", "other"]
+    made.run("thing")
+    assert kernel.ran[core:] == [("timed", ()), ("timed", ("plain", "other"))]
+    made.unload("thing")
+    with pytest.raises(KernelError, match="thing is not loaded"):
+        made.run("thing")
 
 
 def test_what_an_option_turns_on(kernel: Kernel) -> None:

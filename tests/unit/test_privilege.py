@@ -567,6 +567,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("load", {"sensor": "good", "options": {"t": (1 << 22) + 1}}),
     ("load", {"sensor": "good", "options": {str(i): 1 for i in range(65)}}),
     ("attach", {"sensor": "good"}),  # not loaded
+    ("run", {"sensor": "good"}),
     ("unload", {"sensor": "good"}),
     ("load_core", {"rings": {}, "btf": "/tmp/evil", "transport": "auto"}),
     ("load_core", {"rings": {}, "btf": 1, "transport": "auto"}),  # a file to append to
@@ -818,7 +819,7 @@ def test_a_helper_that_did_not_start_is_not_gone_on_with(
 ) -> None:
     monkeypatch.setattr(split, "start_helper", lambda: start_helper(str(tmp_path / "none.py")))
     with pytest.raises(HelperGone):
-        split.with_helper(Settings())
+        split.with_helper(Settings(), frozenset())
     assert "none.py" in capfd.readouterr().err
 
 

@@ -692,6 +692,10 @@ def test_a_class_that_does_not_fit(
         ("names", 0, (), r"names are \(\), not a tuple of str"),
         ("names", 0, (1,), r"names are \(1,\), not a tuple of str"),
         ("line", 0, None, "a line of 0 argv"),
+        ("part", 0, 1, "parts of 0 parsed"),
+        ("part", 0, 0, "index is 0, not 1 to 255"),
+        ("parsed", 32, None, "test.one.value: None is no function"),
+        ("parsed", 39, str, "offset is 39, not 0 to 38"),
         ("cut", 40, (), "offset is 40, not 0 to 39"),
         ("cut", 25, None, "names are None, not a tuple of str"),
         ("cut", 25, (1,), r"names are \(1,\), not a tuple of str"),
@@ -740,6 +744,65 @@ def test_strings_that_a_cut_cannot_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         reader.Decoder(HEADER, strings_layout(count, names), {}, "")
+
+
+class Parts(msgspec.Struct, gc=False):
+    third: int
+    cut: tuple[str, ...]
+    first: bytes
+    text: str
+    second: bool
+
+
+def parts_decoder(reader: Reader, parse: Any) -> Any:
+    """A kind with bytes that `parse` makes three parts of, and a string behind them."""
+    fields = (
+        FieldLayout("third", "part", 0, 2),
+        FieldLayout("cut", "cut", 25, ("first", "text")),
+        FieldLayout("first", "parsed", 32, parse),
+        FieldLayout("text", "str", 34, None),
+        FieldLayout("second", "part", 0, 1),
+    )
+    return reader.Decoder(HEADER, one_field(Parts, *fields, size=36), {}, "")
+
+
+def parts_record(parsed: bytes, text: bytes, cut: int = 0) -> bytes:
+    size = 36 + len(parsed) + len(text)
+    lengths = struct.pack("<2H", len(parsed), len(text))
+    return header(1, size, cut=cut) + lengths + parsed + text
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_a_function_makes_parts_of_bytes(reader: Reader, cut: int) -> None:
+    decoder = parts_decoder(reader, lambda data, is_cut: (data, is_cut, len(data)))
+    event = decoder.decode(parts_record(b"\0\xff", b"behind", cut))
+    names = tuple(name for bit, name in enumerate(("first", "text")) if cut >> bit & 1)
+    assert event == Parts(2, names, b"\0\xff", "behind", bool(cut & 1))
+    assert decoder.decode(parts_record(b"", b"")) == Parts(0, (), b"", "", False)
+
+
+def test_parts_do_not_leak(reader: Reader) -> None:
+    value = object()
+    decoder = parts_decoder(reader, lambda data, is_cut: (value, value, value))
+    before = sys.getrefcount(value)
+    for _ in range(100):
+        decoder.decode(parts_record(b"x", b""))
+    assert sys.getrefcount(value) == before
+
+
+@pytest.mark.parametrize("made", [(), (1,), (1, 2), [1, 2, 3], None])
+def test_a_function_that_makes_no_parts_is_a_defect(reader: Reader, made: Any) -> None:
+    decoder = parts_decoder(reader, lambda data, is_cut: made)
+    with pytest.raises(TypeError, match="part "):
+        decoder.decode(parts_record(b"x", b""))
+
+
+def test_what_a_function_raises_is_raised(reader: Reader) -> None:
+    def fail(data: bytes, is_cut: bool) -> None:
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        parts_decoder(reader, fail).decode(parts_record(b"x", b""))
 
 
 def test_fields_may_end_with_the_record(reader: Reader) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from streamer.events import kinds as events
 from streamer.events.batch import Batch
+from streamer.events.dns import DnsAnswer
 from streamer.events.stream import (
     KindCounts,
     KindReport,
@@ -82,6 +83,17 @@ CONNECTION: dict[str, Any] = {
     "local_port": 51000,
     "remote_addr": "93.184.216.34",
     "remote_port": 443,
+}
+
+DNS: dict[str, Any] = {
+    "query": "a.test",
+    "query_type": "A",
+    "state": "answered",
+    "response_code": "NOERROR",
+    "transport": "udp",
+    "remote_addr": "9.9.9.9",
+    "remote_port": 53,
+    "latency_ns": 2_500_000,
 }
 
 ESSENCES: list[tuple[str, dict[str, Any], str]] = [
@@ -243,6 +255,35 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
         "net.udp",
         {"local_addr": "0.0.0.0", "local_port": 53, "direction": "inbound", "duration_ns": 5000},
         "0.0.0.0:53 <- *:* sent 0 (0B) received 0 (0B) in use for 5.00µs",
+    ),
+    (
+        "net.dns",
+        DNS
+        | {
+            "answers": [DnsAnswer("a.test", "CNAME", 1, "b.test")]
+            + [DnsAnswer("b.test", "A", 1, f"192.0.2.{i}") for i in range(5)],
+            "answers_left_out": 2,
+            "response_truncated": True,
+        },
+        "a.test A NOERROR CNAME b.test, A 192.0.2.0, A 192.0.2.1, A 192.0.2.2 and 4 more truncated "
+        "udp 9.9.9.9:53 2.50ms",
+    ),
+    (
+        "net.dns",
+        DNS | {"state": "unanswered", "response_code": "", "latency_ns": 10 * 10**9},
+        "a.test A unanswered udp 9.9.9.9:53 10.0s",
+    ),
+    (
+        "net.dns",
+        DNS
+        | {
+            "state": "unsolicited",
+            "response_code": "NXDOMAIN",
+            "malformed": "it ends too early",
+            "latency_ns": 0,
+            "owner_known": False,
+        },
+        "a.test A unsolicited NXDOMAIN malformed: it ends too early udp 9.9.9.9:53 [owner unknown]",
     ),
     (
         "syscall.slow",

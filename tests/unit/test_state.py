@@ -162,6 +162,22 @@ def test_a_sensor_is_loaded_once_and_unloaded_alone(programs: MemoryPrograms) ->
     kernel.close()
 
 
+def test_what_is_run_every_second_is_asked_for_of_its_sensor_alone(
+    programs: MemoryPrograms,
+) -> None:
+    kernel = KernelState(programs, Settings())
+    for sensor in ("process", "net_dns"):
+        kernel.load(sensor)
+    kernel.run_timed()
+    assert "run net_dns" not in programs.done  # it is not attached yet
+    kernel.attach()
+    kernel.run_timed()
+    kernel.unload("net_dns")
+    kernel.run_timed()
+    assert [step for step in programs.done if step.startswith("run")] == ["run net_dns"]
+    kernel.close()
+
+
 def test_runs_missed_by_what_was_unloaded_still_count(
     programs: MemoryPrograms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +244,7 @@ def test_one_sensor_that_does_not_load_leaves_the_others(privileged: None) -> No
     programs = MemoryPrograms(refused=frozenset({"net"}))
     kernel = state.load(Settings(), ALL, programs)
     assert sorted(kernel.sensors) == [
-        *("file", "kprobe_syscall_latency", "process", "tracepoint_net"),
+        *("file", "kprobe_syscall_latency", "net_dns", "process", "tracepoint_net"),
     ]
     assert kernel.coverage({"net.close"})["net.close"].reason == "net is refused"
     kernel.close()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from streamer.errors import ContractError
 from streamer.events.layout import HEADER_FIELDS, MAX_STRINGS
+from streamer.events.parsed import PARSED
 from streamer.kernel.btf import Btf, Member, Type
 from streamer.kernel.contract import dotted, kind_names
 
@@ -25,15 +26,17 @@ _RANGES: dict[str, tuple[int | None, int | None]] = {
     **dict.fromkeys(("u64", "ns", "moment", "start", "serial", "time", "boottime"), (0, None)),
 }
 
-_SIZES = {"bool": 1, "names": 1, "ip": 16, "str": 2, "argv": 2}
+_SIZES = {"bool": 1, "names": 1, "ip": 16}
 _SIZES |= dict.fromkeys(("ns", "moment", "start", "serial", "boottime"), 8)
+_SIZES |= dict.fromkeys(("str", "argv", "parsed"), 2)
+_STRINGS = ("str", "argv", "parsed")
 
 
 class Field(NamedTuple):
     """A published field: its layout in the record, its type, its values and its meaning.
 
     `span` is what RANGE says, and `among` what AMONG does. An `optional` field is one that older
-    releases do not send.
+    releases do not send. `made` is the type of what a function gives.
     """
 
     name: str
@@ -44,15 +47,20 @@ class Field(NamedTuple):
     span: tuple[int | None, int | None] | None = None
     among: tuple[int | str, ...] = ()
     optional: bool = False
+    made: str = ""
 
     @property
     def type(self) -> str:
         """The field's Python type, apart from what values it has."""
-        return "int" if self.name == "schema" else _PYTHON_TYPES.get(self.op, "int")
+        if self.name == "schema":
+            return "int"
+        return self.made or _PYTHON_TYPES.get(self.op, "int")
 
     @property
     def range(self) -> tuple[int | None, int | None]:
         """The least and the largest value of an integer; None where it has no such limit."""
+        if self.made:
+            return (0, None) if self.made == "int" else (None, None)
         return self.span or _RANGES.get(self.op, (None, None))
 
 
@@ -102,7 +110,7 @@ class Record(NamedTuple):
     @property
     def strings(self) -> tuple[str, ...]:
         """Names of the strings in `data`, in its order."""
-        return tuple(field.name for field in self.fields if field.op in ("str", "argv"))
+        return tuple(field.name for field in self.fields if field.op in _STRINGS)
 
 
 class Model(NamedTuple):
@@ -343,8 +351,21 @@ def _shown(
             array_doc, _, line_doc = doc.partition("|")
             yield Field(array, "argv", offset, None, array_doc)
             yield Field(line, "line", offset, None, line_doc)
+        case "parsed":
+            what, whole = argument.split(",")
+            yield from _parts(what, whole, offset)
         case _:
             raise ValueError(shown)
+
+
+def _parts(what: str, whole: str, offset: int) -> Iterator[Field]:
+    """What a function makes of bytes: first what has them in `truncated`."""
+    parts = PARSED[what].parts
+    if whole != next(iter(parts)):
+        raise ValueError(whole)
+    for index, (name, (made, doc)) in enumerate(parts.items()):
+        op, argument = ("part", index) if index else ("parsed", what)
+        yield Field(name, op, 0 if index else offset, argument, doc, made=made)
 
 
 def _integer(btf: Btf, member: Member) -> str:

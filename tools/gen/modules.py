@@ -23,7 +23,9 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from streamer.events.clock import Timed
+from streamer.events.dns import DnsAnswer
 from streamer.events.layout import FieldInfo, FieldLayout, KindInfo, RecordLayout
+from streamer.events.parsed import PARSED
 
 SCHEMA_VERSION = {version}
 """The published `schema`: raised when a field changes its meaning."""
@@ -46,6 +48,7 @@ from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
 _WORDS = {"int": "integer", "str": "string", "bool": "boolean"}
 _WORDS |= {"list[str]": "array of strings", "tuple[str, ...]": "array of strings"}
+_WORDS |= {"list[DnsAnswer]": "array of objects"}
 
 
 # What the decoder makes of an address of either version.
@@ -160,7 +163,10 @@ def _kind_info(record: Record) -> Iterator[str]:
 
 
 def _layout(field: Field) -> str:
-    return f'FieldLayout("{field.name}", "{field.op}", {field.offset}, {field.argument!r}),'
+    argument = f"{field.argument!r}"
+    if field.op == "parsed":
+        argument = f'PARSED["{field.argument}"].parse'
+    return f'FieldLayout("{field.name}", "{field.op}", {field.offset}, {argument}),'
 
 
 def _info(field: Field) -> str:

@@ -1,0 +1,446 @@
+"""`net.dns`, against real servers and clients, and against one that answers as no server should.
+
+Everything happens in network namespaces of its own. dig is the witness of what was answered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernel.agent import Agent, Recording
+from tests.kernel.dns import (
+    PORT,
+    Digged,
+    ask,
+    dig,
+    dnsmasq,
+    query,
+    question,
+    record,
+    response,
+    serve,
+)
+from tests.kernel.pace import seconds
+from tests.kernel.roles import Role, enter_netns, in_own_network, netns_inode, two_namespaces
+from tests.kernel.scope import Scope
+
+pytestmark = pytest.mark.kernel
+
+NOBODY = 65534
+CLONE_NEWNS = 0x20000
+ONE_A = record(socket.inet_aton("192.0.2.1"))
+SOON = "[kernel]\ndns_timeout_seconds = 1\n"
+
+
+def recorded(
+    directory: Path, scope: Scope, function: Any, *arguments: Any, config: str = "", wait: int = 0
+) -> tuple[Any, Recording]:
+    """What the function gave, in a network of its own, and the agent's recording of it.
+
+    `wait` for so many events before the agent is ended: those that come only in time.
+    """
+    with Agent(directory, *scope.options, events="net.dns", config=config) as agent:
+        result = scope.act(in_own_network, function, *arguments)
+        if wait:
+            agent.wait_for(b'{"event":"net.dns"', wait)
+        return result, agent.stop()
+
+
+def told(event: Any) -> tuple[str, str, str, str]:
+    return event.query, event.query_type, event.state, event.response_code
+
+
+# ---------------------------------------------------------------- a real server, real clients
+
+ASKED = (
+    ("a.test", "A"),
+    ("h.test", "AAAA"),
+    ("c.test", "A"),
+    ("t.test", "TXT"),
+    ("m.test", "MX"),
+    ("_x._udp.test", "SRV"),
+    ("9.2.0.192.in-addr.arpa", "PTR"),
+    ("no.test", "A"),
+    ("CaSe.TEST", "A"),
+    ("example.org", "A"),
+    (r"a\.b\032c\255.test", "A"),
+    (".", "NS"),
+)
+
+
+def dig_all() -> tuple[int, dict[tuple[str, str], Digged]]:
+    with dnsmasq():
+        found = {}
+        for at, (name, kind) in enumerate(ASKED):
+            server = ("@127.0.0.1", "@::1")[at % 2]
+            found[name, kind] = dig("-q", name, "-t", kind, server)
+        return netns_inode(), found
+
+
+def as_dig(name: str) -> str:
+    """A name as dig writes it, with the dot at its end."""
+    return name if name == "." else f"{name}."
+
+
+def test_what_dig_asks_is_told_as_dig_is(tmp_path: Path, scope: Scope) -> None:
+    """Each exchange is one event, with number, type, code and answers as dig has them."""
+    (netns, digged), recording = recorded(tmp_path, scope, dig_all)
+    events = {(event.query, event.query_type): event for event in recording.of("net.dns")}
+    assert len(recording.of("net.dns")) == len(ASKED)
+    assert events.keys() == digged.keys()
+    for asked, witness in digged.items():
+        event = events[asked]
+        assert (event.dns_id, event.response_code) == (witness.number, witness.status), asked
+        assert (event.state, event.queries, event.malformed) == ("answered", 1, "")
+        assert (event.transport, event.remote_port, event.netns) == ("udp", PORT, netns)
+        assert event.remote_addr in ("127.0.0.1", "::1")
+        assert event.owner_known
+        assert event.comm.startswith("isc-net")
+        assert 0 < event.latency_ns < seconds(3) * 10**9
+        has_names = ("CNAME", "MX", "SRV", "PTR")
+        shown = [
+            (as_dig(a.name), a.ttl, a.type, as_dig(a.data) if a.type in has_names else a.data)
+            for a in event.answers
+        ]
+        assert shown == witness.answers
+    assert {digged["no.test", "A"].status, digged["example.org", "A"].status} == {
+        "NXDOMAIN",
+        "REFUSED",
+    }
+    assert len(events["c.test", "A"].answers) == 3  # two names for one, and its address
+
+
+RESOLVE = "import socket, sys; print(len(socket.getaddrinfo(sys.argv[1], None, 0, 1)))"
+
+
+def resolve() -> tuple[int, int]:
+    """As any program does: by the C library, and what its configuration says."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(CLONE_NEWNS) == 0
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    own = Path("/tmp") / f"streamer-resolv-{os.getpid()}"
+    own.write_text("nameserver 127.0.0.1\n")
+    try:
+        subprocess.run(["mount", "--bind", str(own), "/etc/resolv.conf"], check=True)
+        with dnsmasq():
+            command = [sys.executable, "-c", RESOLVE, "h.test"]
+            client = subprocess.Popen(command, stdout=subprocess.PIPE)
+            output, _ = client.communicate()
+            return client.pid, int(output)
+    finally:
+        own.unlink()
+
+
+def test_what_the_c_library_asks_is_its_process_s(tmp_path: Path, scope: Scope) -> None:
+    """getaddrinfo() asks for both kinds of address at once, from one socket."""
+    (pid, addresses), recording = recorded(tmp_path, scope, resolve)
+    assert addresses == 2
+    events = recording.of("net.dns")
+    assert Counter(map(told, events)) == {
+        ("h.test", "A", "answered", "NOERROR"): 1,
+        ("h.test", "AAAA", "answered", "NOERROR"): 1,
+    }
+    assert {event.pid for event in events} == {pid}
+    assert len({event.local_port for event in events}) == 1
+    assert len({event.dns_id for event in events}) == 2
+
+
+# ---------------------------------------------------------------- between namespaces
+
+
+def answer_within(netns: str, address: str, count: int) -> None:
+    enter_netns(netns)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as server:
+        server.bind((address, PORT))
+        server.settimeout(seconds(20))
+        for _ in range(count):
+            asked, peer = server.recvfrom(65535)
+            server.sendto(response(asked, ONE_A, 1), peer)
+
+
+def ask_within(netns: str, addresses: list[str]) -> int:
+    enter_netns(netns)
+    for number, address in enumerate(addresses):
+        ask([query(number, question(b"far.test"))], answers=1, address=address)
+    return netns_inode()
+
+
+def test_each_network_namespace_is_seen_without_being_named(tmp_path: Path, scope: Scope) -> None:
+    """As of two containers: the one asks, the other, of another cgroup, answers. One event each."""
+    addresses = ["192.0.2.2", "2001:db8::2"]
+    with two_namespaces() as (client, server):
+        roles = [Role("server", answer_within, server, address, 1) for address in addresses]
+        time.sleep(seconds(0.3))
+        with Agent(tmp_path, *scope.options, events="net.dns") as agent:
+            netns = scope.act(ask_within, client, addresses)
+            for role in roles:
+                role.result()
+            recording = agent.stop()
+    events = recording.of("net.dns")
+    assert [event.remote_addr for event in events] == addresses
+    assert [event.local_addr for event in events] == ["192.0.2.1", "2001:db8::1"]
+    assert {event.netns for event in events} == {netns}
+    assert [event.ip_version for event in events] == [4, 6]
+
+
+# ---------------------------------------------------------------- no answer, and others' answers
+
+
+def ask_in_vain() -> int:
+    """Three queries, of which one is sent three times, to a port where nobody answers."""
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        deaf.bind(("127.0.0.1", PORT))
+        for number, name in enumerate((b"one.test", b"two.test", b"three.test")):
+            for _ in range(number * 2 or 1):
+                client.sendto(query(number, question(name)), ("127.0.0.1", PORT))
+    return os.getpid()
+
+
+def test_a_query_that_nobody_answers_is_told_in_time(tmp_path: Path, scope: Scope) -> None:
+    """Once each, however often it was sent, and though its socket is closed by then."""
+    pid, recording = recorded(tmp_path, scope, ask_in_vain, config=SOON, wait=3)
+    events = recording.of("net.dns")
+    assert sorted((event.query, event.queries) for event in events) == [
+        ("one.test", 1),
+        ("three.test", 4),
+        ("two.test", 2),
+    ]
+    for event in events:
+        assert (event.state, event.response_code, event.answers) == ("unanswered", "", [])
+        assert (event.pid, event.message_bytes) == (pid, 0)
+        assert event.recursion_desired
+        assert not event.recursion_available
+        assert 10**9 <= event.latency_ns < seconds(8) * 10**9
+
+
+FORGED = b"forged.test"
+
+
+def forge() -> None:
+    """One query; before its response come four that are none."""
+
+    def answer(asked: bytes) -> list[bytes]:
+        number = struct.unpack_from("!H", asked)[0]
+        wrong_number = struct.pack("!H", number ^ 1) + response(asked, ONE_A, 1)[2:]
+        wrong_question = response(query(number, question(b"other.test")), ONE_A, 1)
+        wrong_type = response(query(number, question(FORGED, 28)), ONE_A, 1)
+        good = response(asked[:12] + asked[12:].upper(), ONE_A, 1)
+        return [wrong_number, wrong_question, wrong_type, good, good]
+
+    with (
+        serve(answer),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger,
+    ):
+        client.bind(("127.0.0.1", 0))
+        client.settimeout(seconds(5))
+        stranger.bind(("127.0.0.2", PORT))
+        asked = query(77, question(FORGED))
+        # From another address: it comes before the query is sent, and then with the rest.
+        stranger.sendto(response(asked, ONE_A, 1), client.getsockname())
+        client.sendto(asked, ("127.0.0.1", PORT))
+        for _ in range(6):
+            client.recvfrom(65535)
+
+
+def test_only_the_response_to_the_query_answers_it(tmp_path: Path, scope: Scope) -> None:
+    """By address, number and question, whatever the case of its letters; a second one does not."""
+    _, recording = recorded(tmp_path, scope, forge)
+    events = recording.of("net.dns")
+    assert Counter(event.state for event in events) == {"answered": 1, "unsolicited": 5}
+    (answered,) = [event for event in events if event.state == "answered"]
+    assert (answered.query, answered.dns_id, answered.malformed) == ("FORGED.TEST", 77, "")
+    unsolicited = [event for event in events if event.state == "unsolicited"]
+    assert all((event.pid, event.queries, event.latency_ns) == (0, 0, 0) for event in unsolicited)
+    assert not any(event.owner_known for event in unsolicited)
+    assert sorted(event.remote_addr for event in unsolicited) == ["127.0.0.1"] * 4 + ["127.0.0.2"]
+
+
+# ---------------------------------------------------------------- what no server should send
+
+NAME = b"odd.test"
+AT_QUESTION = b"\xc0\x0c"
+LONG_NAME = (b"\x3f" + b"x" * 63) * 4 + b"\0"
+ODD: dict[str, tuple[bytes, int, str]] = {
+    "a loop": (b"\xc0\x1a" + ONE_A[2:], 1, "a pointer that does not lead back"),
+    "forward": (b"\xc0\xff" + ONE_A[2:], 1, "a pointer that does not lead back"),
+    "a label type": (b"\x80" + ONE_A[1:], 1, "a label of an unknown type"),
+    "too long": (record(b"\1\2\3\4", name=LONG_NAME), 1, "a name that is too long"),
+    "too early": (ONE_A[:-2], 1, "it ends too early"),
+    "fewer": (ONE_A, 2, "it ends too early"),
+    "a short address": (record(b"\1\2\3"), 1, "a record of type A of another length"),
+    "a long name's data": (record(b"\1x\0y", 5), 1, "a record of type CNAME of another length"),
+    "a loop in data": (record(b"\xc0\x26", 5), 1, "a pointer that does not lead back"),
+}
+
+
+def ask_for_odd() -> None:
+    def answer(asked: bytes) -> list[bytes]:
+        records, count, _ = list(ODD.values())[asked[1]]
+        return [response(asked, records, count)]
+
+    with serve(answer):
+        for number in range(len(ODD)):
+            ask([query(number, question(NAME))], answers=1)
+
+
+def test_malformed_responses_are_survived_and_marked(tmp_path: Path, scope: Scope) -> None:
+    """Each answers its query, for number and question are in order; what is wrong is said."""
+    _, recording = recorded(tmp_path, scope, ask_for_odd)
+    events = sorted(recording.of("net.dns"), key=lambda event: event.dns_id)
+    assert [event.malformed for event in events] == [mistake for _, _, mistake in ODD.values()]
+    assert {told(event) for event in events} == {("odd.test", "A", "answered", "NOERROR")}
+    for event in events:
+        assert len(event.answers) + event.answers_left_out in (1, 2)
+
+
+BAD_QUESTIONS = (
+    b"\x80odd\0\0\1\0\1",
+    b"\x3fshort",
+    b"\xc0\x0c\0\1\0\1",
+    LONG_NAME + b"\0\1\0\1",
+    b"",
+)
+
+
+def ask_oddly() -> None:
+    with serve(lambda asked: []):
+        ask([query(number, odd) for number, odd in enumerate(BAD_QUESTIONS)], answers=0)
+
+
+def test_malformed_questions_are_marked(tmp_path: Path, scope: Scope) -> None:
+    _, recording = recorded(tmp_path, scope, ask_oddly, config=SOON, wait=len(BAD_QUESTIONS))
+    events = sorted(recording.of("net.dns"), key=lambda event: event.dns_id)
+    assert [event.malformed for event in events] == [
+        "a label of an unknown type",
+        "it ends too early",
+        "a pointer that does not lead back",
+        "a name that is too long",
+        "it ends too early",
+    ]
+    assert {event.state for event in events} == {"unanswered"}
+
+
+MANY = 250
+OPT = b"\0" + struct.pack("!HHIH", 41, 4096, 0, 0)
+
+
+def ask_for_much() -> None:
+    def answer(asked: bytes) -> list[bytes]:
+        if asked[1]:
+            return [response(asked, record(b"\xff" * 60000, 16), 1)]
+        addresses = [record(struct.pack("!I", 0x0A000000 + number)) for number in range(MANY)]
+        return [response(asked, b"".join(addresses) + OPT, MANY, more=1)]
+
+    with serve(answer):
+        for number in range(2):
+            ask([query(number, question(b"big.test"))], answers=1)
+
+
+def test_large_responses_are_bounded_and_say_so(tmp_path: Path, scope: Scope) -> None:
+    """Of 4096 bytes and less all is looked at, and 32 answers are told; of more it is said."""
+    _, recording = recorded(tmp_path, scope, ask_for_much)
+    many, large = recording.of("net.dns")
+    assert (len(many.answers), many.answers_left_out) == (32, MANY - 32)
+    assert (many.edns_bytes, many.truncated, many.malformed) == (4096, (), "")
+    assert many.message_bytes == 12 + 14 + MANY * 16 + 11
+    assert (large.message_bytes, large.truncated, large.malformed) == (60038, ("answers",), "")
+    assert (large.answers, large.answers_left_out) == ([], 1)
+
+
+# ---------------------------------------------------------------- floods
+
+ROOM = 8
+FLOOD = 20
+SMALL = "[kernel]\ndns_timeout_seconds = 3\ndns_queries = 64\n"
+
+
+def flood() -> None:
+    """More queries than one user may have waiting, and then one of somebody else."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(("127.0.0.1", PORT))
+        ask([query(number, question(b"flood.test")) for number in range(FLOOD)], answers=0)
+        Role("other", ask_as_other).result()
+
+
+def ask_as_other() -> None:
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    ask([query(1, question(b"other.test"))], answers=0)
+
+
+def test_a_full_table_is_counted_and_costs_nobody_else(tmp_path: Path, scope: Scope) -> None:
+    """One user has an eighth of the room; what he asks beyond that is lost, and told as such."""
+    _, recording = recorded(tmp_path, scope, flood, config=SMALL, wait=ROOM + 1)
+    events = recording.of("net.dns")
+    names = Counter(event.query for event in events)
+    assert names == {"flood.test": ROOM, "other.test": 1}
+    heartbeat = recording.heartbeat
+    counts = heartbeat.counts["net.dns"]
+    assert (counts.produced, counts.lost, counts.read) == (FLOOD + 1, FLOOD - ROOM, ROOM + 1)
+    assert heartbeat.faults["dns_full"] == FLOOD - ROOM
+    assert sum(loss.count for loss in recording.losses) == FLOOD - ROOM
+
+
+MOST = 10
+SLOW = f"[kernel]\ndns_per_second = {MOST}\n"
+OFTEN = 50
+
+
+def ask_often() -> float:
+    with serve(lambda asked: [response(asked, ONE_A, 1)]):
+        begun = time.monotonic()
+        for number in range(OFTEN):
+            ask([query(number, question(b"often.test"))], answers=1)
+        taken = time.monotonic() - begun
+        time.sleep(1.1)
+        ask([query(number, question(b"often.test"))], answers=1)
+        return taken
+
+
+def test_what_one_asks_too_often_is_shed_and_stands_in_a_weight(
+    tmp_path: Path, scope: Scope
+) -> None:
+    taken, recording = recorded(tmp_path, scope, ask_often, config=SLOW)
+    events = recording.of("net.dns")
+    assert len(events) <= MOST * (int(taken) + 2) + 1
+    counts = recording.heartbeat.counts["net.dns"]
+    assert (counts.produced, counts.lost) == (OFTEN + 1, 0)
+    assert counts.shed == OFTEN + 1 - len(events) > 0
+    assert sum(event.weight for event in events) == OFTEN + 1
+
+
+# ---------------------------------------------------------------- filters
+
+
+def ask_twice() -> None:
+    with serve(lambda asked: [response(asked, ONE_A, 1)]):
+        ask([query(1, question(b"mine.test"))], answers=1)
+        Role("leftout", ask_left_out).result()
+
+
+def ask_left_out() -> None:
+    ask([query(2, question(b"leftout.test"))], answers=1)
+
+
+def test_filters_judge_who_asks(tmp_path: Path, scope: Scope) -> None:
+    """And what is filtered is not mistaken for a response that nobody asked for."""
+    config = '[filters]\nexclude_comms = ["leftout"]\n'
+    _, recording = recorded(tmp_path, scope, ask_twice, config=config)
+    assert [event.query for event in recording.of("net.dns")] == ["mine.test"]
+    assert recording.filtered("net.dns") == 1
