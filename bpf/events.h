@@ -378,7 +378,7 @@ struct net_dns {
 	__u8 remote_addr[16] AS("ip:ip_version") DOC("address of the server");
 	__u8 data[8 + DNS_QUERY_LEN + DNS_MESSAGE_LEN] HIDDEN;
 } RING("bulk") DOC("A DNS query of this host was answered, or not; or a response came that nobody had asked for.")
-UNSEEN("what a server on this host is asked|DNS over TCP|encrypted DNS (over TLS, HTTPS, QUIC)|queries to other ports than dns_ports|what is handed on without a socket, as between containers and the network|the messages of a zone transfer behind the first");
+UNSEEN("what a server on this host is asked|encrypted DNS (over TLS, HTTPS, QUIC)|queries to other ports than dns_ports|what is handed on without a socket, as between containers and the network|the messages of a zone transfer behind the first");
 
 struct syscall_slow {
 	struct event_base base;

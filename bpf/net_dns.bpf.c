@@ -54,6 +54,20 @@ enum dns_state {
 
 /* ---------------------------------------------------------------- what is kept */
 
+/* What is known of a packet, and of a connection. */
+struct dns_packet {
+	__u8 local_addr[16];
+	__u8 remote_addr[16];
+	__u16 local_port;
+	__u16 remote_port;
+	__u8 ip_version;
+	__u8 transport;
+	__u16 flags;   /* of TCP */
+	__u32 seq;     /* of TCP */
+	__u32 at;      /* where the payload begins */
+	__u32 length;  /* of it */
+};
+
 struct dns_key {
 	__u64 cookie; /* of the socket */
 	__u8 remote_addr[16];
@@ -139,6 +153,58 @@ struct {
 	__type(value, struct dns_share);
 } dns_shares SEC(".maps");
 
+enum dns_stream_state {
+	STREAM_UNKNOWN,  /* nobody saw it begin */
+	STREAM_FOLLOWED,
+	STREAM_LOST,     /* where the next message begins is not known any more */
+};
+
+/* One direction of a TCP connection: messages, each behind its length in two bytes. */
+struct dns_stream {
+	__u32 next;   /* number of the byte that is expected */
+	__u16 length; /* of the message */
+	__u16 left;   /* of its bytes; 0: its length comes next */
+	__u16 filled; /* bytes that are kept */
+	__u8 state;   /* enum dns_stream_state */
+	__u8 partial; /* bytes of the message are missing: no more are kept */
+	__u8 half;    /* the first byte of a length has come */
+	__u8 first;   /* that */
+	__u8 pad[2];
+	__u32 at;     /* what the packet of now brings: where, how much, and its number */
+	__u32 brings;
+	__u32 seq;
+};
+
+#define SENT_BYTES 512
+
+/* With the socket. The messages begin so that the question, which is hashed by words, is aligned; the
+ * verifier wants as much room again, wherever what comes is put. */
+struct dns_connection {
+	struct dns_packet ends;
+	struct dns_stream sent;
+	struct dns_stream received;
+	__u16 transfer_id; /* of the last query for a zone */
+	__u8 transfers;
+	__u8 pad[5];
+	__u8 sent_bytes[2 * SENT_BYTES];
+	__u8 received_bytes[2 * DNS_MESSAGE_LEN];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct dns_connection);
+} dns_connections SEC(".maps");
+
+/* By the cookie of the socket: connections of which messages may have been missed. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u8);
+} dns_unfollowed SEC(".maps");
+
 /* A record that is being made. The verifier wants room for the longest question before the longest
  * message, wherever that begins. */
 struct dns_scratch {
@@ -163,19 +229,6 @@ struct {
 } dns_old_scratch SEC(".maps");
 
 /* ---------------------------------------------------------------- packets */
-
-struct dns_packet {
-	__u8 local_addr[16];
-	__u8 remote_addr[16];
-	__u16 local_port;
-	__u16 remote_port;
-	__u8 ip_version;
-	__u8 transport;
-	__u16 flags;   /* of TCP */
-	__u32 seq;     /* of TCP */
-	__u32 at;      /* where the payload begins */
-	__u32 length;  /* of it */
-};
 
 static __always_inline bool is_dns_port(__u16 port)
 {
@@ -246,7 +299,7 @@ static __always_inline bool asks_dns(struct __sk_buff *skb, __u32 ports)
 
 /* False: it is not what its headers say. `sent`: it leaves, so that its source is local. */
 static __always_inline bool read_packet(struct dns_packet *packet, struct __sk_buff *skb,
-					__u32 transport, const bool sent)
+					__u32 transport, __u32 sent)
 {
 	__u32 at = transport & 0xffff, header = sizeof(struct udp);
 	struct ipv6 ip6;
@@ -363,15 +416,19 @@ __noinline int length_of_question(struct __sk_buff *skb, __u32 at, __u32 length)
 	return end - DNS_HEADER;
 }
 
+/* What is behind `length` counts as zeros. */
 static __always_inline __u32 hash_of(const __u64 *words, __u32 length, __u32 seed)
 {
-	__u64 hash = seed;
+	__u64 hash = seed, word;
 	__u32 i;
 
 #pragma unroll
 	for (i = 0; i < QUESTION_WORDS; i++) {
 		if (i * 8 < length) {
-			hash = (hash ^ lower(words[i])) * 0x9e3779b97f4a7c15ull;
+			word = words[i];
+			if (length - i * 8 < 8)
+				word &= (1ull << (length - i * 8) * 8) - 1;
+			hash = (hash ^ lower(word)) * 0x9e3779b97f4a7c15ull;
 			hash ^= hash >> 29;
 		}
 	}
@@ -383,6 +440,56 @@ static __always_inline __u32 seed_of_hash(void)
 	struct dns_progress *progress = ONLY_ENTRY(dns_progress);
 
 	return progress ? progress->seed : 0;
+}
+
+/* The same of a message that is kept. */
+static __always_inline __u32 length_of_kept(const __u8 *message, __u32 length)
+{
+	__u32 end = DNS_HEADER, i;
+	__u8 label = 1;
+
+	for (i = 0; i < MOST_LABELS; i++) {
+		if (end + 5 > length || end > DNS_HEADER + MOST_NAME)
+			return 0;
+		label = message[end & (SENT_BYTES - 1)];
+		if (label > MOST_LABEL)
+			return 0;
+		end += label + 1;
+		if (!label)
+			break;
+	}
+	end += 4;
+	if (label || end > length || end - DNS_HEADER > MOST_NAME + 4)
+		return 0;
+	return end - DNS_HEADER;
+}
+
+static __always_inline struct dns_connection *connection_of(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (!sk)
+		return NULL;
+	sk = bpf_sk_fullsock(sk);
+	return sk ? bpf_sk_storage_get(&dns_connections, sk, NULL, 0) : NULL;
+}
+
+/* The question of the message that a connection has just sent or received. */
+__noinline __u64 question_of_kept(struct __sk_buff *skb, __u32 sent)
+{
+	struct dns_connection *connection = connection_of(skb);
+	__u32 size, length;
+	__u8 *message;
+
+	if (!connection)
+		return 0;
+	message = sent ? connection->sent_bytes : connection->received_bytes;
+	length = sent ? connection->sent.filled : connection->received.filled;
+	size = length_of_kept(message, length);
+	if (!size)
+		return 0;
+	return (__u64)size << 32 |
+	       hash_of((const __u64 *)(message + DNS_HEADER), size, seed_of_hash());
 }
 
 /* The length of a question, and in the lower half its hash; 0: there is none. */
@@ -531,11 +638,21 @@ static __noinline void lose_query(void)
 		count(&counts->lost);
 }
 
-/* Over UDP whoever sends is the current task. TCP sends when it can, so its owner is the socket's. */
+/* Over UDP whoever sends is the current task. TCP sends when it can: its owner is the connection's. */
 static __noinline void owner_of_query(struct owner *owner, struct bpf_sock *sk, __u32 transport)
 {
-	if (transport == TRANSPORT_UDP)
+	struct connection *kept, *found;
+
+	if (transport == TRANSPORT_UDP) {
 		own(owner);
+		return;
+	}
+	kept = bpf_sk_storage_get(&sockets, sk, NULL, 0);
+	found = find_in_table(kernels_own(sk));
+	if (found)
+		*owner = found->owner;
+	else if (kept)
+		*owner = kept->owner;
 	else
 		*owner = nothing.owner;
 }
@@ -571,15 +688,22 @@ static __always_inline struct dns_query *make_query(const struct dns_key *key,
 	return query;
 }
 
+/* `kept`: the message, where it is not in this packet alone. */
 static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet *packet,
-				  struct bpf_sock *sk, __u32 id, __u64 question)
+				  const __u8 *kept, __u32 id, __u64 question)
 {
+	struct bpf_sock *sk = skb->sk;
 	__u32 length = (question >> 32) + DNS_HEADER;
 	struct dns_query *query;
 	struct dns_slot *place;
 	struct owner owner;
 	struct dns_key key;
 
+	if (!sk)
+		return;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return;
 	make_key(&key, packet, bpf_get_socket_cookie(skb), id, question);
 	query = bpf_map_lookup_elem(&dns_pending, &key);
 	if (query) {
@@ -598,7 +722,8 @@ static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet
 		length = packet->length < DNS_QUERY_LEN ? packet->length : DNS_QUERY_LEN;
 	barrier_var(length);
 	if (length && length <= DNS_QUERY_LEN &&
-	    !bpf_skb_load_bytes(skb, packet->at, query->beginning, length))
+	    !(kept ? bpf_probe_read_kernel(query->beginning, length, kept) :
+		     bpf_skb_load_bytes(skb, packet->at, query->beginning, length)))
 		query->length = length;
 	query->since_boot_ns = bpf_ktime_get_boot_ns();
 	place = bpf_map_lookup_elem(&dns_slots, &query->slot);
@@ -610,22 +735,36 @@ static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet
 
 /* ---------------------------------------------------------------- responses */
 
+/* What there is of a response. `kept` as above; `whole` is its length as sent. */
+struct dns_response {
+	const __u8 *kept;
+	__u32 length;
+	__u32 whole;
+	__u16 id;
+	__u8 partial;
+	__u8 transfer; /* of a zone: more messages follow the first */
+	__u32 pad;
+};
+
 static __noinline void emit_response(struct __sk_buff *skb, const struct dns_packet *packet,
-				     struct bpf_sock *sk, __u32 id, __u64 question)
+				     const struct dns_response *response, __u64 question)
 {
 	struct dns_scratch *scratch = ONLY_ENTRY(dns_scratch);
-	__u32 length = packet->length, before, share = SHARES;
+	__u32 length = response->length, before, share = SHARES;
+	struct bpf_sock *sk = skb->sk;
 	struct owner owner = {};
 	struct dns_query *query;
 	struct net_dns *record;
 	struct dns_key key;
 
-	if (!scratch)
+	if (!scratch || !sk)
 		return;
 	record = &scratch->record;
 	start_base(&record->base);
-	make_key(&key, packet, bpf_get_socket_cookie(skb), id, question);
+	make_key(&key, packet, bpf_get_socket_cookie(skb), response->id, question);
 	query = bpf_map_lookup_elem(&dns_pending, &key);
+	if (!query && response->transfer)
+		return;
 	if (query && query->since_boot_ns) {
 		put_query(record, &key, query);
 		owner = query->owner;
@@ -645,16 +784,21 @@ static __noinline void emit_response(struct __sk_buff *skb, const struct dns_pac
 		record->local_port = packet->local_port;
 		__builtin_memcpy(record->local_addr, packet->local_addr, 16);
 	}
-	record->message_bytes = length;
+	record->message_bytes = response->whole;
 	if (!admits_dns(record, &owner, share))
 		return;
+	if (response->partial || response->whole > length)
+		record->base.cut = 1;
 	before = *(__u16 *)record->data & 511;
 	if (length > DNS_MESSAGE_LEN) {
 		length = DNS_MESSAGE_LEN;
 		record->base.cut = 1;
 	}
+	barrier_var(length);
 	if (length && length <= DNS_MESSAGE_LEN &&
-	    bpf_skb_load_bytes(skb, packet->at, record->data + 2 + before, length)) {
+	    (response->kept ?
+		     bpf_probe_read_kernel(record->data + 2 + before, length, response->kept) :
+		     bpf_skb_load_bytes(skb, packet->at, record->data + 2 + before, length))) {
 		length = 0;
 		record->base.flags |= FLAG_INCOMPLETE;
 	}
@@ -665,38 +809,311 @@ static __noinline void emit_response(struct __sk_buff *skb, const struct dns_pac
 		output(skb, &bulk, &record->base, KIND_NET_DNS, RING_BULK, length);
 }
 
-/* ---------------------------------------------------------------- packets that matter */
+/* ---------------------------------------------------------------- TCP */
 
-static __always_inline int sent(struct __sk_buff *skb, __u32 transport)
+#define TCP_FLAG_SYN 0x02
+#define MOST_PIECES 32 /* of a packet: each message is two, its length and the rest */
+#define TYPE_IXFR 251
+#define TYPE_AXFR 252
+
+static __always_inline __u32 number_of(const __u8 *bytes)
 {
-	struct dns_packet packet;
-	struct bpf_sock *sk;
-	__u8 header[4];
+	return bytes[0] << 8 | bytes[1];
+}
 
-	if (!enabled(KIND_NET_DNS))
+static __always_inline bool asks_for_zone(const __u8 *message, __u64 question)
+{
+	__u32 size = question >> 32, type;
+
+	if (size < 5)
+		return false;
+	type = number_of(message + ((DNS_HEADER + size - 4) & (SENT_BYTES - 1)));
+	return type == TYPE_AXFR || type == TYPE_IXFR;
+}
+
+static __always_inline void query_complete(struct __sk_buff *skb, struct dns_connection *connection)
+{
+	__u64 question;
+
+	if (connection->sent.filled < DNS_HEADER || connection->sent_bytes[2] & DNS_RESPONSE)
+		return;
+	question = question_of_kept(skb, 1);
+	if (asks_for_zone(connection->sent_bytes, question)) {
+		connection->transfer_id = number_of(connection->sent_bytes);
+		connection->transfers = 1;
+	}
+	connection->ends.length = connection->sent.filled;
+	keep_query(skb, &connection->ends, connection->sent_bytes, number_of(connection->sent_bytes),
+		   question);
+}
+
+static __always_inline void response_complete(struct __sk_buff *skb, struct dns_connection *connection)
+{
+	struct dns_response response = {};
+
+	if (connection->received.filled < DNS_HEADER ||
+	    !(connection->received_bytes[2] & DNS_RESPONSE))
+		return;
+	response.kept = connection->received_bytes;
+	response.length = connection->received.filled;
+	response.whole = connection->received.length;
+	response.id = number_of(connection->received_bytes);
+	response.partial = connection->received.partial;
+	response.transfer = connection->transfers && response.id == connection->transfer_id;
+	emit_response(skb, &connection->ends, &response, question_of_kept(skb, 0));
+}
+
+enum follow {
+	FOLLOW_END,
+	FOLLOW_MORE,
+	FOLLOW_MESSAGE, /* one is complete */
+};
+
+__noinline int message_complete(struct __sk_buff *skb, __u32 sent)
+{
+	struct dns_connection *connection = connection_of(skb);
+
+	if (!connection)
 		return 0;
-	sk = skb->sk;
-	if (!sk)
-		return 0;
-	sk = bpf_sk_fullsock(sk);
-	if (!sk || !read_packet(&packet, skb, transport, true))
-		return 0;
-	read_peer(&packet, sk);
-	if (packet.transport != TRANSPORT_UDP)
-		return 0;
-	if (packet.length < DNS_HEADER || bpf_skb_load_bytes(skb, packet.at, header, 4) ||
-	    header[2] & DNS_RESPONSE)
-		return 0;
-	keep_query(skb, &packet, sk, header[0] << 8 | header[1],
-		   question_of(skb, packet.at, packet.length));
+	if (sent)
+		query_complete(skb, connection);
+	else
+		response_complete(skb, connection);
 	return 0;
 }
 
-static __always_inline int received(struct __sk_buff *skb, __u32 transport)
+/* The length of the next message, or what there is of it. How many bytes it was. */
+static __always_inline __u32 take_length(struct __sk_buff *skb, struct dns_stream *stream, __u32 at,
+					 __u32 length)
 {
+	__u8 bytes[2];
+	__u32 taken = 1;
+
+	if (stream->half) {
+		if (bpf_skb_load_bytes(skb, at, &bytes[1], 1))
+			return 0;
+		bytes[0] = stream->first;
+		stream->half = 0;
+	} else if (length == 1) {
+		if (bpf_skb_load_bytes(skb, at, &stream->first, 1))
+			return 0;
+		stream->half = 1;
+		return 1;
+	} else {
+		if (bpf_skb_load_bytes(skb, at, bytes, 2))
+			return 0;
+		taken = 2;
+	}
+	stream->length = number_of(bytes);
+	stream->left = stream->length;
+	stream->filled = 0;
+	stream->partial = 0;
+	return taken;
+}
+
+/* Keeps what is the message's, as far as there is room. */
+static __always_inline void keep_bytes(struct __sk_buff *skb, struct dns_stream *stream, __u8 *to,
+				       __u32 room, __u32 at, __u32 length)
+{
+	__u32 filled = stream->filled;
+
+	if (stream->partial || filled >= room)
+		return;
+	if (length > room - filled)
+		length = room - filled;
+	barrier_var(filled);
+	barrier_var(length);
+	if (filled < room && length && length <= room) {
+		if (bpf_skb_load_bytes(skb, at, to + filled, length))
+			stream->partial = 1;
+		else
+			stream->filled = filled + length;
+	}
+}
+
+static __always_inline void lose_stream(struct __sk_buff *skb, struct dns_stream *stream)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+	__u8 one = 1;
+
+	if (stream->state == STREAM_LOST)
+		return;
+	stream->state = STREAM_LOST;
+	count_fault(FAULT_DNS_UNFOLLOWED);
+	if (bpf_map_update_elem(&dns_unfollowed, &cookie, &one, BPF_ANY))
+		count_fault(FAULT_NO_SLOT);
+}
+
+/* Bytes that have come before are left out. Where some are missing, the message goes on without them,
+ * unless it is not known where the next one begins. An enum follow, as of the next. */
+__noinline int find_start(struct __sk_buff *skb, __u32 sent)
+{
+	struct dns_connection *connection = connection_of(skb);
+	struct dns_stream *stream;
+	__u32 missing, known;
+
+	if (!connection)
+		return FOLLOW_END;
+	stream = sent ? &connection->sent : &connection->received;
+	if (!stream->brings)
+		return FOLLOW_END;
+	missing = stream->seq - stream->next;
+	if (stream->state != STREAM_FOLLOWED || ((int)missing > 0 && missing > stream->left)) {
+		lose_stream(skb, stream);
+		return FOLLOW_END;
+	}
+	if ((int)missing > 0) {
+		stream->partial = 1;
+		stream->next = stream->seq;
+		stream->left -= missing;
+		return stream->left ? FOLLOW_MORE : FOLLOW_MESSAGE;
+	}
+	known = stream->next - stream->seq;
+	if (known >= stream->brings)
+		return FOLLOW_END;
+	stream->at += known;
+	stream->brings -= known;
+	return FOLLOW_MORE;
+}
+
+/* One piece of what a packet brings: a length, or of a message what there is. */
+__noinline int take_piece(struct __sk_buff *skb, __u32 sent)
+{
+	struct dns_connection *connection = connection_of(skb);
+	struct dns_stream *stream;
+	__u32 taken;
+	bool whole;
+
+	if (!connection)
+		return FOLLOW_END;
+	stream = sent ? &connection->sent : &connection->received;
+	if (!stream->brings)
+		return FOLLOW_END;
+	whole = stream->left && stream->left <= stream->brings;
+	if (!stream->left) {
+		taken = take_length(skb, stream, stream->at, stream->brings);
+	} else {
+		taken = whole ? stream->left : stream->brings;
+		if (sent)
+			keep_bytes(skb, stream, connection->sent_bytes, SENT_BYTES, stream->at,
+				   taken);
+		else
+			keep_bytes(skb, stream, connection->received_bytes, DNS_MESSAGE_LEN,
+				   stream->at, taken);
+		stream->left -= taken;
+	}
+	stream->next += taken;
+	stream->at += taken;
+	stream->brings -= taken;
+	if (whole)
+		return FOLLOW_MESSAGE;
+	return taken ? FOLLOW_MORE : FOLLOW_END;
+}
+
+/* What a packet brings, after its last piece: with more messages than are looked at, the next one is not
+ * to be found. */
+__noinline int find_end(struct __sk_buff *skb, __u32 sent)
+{
+	struct dns_connection *connection = connection_of(skb);
+	struct dns_stream *stream;
+
+	if (!connection)
+		return 0;
+	stream = sent ? &connection->sent : &connection->received;
+	if (stream->brings)
+		lose_stream(skb, stream);
+	return 0;
+}
+
+static __always_inline void follow_packet(struct __sk_buff *skb, const bool sent)
+{
+	int found = find_start(skb, sent), i;
+
+	if (found == FOLLOW_END)
+		return;
+	for (i = 0; i < MOST_PIECES; i++) {
+		if (found == FOLLOW_MESSAGE)
+			message_complete(skb, sent);
+		found = take_piece(skb, sent);
+		if (found == FOLLOW_END)
+			break;
+	}
+	if (found == FOLLOW_MESSAGE)
+		message_complete(skb, sent);
+	find_end(skb, sent);
+}
+
+static __always_inline void begin_stream(struct dns_stream *stream, __u32 seq)
+{
+	__builtin_memset(stream, 0, sizeof(*stream));
+	stream->next = seq + 1;
+	stream->state = STREAM_FOLLOWED;
+}
+
+/* A SYN begins both the connection and what is kept of it; what it has with it (Fast Open) comes behind.
+ * Whether there is anything to follow. Not inlined, as is its neighbour below: their packets need the
+ * stack that what follows needs. */
+static __noinline bool begin_packet(struct __sk_buff *skb, struct bpf_sock *sk, __u32 transport,
+				    __u32 sent)
+{
+	struct dns_connection *connection;
+	struct dns_stream *stream;
 	struct dns_packet packet;
-	struct bpf_sock *sk;
+	bool begins;
+
+	if (!read_packet(&packet, skb, transport, sent))
+		return false;
+	begins = packet.flags & TCP_FLAG_SYN;
+	if (!begins && !packet.length)
+		return false;
+	read_peer(&packet, sk);
+	connection = bpf_sk_storage_get(&dns_connections, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!connection) {
+		count_fault(FAULT_SOCKET_STORAGE);
+		return false;
+	}
+	stream = sent ? &connection->sent : &connection->received;
+	if (begins) {
+		connection->ends = packet;
+		begin_stream(stream, packet.seq);
+	}
+	stream->at = packet.at;
+	stream->brings = packet.length;
+	stream->seq = packet.seq + begins;
+	return packet.length;
+}
+
+/* ---------------------------------------------------------------- UDP */
+
+static __noinline void over_udp(struct __sk_buff *skb, struct bpf_sock *sk, __u32 transport,
+				__u32 sent)
+{
+	struct dns_response response = {};
+	struct dns_packet packet;
+	__u64 question;
 	__u8 header[4];
+
+	if (!read_packet(&packet, skb, transport, sent) || packet.length < DNS_HEADER ||
+	    bpf_skb_load_bytes(skb, packet.at, header, sizeof(header)) ||
+	    !(header[2] & DNS_RESPONSE) != !!sent)
+		return;
+	question = question_of(skb, packet.at, packet.length);
+	if (sent) {
+		read_peer(&packet, sk);
+		keep_query(skb, &packet, NULL, number_of(header), question);
+		return;
+	}
+	response.id = number_of(header);
+	response.length = packet.length;
+	response.whole = packet.length;
+	emit_response(skb, &packet, &response, question);
+}
+
+/* ---------------------------------------------------------------- packets that matter */
+
+static __always_inline int handle(struct __sk_buff *skb, __u32 transport, const bool sent)
+{
+	struct bpf_sock *sk;
 
 	if (!enabled(KIND_NET_DNS))
 		return 0;
@@ -704,15 +1121,12 @@ static __always_inline int received(struct __sk_buff *skb, __u32 transport)
 	if (!sk)
 		return 0;
 	sk = bpf_sk_fullsock(sk);
-	if (!sk || !read_packet(&packet, skb, transport, false))
+	if (!sk)
 		return 0;
-	if (packet.transport != TRANSPORT_UDP)
-		return 0;
-	if (packet.length < DNS_HEADER || bpf_skb_load_bytes(skb, packet.at, header, 4) ||
-	    !(header[2] & DNS_RESPONSE))
-		return 0;
-	emit_response(skb, &packet, sk, header[0] << 8 | header[1],
-		      question_of(skb, packet.at, packet.length));
+	if (transport >> 16 == NEXT_UDP)
+		over_udp(skb, sk, transport, sent);
+	else if (begin_packet(skb, sk, transport, sent))
+		follow_packet(skb, sent);
 	return 0;
 }
 
@@ -726,7 +1140,7 @@ int on_dns_egress(struct __sk_buff *skb)
 	__u32 transport, ports = ports_of(skb, &transport);
 
 	if (ports && asks_dns(skb, ports))
-		(void)UNPREEMPTED(sent(skb, transport));
+		(void)UNPREEMPTED(handle(skb, transport, true));
 	return PASS;
 }
 
@@ -736,7 +1150,7 @@ int on_dns_ingress(struct __sk_buff *skb)
 	__u32 transport, ports = ports_of(skb, &transport);
 
 	if (is_dns_port(ports >> 16) && ports)
-		(void)UNPREEMPTED(received(skb, transport));
+		(void)UNPREEMPTED(handle(skb, transport, false));
 	return PASS;
 }
 
@@ -790,6 +1204,8 @@ static __noinline int expire(__u32 slot)
 	if (!take_out(&key, query))
 		return 0;
 	record->state = DNS_UNANSWERED;
+	if (key.transport == TRANSPORT_TCP && bpf_map_lookup_elem(&dns_unfollowed, &key.cookie))
+		record->state = DNS_UNFOLLOWED;
 	record->message_bytes = 0;
 	if (!admits_dns(record, &owner, share))
 		return 0;

@@ -856,7 +856,7 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("local_addr", "string", "local address"),
         FieldInfo("remote_addr", "string", "address of the server"),
         *_END_INFO,
-    ), ("what a server on this host is asked", "DNS over TCP", "encrypted DNS (over TLS, HTTPS, QUIC)", "queries to other ports than dns_ports", "what is handed on without a socket, as between containers and the network", "the messages of a zone transfer behind the first")),
+    ), ("what a server on this host is asked", "encrypted DNS (over TLS, HTTPS, QUIC)", "queries to other ports than dns_ports", "what is handed on without a socket, as between containers and the network", "the messages of a zone transfer behind the first")),
     "syscall.slow": KindInfo("syscall.slow", SyscallSlow, "bulk", "A system call took longer than `syscall_slow_ms`. It is told when it returns.", (
         *_BASE_INFO,
         *_TASK_INFO,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from tests.kernel.pace import seconds
 
 PORT = 53
+SIOCOUTQ = 0x5411
 Answer = Callable[[bytes], list[bytes]]
 """What a server sends for a query."""
 
@@ -136,3 +138,67 @@ def _is_up() -> bool:
     """Over TCP, which asks no question."""
     with socket.socket(socket.AF_INET6) as probe:
         return probe.connect_ex(("::1", PORT)) == 0
+
+
+# ---------------------------------------------------------------- over TCP
+
+Exchange = Callable[[socket.socket], None]
+
+
+def framed(message: bytes) -> bytes:
+    """As it goes over TCP."""
+    return struct.pack("!H", len(message)) + message
+
+
+def read_framed(connection: socket.socket) -> bytes:
+    return _exactly(connection, int.from_bytes(_exactly(connection, 2), "big"))
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        assert part, "the other end has closed"
+        data += part
+    return data
+
+
+def in_pieces(connection: socket.socket, data: bytes, *sizes: int) -> None:
+    """Send it in packets of these sizes, and what is left in one."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for size in sizes:
+        connection.sendall(data[:size])
+        data = data[size:]
+        _await_acknowledgement(connection)
+    connection.sendall(data)
+    _await_acknowledgement(connection)
+
+
+def _await_acknowledgement(connection: socket.socket) -> None:
+    """Until nothing is on its way: else the kernel may send two pieces as one."""
+    deadline = time.monotonic() + seconds(5)
+    unacknowledged = struct.Struct("@i")
+    while unacknowledged.unpack(fcntl.ioctl(connection, SIOCOUTQ, bytes(4)))[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@contextmanager
+def over_tcp(serve_one: Exchange) -> Iterator[socket.socket]:
+    """A connection to a server at 127.0.0.1, whose side of it a thread takes."""
+    with socket.create_server(("127.0.0.1", PORT)) as listener:
+        client = socket.create_connection(("127.0.0.1", PORT), seconds(5))
+        server, _ = listener.accept()
+        server.settimeout(seconds(10))
+        thread = threading.Thread(target=_run, args=(serve_one, server))
+        thread.start()
+        try:
+            yield client
+        finally:
+            client.close()
+            thread.join()
+
+
+def _run(serve_one: Exchange, server: socket.socket) -> None:
+    with server:
+        serve_one(server)

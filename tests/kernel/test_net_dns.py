@@ -25,20 +25,26 @@ from tests.kernel.dns import (
     ask,
     dig,
     dnsmasq,
+    framed,
+    in_pieces,
+    over_tcp,
     query,
     question,
+    read_framed,
     record,
     response,
     serve,
 )
 from tests.kernel.pace import seconds
 from tests.kernel.roles import Role, enter_netns, in_own_network, netns_inode, two_namespaces
-from tests.kernel.scope import Scope
+from tests.kernel.scope import Scope, checkpoint
+from tests.kernel.test_tracepoint_net import deafen, nstat
 
 pytestmark = pytest.mark.kernel
 
 NOBODY = 65534
 CLONE_NEWNS = 0x20000
+SO_DETACH_FILTER = 27
 ONE_A = record(socket.inet_aton("192.0.2.1"))
 SOON = "[kernel]\ndns_timeout_seconds = 1\n"
 
@@ -361,6 +367,186 @@ def test_large_responses_are_bounded_and_say_so(tmp_path: Path, scope: Scope) ->
     assert many.message_bytes == 12 + 14 + MANY * 16 + 11
     assert (large.message_bytes, large.truncated, large.malformed) == (60038, ("answers",), "")
     assert (large.answers, large.answers_left_out) == ([], 1)
+
+
+# ---------------------------------------------------------------- over TCP
+
+BIG = "--txt-record=big.test," + ",".join("x" * 250 for _ in range(4))
+
+
+def dig_over_tcp() -> dict[str, Digged]:
+    with dnsmasq(BIG):
+        return {
+            "c.test": dig("+tcp", "-q", "c.test", "-t", "A", "@127.0.0.1"),
+            "no.test": dig("+tcp", "-q", "no.test", "-t", "AAAA", "@::1"),
+            "big.test": dig("+noedns", "-q", "big.test", "-t", "TXT", "@127.0.0.1"),
+        }
+
+
+def test_what_dig_asks_over_tcp(tmp_path: Path, scope: Scope) -> None:
+    """Also when it is told over UDP that the answer has no room there."""
+    digged, recording = recorded(tmp_path, scope, dig_over_tcp)
+    events = {(event.query, event.transport): event for event in recording.of("net.dns")}
+    assert events.keys() == {
+        ("c.test", "tcp"),
+        ("no.test", "tcp"),
+        ("big.test", "udp"),
+        ("big.test", "tcp"),
+    }
+    assert len(recording.of("net.dns")) == len(events)
+    for (name, transport), event in events.items():
+        truncated = (name, transport) == ("big.test", "udp")
+        assert (event.response_truncated, event.state) == (truncated, "answered")
+        assert (event.queries, event.malformed, event.truncated) == (1, "", ())
+        assert event.latency_ns > 0
+        assert event.owner_known
+        assert event.comm.startswith("isc-net")
+        if not truncated:
+            witness = digged[name]
+            assert (event.dns_id, event.response_code) == (witness.number, witness.status)
+            assert len(event.answers) == len(witness.answers)
+    assert events["big.test", "tcp"].answers[0].data == " ".join([f'"{"x" * 250}"'] * 4)
+
+
+THREE = [
+    query(number, question(name)) for number, name in enumerate((b"a.test", b"b.test", b"c.test"))
+]
+
+
+def ask_in_pieces() -> None:
+    """Three queries and their responses: in one packet, byte by byte, and cut in every length."""
+
+    def answer(connection: socket.socket) -> None:
+        asked = [read_framed(connection) for _ in range(9)]
+        answers = b"".join(framed(response(one, ONE_A, 1)) for one in asked)
+        size = len(answers) // 9
+        connection.sendall(answers[: 3 * size])
+        in_pieces(connection, answers[3 * size : 6 * size], *[1] * (3 * size - 1))
+        in_pieces(connection, answers[6 * size :], 1, size, 2, size - 2, 1)
+
+    messages = b"".join(map(framed, THREE))
+    with over_tcp(answer) as client:
+        client.sendall(messages)
+        in_pieces(client, messages.replace(b"test", b"best"), *[1] * (len(messages) - 1))
+        in_pieces(client, messages.replace(b"test", b"rest"), 1, 40, 25)
+        for _ in range(9):
+            read_framed(client)
+
+
+def test_messages_over_tcp_however_they_are_cut(tmp_path: Path, scope: Scope) -> None:
+    _, recording = recorded(tmp_path, scope, ask_in_pieces)
+    events = recording.of("net.dns")
+    assert Counter(map(told, events)) == {
+        (f"{name}.{zone}", "A", "answered", "NOERROR"): 1
+        for name in "abc"
+        for zone in ("test", "best", "rest")
+    }
+    assert all((e.queries, e.truncated, e.malformed) == (1, (), "") for e in events)
+    assert {len(event.answers) for event in events} == {1}
+    assert recording.heartbeat.faults == {}
+
+
+def ask_for_more_than_is_kept() -> None:
+    """Responses of 4096 bytes and of 60,000; and between them one that is none."""
+
+    def answer(connection: socket.socket) -> None:
+        for size in (4096, 60000):
+            asked = read_framed(connection)
+            text = record(b"\xff" + b"x" * 255, 16)
+            records = text * ((size - len(asked)) // len(text))
+            rest = size - len(asked) - len(records)
+            records += record(b"y" * (rest - 12), 99)
+            connection.sendall(framed(response(asked, records, 1 + len(records) // len(text))))
+
+    with over_tcp(answer) as client:
+        for number in range(2):
+            client.sendall(framed(query(number, question(b"long.test"))))
+            read_framed(client)
+
+
+def test_long_messages_over_tcp_are_bounded_and_say_so(tmp_path: Path, scope: Scope) -> None:
+    _, recording = recorded(tmp_path, scope, ask_for_more_than_is_kept)
+    whole, cut = recording.of("net.dns")
+    assert (whole.message_bytes, whole.truncated, whole.malformed) == (4096, (), "")
+    assert (cut.message_bytes, cut.truncated, cut.malformed) == (60000, ("answers",), "")
+    assert len(cut.answers) + cut.answers_left_out == 60000 // 268 + 1
+
+
+def ask_through_losses() -> int:
+    """A query that TCP has to send again, and a response."""
+
+    before = nstat("TcpRetransSegs")
+    with socket.create_server(("127.0.0.1", PORT)) as listener:
+        client = socket.create_connection(("127.0.0.1", PORT), seconds(5))
+        client.settimeout(seconds(20))
+        server, _ = listener.accept()
+        deafen(server)
+        client.sendall(framed(query(5, question(b"again.test"))))
+        time.sleep(seconds(1))
+        server.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+        asked = read_framed(server)
+        deafen(client)
+        server.sendall(framed(response(asked, ONE_A, 1)))
+        time.sleep(seconds(1))
+        client.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+        read_framed(client)
+        client.close()
+        server.close()
+    return nstat("TcpRetransSegs") - before
+
+
+def test_what_tcp_sends_again_counts_once(tmp_path: Path, scope: Scope) -> None:
+    retransmitted, recording = recorded(tmp_path, scope, ask_through_losses)
+    assert retransmitted >= 2
+    (event,) = recording.of("net.dns")
+    assert (event.query, event.queries, event.state) == ("again.test", 1, "answered")
+    assert event.latency_ns >= 0.9 * 10**9
+    assert recording.heartbeat.faults == {}
+
+
+def transfer() -> None:
+    """A zone of five messages, and then a query."""
+
+    def answer(connection: socket.socket) -> None:
+        asked = read_framed(connection)
+        first = response(asked, ONE_A, 1)
+        bare = first[:4] + struct.pack("!4H", 0, 1, 0, 0) + record(b"\1\2\3\4", name=b"\1x\0")
+        connection.sendall(framed(first) + framed(first) + framed(bare) * 3)
+        connection.sendall(framed(response(read_framed(connection), ONE_A, 1)))
+
+    with over_tcp(answer) as client:
+        client.sendall(framed(query(1, question(b"zone.test", 252))))
+        for _ in range(5):
+            read_framed(client)
+        client.sendall(framed(query(2, question(b"after.test"))))
+        read_framed(client)
+
+
+def test_a_zone_transfer_is_one_exchange(tmp_path: Path, scope: Scope) -> None:
+    _, recording = recorded(tmp_path, scope, transfer)
+    assert [(e.query, e.query_type, e.state) for e in recording.of("net.dns")] == [
+        ("zone.test", "AXFR", "answered"),
+        ("after.test", "A", "answered"),
+    ]
+
+
+def connect_first() -> None:
+    with over_tcp(lambda server: server.sendall(framed(response(read_framed(server))))) as client:
+        checkpoint()
+        client.sendall(framed(query(1, question(b"before.test"))))
+        read_framed(client)
+
+
+def test_a_connection_from_before_the_agent_is_counted(tmp_path: Path, scope: Scope) -> None:
+    """Where its messages begin nobody knows: it is not guessed."""
+    with scope.start(in_own_network, connect_first) as actor:
+        actor.reached()
+        with Agent(tmp_path, *scope.options, events="net.dns") as agent:
+            actor.proceed()
+            actor.result()
+            recording = agent.stop()
+    assert recording.of("net.dns") == []
+    assert recording.heartbeat.faults["dns_unfollowed"] == 2  # both directions
 
 
 # ---------------------------------------------------------------- floods
