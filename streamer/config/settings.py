@@ -568,6 +568,22 @@ class Settings(Section, frozen=True, kw_only=True):
         Text,
         doc("Who the process that reads events and talks to brokers becomes; it is never root."),
     ] = "nobody"
+    oom_score_adj: Annotated[
+        Annotated[int, Meta(ge=-1000, le=1000)] | None,
+        doc(
+            "How much rather than others the agent's two processes are ended when memory runs out: "
+            "-1000 is never, 1000 first. Lowering it takes CAP_SYS_RESOURCE; without the setting "
+            "they have -900 where that can be had, and what they were started with elsewhere."
+        ),
+    ] = None
+    nice: Annotated[
+        Annotated[int, Meta(ge=-20, le=19)] | None,
+        doc(
+            "Their priority among processes that want the same CPUs: -20 is the highest. Raising "
+            "it takes CAP_SYS_NICE; without the setting they have -4 where that can be had, unless "
+            "they were started with another one than 0."
+        ),
+    ] = None
     state_file: Annotated[
         StateFile,
         doc(

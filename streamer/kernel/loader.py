@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from streamer.errors import KernelError
+from streamer.kernel import capabilities, obstacles
 from streamer.kernel.libbpf import (
     XDP_MODES,
     DescriptorLink,
@@ -622,7 +623,8 @@ class Loader:
                 self._load_next(made, hook)
             else:
                 made.links += links
-                made.note(info, way, ATTACHED)
+                unnamed = obstacles.what_is_unnamed(program.section, capabilities.effective())
+                made.note(info, way, ATTACHED, unnamed)
                 made.programs[hook] = program
                 return
 
@@ -784,10 +786,13 @@ def _load_reason(attempt: _Attempt, error: OSError) -> str:
     log = error.log if isinstance(error, _LoadError) else ""
     if error.errno == errno.ESRCH and not log:  # libbpf has not found it in the BTF
         return f"this kernel has no {attempt.section}"
-    return f"{attempt.info.name} does not load: {_words_of(error, log)}"
+    return f"{attempt.info.name} does not load: {_words_of(attempt.section, error, log)}"
 
 
-def _words_of(error: OSError, log: str) -> str:
+def _words_of(section: str, error: OSError, log: str) -> str:
+    denied = obstacles.why_denied(section, error, obstacles.rights())
+    if denied:
+        return denied
     figures = ("processed ", "verification time", "stack depth")
     lines = [line for line in log.splitlines() if line and not line.startswith(figures)]
     return f"{error.strerror}: {lines[-1]}" if lines else str(error.strerror)
@@ -797,9 +802,8 @@ def _core_error(error: OSError) -> KernelError:
     if error.errno == errno.ENOSYS:
         return KernelError("no BPF in this kernel (CONFIG_BPF_SYSCALL): no event can be observed")
     if error.errno == errno.EPERM:
-        return KernelError(
-            "not permitted to load BPF programs: lockdown, or a small RLIMIT_MEMLOCK"
-        )
+        denied = obstacles.why_denied("", error, obstacles.rights())
+        return KernelError(f"not permitted to load BPF programs: {denied or 'lockdown'}")
     return KernelError(f"the BPF object does not load: {error.strerror}")
 
 
@@ -967,7 +971,8 @@ def _to_samples(program: Program, cpu: int, rate: int, source: str) -> Link:
 def _attach_reason(program: Program, error: OSError) -> str:
     if error.errno == errno.ENOENT and error.strerror == os.strerror(errno.ENOENT):
         return f"this kernel has no {program.section}"
-    return f"{program.section} cannot be attached: {error.strerror}"
+    denied = obstacles.why_denied(program.section, error, obstacles.rights())
+    return f"{program.section} cannot be attached: {denied or error.strerror}"
 
 
 # ---------------------------------------------------------------- what the kernel offers
@@ -1021,7 +1026,13 @@ def ensure_tracefs() -> str:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"tracefs", TRACEFS[0].encode(), b"tracefs", 0, None) == 0:
         return ""
-    return f"tracefs is not mounted and cannot be: {os.strerror(ctypes.get_errno())}"
+    error = ctypes.get_errno()
+    return obstacles.why_no_tracefs(_is_mounted("tracefs"), error, capabilities.effective())
+
+
+def _is_mounted(kind: str) -> bool:
+    with open("/proc/self/mounts") as file:
+        return any(line.split(" ")[2] == kind for line in file)
 
 
 def last_possible_cpu() -> int:

@@ -23,7 +23,7 @@ import msgspec
 from streamer.config.settings import Filters, Kernel, Rings, Settings
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.kinds import KINDS, RECORDS
-from streamer.kernel import capabilities
+from streamer.kernel import capabilities, obstacles
 from streamer.kernel.cgroups import cgroup_root
 from streamer.kernel.contract import check_object
 from streamer.kernel.loader import (
@@ -75,6 +75,8 @@ class KindStatus(msgspec.Struct):
     status: Coverage
     reason: str = ""
 
+
+_PROFILE, _MISSING = "profile.sample", KindStatus("missing")
 
 # ---------------------------------------------------------------- what is to be loaded
 
@@ -416,6 +418,7 @@ class KernelState:
         self.kernel_settings = settings.kernel
         """How it is observed."""
         self.kallsyms: int | None = None
+        self._kernel_is_unnamed = False
         """A descriptor of the kernel's list of functions, opened with privileges."""
         self.interfaces = dict.fromkeys(settings.kernel.interfaces, 0)
         """Those that sensors attach to, in the order of their entries in tables, with the index
@@ -606,6 +609,7 @@ class KernelState:
         """What it shows depends on who opened it, and not on who reads it."""
         with suppress(OSError):  # then functions of the kernel have no names
             self.kallsyms = os.open("/proc/kallsyms", os.O_RDONLY | os.O_CLOEXEC)
+            self._kernel_is_unnamed = obstacles.hides_addresses(self.kallsyms)
 
     def attach(self) -> None:
         """Attach what was loaded; what fails is noted in `statuses`."""
@@ -717,7 +721,11 @@ class KernelState:
 
     def coverage(self, kinds: Collection[str]) -> dict[str, KindStatus]:
         """How far each of `kinds` is observed."""
-        return coverage(self.statuses, kinds, room_for_records(self.transport))
+        found = coverage(self.statuses, kinds, room_for_records(self.transport))
+        if self._kernel_is_unnamed and found.get(_PROFILE, _MISSING).status != "missing":
+            reasons = (found[_PROFILE].reason, obstacles.KERNEL_UNNAMED)
+            found[_PROFILE] = KindStatus("partial", "; ".join(filter(None, reasons)))
+        return found
 
     def missed(self) -> dict[str, int]:
         """Runs of programs that the kernel left out, per program that had any.

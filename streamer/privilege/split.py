@@ -16,7 +16,7 @@ from typing import NamedTuple
 from streamer.config.settings import Settings
 from streamer.errors import PrivilegeError
 from streamer.kernel.targets import targets_of
-from streamer.privilege import drop
+from streamer.privilege import drop, endure
 from streamer.privilege.channel import MESSAGE_BYTES, MOST_DESCRIPTORS, Channel
 from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener
 from streamer.privilege.named import named_files
@@ -53,6 +53,8 @@ class Split:
         """
         self._account = drop.account_of(settings.user) if drop.can_change_user() else None
         preload(settings)
+        for said in endure.endure(settings.oom_score_adj, settings.nice):
+            _log.warning("%s", said)
         self.client, self.loader, self.opener = with_helper(settings, kinds)
 
     def drop(self) -> None:
