@@ -2,7 +2,7 @@
 # The container image without any registry, with Debian's podman, and a try of it (root).
 #
 #   tools/image.sh build     a base image by debootstrap, and on it the image `streamer`
-#   tools/image.sh test      the same, then run it: see tests/image/check.py
+#   tools/image.sh test      the same, then run it: see tests/image/
 #   tools/image.sh podman …  podman with the storage that the others use
 #   tools/image.sh clean     remove all images and containers of that storage
 #
@@ -79,7 +79,7 @@ test)
     check_tools
     make_base
     build
-    exec .venv/bin/python -m pytest tests/image/check.py "${@:2}"
+    exec .venv/bin/python -m pytest tests/image/check.py tests/image/check_kubernetes.py "${@:2}"
     ;;
 podman)
     check_tools

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 IN_ROOT = (
@@ -23,14 +24,25 @@ def what_is_unseen(own: str | None = None) -> str:
     return IN_ROOT if version_1 and path == "/" else ""
 
 
-def cgroup_root(mounts: str | None = None) -> str:
-    """Where the hierarchy of version 2 is mounted; empty where it is not.
+_INITIAL = 0xEFFFFFFB  # PROC_CGROUP_INIT_INO: the inode of the host's cgroup namespace
 
-    `mounts` is the text of /proc/self/mounts, in which a space is written in octal.
+
+def cgroup_root(mounts: str | None = None, namespace: int | None = None) -> str:
+    """Where all of the hierarchy of version 2 is mounted; empty where it is not.
+
+    A container has a namespace of cgroups, and in it the hierarchy begins with its own: programs
+    that are attached there see nothing of others. Where all of it is mounted besides, its root
+    is shown as a path that leads out of that, `/../..`.
+
+    `mounts` is the text of /proc/self/mountinfo, in which a space is written in octal.
     """
-    text = Path("/proc/self/mounts").read_text() if mounts is None else mounts
+    text = Path("/proc/self/mountinfo").read_text() if mounts is None else mounts
+    if namespace is None:
+        namespace = os.stat("/proc/self/ns/cgroup").st_ino
     for line in text.splitlines():
-        _, place, kind, *_ = line.split(" ")
-        if kind == "cgroup2":
+        before, _, behind = line.partition(" - ")
+        _, _, _, root, place, *_ = before.split(" ")
+        whole = root == "/" if namespace == _INITIAL else not root.replace("/..", "")
+        if behind.startswith("cgroup2 ") and whole:
             return place.encode().decode("unicode_escape")
     return ""

@@ -46,6 +46,8 @@ _AT_FUNCTION = ("fentry/", "fexit/")
 _AT_INTERFACES = "xdp"
 _PROBES = ("kprobe/", "kretprobe/", "tp/")
 TIMED = "raw_tp/streamer_every_second"
+_CGROUP = "cgroup"
+NO_CGROUPS = "no hierarchy of cgroups of version 2 is mounted, or only a container's own part of it"
 _LOOKS = 10  # for two lists of interfaces that agree
 _AT_A_RATE = "perf_event"
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
@@ -446,14 +448,22 @@ class Loader:
         sections = {program.name: program.section for program in opened.programs.values()}
         opened.close()
         for info in made.info.programs:
-            if not self._is_given(made, info.needs):
-                continue
             section = sections.get(info.name, "")
+            if not self._is_given(made, info.needs):
+                if self._lacks_cgroups_alone(made, info):
+                    made.note(info, section, FAILED, NO_CGROUPS)
+                continue
             reason = self._obstacle(section) if section else "the object has no such program"
             if reason:
                 made.note(info, section, FAILED, reason)
             else:
                 made.waiting.setdefault(info.hook, []).append(_Attempt(info, section))
+
+    def _lacks_cgroups_alone(self, made: _Sensor, info: ProgramInfo) -> bool:
+        """Whether it would stand in for another way to its hook, if only cgroups could be seen."""
+        ways = [one for one in made.info.programs if one.hook == info.hook]
+        others = [need for need in info.needs if need != _CGROUP]
+        return len(ways) > 1 and _CGROUP in info.needs and self._is_given(made, others)
 
     def _is_given(self, made: _Sensor, needs: Iterable[str]) -> bool:
         at_functions = "no fentry" if self.no_functions else "fentry"

@@ -28,7 +28,7 @@ from tests.kernel.test_privilege import functions_load, status_of
 
 pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
 
-EVENTS = 'events = ["process.*", "file.open", "net.connect", "net.accept", "net.udp"]\n'
+EVENTS = 'events = ["process.*", "file.open", "net.connect", "net.accept"]\n'
 STOP_SECONDS = 30
 """TimeoutStopSec of the unit."""
 
@@ -95,7 +95,6 @@ def check_events(systemd: Systemd) -> None:
     lost = {"file.open", "net.accept"} if unread else set()
     assert {kind for kind, one in manifest.coverage.items() if one.status == "missing"} == lost
     assert all(NO_TRACEFS in manifest.coverage[kind].reason for kind in lost)
-    assert "cgroup" not in manifest.coverage["net.udp"].reason
     assert len(systemd.of("process.exec")) == len(systemd.of("process.exit")) == RUNS
     assert {event.exe_mntns_initial for event in systemd.of("process.exec")} == {True}
     assert len(systemd.of("net.connect")) == CONNECTS
