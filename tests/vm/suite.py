@@ -59,7 +59,12 @@ class Variant(msgspec.Struct, frozen=True):
     """Which tests are run there, as arguments of pytest."""
 
 
-VARIANTS: dict[str, Variant] = {"": Variant("")}
+VARIANTS: dict[str, Variant] = {
+    "": Variant(""),
+    "norings": Variant(
+        "without ring buffers", prefix=(sys.executable, "-m", "tests.kernel.without_rings")
+    ),
+}
 # What `tools/arm64.sh` made is run there. A machine of that kind has no compiler, and an emulated
 # one is slower by another factor of four: not all of the tests.
 ARM64 = ("-m", "every_kernel and not kafka and not mqtt", "--ignore=tests/kernel/test_sensors.py")
