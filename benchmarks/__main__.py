@@ -134,6 +134,7 @@ def measure(only: frozenset[str], quick: bool, machine: Machine) -> Measured:
     if "kernel" in only:
         show("emission in the kernel")
         measured.emission = kernel.emission(10 if quick else 40)
+        measured.emission += kernel.transports(10 if quick else 40)
         measured.emission += kernel.packets(3 if quick else 10)
         measured.emission += syscalls.taxes(2 if quick else 5)
         measured.emission += kernel.samples(2 if quick else 10)

@@ -16,13 +16,16 @@ from benchmarks.load import OBJECT, Load, Ring
 from streamer.config.settings import Filters, Kernel, Rings, Settings
 from streamer.kernel import state
 from streamer.kernel.libbpf import Object, run_program
-from streamer.kernel.loader import Loader
+from streamer.kernel.loader import Loader, present_cpus
 from streamer.kernel.targets import targets_of
+from streamer.ring.reader import Source
 from tests.kernel.packets import FRAMES
 
 _EVENTS = 8192
 _OPENS = 10_000
 _PACKETS = 200_000
+
+_EMITTED = {"an event of fixed size": "close", "file.open, copied": "open"}
 
 OPENED = ("/etc/passwd", "/usr/share/doc/libc6/copyright")
 """Paths of two and of five parts."""
@@ -56,13 +59,63 @@ def emission(rounds: int) -> list[Cost]:
 def _best(load: Load, rounds: int, program: str, fd: int = 0) -> float:
     times = []
     for _ in range(rounds):
-        load.rings["bulk"].discard()
+        load.discard("bulk")
         start = time.perf_counter_ns()
         load.run(program, _EVENTS, fd)
         times.append((time.perf_counter_ns() - start) / _EVENTS)
     if load.lost():
         raise RuntimeError("the ring overflowed, so the cost is not that of an event")
     return min(times)
+
+
+def transports(rounds: int) -> list[Cost]:
+    """What an event costs by ring buffer and by perf buffer: written, and read.
+
+    They take turns. The rings are large enough for a run of events on one CPU.
+    """
+    size = _EVENTS * 256 * 2
+    rings = {
+        "ring buffer": Rings(bulk_bytes=size),
+        "perf buffer": Rings(transport="perf", bulk_bytes=_of_all_cpus(size)),
+    }
+    loads = {name: Load(one) for name, one in rings.items()}
+    try:
+        sources = {name: load.sources()[1] for name, load in loads.items()}
+        best: dict[tuple[str, str], float] = {}
+
+        def take(what: str, name: str, ns: float) -> None:
+            best[what, name] = min(best.get((what, name), float("inf")), ns)
+
+        for _ in range(rounds):
+            for name, load in loads.items():
+                take("nothing", name, _best(load, 1, "nothing"))
+                for what, program in _EMITTED.items():
+                    take(f"{what}, into a", name, _best(load, 1, program))
+                    take(f"{what}, read and decoded from a", name, _read(sources[name]))
+    finally:
+        for load in loads.values():
+            load.close()
+    return [
+        Cost(f"{what} {name}", ns - (best["nothing", name] if what.endswith("into a") else 0))
+        for (what, name), ns in sorted(best.items())
+        if what != "nothing"
+    ]
+
+
+def _of_all_cpus(size: int) -> int:
+    """Bytes of which each CPU's share is `size` at least."""
+    return size << (len(present_cpus()) - 1).bit_length()
+
+
+def _read(source: Source) -> float:
+    """Nanoseconds for each event that is there."""
+    start, count, more = time.perf_counter_ns(), 0, True
+    while more:
+        events, _, _, more, _ = source.ring.drain(source.decoder, Rings().drain_records)
+        count += len(events)
+    if count != _EVENTS:
+        raise RuntimeError(f"{count} events came, and not {_EVENTS}")
+    return (time.perf_counter_ns() - start) / count
 
 
 @contextmanager

@@ -12,11 +12,13 @@ from typing import Literal
 from benchmarks.measure import Shared
 from streamer.agent.counters import KernelCounters
 from streamer.config.settings import Rings, Settings
+from streamer.events.envelope import Envelope
 from streamer.kernel.contract import check_object
 from streamer.kernel.libbpf import Object
-from streamer.kernel.loader import Loader
+from streamer.kernel.loader import PERF_BUFFERS, Loader
 from streamer.kernel.objects import CONTRACT, KIND_END, SENSORS
 from streamer.kernel.state import KernelState, pack, size_of
+from streamer.ring.reader import Source, open_sources
 
 OBJECT = Path(__file__).parent.parent / "build" / "bpf" / "bench.bpf.o"
 KINDS = ("file.open", "net.close")
@@ -27,6 +29,7 @@ _REQUEST = struct.Struct("<2Q")  # struct bench_request
 _PROCESS = struct.Struct("<QIIII16s")  # struct bench_process
 _PATH = struct.Struct("<I64s")  # struct bench_path
 _WAIT = 0.0003
+_PERF_POSITIONS = 1024  # in struct perf_event_mmap_page: data_head and data_tail
 
 Mix = Literal["open", "close", "mixed"]
 
@@ -66,6 +69,26 @@ class Ring:
         self._consumer[:8] = self._producer[:8]
 
 
+class PerfBuffers:
+    """The same of the perf buffers that the CPUs have in place of a ring buffer."""
+
+    def __init__(self, fds: Iterable[int], size: int) -> None:
+        """`size` is that of the data area of each, in bytes."""
+        self._buffers = [mmap.mmap(fd, mmap.PAGESIZE + size) for fd in fds]
+
+    @property
+    def pending(self) -> int:
+        """Bytes written and not consumed."""
+        positions = (struct.unpack_from("<2Q", one, _PERF_POSITIONS) for one in self._buffers)
+        return int(sum(head - tail for head, tail in positions))
+
+    def discard(self) -> None:
+        """Consume everything unread."""
+        for one in self._buffers:
+            at = _PERF_POSITIONS
+            one[at + 8 : at + 16] = one[at : at + 8]
+
+
 class _Core(Loader):
     """A loader that tells the descriptors of what it made, for whoever is to inherit them."""
 
@@ -95,7 +118,13 @@ class Load:
         self._prepare()
         self._object.load()
         self._fill_tables()
-        fds, sizes = self._core.descriptors, self._state.ring_bytes
+        self.counters = KernelCounters(
+            self._state.counters, self._state.kind_counters, self._state.cpus
+        )
+        fds, sizes = self._core.descriptors, self._state.transport.sizes
+        if self._state.transport.name == "perf":
+            self._find_buffers(sizes)
+            return
         self.rings = {name: Ring(fds[name], size) for name, size in sizes.items()}
         self.shared = Shared(
             {name: (ring.fd, ring.size) for name, ring in self.rings.items()},
@@ -105,9 +134,24 @@ class Load:
             fds["reader"],
             self._state.cpus,
         )
-        self.counters = KernelCounters(
-            self._state.counters, self._state.kind_counters, self._state.cpus
-        )
+
+    def _find_buffers(self, sizes: Mapping[str, int]) -> None:
+        buffers = self._state.buffers.values()
+        self.perf = {
+            name: PerfBuffers([fds[name] for fds in buffers], size) for name, size in sizes.items()
+        }
+
+    def sources(self) -> list[Source]:
+        """The rings as the agent reads them."""
+        state = self._state
+        return open_sources(state.transport, state.ring_fds, state.buffers, Envelope(), state.cpus)
+
+    def discard(self, ring: str) -> None:
+        """Consume everything unread."""
+        if self._state.transport.name == "perf":
+            self.perf[ring].discard()
+        else:
+            self.rings[ring].discard()
 
     def _be_observed(self) -> None:
         """The programs run in this process, which would be left out as the agent."""
@@ -119,6 +163,9 @@ class Load:
         for name, one in self._object.maps.items():
             if name in self._core.descriptors:
                 one.reuse(self._core.descriptors[name])
+            elif name == f".rodata.{PERF_BUFFERS}":
+                perf = self._state.transport.name == "perf"
+                one.write_initial(int(perf).to_bytes(8, "little"))
             elif name in own and own[name].needs:
                 one.leave_out()  # an option, which is off
             elif name in own and own[name].sized == "cpus":

@@ -88,6 +88,7 @@ class Service:
         self._finished = False
         self._coverage: dict[str, KindStatus] = {}
         self._interfaces_changed = False
+        self._no_buffers = ""
         self._interfaces_told = -_INTERFACES_SECONDS
         self.envelope = envelope = Envelope(
             settings.host, rfc3339_time=settings.rfc3339_time, timing=timing
@@ -398,7 +399,14 @@ class Service:
             for cpu in gone:
                 source.forget(cpu)
         self._kernel.close_buffers(gone)
-        for cpu, fds in self._kernel.open_buffers().items():
+        try:
+            came = self._kernel.open_buffers()
+        except KernelError as error:  # what happens there is lost, and told: the rest goes on
+            if str(error) != self._no_buffers:
+                _log.warning("%s", error)
+            self._no_buffers = str(error)
+            return
+        for cpu, fds in came.items():
             for source in perf:
                 source.add(cpu, fds[source.name])
 

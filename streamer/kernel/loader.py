@@ -38,7 +38,8 @@ KERNEL_BTF = "/sys/kernel/btf/vmlinux"
 CORE = "core"
 _LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
 _TRY_RINGS = "try_rings"
-_PERF_BUFFERS = "perf_buffers"
+PERF_BUFFERS = "perf_buffers"
+"""The option by which programs write to perf buffers."""
 _PERF_SLOTS = CONTRACT["enum perf_limits"][0][1]
 _LEAST_RING = 4096
 _RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
@@ -278,7 +279,7 @@ class Loader:
 
     def _own_options(self) -> dict[str, int]:
         """What programs are told that no configuration says."""
-        return {_PERF_BUFFERS: int(self.transport.name == "perf")}
+        return {PERF_BUFFERS: int(self.transport.name == "perf")}
 
     def _load_core_object(self, rings: Mapping[str, int]) -> Object:
         """Load it for the transport as it is. Raises OSError."""
@@ -288,8 +289,8 @@ class Loader:
             for one in core.maps.values():
                 if one.name.endswith(_VARIABLES) or not made(one.name):
                     one.leave_out()
-                elif one.name == _OPTION_SECTION + _PERF_BUFFERS:
-                    one.write_initial(self._own_options()[_PERF_BUFFERS].to_bytes(8, "little"))
+                elif one.name == _OPTION_SECTION + PERF_BUFFERS:
+                    one.write_initial(self._own_options()[PERF_BUFFERS].to_bytes(8, "little"))
             for map_info in self._catalogue[CORE].maps:
                 size = self._entries(map_info.sized, {}, Targets())
                 if size:

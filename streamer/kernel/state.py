@@ -470,17 +470,19 @@ class KernelState:
         count = len(self.buffers) if self.transport.name == "perf" else 1
         return {ring: size * count for ring, size in self.transport.sizes.items()}
 
-    def _open_buffers(self, cpus: Iterable[int]) -> None:
-        """Raises KernelError."""
-        if self.transport.name != "perf":
-            return
-        for cpu in cpus:
+    def _open_buffers(self, cpus: Iterable[int]) -> dict[int, dict[str, int]]:
+        """Those of all of them, or of none. Raises KernelError."""
+        made: dict[int, dict[str, int]] = {}
+        for cpu in sorted(cpus) if self.transport.name == "perf" else ():
             try:
                 found = self._loader.open_buffers(cpu)
             except OSError as error:
+                _close(made)
                 raise KernelError(f"no perf buffer of CPU {cpu}: {error.strerror}") from error
             if found:
-                self.buffers[cpu] = found
+                made[cpu] = found
+        self.buffers |= made
+        return made
 
     def gone_cpus(self) -> frozenset[int]:
         """CPUs that are down, and to whose perf buffers nothing is written any more."""
@@ -488,9 +490,7 @@ class KernelState:
 
     def close_buffers(self, cpus: Iterable[int]) -> None:
         """Close the descriptors of those CPUs' perf buffers; who has mapped them may read on."""
-        for cpu in cpus:
-            for fd in self.buffers.pop(cpu).values():
-                os.close(fd)
+        _close({cpu: self.buffers.pop(cpu) for cpu in cpus})
 
     def open_buffers(self) -> dict[int, dict[str, int]]:
         """Make the perf buffers of CPUs that are up and have none. Their descriptors, as `buffers`.
@@ -500,9 +500,7 @@ class KernelState:
         Raises:
             KernelError: a buffer cannot be had.
         """
-        came = set(online_cpus()) - self.buffers.keys()
-        self._open_buffers(sorted(came))
-        return {cpu: self.buffers[cpu] for cpu in came & self.buffers.keys()}
+        return self._open_buffers(set(online_cpus()) - self.buffers.keys())
 
     def _map(self, fd: int, size: int, *, writable: bool = False) -> mmap.mmap:
         pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -759,6 +757,12 @@ class KernelState:
         for mapping in self._mapped:
             with suppress(BufferError):  # somebody still looks at it
                 mapping.close()
+
+
+def _close(buffers: Mapping[int, Mapping[str, int]]) -> None:
+    for rings in buffers.values():
+        for fd in rings.values():
+            os.close(fd)
 
 
 def _index_of(interface: str) -> int:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from streamer.config.settings import Rings, Settings
 from streamer.kernel import loader, state
-from streamer.ring.reader import PerfSource
+from streamer.ring.reader import PerfSource, RingReader
 from tests.conftest import Require
 from tests.kernel.agent import ROOT, Agent, Recording
 from tests.kernel.live import Live
@@ -227,3 +228,40 @@ def assert_accounted(recording: Recording, done: int) -> None:
     lost = sum(loss.count for loss in recording.losses)
     assert counts.produced == counts.read + counts.filtered + counts.lost
     assert counts.lost == lost >= 50
+
+
+# ---------------------------------------------------------------- waking
+
+
+@pytest.mark.parametrize("transport", ["auto", "perf"])
+async def test_a_sleeping_reader_is_woken_by_the_next_event(scope: Scope, transport: str) -> None:
+    """Of whichever CPU, time and again. Nothing else looks at the rings here."""
+    cpus = sorted(os.sched_getaffinity(0))
+    settings = Settings(rings=Rings(transport=transport))  # type: ignore[arg-type]
+    with Live(scope, {"file.open"}, settings) as live:
+        paths: list[str] = []
+        errors: list[Exception] = []
+        reader = RingReader(
+            live.opened,
+            live.state.reader_state,
+            on_batch=lambda batch: paths.extend(event.path for event in batch.events),
+            on_error=errors.append,
+            poll_interval_ms=2,
+            drain_records=100,
+        )
+        reader.start()
+        try:
+            for i in range(4):
+                for cpu in cpus:
+                    await until(lambda: reader._timer is None)  # it sleeps
+                    scope.act(opens_on, cpu, f"{i}-{cpu}", 2)
+                    await until(lambda path=f"/no/{i}-{cpu}/1": path in paths)  # type: ignore[misc]
+        finally:
+            reader.close()
+        assert errors == []
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(seconds(20)):
+        while not condition():  # noqa: ASYNC110 - nothing announces what is waited for
+            await asyncio.sleep(0.005)

@@ -20,7 +20,7 @@ import msgspec
 
 from streamer.config.settings import Kernel
 from streamer.events.catalogue import SELECTABLE
-from streamer.kernel.loader import CORE, Loader, Targets, _Sensor
+from streamer.kernel.loader import CORE, PERF_BUFFERS, Loader, Targets, _Sensor
 from streamer.kernel.objects import SENSORS
 from streamer.kernel.state import options_of, wanting
 from streamer.kernel.tags import ProgramInfo
@@ -63,12 +63,27 @@ class Row(msgspec.Struct, frozen=True):
 
 def rows() -> Iterator[Row]:
     """Every program of every sensor, on this kernel."""
+    for by_ring, by_perf in zip(_rows("auto"), _rows("perf"), strict=True):
+        if by_ring.outcome == "loads" != by_perf.outcome:
+            yield msgspec.structs.replace(by_ring, outcome=f"with perf buffers: {by_perf.outcome}")
+        else:
+            yield msgspec.structs.replace(
+                by_ring,
+                insns=max(by_ring.insns, by_perf.insns),
+                states=max(by_ring.states, by_perf.states),
+                stack=max(by_ring.stack, by_perf.stack),
+                warnings=(*by_ring.warnings, *by_perf.warnings),
+            )
+
+
+def _rows(transport: str) -> Iterator[Row]:
     loader = Loader()
-    loader.load_core(RINGS, None)
+    loader.load_core(RINGS, None, transport)
+    told = OPTIONS | {PERF_BUFFERS: int(loader.transport.name == "perf")}
     try:
         for name, sensor in SENSORS.items():
             if name != CORE:
-                made = _Sensor(sensor, OPTIONS, TARGETS)
+                made = _Sensor(sensor, told, TARGETS)
                 for info in sensor.programs:
                     yield row(loader, made, info)
     finally:
