@@ -394,13 +394,12 @@ class Service:
             return
         seqs = self._reporter.seqs()
         mute = {cpu for source in perf for cpu in source.mute(seqs[source.name])}
-        gone = mute | self._kernel.gone_cpus()
+        gone = self._kernel.gone_cpus()
         for source in perf:
             for cpu in gone:
                 source.forget(cpu)
-        self._kernel.close_buffers(gone)
         try:
-            came = self._kernel.open_buffers()
+            came = self._kernel.open_buffers(mute)
         except KernelError as error:  # what happens there is lost, and told: the rest goes on
             if str(error) != self._no_buffers:
                 _log.warning("%s", error)

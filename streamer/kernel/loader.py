@@ -327,7 +327,7 @@ class Loader:
     def open_buffers(self, cpu: int) -> dict[str, int]:
         """Descriptors of the perf buffers of a CPU, by ring, which are the caller's.
 
-        New ones, if the CPU has been down since the last time; none, if it is not up.
+        Once, and again, new ones, when the CPU has been down since; none otherwise.
 
         Raises:
             KernelError: records do not come by perf buffers.

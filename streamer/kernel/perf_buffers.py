@@ -10,16 +10,27 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import NamedTuple
 
 from streamer.errors import KernelError
 from streamer.kernel.libbpf import Map
-from streamer.kernel.perf_event import open_output, write_where
+from streamer.kernel.perf_event import open_output, time_enabled, write_where
 
 EVENTS_OF_A_CPU = 2
 """One that wakes the reader when a quarter of the buffer has filled, and one that does at once."""
 _TOO_MUCH = (errno.EPERM, errno.ENOMEM)
+_A_MOMENT = 0.001
+
+
+def allow_descriptors() -> None:
+    """Let this process have as many descriptors as it may: each CPU takes several."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def buffer_size(total: int, cpus: int) -> int:
@@ -31,14 +42,32 @@ def buffer_size(total: int, cpus: int) -> int:
     return 1 << each.bit_length() - 1
 
 
+class _Held(NamedTuple):
+    """A buffer, and the event that wakes its reader when a quarter of it has filled."""
+
+    event: int
+    memory: mmap.mmap
+
+    def is_alive(self) -> bool:
+        """Whether its CPU has been up ever since. Raises OSError."""
+        before = time_enabled(self.event)
+        time.sleep(_A_MOMENT)
+        return time_enabled(self.event) > before
+
+    def close(self) -> None:
+        os.close(self.event)
+        self.memory.close()
+
+
 class PerfBuffers:
     """The buffers of all rings, as far as this process holds them."""
 
     def __init__(self, arrays: Mapping[str, Map], rings: Mapping[str, int], cpus: int) -> None:
         """`arrays` are the maps of perf events, `rings` the bytes that `cpus` share of each."""
+        allow_descriptors()
         self._arrays = arrays
-        self._held: dict[tuple[str, int], mmap.mmap] = {}
-        self._ready: dict[tuple[str, int], int] = {}  # descriptors that nobody has asked for yet
+        self._held: dict[tuple[str, int], _Held] = {}
+        self._handed: set[int] = set()  # CPUs whose buffers somebody has asked for
         self.sizes = {ring: buffer_size(total, cpus) for ring, total in rings.items()}
         """Bytes of a buffer, by ring. What is allowed may be less: see `fit`."""
 
@@ -61,7 +90,7 @@ class PerfBuffers:
         try:
             for cpu in cpus:
                 with suppress(_NotUp):
-                    self._ready[ring, cpu] = self._open_one(ring, cpu)
+                    self._make(ring, cpu)
         except OSError as error:
             self._forget(ring)
             if error.errno not in _TOO_MUCH or self.sizes[ring] == mmap.PAGESIZE:
@@ -70,30 +99,32 @@ class PerfBuffers:
         return True
 
     def open(self, cpu: int) -> dict[str, int]:
-        """Descriptors of the buffers of a CPU, by ring, which are the caller's; new ones, if it
-        has been down since. None if it is not up.
+        """Descriptors of the buffers of a CPU, by ring, which are the caller's.
+
+        Once; and new ones when the CPU has been down since. Otherwise none, and if it is not up.
 
         Raises:
             OSError: the kernel refused.
         """
-        found: dict[str, int] = {}
-        try:
-            for ring in self.sizes:
-                ready = self._ready.pop((ring, cpu), None)
-                found[ring] = self._open_one(ring, cpu) if ready is None else ready
-        except _NotUp:
-            return {}
-        except OSError:
-            for fd in found.values():
-                os.close(fd)
-            raise
-        return found
+        held = [self._held[ring, cpu] for ring in self.sizes if (ring, cpu) in self._held]
+        if len(held) < len(self.sizes) or cpu in self._handed:
+            # However often it is asked for, nobody is given more memory than there are CPUs for.
+            if len(held) == len(self.sizes) and all(one.is_alive() for one in held):
+                return {}
+            try:
+                for ring in self.sizes:
+                    self._make(ring, cpu)
+            except _NotUp:
+                return {}
+        self._handed.add(cpu)
+        return {ring: os.dup(self._held[ring, cpu].event) for ring in self.sizes}
 
-    def _open_one(self, ring: str, cpu: int) -> int:
-        size = self.sizes[ring]
+    def _make(self, ring: str, cpu: int) -> None:
+        """A buffer in place of any that was there. Raises OSError."""
         before = self._held.pop((ring, cpu), None)
         if before is not None:
             before.close()
+        size = self.sizes[ring]
         try:
             filling = open_output(cpu, size // 4)
         except OSError as error:
@@ -101,7 +132,7 @@ class PerfBuffers:
                 raise _NotUp(error.errno, error.strerror) from None
             raise
         try:
-            held = mmap.mmap(filling, mmap.PAGESIZE + size)
+            memory = mmap.mmap(filling, mmap.PAGESIZE + size)
             at_once = open_output(cpu)
             try:
                 write_where(at_once, filling)
@@ -114,16 +145,12 @@ class PerfBuffers:
         except BaseException:
             os.close(filling)
             raise
-        self._held[ring, cpu] = held
-        return filling
+        self._held[ring, cpu] = _Held(filling, memory)
 
     def _forget(self, ring: str) -> None:
         for name, cpu in list(self._held):
             if name == ring:
                 self._held.pop((name, cpu)).close()
-        for name, cpu in list(self._ready):
-            if name == ring:
-                os.close(self._ready.pop((name, cpu)))
 
     def close(self) -> None:
         """Let go of all of them. Harmless when done already."""

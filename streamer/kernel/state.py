@@ -41,6 +41,7 @@ from streamer.kernel.loader import (
 from streamer.kernel.loading import LoaderLike
 from streamer.kernel.misses import missed_runs
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
+from streamer.kernel.perf_buffers import allow_descriptors
 from streamer.kernel.processes import Located
 from streamer.kernel.system_calls import SYSCALL_NUMBERS, Place, places_of
 from streamer.kernel.tags import RINGS, ProgramInfo
@@ -446,6 +447,8 @@ class KernelState:
         self.buffers: dict[int, dict[str, int]] = {}
         """Descriptors of the perf buffers, by CPU and ring; none where there are ring buffers."""
         try:
+            if self.transport.name == "perf":
+                allow_descriptors()
             self._open_buffers(online_cpus())
             self.ring_fds = {name: maps[name] for name in RINGS}
             self.counters = self._map(maps["counters"], size_of("cpu_counters") * self.cpus)
@@ -481,6 +484,7 @@ class KernelState:
                 raise KernelError(f"no perf buffer of CPU {cpu}: {error.strerror}") from error
             if found:
                 made[cpu] = found
+        _close({cpu: self.buffers[cpu] for cpu in made.keys() & self.buffers.keys()})
         self.buffers |= made
         return made
 
@@ -488,19 +492,17 @@ class KernelState:
         """CPUs that are down, and to whose perf buffers nothing is written any more."""
         return frozenset(self.buffers.keys() - online_cpus())
 
-    def close_buffers(self, cpus: Iterable[int]) -> None:
-        """Close the descriptors of those CPUs' perf buffers; who has mapped them may read on."""
-        _close({cpu: self.buffers.pop(cpu) for cpu in cpus})
-
-    def open_buffers(self) -> dict[int, dict[str, int]]:
+    def open_buffers(self, again: Collection[int] = ()) -> dict[int, dict[str, int]]:
         """Make the perf buffers of CPUs that are up and have none. Their descriptors, as `buffers`.
 
-        What such a CPU did before has found no buffer, and is lost.
+        Those `again`, too, if they have been down since. What such a CPU did before has found no
+        buffer, and is lost.
 
         Raises:
             KernelError: a buffer cannot be had.
         """
-        return self._open_buffers(set(online_cpus()) - self.buffers.keys())
+        _close({cpu: self.buffers.pop(cpu) for cpu in self.gone_cpus()})
+        return self._open_buffers({*online_cpus()} - self.buffers.keys() | set(again))
 
     def _map(self, fd: int, size: int, *, writable: bool = False) -> mmap.mmap:
         pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -750,7 +752,8 @@ class KernelState:
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""
         self._loader.close()
-        self.close_buffers(list(self.buffers))
+        _close(self.buffers)
+        self.buffers = {}
         if self.kallsyms is not None:
             os.close(self.kallsyms)
             self.kallsyms = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import os
 import select
 import struct
 from bisect import bisect
@@ -114,18 +115,19 @@ class PerfSource(Source):
         super().__init__(name, self._epoll.fileno(), self.buffers, envelope, cpus)
 
     def add(self, cpu: int, fd: int) -> None:
-        """Map and read the buffer of a CPU. Raises OSError."""
+        """Map and read the buffer of a CPU, in place of any that it had. Raises OSError."""
         memory = mmap.mmap(fd, mmap.PAGESIZE + self._size)
         self.buffers.add(cpu, memory, mmap.PAGESIZE)
-        self._epoll.register(fd, select.EPOLLIN)
-        self._registered[cpu] = fd
+        self.forget(cpu)
+        self._registered[cpu] = own = os.dup(fd)
+        self._epoll.register(own, select.EPOLLIN)
 
     def forget(self, cpu: int) -> None:
-        """Nothing is written for that CPU any more; what is there is read all the same.
-
-        Its descriptor is still open.
-        """
-        self._epoll.unregister(self._registered.pop(cpu))
+        """Nothing is written there any more; what is there is read all the same."""
+        own = self._registered.pop(cpu, None)
+        if own is not None:
+            self._epoll.unregister(own)
+            os.close(own)
         self._seen.pop(cpu, None)
 
     def mute(self, taken: Sequence[int]) -> list[int]:

@@ -185,6 +185,24 @@ def test_a_cpu_that_comes_up_later(scope: Scope, monkeypatch: pytest.MonkeyPatch
         assert lost_of(live) == 0  # the kernel does not count what has no buffer
 
 
+def test_nobody_is_given_more_buffers_than_there_are_cpus() -> None:
+    """However often the unprivileged process asks, and for whatever: each takes locked memory."""
+    made = loader.Loader()
+    made.load_core({"critical": 1 << 16, "bulk": 1 << 16}, None, "perf")
+    try:
+        cpus = loader.online_cpus()
+        for cpu in cpus:
+            first = made.open_buffers(cpu)
+            assert first.keys() == {"critical", "bulk"}
+            for fd in first.values():
+                os.close(fd)
+        for _ in range(3):
+            for cpu in (*cpus, max(loader.present_cpus()) + 1, 65535):
+                assert made.open_buffers(cpu) == {}
+    finally:
+        made.close()
+
+
 def turn(cpu: int, on: bool) -> None:
     Path(f"/sys/devices/system/cpu/cpu{cpu}/online").write_text(str(int(on)))
 
