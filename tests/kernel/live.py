@@ -79,6 +79,14 @@ class Live:
         self.events += read
         return read
 
+    def seqs(self) -> dict[str, list[int]]:
+        """Per ring, the last number taken on each CPU."""
+        return self._counters.seqs()
+
+    def remove(self, map: str, key: bytes) -> None:
+        """An element of a map."""
+        self.state._loader.delete(map, key)
+
     def counts(self, kind: str) -> KindCounts:
         """The counts of a kind, which is read first."""
         self.read()

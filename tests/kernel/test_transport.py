@@ -185,6 +185,28 @@ def test_a_cpu_that_comes_up_later(scope: Scope, monkeypatch: pytest.MonkeyPatch
         assert lost_of(live) == 0  # the kernel does not count what has no buffer
 
 
+def test_a_cpu_that_takes_numbers_and_writes_nothing_is_noticed(scope: Scope) -> None:
+    """Its buffer is as if it had been down for a moment; one that is full is not."""
+    cpu = max(os.sched_getaffinity(0))
+    settings = Settings(rings=Rings(transport="perf", bulk_bytes=4096))
+    with Live(scope, {"file.open"}, settings) as live:
+        _, bulk = perf_sources(live)
+
+        def mute_after(opens: int, *, read: bool = True) -> list[int]:
+            scope.act(opens_on, cpu, "some", opens)
+            if read:
+                live.read()
+            return bulk.mute(live.seqs()["bulk"])
+
+        assert mute_after(1) == mute_after(1) == []
+        assert mute_after(FLOOD, read=False) == mute_after(FLOOD, read=False) == []
+        assert mute_after(0) == []
+        for index in (2 * cpu, 2 * cpu + 1):
+            live.remove("bulk", index.to_bytes(4, "little"))
+        assert mute_after(1) == [cpu]
+        live.check()
+
+
 def test_nobody_is_given_more_buffers_than_there_are_cpus() -> None:
     """However often the unprivileged process asks, and for whatever: each takes locked memory."""
     made = loader.Loader()
