@@ -28,6 +28,7 @@ from streamer.events.stream import PreviousRun
 from streamer.events.timing import Timing
 from streamer.kernel import capabilities, state
 from streamer.kernel.targets import in_vain
+from streamer.privilege.named import exposed_secrets
 from streamer.privilege.split import Split
 from streamer.sinks.base import Sink
 from streamer.sinks.factory import Render, make_sink
@@ -79,7 +80,7 @@ def _split_and_run(
     sink: Sink | None,
 ) -> Outcome:
     capabilities.require()
-    for said in in_vain(settings.kernel, kinds):
+    for said in (*in_vain(settings.kernel, kinds), *exposed_secrets(settings)):
         _log.warning("%s", said)
     with contextlib.ExitStack() as stack:
         terminal = stack.enter_context(_controlling_terminal())  # while there is one

@@ -93,6 +93,29 @@ def _of_sink(sink: AnySink) -> Iterator[NamedFile]:
                 yield _read(sink.password_file)
 
 
+def exposed_secrets(settings: Settings) -> Iterator[str]:
+    """Files of passwords and keys that every user of the host can read, each in a sentence."""
+    secrets: dict[str, None] = {}
+    for sink in settings.sinks:
+        secrets |= dict.fromkeys(_secrets_of(sink))
+    for path in secrets:
+        with suppress(OSError):  # said when it is to be read
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode) and status.st_mode & stat.S_IROTH:
+                yield f"{path}: every user can read this secret"
+
+
+def _secrets_of(sink: AnySink) -> Iterator[str]:
+    named: list[str | None] = []
+    if isinstance(sink, KafkaSink) and sink.sasl is not None:
+        named.append(sink.sasl.password_file)
+    if isinstance(sink, MqttSink):
+        named.append(sink.password_file)
+    if isinstance(sink, KafkaSink | MqttSink) and sink.tls is not None:
+        named += [sink.tls.key_file, sink.tls.key_password_file]
+    yield from filter(None, named)
+
+
 def _of_tls(tls: Tls | None) -> Iterator[NamedFile]:
     if tls is not None:
         names = (tls.ca_file, tls.cert_file, tls.key_file, tls.key_password_file)

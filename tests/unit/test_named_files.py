@@ -27,7 +27,7 @@ from streamer.privilege.files import (
     own_descriptor,
     read_all,
 )
-from streamer.privilege.named import named_files
+from streamer.privilege.named import exposed_secrets, named_files
 from streamer.sinks.credentials import read_secret, ssl_context
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -563,3 +563,24 @@ def test_the_user_to_become() -> None:
 def test_a_user_that_it_cannot_become(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         account_of(name)
+
+
+def test_a_secret_that_every_user_can_read_is_said(tmp_path: Path) -> None:
+    """Of passwords and keys; a certificate is for everybody."""
+    paths = {name: tmp_path / name for name in ("ca", "cert", "key", "word", "own")}
+    for path in paths.values():
+        path.write_text("")
+        path.chmod(0o644)
+    paths["own"].chmod(0o640)
+    tls = Tls(
+        ca_file=str(paths["ca"]),
+        cert_file=str(paths["cert"]),
+        key_file=str(paths["key"]),
+        key_password_file=str(tmp_path / "missing"),
+    )
+    kafka = KafkaSink(
+        bootstrap=("k:1",), tls=tls, sasl=Sasl(username="u", password_file=str(paths["own"]))
+    )
+    mqtt = MqttSink(host="m", username="u", password_file=str(paths["word"]), tls=tls)
+    said = list(exposed_secrets(Settings(sinks=(kafka, mqtt))))
+    assert said == [f"{paths[name]}: every user can read this secret" for name in ("key", "word")]
