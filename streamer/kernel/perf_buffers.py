@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from streamer.errors import KernelError
 from streamer.kernel.libbpf import Map
-from streamer.kernel.perf_event import open_output, time_enabled, write_where
+from streamer.kernel.perf_event import open_output, time_running, write_where
 
 EVENTS_OF_A_CPU = 2
 """One that wakes the reader when a quarter of the buffer has filled, and one that does at once."""
@@ -50,9 +50,9 @@ class _Held(NamedTuple):
 
     def is_alive(self) -> bool:
         """Whether its CPU has been up ever since. Raises OSError."""
-        before = time_enabled(self.event)
+        before = time_running(self.event)
         time.sleep(_A_MOMENT)
-        return time_enabled(self.event) > before
+        return time_running(self.event) > before
 
     def close(self) -> None:
         os.close(self.event)

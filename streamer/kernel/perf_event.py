@@ -14,7 +14,7 @@ _ATTR_BYTES = 64  # PERF_ATTR_SIZE_VER0
 _BY_FREQUENCY = 1 << 10  # of the flag bits: the period is a rate
 _CLOSE_ON_EXEC = 8
 _TYPE_SOFTWARE, _BPF_OUTPUT, _SAMPLE_RAW = 1, 10, 1 << 10
-_TIME_ENABLED = 1  # of the read format: behind the count
+_TIME_RUNNING = 2  # of the read format: behind the count
 _BY_WATERMARK = 1 << 14  # of the flag bits: bytes, and not records, wake the reader
 _SET_OUTPUT = 0x2405  # PERF_EVENT_IOC_SET_OUTPUT
 
@@ -57,7 +57,7 @@ def open_output(cpu: int, wakeup_bytes: int = 0) -> int:
             _BPF_OUTPUT,
             1,
             _SAMPLE_RAW,
-            _TIME_ENABLED,
+            _TIME_RUNNING,
             flags,
             wakeup,
             0,
@@ -66,13 +66,13 @@ def open_output(cpu: int, wakeup_bytes: int = 0) -> int:
     )
 
 
-def time_enabled(event: int) -> int:
-    """For how long it has been in force, in ns: that of a CPU that was down stands still.
+def time_running(event: int) -> int:
+    """For how long its CPU has had it in force, in ns: once that was down, it stands still.
 
     Of what `open_output` opened. Raises OSError.
     """
-    _, enabled = struct.unpack("<QQ", os.read(event, 16))
-    return int(enabled)
+    _, running = struct.unpack("<QQ", os.read(event, 16))
+    return int(running)
 
 
 def write_where(event: int, other: int) -> None:
