@@ -30,6 +30,7 @@ from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS, SENSORS
 from streamer.kernel.processes import Located
 from streamer.kernel.state import KernelState, sensors_of, size_of
 from streamer.kernel.tags import RINGS
+from streamer.kernel.types import KernelTypes
 from tests.golden import cases
 from tests.unit.ring import DATA_OFFSET, SimulatedRing, producer_bytes
 
@@ -90,6 +91,7 @@ class MemoryPrograms:
         self.cpus = CPUS
         self.no_functions = "none in memory"
         self.transport = Transport("ring", {})
+        self.types = KernelTypes()
         self.done: list[str] = []
         self.attached: set[str] = set()
         self.filters: dict[tuple[str, bytes], bytes] = {}

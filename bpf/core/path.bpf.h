@@ -96,6 +96,10 @@ static __always_inline void view_dentry(struct dentry_view *view, const struct d
 	view->length = READ(struct dentry, dentry, d_name.len);
 }
 
+/* A struct mount is private to the kernel. Where its types come from headers it has been measured, or is
+ * not known: then a path begins at the root of its mount, and says that it lacks its beginning. */
+#define mounts_known() bpf_core_type_exists(struct mount)
+
 /* Goes on in another mount, from wherever `dentry` is. */
 static __always_inline void enter_mount(struct path_buffer *buffer, struct mount *mount)
 {
@@ -105,6 +109,11 @@ static __always_inline void enter_mount(struct path_buffer *buffer, struct mount
 	__u64 span[SPAN_WORDS];
 
 	buffer->mount = (__u64)mount;
+	if (!mounts_known()) { /* and this is the struct vfsmount in it */
+		buffer->parent = buffer->mount;
+		buffer->root = (__u64)READ(struct vfsmount, mount, mnt_root);
+		return;
+	}
 	if (!plain_loads() && in_span(mountpoint, sizeof(__u64)) && in_span(root, sizeof(__u64))) {
 		if (bpf_probe_read_kernel(span, sizeof(span), (const void *)mount + start))
 			count_fault(FAULT_UNREADABLE);
@@ -124,9 +133,12 @@ static __always_inline void enter_mount(struct path_buffer *buffer, struct mount
 
 static __always_inline __u32 mntns_of_mount(const struct mount *mount)
 {
-	struct mnt_namespace *ns = READ(struct mount, mount, mnt_ns);
+	struct mnt_namespace *ns;
 	__u32 inum;
 
+	if (!mounts_known())
+		return 0;
+	ns = READ(struct mount, mount, mnt_ns);
 	if (!ns || (unsigned long)ns >= (unsigned long)-MAX_ERRNO)
 		return 0;
 	inum = READ(struct mnt_namespace, ns, ns.inum);
@@ -262,9 +274,12 @@ static __always_inline struct path_buffer *path_build(__u32 slot, struct dentry 
 	buffer->truncated = buffer->nameless = buffer->memfd = buffer->parts = 0;
 	buffer->dentry = (__u64)dentry;
 	buffer->mount = (__u64)vfsmount; /* once in memory, it is a number to the verifier */
-	enter_mount(buffer,
-		    (void *)buffer->mount - bpf_core_field_offset(struct mount, mnt));
+	if (mounts_known())
+		buffer->mount -= bpf_core_field_offset(struct mount, mnt);
+	enter_mount(buffer, (struct mount *)buffer->mount);
 	path_walk(slot);
+	if (!mounts_known())
+		buffer->truncated = 1;
 	return buffer;
 }
 

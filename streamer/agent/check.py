@@ -11,7 +11,7 @@ from streamer import __version__
 from streamer.config.settings import Settings
 from streamer.errors import StreamerError
 from streamer.events.catalogue import SELECTABLE
-from streamer.kernel import capabilities, cgroups, loader, state, trials
+from streamer.kernel import capabilities, cgroups, loader, state, trials, types
 from streamer.kernel.host_settings import host_settings
 from streamer.kernel.loader import ATTACHED, SPARE
 from streamer.kernel.report import VERSION, Answer, CheckReport, Hook, Kind, Rung, Status
@@ -47,13 +47,14 @@ def report(settings: Settings, kinds: frozenset[str], *, apart: bool = False) ->
     had_tracefs = loader.has_tracefs()
     programs: list[ProgramStatus] = []
     reason, no_functions, transport = "", "not tried", "not tried"
+    kernel_types = _types(settings)
     try:
         kernel = _loaded(settings, kinds)
     except StreamerError as error:
         reason = str(error)
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
     else:
-        no_functions = kernel.no_functions
+        no_functions, kernel_types = kernel.no_functions, kernel.types.words
         transport = _transport(kernel.transport)
         try:
             kernel.attach()
@@ -68,7 +69,7 @@ def report(settings: Settings, kinds: frozenset[str], *, apart: bool = False) ->
         agent=__version__,
         kernel=f"{uname.sysname} {uname.release} {uname.machine}",
         ok=False,
-        types=_types(settings),
+        types=kernel_types,
         transport=transport,
         kinds={kind: Kind(_WORDS[one.status], one.reason) for kind, one in found.items()},
         not_asked=_not_asked(settings, kinds),
@@ -137,11 +138,11 @@ def _rung(program: ProgramStatus) -> Rung:
 
 
 def _types(settings: Settings) -> str:
+    """What is known of them where nothing could be loaded."""
     try:
-        file = loader.find_btf(settings.btf)
+        return types.of_file(settings.btf).words if settings.btf else types.of_kernel().words
     except StreamerError as error:
         return str(error)
-    return f"BTF file: {file}" if file else f"BTF of the running kernel: {loader.KERNEL_BTF}"
 
 
 def _not_asked(settings: Settings, kinds: frozenset[str]) -> dict[str, str]:

@@ -96,6 +96,7 @@ class Reporter:
             filters=filters_in_force(self._filters),
             sinks=[sink.name for sink in sinks],
             previous=previous,
+            kernel_types=self._kernel.types.words,
         )
 
     def heartbeat(self, read: Mapping[str, int], sinks: Iterable[Sink]) -> StreamHeartbeat:

@@ -55,6 +55,11 @@ Text = Annotated[str, Meta(min_length=1)]
 StateFile = Annotated[
     str, Meta(max_length=4095), form("^(/|$)", "an absolute path, or empty for none")
 ]
+Headers = Annotated[
+    str,
+    Meta(max_length=4095),
+    form("^(auto|off|/.*)$", "`auto`, `off`, or an absolute path"),
+]
 HostName = Annotated[
     str, form("^[A-Za-z0-9._-]{1,253}$", "a name of letters, digits, '.', '_' and '-'")
 ]
@@ -96,6 +101,14 @@ class Rings(Section, frozen=True, kw_only=True):
 class Kernel(Section, frozen=True, kw_only=True):
     """How the kernel is observed."""
 
+    headers: Annotated[
+        Headers,
+        doc(
+            "Where the layouts of the kernel's structs are read from if the kernel has no BTF and "
+            "`btf` names none: a directory of the headers of this very kernel, which bcc compiles; "
+            "`auto`: where they are installed; `off`: nowhere."
+        ),
+    ] = "auto"
     connections: Annotated[
         int,
         Meta(ge=1024, le=1 << 22),

@@ -152,6 +152,13 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
         PreviousRun | None,
         Meta(description="the run before, if it left a note in `state_file`"),
     ] = None
+    kernel_types: Annotated[
+        str,
+        Meta(
+            description="where the layouts of the kernel's structs come from: `kernel`, `file`, "
+            "`headers` or `none`, with the place, and why from no better one"
+        ),
+    ] = ""
 
 
 class KindCounts(Struct, gc=False):

@@ -7,6 +7,7 @@ members, enums and declaration tags.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ _TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FUNC = 8, 9, 10, 11, 12
 _FUNC_PROTO, _VAR, _DATASEC, _DECL_TAG, _TYPE_TAG, _ENUM64 = 13, 14, 15, 17, 18, 19
 _MODIFIERS = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG)
 _SIGNED = 1
+_LOCAL_TYPE_ID = 6  # enum bpf_core_relo_kind: of the object itself
+_WORDS = {_STRUCT: "struct", _UNION: "union", _ENUM: "enum", _ENUM64: "enum"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,11 @@ class Type:
     element: int = 0
     count: int = 0
     signed: bool = False
+
+    @property
+    def is_struct(self) -> bool:
+        """Whether it is a struct, which has a definition."""
+        return self.kind == _STRUCT
 
 
 def section(path: Path, name: str) -> bytes:
@@ -71,6 +79,39 @@ def _find_section(data: bytes, name: str) -> bytes:
         if data[start : data.index(b"\0", start)] == name.encode():
             return data[header[4] : header[4] + header[5]]
     raise ValueError("section not found")
+
+
+def relocated(path: Path, btf: Btf) -> set[str]:
+    """The kernel's types that the programs of an object are relocated against: `struct file`.
+
+    Format: struct btf_ext_header and struct bpf_core_relo (linux/btf.h, linux/bpf.h).
+
+    Raises:
+        ContractError: the object has no section for it, or one of another format.
+    """
+    data = section(path, ".BTF.ext")
+    try:
+        return set(_relocated(data, btf))
+    except (struct.error, KeyError, IndexError) as error:
+        raise ContractError(f"{path}: .BTF.ext cannot be read: {error!r}") from None
+
+
+def _relocated(data: bytes, btf: Btf) -> Iterator[str]:
+    (header,) = struct.unpack_from("<I", data, 4)
+    start, length = struct.unpack_from("<II", data, 24)
+    if not length:
+        return
+    rows = data[header + start : header + start + length]
+    (size,) = struct.unpack_from("<I", rows)
+    at = 4
+    while at < len(rows):
+        _, count = struct.unpack_from("<II", rows, at)
+        for place in range(at + 8, at + 8 + count * size, size):
+            _, type_id, _, kind = struct.unpack_from("<IIII", rows, place)
+            if kind != _LOCAL_TYPE_ID:
+                found = btf.types[type_id]
+                yield f"{_WORDS[found.kind]} {found.name}"
+        at += 8 + count * size
 
 
 class Btf:

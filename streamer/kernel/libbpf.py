@@ -11,11 +11,23 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_long, c_size_t, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_char_p,
+    c_int,
+    c_int64,
+    c_long,
+    c_size_t,
+    c_void_p,
+)
 from ctypes import c_uint32 as u32
 from ctypes import c_uint64 as u64
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 from streamer.errors import KernelError
 
@@ -187,6 +199,18 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [c_int, c_char_p, c_char_p, c_char_p, c_size_t, POINTER(_LoadOptions)],
     ),
     "bpf_obj_get_info_by_fd": (c_int, [c_int, c_void_p, POINTER(u32)]),
+    "btf__new_empty": (c_void_p, []),
+    "btf__raw_data": (c_void_p, [c_void_p, POINTER(u32)]),
+    "btf__add_int": (c_int, [c_void_p, c_char_p, c_size_t, c_int]),
+    "btf__add_ptr": (c_int, [c_void_p, c_int]),
+    "btf__add_array": (c_int, [c_void_p, c_int, c_int, u32]),
+    "btf__add_struct": (c_int, [c_void_p, c_char_p, u32]),
+    "btf__add_union": (c_int, [c_void_p, c_char_p, u32]),
+    "btf__add_field": (c_int, [c_void_p, c_char_p, c_int, u32, u32]),
+    "btf__add_enum": (c_int, [c_void_p, c_char_p, u32]),
+    "btf__add_enum_value": (c_int, [c_void_p, c_char_p, c_int64]),
+    "btf__add_func": (c_int, [c_void_p, c_char_p, c_int, c_int]),
+    "btf__add_func_proto": (c_int, [c_void_p, c_int]),
     "bpf_prog_test_run_opts": (c_int, [c_int, POINTER(_TestRunOptions)]),
 }
 
@@ -261,6 +285,71 @@ def names_of_enum(enum: str, btf: str | None = None) -> dict[int, str]:
             value.val: library.btf__name_by_offset(types, value.name_off).decode()
             for value in values
         }
+
+
+class TypeWriter:
+    """BTF in the making. Every method adds a type and returns its id; all raise OSError."""
+
+    def __init__(self) -> None:
+        """Empty, but for void, whose id is 0."""
+        self._handle: int | None = _check_pointer(_library().btf__new_empty())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        handle, self._handle = self._handle, None
+        _library().btf__free(handle)
+
+    def data(self) -> bytes:
+        """The content of a BTF file."""
+        size = u32()
+        at = _check_pointer(_library().btf__raw_data(self._handle, byref(size)))
+        return ctypes.string_at(at, size.value)
+
+    def integer(self, name: str, size: int, encoding: str) -> int:
+        """`size` in bytes; `encoding` is `signed`, `bool` or empty."""
+        bits = {"signed": 1, "bool": 4}.get(encoding, 0)
+        return _check(_library().btf__add_int(self._handle, _name(name), size, bits))
+
+    def pointer(self) -> int:
+        """To something."""
+        return _check(_library().btf__add_ptr(self._handle, 0))
+
+    def array(self, of: int, index: int, count: int) -> int:
+        """`count` of the type `of`, counted with the type `index`."""
+        return _check(_library().btf__add_array(self._handle, index, of, count))
+
+    def composite(
+        self, kind: str, name: str, size: int, members: Iterable[tuple[str, int, int, int]]
+    ) -> int:
+        """A `struct` or `union` of `size` bytes. Members: name, type, offset in bits, and the
+        width of a bit-field in bits, else 0.
+        """
+        add = getattr(_library(), f"btf__add_{kind}")
+        made = _check(add(self._handle, _name(name), size))
+        for member, of, bit, bits in members:
+            _check(_library().btf__add_field(self._handle, _name(member), of, bit, bits))
+        return made
+
+    def enum(self, name: str, size: int, values: Iterable[tuple[str, int]]) -> int:
+        """`size` in bytes, and the names with their values."""
+        made = _check(_library().btf__add_enum(self._handle, _name(name), size))
+        for label, value in values:
+            _check(_library().btf__add_enum_value(self._handle, _name(label), value))
+        return made
+
+    def prototype(self) -> int:
+        """Of a function without parameters."""
+        return _check(_library().btf__add_func_proto(self._handle, 0))
+
+    def function(self, name: str, prototype: int) -> int:
+        """A global function."""
+        return _check(_library().btf__add_func(self._handle, _name(name), 1, prototype))
+
+
+def _name(name: str) -> bytes | None:
+    return name.encode() or None
 
 
 def _sized(name: str, what: str, data: bytes, size: int) -> bytes:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from streamer.errors import KernelError
-from streamer.kernel import capabilities, obstacles
+from streamer.kernel import capabilities, obstacles, types
 from streamer.kernel.libbpf import (
     XDP_MODES,
     DescriptorLink,
@@ -34,7 +34,6 @@ from streamer.kernel.processes import Located, locate, open_module
 from streamer.kernel.tags import RINGS, ProgramInfo, SensorInfo
 
 OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
-KERNEL_BTF = "/sys/kernel/btf/vmlinux"
 CORE = "core"
 _LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
 _TRY_RINGS = "try_rings"
@@ -42,7 +41,6 @@ PERF_BUFFERS = "perf_buffers"
 """The option by which programs write to perf buffers."""
 _PERF_SLOTS = CONTRACT["enum perf_limits"][0][1]
 _LEAST_RING = 4096
-_RAW_BTF, _ELF = b"\x9f\xeb", b"\x7fELF"
 _AT_FUNCTION = ("fentry/", "fexit/")
 _AT_INTERFACES = "xdp"
 _PROBES = ("kprobe/", "kretprobe/", "tp/")
@@ -197,7 +195,9 @@ class Loader:
         self._catalogue = sensors
         self._directory = directory
         self._targets = targets
-        self._btf: str | None = None
+        self.types = types.KernelTypes()
+        """What programs are relocated against."""
+        self._prepared = False
         self._core: Object | None = None
         self._shared: dict[str, Map] = {}
         self._functions: set[str] = set()
@@ -229,6 +229,19 @@ class Loader:
 
     # ------------------------------------------------------------ core
 
+    def prepare(self, headers: str) -> None:
+        """Find out what programs can be relocated against, as long as processes can be started.
+
+        `headers` as for `types.find`.
+        """
+        functions = self._wanted_functions()
+        enums = {
+            one.names for sensor in self._catalogue.values() for one in sensor.maps if one.names
+        }
+        wanted = types.Wanted(self._directory, functions, enums)
+        self.types = types.find(wanted, headers)
+        self._prepared = True
+
     def load_core(
         self, rings: Mapping[str, int], btf: str | None, transport: str = "auto"
     ) -> dict[str, int]:
@@ -239,9 +252,12 @@ class Loader:
         descriptors of the maps.
 
         Raises:
-            KernelError: no BPF, no BTF, or the core object does not load.
+            KernelError: no BPF, not such a file, or the core object does not load.
         """
-        self._btf = find_btf(btf)
+        if btf is not None:
+            self.types = types.of_file(btf)
+        elif not self._prepared:
+            self.prepare("auto")
         self.transport = Transport("perf" if transport == "perf" else "ring", rings)
         try:
             core = self._load_core_object(rings)
@@ -340,16 +356,20 @@ class Loader:
     def _find_out_who(self, core: Object) -> None:
         if core.programs[_LEARN_PIDS].run():
             raise OSError(errno.EFAULT, "the agent cannot be told from others")
-        if self._parent_is_agent:
-            return
-        # There is no other process of the agent: its parent is observed like anybody.
         identities = core.maps["identities"]
-        zero = bytes(4)
-        for key, value in identities.entries():
-            if key == zero:
-                identities.update(key, value[4:8] + value[4:])
+        ((key, value),) = identities.entries()
+        own = value[4:8]
+        if not self._parent_is_agent:
+            # There is no other process of the agent: its parent is observed like anybody.
+            identities.update(key, own + value[4:])
+        elif not any(value[:4]) and int.from_bytes(own, "little") == os.getpid():
+            # The program could not tell; in the initial pid namespace the kernel's are our numbers.
+            identities.update(key, os.getppid().to_bytes(4, "little") + value[4:])
 
     def _known_functions(self) -> set[str]:
+        return functions_of(self._wanted_functions(), self.types.path)
+
+    def _wanted_functions(self) -> set[str]:
         needs = [
             need
             for sensor in self._catalogue.values()
@@ -357,8 +377,7 @@ class Loader:
             for need in tagged
         ]
         named = (need.removeprefix("no ") for need in needs if "function:" in need)
-        wanted = {need.removeprefix("function:") for need in named}
-        return functions_of(wanted, self._btf)
+        return {need.removeprefix("function:") for need in named}
 
     def _try_function(self) -> str:
         trial = self._open(CORE)
@@ -375,10 +394,12 @@ class Loader:
         return ""
 
     def _open(self, name: str) -> Object:
-        directory = os.path.join(self._directory, "nobtf") if self._btf else self._directory
+        directory = self._directory
+        if self.types.path:
+            directory = os.path.join(directory, types.WITHOUT_BTF)
         path = os.path.join(directory, f"{name}.bpf.o")
         try:
-            return Object(path, self._btf)
+            return Object(path, self.types.path)
         except OSError as error:
             raise KernelError(f"cannot open the BPF object {path}: {error.strerror}") from error
 
@@ -517,7 +538,7 @@ class Loader:
         for info in made.info.maps:
             if info.names and info.name in made.maps:
                 table = made.maps[info.name]
-                for number, name in sorted(_names_in(info.names, self._btf).items()):
+                for number, name in sorted(_names_in(info.names, self.types.path).items()):
                     text = name.encode()[: table.value_size - 1]
                     with suppress(OSError):  # a number that the table has no room for
                         table.update(
@@ -536,6 +557,8 @@ class Loader:
                 loaded = self._try_load(made, [attempt.info.name])
             except OSError as error:
                 reason = _load_reason(attempt, error)
+                if self.types.rung == "none":
+                    reason = self.types.reason
                 made.note(attempt.info, attempt.section, FAILED, reason)
                 continue
             made.objects.append(loaded)
@@ -589,7 +612,7 @@ class Loader:
     def _typed_functions(self, made: _Sensor) -> list[str]:
         """The functions to attach to that are in the BTF. Raises OSError: there is none."""
         choices = [one.split("|") for one in made.targets.functions]
-        known = functions_of({name for names in choices for name in names}, self._btf)
+        known = functions_of({name for names in choices for name in names}, self.types.path)
         found = [next((name for name in names if name in known), "") for names in choices]
         if not any(found):
             raise OSError(errno.ESRCH, os.strerror(errno.ESRCH))
@@ -989,36 +1012,6 @@ def _attach_reason(program: Program, error: OSError) -> str:
 # ---------------------------------------------------------------- what the kernel offers
 
 TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
-
-
-def find_btf(btf: str | None) -> str | None:
-    """The BTF file to relocate against: None for the kernel's own.
-
-    Raises:
-        KernelError: the kernel has none, and none that is readable is configured.
-    """
-    if btf is not None:
-        _check_btf(btf)
-        return btf
-    if not os.path.exists(KERNEL_BTF):
-        raise KernelError(
-            f"no BTF: {KERNEL_BTF} is missing (CONFIG_DEBUG_INFO_BTF), so no event can be "
-            "observed; name a BTF file of this very kernel in the configuration (btf = PATH)"
-        )
-    return None
-
-
-def _check_btf(path: str) -> None:
-    """Refuse what libbpf would refuse with a number that nobody knows."""
-    if not os.path.isfile(path):
-        raise KernelError(f"btf: no such file: {path}")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise KernelError(f"btf: cannot read {path}: {error.strerror}") from None
-    if not start.startswith((_RAW_BTF, _ELF)):
-        raise KernelError(f"btf: {path} holds no BTF")
 
 
 def has_tracefs() -> bool:

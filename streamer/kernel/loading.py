@@ -7,6 +7,7 @@ from typing import Protocol
 
 from streamer.kernel.loader import Attached, Loaded, Transport
 from streamer.kernel.processes import Located
+from streamer.kernel.types import KernelTypes
 
 
 class LoaderLike(Protocol):
@@ -15,6 +16,7 @@ class LoaderLike(Protocol):
     cpus: int
     no_functions: str
     transport: Transport
+    types: KernelTypes
 
     def load_core(
         self, rings: Mapping[str, int], btf: str | None, transport: str = "auto"

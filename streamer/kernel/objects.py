@@ -92,6 +92,7 @@ SENSORS: dict[str, SensorInfo] = {
         MapInfo("interfaces", "", True, ()),
         MapInfo("kind_counters", "cpus,kinds", True, ()),
         MapInfo("kind_settings", "", True, ()),
+        MapInfo("peeked", "", False, ("option:peek",)),
         MapInfo("perf_slots", "cpus,slots", True, ("option:perf_buffers",)),
         MapInfo("reader", "", True, ()),
         MapInfo("settings", "", True, ()),

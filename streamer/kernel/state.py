@@ -30,6 +30,7 @@ from streamer.kernel.loader import (
     ATTACHED,
     CORE,
     FAILED,
+    LOADED,
     OBJECTS,
     TIMED,
     Attached,
@@ -46,9 +47,12 @@ from streamer.kernel.processes import Located
 from streamer.kernel.system_calls import SYSCALL_NUMBERS, Place, places_of
 from streamer.kernel.tags import RINGS, ProgramInfo
 from streamer.kernel.targets import targets_of
+from streamer.kernel.types import NO_MOUNTS, NO_MULTIPATH, KernelTypes
 
 _KEEP, _DROP = b"\x01", b"\x02"
 _MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filter_mode"]}
+_WITH_PATHS = ("process.exec", "file.open")
+_OF_CONNECTIONS = ("net.connect", "net.accept", "net.close", "net.listen", "net.bind")
 _OWNERS = "owners of connections, and those of the agent itself,"
 # The header that the kernel puts before each record, and the bytes that it never fills.
 _OVERHEAD = {"ring": 8 + 8, "perf": 12 + 8}
@@ -150,6 +154,16 @@ def coverage(
     """
     statuses = list(programs)
     return {kind: _coverage_of(kind, statuses, rings) for kind in sorted(kinds)}
+
+
+def _lessened(kind: str, found: KindStatus, lacks: str) -> KindStatus:
+    """How far a kind is observed where the kernel's types are known but for what they lack."""
+    affected = (NO_MOUNTS in lacks and kind in _WITH_PATHS) or (
+        NO_MULTIPATH in lacks and kind in _OF_CONNECTIONS
+    )
+    if not affected or found.status == "missing":
+        return found
+    return KindStatus("partial", "; ".join(filter(None, (found.reason, lacks))))
 
 
 def _coverage_of(kind: str, programs: list[ProgramStatus], rings: Mapping[str, int]) -> KindStatus:
@@ -434,6 +448,8 @@ class KernelState:
         self._missed_before: Counter[str] = Counter()  # of what was unloaded
         self._mapped: list[mmap.mmap] = []
         self.cpus = loader.cpus
+        self.types = KernelTypes()
+        """What they are relocated against."""
         self.no_functions = "not tried"
         """Why programs at functions (fentry, fexit) do not load; empty where they do."""
         asked = dict(
@@ -441,7 +457,7 @@ class KernelState:
         )
         self._check_contract(CORE)
         maps = loader.load_core(asked, settings.btf, settings.rings.transport)
-        self.no_functions = loader.no_functions
+        self.no_functions, self.types = loader.no_functions, loader.types
         self.transport = loader.transport
         """How records come."""
         self.buffers: dict[int, dict[str, int]] = {}
@@ -725,7 +741,7 @@ class KernelState:
         if self._kernel_is_unnamed and found.get(_PROFILE, _MISSING).status != "missing":
             reasons = (found[_PROFILE].reason, obstacles.KERNEL_UNNAMED)
             found[_PROFILE] = KindStatus("partial", "; ".join(filter(None, reasons)))
-        return found
+        return {kind: _lessened(kind, one, self.types.lacks) for kind, one in found.items()}
 
     def missed(self) -> dict[str, int]:
         """Runs of programs that the kernel left out, per program that had any.
@@ -800,16 +816,29 @@ def load(
     """
     wanted = sensors_of(kinds)
     capabilities.require()
-    loader = loader or Loader(directory=directory, targets=targets_of(settings.kernel))
+    if loader is None:
+        loader = Loader(directory=directory, targets=targets_of(settings.kernel))
+        if settings.btf is None:
+            loader.prepare(settings.kernel.headers)
     state = KernelState(loader, settings, directory)
     state.want(kinds)
     try:
         _load_sensors(state, wanted)
+        _check_types(state)
     except BaseException:
         state.close()
         raise
     state.enable(kinds)
     return state
+
+
+def _check_types(state: KernelState) -> None:
+    """Raises KernelError: without the kernel's types, nothing of what is wanted loads."""
+    if state.types.rung == "none" and all(one.status != LOADED for one in state.statuses):
+        raise KernelError(
+            f"{state.types.reason}, so no event can be observed; install the headers of this very "
+            "kernel and bcc for Python, or name a BTF file of it in the configuration (btf = PATH)"
+        )
 
 
 def _load_sensors(state: KernelState, wanted: Collection[str]) -> None:

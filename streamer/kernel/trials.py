@@ -36,7 +36,6 @@ from streamer.kernel.libbpf import (
 from streamer.kernel.loader import (
     ATTACHED,
     FAILED,
-    KERNEL_BTF,
     Loader,
     ProgramState,
     Targets,
@@ -45,6 +44,7 @@ from streamer.kernel.loader import (
 from streamer.kernel.report import Answer
 from streamer.kernel.system_calls import functions_of_calls
 from streamer.kernel.tags import ProgramInfo, SensorInfo
+from streamer.kernel.types import KERNEL_BTF
 from streamer.kernel.uses import MapUse, ProgramUse, Uses
 
 YES = Answer("yes", "")

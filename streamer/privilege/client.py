@@ -25,6 +25,7 @@ from streamer.kernel.loader import (
     last_possible_cpu,
 )
 from streamer.kernel.processes import Located, Module
+from streamer.kernel.types import KernelTypes
 from streamer.privilege.channel import Channel, Message, MessageError
 from streamer.privilege.files import (
     Appendable,
@@ -39,6 +40,8 @@ from streamer.privilege.proc import Found
 ANSWER_SECONDS = 30.0
 LOAD_SECONDS = 300.0
 """Interpreter and verifier take their time, in an emulated machine a hundredfold."""
+START_SECONDS = 900.0
+"""As long as the compiler may take, and more."""
 END_SECONDS = 10.0
 
 _ERRORS: Mapping[str, type[StreamerError]] = {
@@ -64,9 +67,14 @@ class HelperClient:
         return self._process.pid
 
     def set_up(
-        self, files: Sequence[NamedFile], targets: Mapping[str, Targets] = NO_TARGETS
+        self,
+        files: Sequence[NamedFile],
+        targets: Mapping[str, Targets] = NO_TARGETS,
+        headers: str = "off",
     ) -> None:
         """Name the files, and what each sensor attaches to, which ends the helper's start.
+
+        `headers` as for `kernel.types.find`.
 
         Raises:
             HelperGone: it did not start.
@@ -75,7 +83,8 @@ class HelperClient:
         with self._lock:
             named = {sensor: list(one) for sensor, one in targets.items()}
             message = {"files": [list(file) for file in files], "targets": named}
-            self._send(message, LOAD_SECONDS)
+            message |= {"headers": headers}
+            self._send(message, START_SECONDS)
             self._receive(0)
 
     def ask(self, request: str, *, seconds: float = ANSWER_SECONDS, **parameters: Any) -> Any:
@@ -232,6 +241,7 @@ class RemoteLoader:
         self.cpus = last_possible_cpu() + 1
         self.no_functions = "not tried"
         self.transport = Transport("ring", {})
+        self.types = KernelTypes()
         self._client = client
         self._descriptors: dict[str, list[int]] = {}  # of maps: a sensor's, the core's as ""
         self._attached: dict[str, list[int]] = {}  # of a sensor's programs
@@ -253,6 +263,7 @@ class RemoteLoader:
         self._descriptors[""] = found
         self.no_functions = str(result["no_functions"])
         self.transport = Transport(*result["transport"])
+        self.types = KernelTypes(*result["types"])
         return _by_name(result["maps"], found)
 
     def open_buffers(self, cpu: int) -> dict[str, int]:

@@ -219,6 +219,7 @@ class Helper:
             "maps": list(maps),
             "no_functions": self._loader.no_functions,
             "transport": list(self._loader.transport),
+            "types": list(self._loader.types),
         }
         yield Answer(result, list(maps.values()))
 
@@ -369,6 +370,9 @@ def trim() -> None:
 class OwnLoader(LoaderLike, Protocol):
     """A loader in this process."""
 
+    def prepare(self, headers: str) -> None:
+        """Do what takes other processes: afterwards none can be started."""
+
     @property
     def filters_packets(self) -> bool:
         """Whether a program may be attached where it could stop packets."""
@@ -429,6 +433,7 @@ def _start(channel: Channel, make_loader: MakeLoader) -> tuple[Files, LoaderLike
         }
         files = Files(named)
         loader = make_loader(targets)
+        loader.prepare(str(received[0]["headers"]))
         profiles = any(one.rate for one in targets.values())
         confine(
             writes=any(file.use == "append" for file in named),

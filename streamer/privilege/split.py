@@ -77,11 +77,16 @@ def with_helper(settings: Settings, kinds: Set[str]) -> Helped:
     files = named_files(settings)
     client = start_helper()
     try:
-        client.set_up(files, targets_of(settings.kernel, kinds))
+        client.set_up(files, targets_of(settings.kernel, kinds), headers_of(settings))
     except BaseException:
         client.close()
         raise
     return Helped(client, RemoteLoader(client, files), RemoteOpener(client, files))
+
+
+def headers_of(settings: Settings) -> str:
+    """Where headers are looked for: not where a BTF file is named."""
+    return "off" if settings.btf is not None else settings.kernel.headers
 
 
 def start_helper(program: str = HELPER) -> HelperClient:

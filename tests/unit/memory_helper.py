@@ -15,6 +15,7 @@ sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(
 from streamer.errors import KernelError
 from streamer.kernel.loader import Attached, Loaded, ProgramState, Transport
 from streamer.kernel.processes import Located, locate, open_module
+from streamer.kernel.types import KernelTypes
 from streamer.privilege.helper import main
 
 MANY = 1 << 16
@@ -27,10 +28,14 @@ class MemoryLoader:
     no_functions = "none here"
     transport = Transport("perf", {"bulk": 4096}, "there are no rings")
     filters_packets = False
+    types = KernelTypes()
 
     def __init__(self) -> None:
         self.maps: dict[str, dict[bytes, bytes]] = {"small": {}, "empty": {}}
         self.maps["large"] = {i.to_bytes(4, "little"): bytes([i % 251] * 24) for i in range(MANY)}
+
+    def prepare(self, headers: str) -> None:
+        pass
 
     def load_core(
         self, rings: Mapping[str, int], btf: str | None, transport: str = "auto"

@@ -17,6 +17,7 @@ import pytest
 
 from streamer.errors import KernelError
 from streamer.kernel import loader as module
+from streamer.kernel import types
 from streamer.kernel.loader import TIMED, Loader, Targets
 from streamer.kernel.objects import KIND_END
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
@@ -168,7 +169,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     monkeypatch.setattr(module, "Object", lambda path, btf: FakeObject(made, path))
     monkeypatch.setattr(module, "functions_of", lambda wanted, btf: set())
-    monkeypatch.setattr(module, "find_btf", lambda btf: btf)
+    monkeypatch.setattr(types, "find", lambda wanted, headers: types.KernelTypes())
     return made
 
 

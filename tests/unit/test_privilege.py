@@ -477,7 +477,7 @@ class Raw:
         far.close()
         (directory / "secret").write_bytes(SECRET)
         files = [[str(directory / "secret"), "read", 0], [str(directory / "events"), "append", 416]]
-        assert self.ask({"files": files, "targets": {}})["result"] is None
+        assert self.ask({"files": files, "targets": {}, "headers": "off"})["result"] is None
 
     def ask(self, message: object) -> dict[str, Any]:
         return self.send(json.dumps(message).encode())
@@ -760,7 +760,7 @@ def orphan(directory: Path, last: dict[str, Any] | None) -> tuple[int, str]:
     ) as process:
         far.close()
         near.settimeout(30)
-        near.send(json.dumps({"files": [], "targets": {}}).encode())
+        near.send(json.dumps({"files": [], "targets": {}, "headers": "off"}).encode())
         near.recv(MESSAGE_BYTES)
         if last is not None:
             near.send(json.dumps(last).encode())
