@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stock Debian kernels in virtual machines, without KVM, with the files of this machine.
 #
-#   tools/kernels.sh setup [SUITE...]             fetch and unpack the kernels (quick when there)
+#   tools/kernels.sh setup [SUITE...]             fetch and unpack the kernels, and their headers
 #   tools/kernels.sh run SUITE|VERSION -- COMMAND  run COMMAND as root on that kernel; implies setup
 #   tools/kernels.sh list                         the suites, and the kernels that are there
 #
@@ -116,6 +116,24 @@ unpack() { # unpack SUITE
     mv "$work" "$kernels/$suite"
 }
 
+# The headers of that very kernel, in usr/src/ next to it: what bcc compiles where there is no BTF.
+unpack_headers() { # unpack_headers SUITE
+    local suite=$1 release place=$kernels/$1 work=$kernels/$1.headers.part
+    release=$(release_of "$suite")
+    [ -d "$place/usr/src/linux-headers-$release" ] && return
+    say "fetching the headers of $release"
+    rm -rf "$work"
+    mkdir -p "$work"
+    read_suite "$suite"
+    (cd "$work" && private_apt "$suite" apt-get download "linux-headers-$release" \
+        "linux-headers-${release%-amd64}-common" >&2) ||
+        die "no headers of $release in $suite any more: rm -r $place, and the newer kernel is fetched"
+    for package in "$work"/*.deb; do dpkg -x "$package" "$work"; done
+    mkdir -p "$place/usr"
+    mv "$work/usr/src" "$place/usr/src"
+    rm -rf "$work" "$kernels/apt/$suite"
+}
+
 setup() { # setup SUITE...
     local suite
     need_tools "$@"
@@ -124,9 +142,12 @@ setup() { # setup SUITE...
     flock 9
     for suite in "$@"; do
         [[ " ${known[*]} " == *" $suite "* ]] || die "unknown suite $suite; known: ${known[*]}"
-        [ -d "$kernels/$suite" ] && continue
-        say "fetching the kernel of $suite"
-        unpack "$suite"
+        if [ ! -d "$kernels/$suite" ]; then
+            say "fetching the kernel of $suite"
+            unpack "$suite"
+        fi
+        # bcc is this machine's: it compiles for no other one.
+        if [[ " ${suites[*]} " == *" $suite "* ]]; then unpack_headers "$suite"; fi
     done
     exec 9>&-
 }

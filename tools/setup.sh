@@ -3,7 +3,7 @@
 #
 #   tools/setup.sh run     Debian packages, virtual environment, kernel programs, C modules
 #   tools/setup.sh dev     the same, and the tools that check the code
-#   tools/setup.sh test    the same, and what the tests run: Kafka, Mosquitto, their clients, bpftrace
+#   tools/setup.sh test    the same, and what the tests run: Kafka, Mosquitto, their clients, bpftrace, bcc
 #   tools/setup.sh bench   the same, and what the benchmarks compare with: auditd
 #
 # PYTHON names another interpreter than Debian's own. Prints a line for each thing that it does;
@@ -62,6 +62,7 @@ has_python_headers() {
     "$python" -c 'import pathlib, sysconfig
 pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()'
 }
+has_bcc() { /usr/bin/python3 -I -c 'from bcc import libbcc'; }
 has_compose() { docker compose version || docker-compose version; }
 
 needed_to_run() {
@@ -88,6 +89,7 @@ needed_to_test() {
     need bind9-dnsutils command -v dig
     need dnsmasq-base command -v dnsmasq
     need systemd command -v systemd-analyze # one that is not running is enough
+    need python3-bpfcc has_bcc # for kernels without BTF
     need docker-compose has_compose # checks compose.yaml; no engine is needed for that
 }
 

@@ -316,7 +316,10 @@ def compiled(request: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise Refused(f"bcc was ended by signal {-done.returncode}")
     if done.returncode or len(done.stdout) > MOST_ANSWER:
         raise Refused(f"bcc has failed: exit code {done.returncode}")
-    answer = json.loads(done.stdout)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = None
     if not isinstance(answer, dict):
         raise Refused("bcc has failed: no answer")
     return answer

@@ -16,6 +16,9 @@ OPENAT = {"x86_64": 257, "aarch64": 56}[platform.machine()]
 OPENAT2 = 437
 EXECVEAT = {"x86_64": 322, "aarch64": 281}[platform.machine()]
 
+BTF = Path(os.environ.get("STREAMER_TEST_BTF", "/sys/kernel/btf/vmlinux"))
+"""The kernel's type information, also where the agent is to find none."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -31,7 +34,7 @@ def system_call(number: int, *arguments: Any) -> tuple[int, int, int]:
 @cache
 def kernel_knows(name: str) -> bool:
     """Whether the kernel's type information has that name, such as that of a helper."""
-    return b"\0%b\0" % name.encode() in Path("/sys/kernel/btf/vmlinux").read_bytes()
+    return b"\0%b\0" % name.encode() in BTF.read_bytes()
 
 
 def kernel_is(major: int, minor: int) -> bool:

@@ -1,0 +1,111 @@
+"""Without BTF, with the headers of this very kernel: they say of every type what its BTF does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from streamer.kernel import types
+from streamer.kernel.btf import Btf, Type
+from streamer.kernel.loader import OBJECTS, Loader
+from tests.conftest import Require
+from tests.kernel.agent import Agent
+from tests.kernel.scope import Scope
+from tests.kernel.system import BTF, open_missing
+from tests.kernel.test_degraded import NO_BTF, streamer
+
+pytestmark = pytest.mark.kernel
+
+HEADERS = Path("/usr/src", f"linux-headers-{os.uname().release}")
+_STRUCT, _UNION, _ENUM, _ENUM64 = 4, 5, 6, 19
+
+
+@pytest.fixture
+def made(require_kernel: Require) -> Btf:
+    """The types out of the headers, completed by what was measured."""
+    require_kernel(HEADERS.exists() and not Path(types.KERNEL_BTF).exists(), "it has BTF")
+    loader = Loader()
+    loader.prepare("auto")
+    assert loader.types.rung == "headers", loader.types.words
+    assert loader.types.lacks == ""
+    assert loader.types.path
+    return Btf(Path(loader.types.path).read_bytes())
+
+
+def members(btf: Btf, struct: Type, offset: int = 0) -> Iterator[tuple[str, int, int, int]]:
+    """Name, offset, kind and size of every member, those of members without a name too."""
+    for one in struct.members:
+        found = btf.resolve(one.type_id)
+        if not one.name and found.kind in (_STRUCT, _UNION):
+            yield from members(btf, found, offset + one.offset)
+        else:
+            size = btf.size_of(one.type_id) if found.kind not in (0, 13) else 0
+            yield one.name, offset + one.offset, found.kind, size
+
+
+def by_name(btf: Btf) -> dict[tuple[int, str], Type]:
+    found: dict[tuple[int, str], Type] = {}
+    for one in btf.types:
+        if one.name and one.kind in (_STRUCT, _UNION, _ENUM, _ENUM64):
+            found.setdefault((_ENUM if one.kind == _ENUM64 else one.kind, one.name), one)
+    return found
+
+
+@pytest.mark.every_kernel
+def test_every_type_is_what_the_kernel_says(made: Btf) -> None:
+    """Every member of every struct that the programs read, and no member that there is not."""
+    real = Btf(BTF.read_bytes())
+    ours, theirs = by_name(made), by_name(real)
+    assert len(ours) > 200
+    for key, one in ours.items():
+        other = theirs[key]
+        if key[0] == _ENUM:
+            assert one.values == other.values, key
+        elif key[1] in ("mount", "mnt_namespace", "mptcp_sock"):  # measured, as far as needed
+            known = {(name, at) for name, at, *_ in members(real, other)}
+            found = {(name, at) for name, at, *_ in members(made, one)}
+            assert found <= known or key[1] == "mount", key
+            assert {row for row in found if row[0].startswith("mnt_") or row[0] == "mnt"} <= known
+        else:
+            assert one.size == other.size, key
+            assert sorted(members(made, one)) == sorted(members(real, other)), key
+    wanted = types.types_in(OBJECTS)
+    lacking = {name for name in wanted if (_kind(name), name.split()[1]) not in ours}
+    assert all((_kind(name), name.split()[1]) not in theirs for name in lacking), lacking
+
+
+def _kind(name: str) -> int:
+    return {"struct": _STRUCT, "union": _UNION}.get(name.split()[0], _ENUM)
+
+
+@pytest.mark.every_kernel
+def test_events_have_their_paths(scope: Scope, tmp_path: Path, made: Btf) -> None:
+    """The manifest says where the layouts come from, and the events are there, exactly."""
+    with Agent(tmp_path, *scope.options, events="file.open") as agent:
+        scope.act(open_missing, "/no/", 10)
+        recording = agent.stop()
+    assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(10)]
+    assert recording.manifest.kernel_types.startswith(f"kernel headers: {HEADERS}")
+
+
+def test_headers_of_another_kernel(tmp_path: Path) -> None:
+    """Nothing is observed with them, and the reason is said."""
+    generated = tmp_path / "include" / "generated"
+    generated.mkdir(parents=True)
+    (tmp_path / "include" / "linux").mkdir()
+    (tmp_path / "include" / "linux" / "kconfig.h").touch()
+    (generated / "autoconf.h").touch()
+    (generated / "utsrelease.h").write_text('#define UTS_RELEASE "5.4.0-none"\n')
+    (tmp_path / "streamer.toml").write_text(f'[kernel]\nheaders = "{tmp_path}"\n')
+    options = ("--config", f"{tmp_path}/streamer.toml", "--sink", f"file:{tmp_path}/events")
+    ended = streamer(NO_BTF, "run", *options)
+    assert (ended.returncode, ended.stdout) == (3, "")
+    (line,) = ended.stderr.splitlines()
+    assert f"{tmp_path}: headers of 5.4.0-none, and the kernel is {os.uname().release}" in line
+    shutil.rmtree(generated)
+    line = streamer(NO_BTF, "run", *options).stderr
+    assert f"no kernel headers in {tmp_path}" in line

@@ -1,0 +1,262 @@
+"""Kernel headers: only those of this very build, that nobody else can write to, are compiled."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamer.kernel import headers
+from streamer.kernel.compiled import Description, files_read
+from streamer.kernel.headers import Refused, Tree
+
+RELEASE, VERSION = "6.1.0-50-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.176-1 (2026-07-02)"
+CONFIG = """\
+CONFIG_SMP=y
+CONFIG_NET_SCHED=m
+CONFIG_HZ=250
+CONFIG_OFFSET=0x0
+# CONFIG_DEBUG_LOCK_ALLOC is not set
+CONFIG_LOCALVERSION=""
+# CONFIG_MODULE_SIG_ALL is not set
+"""
+AUTOCONF = """\
+#define CONFIG_SMP 1
+#define CONFIG_NET_SCHED_MODULE 1
+#define CONFIG_HZ 250
+#define CONFIG_OFFSET 0
+#define CONFIG_MODULE_SIG_ALL 1
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    """Headers as Debian has them, in two directories, and what says how the kernel was made."""
+    build, source = tmp_path / "build", tmp_path / "common"
+    generated = build / "include" / "generated"
+    generated.mkdir(parents=True)
+    (source / "include" / "linux").mkdir(parents=True)
+    (source / "include" / "linux" / "kconfig.h").touch()
+    (build / "Makefile").write_text(f"include {source}/Makefile\n")
+    (generated / "utsrelease.h").write_text(f'#define UTS_RELEASE "{RELEASE}"\n')
+    (generated / "utsversion.h").write_text(f'#define UTS_VERSION "{VERSION}"\n')
+    (generated / "autoconf.h").write_text(AUTOCONF)
+    with gzip.open(tmp_path / "config.gz", "wt") as file:
+        file.write(CONFIG)
+    monkeypatch.setattr(headers, "CONFIGS", (str(tmp_path / "config.gz"),))
+    return Tree(str(build), str(source))
+
+
+def test_they_are_found(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are named, and where they use to be; what was generated and what was not."""
+    assert headers.find_tree(tree.build, RELEASE) == tree
+    monkeypatch.setattr(headers, "PLACES", ("/no/{release}", str(tmp_path / "{release}")))
+    (tmp_path / RELEASE).symlink_to(tree.build)
+    assert headers.find_tree("auto", RELEASE) == tree
+    (tmp_path / RELEASE / "Makefile").unlink()
+    with pytest.raises(Refused, match=f"no kernel headers in /no/{RELEASE} or {tmp_path}"):
+        headers.find_tree("auto", RELEASE)
+    (tmp_path / "source").symlink_to(tree.source)
+    assert headers.find_tree("auto", RELEASE) == tree
+
+
+def test_those_of_this_kernel(tree: Tree) -> None:
+    """The options that packaging changes do not matter, nor how a number is written."""
+    headers.check_match(tree, RELEASE, VERSION)
+
+
+def older(tree: Tree) -> str:
+    path = Path(tree.build, "include", "generated", "utsversion.h")
+    path.write_text(path.read_text().replace("6.1.176-1", "6.1.175-1"))
+    return r'headers of 6\.1\.0-50-amd64 "#1 .*6\.1\.175-1.*", and the kernel is "#1 .*176-1'
+
+
+def nameless(tree: Tree) -> str:
+    Path(tree.build, "include", "generated", "utsversion.h").unlink()
+    return "of a build that they do not name"
+
+
+def renamed(tree: Tree) -> str:
+    path = Path(tree.build, "include", "generated", "utsrelease.h")
+    path.write_text('#define UTS_RELEASE "6.1.0-49-amd64"\n')
+    return r"headers of 6\.1\.0-49-amd64, and the kernel is 6\.1\.0-50-amd64"
+
+
+def configured(old: str, new: str) -> Callable[[Tree], str]:
+    def change(tree: Tree) -> str:
+        path = Path(tree.build, "include", "generated", "autoconf.h")
+        path.write_text(path.read_text().replace(old, new))
+        return f"headers of another configuration than .*: {old.split()[1].replace('_MODULE', '')}"
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        older,
+        nameless,
+        renamed,
+        configured("#define CONFIG_SMP 1", ""),
+        configured("#define CONFIG_NET_SCHED_MODULE 1", "#define CONFIG_NET_SCHED 1"),
+        configured("#define CONFIG_HZ 250", "#define CONFIG_HZ 1000"),
+    ],
+)
+def test_those_of_another_kernel(tree: Tree, spoil: Callable[[Tree], str]) -> None:
+    """The reason says what differs."""
+    words = spoil(tree)
+    with pytest.raises(Refused, match=words):
+        headers.check_match(tree, RELEASE, VERSION)
+
+
+def test_an_option_that_the_kernel_has_not(tree: Tree) -> None:
+    path = Path(tree.build, "include", "generated", "autoconf.h")
+    path.write_text(path.read_text() + "#define CONFIG_DEBUG_LOCK_ALLOC 1\n")
+    with pytest.raises(Refused, match="CONFIG_DEBUG_LOCK_ALLOC"):
+        headers.check_match(tree, RELEASE, VERSION)
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="gives files away, which takes root")
+
+
+@needs_root
+def test_who_could_have_changed_them(tmp_path: Path) -> None:
+    """The file, or any directory on the way to it, also by way of a link."""
+    (tmp_path / "one" / "two").mkdir(parents=True)
+    header = tmp_path / "one" / "two" / "sched.h"
+    header.touch()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "one" / "two")
+    for path in (header, link / "sched.h"):
+        headers.check_owners([str(path)])
+    for spoilt in (header, header.parent, header.parent.parent):
+        mode = spoilt.stat().st_mode
+        spoilt.chmod(0o777)
+        for path in (header, link / "sched.h"):
+            with pytest.raises(Refused, match=f"{spoilt} can be written to by others"):
+                headers.check_owners([str(path)])
+        spoilt.chmod(mode)
+        os.chown(spoilt, 65534, 65534)
+        with pytest.raises(Refused, match=f"{spoilt} belongs to user 65534"):
+            headers.check_owners([str(header)])
+        os.chown(spoilt, 0, 0)
+
+
+# ---------------------------------------------------------------- the compiler
+
+
+def compiler(directory: Path, body: str) -> str:
+    path = directory / "compiler.py"
+    path.write_text(f"import json, os, sys, time\nrequest = json.load(sys.stdin)\n{body}\n")
+    return str(path)
+
+
+def test_it_has_no_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor anything of our environment; what it is told comes back."""
+    body = 'status = open("/proc/self/status").read()\n'
+    body += 'print(json.dumps({"status": status, "env": sorted(os.environ), "got": request}))'
+    monkeypatch.setattr(headers, "COMPILER", compiler(tmp_path, body))
+    monkeypatch.setenv("LD_PRELOAD", "/no/such.so")
+    answer = headers.compiled({"text": "int x;"}, "/usr/src/x")
+    assert answer["got"] == {"text": "int x;"}
+    assert set(answer["env"]) <= {"PATH", "BCC_KERNEL_SOURCE", "LC_ALL", "LC_CTYPE"}
+    rows = dict(line.split(":\t", 1) for line in answer["status"].splitlines() if ":\t" in line)
+    assert rows["NoNewPrivs"] == "1"
+    if os.getuid() == 0:
+        assert int(rows["CapEff"], 16) == int(rows["CapPrm"], 16) == int(rows["CapBnd"], 16) == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("time.sleep(60)", "bcc has not compiled in"),
+        ("os.abort()", "bcc was ended by signal 6"),
+        ("sys.exit(3)", "exit code 3"),
+        ("", "no answer"),
+        ("print('[')", "no answer"),
+        ("print('[]')", "no answer"),
+    ],
+)
+def test_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, words: str) -> None:
+    """A crash, a hang or nonsense is a reason like any other."""
+    monkeypatch.setattr(headers, "COMPILER", compiler(tmp_path, body))
+    monkeypatch.setattr(headers, "COMPILE_SECONDS", 1.0)
+    with pytest.raises(Refused, match=words):
+        headers.compiled({}, "/")
+
+
+def test_there_is_no_bcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program itself says so, in an interpreter that has none."""
+    request = json.dumps({"text": "", "flags": [], "source": "/", "types": []}).encode()
+    ended = subprocess.run(
+        [sys.executable, "-I", headers.COMPILER], input=request, capture_output=True, check=True
+    )
+    assert json.loads(ended.stdout) == {"error": "no bcc: No module named 'bcc'"}
+
+
+PRINTED = """\
+. ./include/linux/kconfig.h
+.. /virtual/include/bcc/bpf.h
+; ModuleID = '/virtual/main.c'
+!1 = distinct !DICompositeType(tag: DW_TAG_structure_type, name: "sock", size: 192, elements: !2)
+!2 = !{!3, !5, !8, !12}
+!3 = !DIDerivedType(tag: DW_TAG_member, name: "state", scope: !1, baseType: !4, size: 3, offset: 4, flags: DIFlagBitField, extraData: i64 0)
+!4 = !DIBasicType(name: "unsigned char", size: 8, encoding: DW_ATE_unsigned_char)
+!5 = !DIDerivedType(tag: DW_TAG_member, scope: !1, baseType: !6, size: 64, offset: 64)
+!6 = distinct !DICompositeType(tag: DW_TAG_union_type, scope: !1, size: 64, elements: !7)
+!7 = !{!9}
+!8 = !DIDerivedType(tag: DW_TAG_member, name: "ports", scope: !1, baseType: !10, size: 32, offset: 128)
+!9 = !DIDerivedType(tag: DW_TAG_member, name: "next", scope: !6, baseType: !13, size: 64)
+!10 = !DICompositeType(tag: DW_TAG_array_type, baseType: !14, size: 32, elements: !11)
+!11 = !{!15, !15}
+!12 = !DIDerivedType(tag: DW_TAG_member, name: "kind", scope: !1, baseType: !16, size: 32, offset: 160)
+!13 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !1, size: 64)
+!14 = !DIDerivedType(tag: DW_TAG_typedef, name: "u8", baseType: !4)
+!15 = !DISubrange(count: 2)
+!16 = !DICompositeType(tag: DW_TAG_enumeration_type, name: "kind", baseType: !17, size: 32, elements: !18)
+!17 = !DIBasicType(name: "int", size: 32, encoding: DW_ATE_signed)
+!18 = !{!19, !20}
+!19 = !DIEnumerator(name: "GOOD", value: 1)
+!20 = !DIEnumerator(name: "BAD", value: -1)
+!21 = !DICompositeType(tag: DW_TAG_structure_type, name: "mount", flags: DIFlagFwdDecl)
+"""  # noqa: E501
+
+
+def test_what_it_prints_is_understood() -> None:
+    """Bit-fields, arrays of arrays, what has no name, and what is declared only."""
+    described = Description(PRINTED)
+    assert described.find("struct", "mount") is None
+    assert described.find("struct", "kind") is None
+    found = described.find("struct", "sock")
+    assert found is not None
+    types = described.types
+
+    def whole(index: int) -> Any:
+        match types[index]:
+            case [("struct" | "union") as kind, name, size, members]:
+                return [kind, name, size, [[n, whole(t), at, bits] for n, t, at, bits in members]]
+            case ["array", of, count]:
+                return ["array", whole(of), count]
+            case other:
+                return other
+
+    u8 = ["int", "unsigned char", 1, ""]
+    assert whole(found) == [
+        "struct",
+        "sock",
+        24,
+        [
+            ["state", u8, 4, 3],
+            ["", ["union", "", 8, [["next", ["pointer"], 0, 0]]], 64, 0],
+            ["ports", ["array", ["array", u8, 2], 2], 128, 0],
+            ["kind", ["enum", "kind", 4, [("GOOD", 1), ("BAD", -1)]], 160, 0],
+        ],
+    ]
+    assert files_read(PRINTED, "/usr/src/x") == ["/usr/src/x/./include/linux/kconfig.h"]
