@@ -38,7 +38,7 @@ BUILT = ROOT / "build" / "kernels"
 SLOWNESS = "10"
 # Neither a cache nor hypothesis: no test in there has a use for them. Brokers are no kernel's.
 PYTEST = (
-    *("tests/kernel", "-m", "kernel and not kafka and not mqtt", "-q", "--tb=short"),
+    *("-m", "kernel and not kafka and not mqtt", "-q", "--tb=short"),
     *("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-o", "faulthandler_timeout=900"),
 )
 IN_GUEST = f"""
@@ -159,10 +159,11 @@ class Guest:
         self.status = None
         shutil.rmtree(self._place, ignore_errors=True)
         self._place.mkdir(parents=True)
-        prefix, python, pytest = self.variant.prefix, sys.executable, self.variant.pytest
+        prefix, python = self.variant.prefix, sys.executable
+        pytest = which(self.variant.pytest, self._arguments)
         if self.suite.endswith("-arm64"):
-            prefix, python, pytest = (*ARM64_PYTHON, *prefix), "python3", (*pytest, *ARM64)
-        inside = ["sh", "-c", IN_GUEST, python, *PYTEST, *self._arguments, *pytest]
+            prefix, python, pytest = (*ARM64_PYTHON, *prefix), "python3", [*pytest, *ARM64]
+        inside = ["sh", "-c", IN_GUEST, python, *PYTEST, *pytest]
         command = [RUNNER, "run", self.suite, "--", *prefix, *inside]
         environ = {"KERNEL_OUT": str(self._place), "KERNEL_SECONDS": str(round(self._limit * 60))}
         with (self._place / "output.txt").open("wb") as output:
@@ -237,6 +238,12 @@ class Guest:
         """Whether anything is wrong with it."""
         incomplete = self.without_result != 0 or not self.collected or self.kinds is None
         return self.status != 0 or incomplete
+
+
+def which(of_variant: Sequence[str], given: Sequence[str]) -> list[str]:
+    """The arguments of pytest: files that are given stand for those of the variant, or for all."""
+    names_files = any(one.startswith("tests/") for one in given)
+    return [*([] if names_files else of_variant or ["tests/kernel"]), *given]
 
 
 def releases() -> dict[str, str]:
