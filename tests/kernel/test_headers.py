@@ -14,6 +14,7 @@ from streamer.kernel.btf import Btf, Type
 from streamer.kernel.loader import OBJECTS, Loader
 from tests.conftest import Require
 from tests.kernel.agent import Agent
+from tests.kernel.relocated import instructions
 from tests.kernel.scope import Scope
 from tests.kernel.system import BTF, open_missing
 from tests.kernel.test_degraded import NO_BTF, streamer
@@ -25,15 +26,21 @@ _STRUCT, _UNION, _ENUM, _ENUM64 = 4, 5, 6, 19
 
 
 @pytest.fixture
-def made(require_kernel: Require) -> Btf:
-    """The types out of the headers, completed by what was measured."""
+def made_file(require_kernel: Require) -> Path:
+    """The BTF out of the headers, completed by what was measured."""
     require_kernel(HEADERS.exists() and not Path(types.KERNEL_BTF).exists(), "it has BTF")
     loader = Loader()
     loader.prepare("auto")
     assert loader.types.rung == "headers", loader.types.words
     assert loader.types.lacks == ""
     assert loader.types.path
-    return Btf(Path(loader.types.path).read_bytes())
+    return Path(loader.types.path)
+
+
+@pytest.fixture
+def made(made_file: Path) -> Btf:
+    """The types in it."""
+    return Btf(made_file.read_bytes())
 
 
 def members(btf: Btf, struct: Type, offset: int = 0) -> Iterator[tuple[str, int, int, int]]:
@@ -76,6 +83,17 @@ def test_every_type_is_what_the_kernel_says(made: Btf) -> None:
     wanted = types.types_in(OBJECTS)
     lacking = {name for name in wanted if (_kind(name), name.split()[1]) not in ours}
     assert all((_kind(name), name.split()[1]) not in theirs for name in lacking), lacking
+
+
+@pytest.mark.every_kernel
+def test_every_relocation_is_the_same(made_file: Path) -> None:
+    """Every instruction of every program is what it is with the kernel's own types."""
+    compared = 0
+    for path in sorted(Path(OBJECTS, types.WITHOUT_BTF).glob("*.bpf.o")):
+        found, right = instructions(path, made_file), instructions(path, BTF)
+        assert found == right, path.name
+        compared += sum(map(len, found.values()))
+    assert compared > 10_000
 
 
 def _kind(name: str) -> int:

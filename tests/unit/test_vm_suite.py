@@ -20,6 +20,7 @@ from tests.vm.suite import (
     run_all,
     run_nowhere,
     table,
+    which,
 )
 
 PASSED = Result("test_a", "passed", 1.0, False, "")
@@ -155,3 +156,11 @@ def test_what_a_kernel_lacks_has_to_pass_on_another(tmp_path: Path) -> None:
     host.write_bytes(b'{"collected": 0}\n')
     assert report([guest("5.10", [LACKING])], host) == 1
     assert report([guest("5.10", [LACKING]), guest("7.2", [elsewhere])], host) == 0
+
+
+def test_files_that_are_named_are_run_alone() -> None:
+    """Else those of the variant, or all."""
+    assert which((), ["-x"]) == ["tests/kernel", "-x"]
+    assert which(("tests/kernel/test_a.py",), ["-x"]) == ["tests/kernel/test_a.py", "-x"]
+    named = ["tests/kernel/test_b.py::test_c", "-x"]
+    assert which(("tests/kernel/test_a.py",), named) == named
