@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +110,40 @@ def test_events_have_their_paths(scope: Scope, tmp_path: Path, made: Btf) -> Non
         recording = agent.stop()
     assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(10)]
     assert recording.manifest.kernel_types.startswith(f"kernel headers: {HEADERS}")
+
+
+ALONE = """
+mount -t sysfs sysfs /sys
+mount -t tmpfs none /sys/kernel/btf
+ip link set lo up
+exec "$@"
+"""
+IN_A_NETWORK_OF_ITS_OWN = ("unshare", "--net", "--mount", "sh", "-ec", ALONE, "sh")
+DATAGRAMS = """
+import socket
+with socket.socket(type=socket.SOCK_DGRAM) as there, socket.socket(type=socket.SOCK_DGRAM) as here:
+    there.bind(("127.0.0.1", 0))
+    for _ in range(23):
+        here.sendto(b"1", there.getsockname())
+"""
+
+
+def test_what_needs_no_types_goes_on(tmp_path: Path) -> None:
+    """Without BTF and headers packets are still counted; the manifest says why nothing else is."""
+    config = '[kernel]\nheaders = "off"\ninterfaces = ["lo"]\n'
+    wanted = "xdp.counters,process.exec"
+    prefix = IN_A_NETWORK_OF_ITS_OWN
+    with Agent(tmp_path, events=wanted, config=config, prefix=prefix) as agent:
+        inside = ["nsenter", f"--net=/proc/{agent.pid}/ns/net", sys.executable, "-c", DATAGRAMS]
+        subprocess.run(inside, check=True)
+        recording = agent.stop()
+    udp = [one.packets for one in recording.of("xdp.counters") if one.transport == "udp"]
+    assert sum(udp) == 23
+    coverage = recording.manifest.coverage
+    assert coverage["xdp.counters"].status == "full"
+    assert coverage["process.exec"].status == "missing"
+    assert "headers = off" in coverage["process.exec"].reason
+    assert recording.manifest.kernel_types.startswith("none; no BTF")
 
 
 def test_headers_of_another_kernel(tmp_path: Path) -> None:
