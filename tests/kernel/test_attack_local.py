@@ -101,7 +101,6 @@ def try_all(uid: int, pids: list[int], maps: list[int]) -> dict[str, str]:
     return results
 
 
-@pytest.mark.every_kernel
 def test_another_user_can_do_nothing_to_the_agent(scope: Scope, tmp_path: Path) -> None:
     """Neither end it nor slow it down, look into it, or take its maps."""
     with Agent(tmp_path, *scope.options, events="file.open") as agent:
@@ -186,7 +185,6 @@ def as_user(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-@pytest.mark.every_kernel
 def test_a_path_that_changes_in_memory_is_told_as_it_was_opened(
     scope: Scope, tmp_path: Path, open_directory: Path
 ) -> None:
