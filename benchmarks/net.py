@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from benchmarks.runs import compile_c
-from streamer.config.settings import Settings
+from streamer.config.settings import Kernel, Settings
 from streamer.kernel import state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +36,10 @@ class Row(NamedTuple):
 _COUNT_LENGTHS = (
     "tracepoint:sock:sock_send_length { @s = count(); @b = sum(args->ret); } "
     "tracepoint:sock:sock_recv_length { @r = count(); @c = sum(args->ret); }"
+)
+_COUNT_PACKETS = (
+    "tracepoint:net:net_dev_queue { @s = count(); @b = sum(args->len); } "
+    "tracepoint:net:netif_receive_skb { @r = count(); @c = sum(args->len); }"
 )
 ROWS = (
     Row(
@@ -57,6 +61,14 @@ ROWS = (
     Row(
         "a socket, bind() and close()", "bind", "net.bind",
         'tracepoint:syscalls:sys_exit_bind { printf("%d %s %d\\n", pid, comm, args->ret); }',
+    ),
+    Row(
+        "a datagram that is no DNS, sent and received", "udp", "net.dns",
+        _COUNT_PACKETS,
+    ),
+    Row(
+        "a DNS exchange, with its server", "dns", "net.dns",
+        _COUNT_PACKETS,
     ),
 )  # fmt: skip
 
@@ -84,7 +96,8 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 @contextmanager
 def _streamer(kind: str) -> Iterator[None]:
-    loaded = state.load(Settings(), {kind})
+    # All are reported, however many a second.
+    loaded = state.load(Settings(kernel=Kernel(dns_per_second=1 << 20)), {kind})
     try:
         loaded.attach()
         yield

@@ -75,10 +75,41 @@ static int closed(void)
 	       recv(receiver, data, sizeof(data), 0) != 1 || close(made);
 }
 
+#define QUESTION "\3www\7example\3org\0\0\1\0\1"
+#define RECORD "\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xc0\0\2\1"
+
+/* A query and its response, one after the other, between two sockets. */
+static int dns(void)
+{
+	static char query[] = "\0\0\1\0\0\1\0\0\0\0\0\0" QUESTION;
+	static char response[] = "\0\0\x81\x80\0\1\0\1\0\0\0\0" QUESTION RECORD;
+	static int client = -1, server;
+	struct sockaddr_in here = { .sin_family = AF_INET, .sin_port = htons(53) }, from;
+	socklen_t length = sizeof(from);
+	char data[512];
+
+	here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	if (client < 0) {
+		client = socket(AF_INET, SOCK_DGRAM, 0);
+		server = socket(AF_INET, SOCK_DGRAM, 0);
+		if (bind(server, (void *)&here, sizeof(here)) ||
+		    connect(client, (void *)&here, sizeof(here)))
+			return 1;
+	}
+	if (!++query[1])
+		++query[0];
+	memcpy(response, query, 2);
+	return send(client, query, sizeof(query) - 1, 0) != sizeof(query) - 1 ||
+	       recvfrom(server, data, sizeof(data), 0, (void *)&from, &length) < 0 ||
+	       sendto(server, response, sizeof(response) - 1, 0, (void *)&from, length) < 0 ||
+	       recv(client, data, sizeof(data), 0) != sizeof(response) - 1;
+}
+
 static const struct {
 	const char *name;
 	int (*once)(void);
-} loads[] = { { "udp", udp }, { "tcp", tcp }, { "drop", drop }, { "bind", bound }, { "close", closed } };
+} loads[] = { { "udp", udp }, { "tcp", tcp }, { "drop", drop }, { "bind", bound }, { "close", closed },
+	    { "dns", dns } };
 
 static double now(void)
 {

@@ -288,13 +288,14 @@ static __always_inline __u32 ports_of(struct __sk_buff *skb, __u32 *transport)
 	return bpf_ntohs(ports->from) << 16 | bpf_ntohs(ports->to);
 }
 
-/* The peer of a socket that is connected, as it knows it: where its own network namespace translates
- * addresses, what leaves is for another. */
-static __always_inline bool asks_dns(struct __sk_buff *skb, __u32 ports)
+/* Whether the socket is connected to anything but a DNS server: as it knows its peer, because where its own
+ * network namespace translates addresses, what leaves is for another. Most packets are done with that. */
+static __always_inline bool speaks_of_else(struct bpf_sock *sk, bool *connected)
 {
-	struct bpf_sock *sk = skb->sk;
+	__u16 port = sk ? sk->dst_port : 0;
 
-	return is_dns_port(ports & 0xffff) || (sk && is_dns_port(bpf_ntohs(sk->dst_port)));
+	*connected = port;
+	return port && !is_dns_port(bpf_ntohs(port));
 }
 
 /* False: it is not what its headers say. `sent`: it leaves, so that its source is local. */
@@ -1137,9 +1138,13 @@ static __always_inline int handle(struct __sk_buff *skb, __u32 transport, const 
 SEC("cgroup_skb/egress") OF_DNS
 int on_dns_egress(struct __sk_buff *skb)
 {
-	__u32 transport, ports = ports_of(skb, &transport);
+	__u32 transport, ports;
+	bool connected;
 
-	if (ports && asks_dns(skb, ports))
+	if (speaks_of_else(skb->sk, &connected))
+		return PASS;
+	ports = ports_of(skb, &transport);
+	if (ports && (connected || is_dns_port(ports & 0xffff)))
 		(void)UNPREEMPTED(handle(skb, transport, true));
 	return PASS;
 }
@@ -1147,9 +1152,13 @@ int on_dns_egress(struct __sk_buff *skb)
 SEC("cgroup_skb/ingress") OF_DNS
 int on_dns_ingress(struct __sk_buff *skb)
 {
-	__u32 transport, ports = ports_of(skb, &transport);
+	__u32 transport, ports;
+	bool connected;
 
-	if (is_dns_port(ports >> 16) && ports)
+	if (speaks_of_else(skb->sk, &connected))
+		return PASS;
+	ports = ports_of(skb, &transport);
+	if (ports && (connected || is_dns_port(ports >> 16)))
 		(void)UNPREEMPTED(handle(skb, transport, false));
 	return PASS;
 }
