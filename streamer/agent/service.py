@@ -91,7 +91,10 @@ class Service:
         self._no_buffers = ""
         self._interfaces_told = -_INTERFACES_SECONDS
         self.envelope = envelope = Envelope(
-            settings.host, rfc3339_time=settings.rfc3339_time, timing=timing
+            settings.host,
+            rfc3339_time=settings.rfc3339_time,
+            timing=timing,
+            hidden_names=settings.kernel.dns_redact,
         )
         self.reader = RingReader(
             open_sources(kernel.transport, kernel.ring_fds, kernel.buffers, envelope, kernel.cpus),

@@ -41,6 +41,9 @@ BudgetBytes = Annotated[int, Meta(ge=1 << 16, le=1 << 32)]
 Pid = Annotated[int, Meta(ge=1, le=1 << 22)]
 Uid = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
+DnsName = Annotated[
+    str, form(r"^(\.|\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?)$", "a domain name, or `.`")
+]
 Comm = Annotated[str, Meta(min_length=1, max_length=15)]
 CgroupId = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 PathPrefix = Annotated[
@@ -179,6 +182,14 @@ class Kernel(Section, frozen=True, kw_only=True):
             "user can have. A query that finds none is counted as lost."
         ),
     ] = 4096
+    dns_redact: Annotated[
+        tuple[DnsName, ...],
+        MANY,
+        doc(
+            "`net.dns`: names below which all is secret, such as `corp.example`: what is in front "
+            'of them becomes `<redacted:dns>`, in queries and answers. `"."`: all names.'
+        ),
+    ] = ()
     interfaces: Annotated[
         tuple[InterfaceName, ...],
         Meta(max_length=16),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from socket import AF_INET, AF_INET6, inet_ntop
 from typing import Annotated, NamedTuple
 
@@ -20,6 +20,10 @@ MOST_ANSWERS = 32
 MOST_RECORDS = 256
 """That are looked at, in all sections: an OPT record behind that is not found."""
 
+HIDDEN = "<redacted:dns>"
+"""In place of what is secret."""
+
+_OF_NAMES = ("NS", "CNAME", "PTR", "DNAME", "MX", "SRV", "SOA")
 _MOST_STEPS = 1024
 """Labels and pointers of all names that are read in a message."""
 _MOST_NAME = 255
@@ -160,6 +164,41 @@ def parse(data: bytes, cut: bool) -> DnsMessage:
         reader.announced - len(reader.answers) if says else 0,
         reader.malformed,
     )
+
+
+def hiding(suffixes: Sequence[str]) -> Callable[[bytes, bool], DnsMessage]:
+    """A `parse` that leaves out what is in front of these names: they are secret, and `.` is all.
+
+    Of answers of such a name only addresses are told. Names in data of other types that are not
+    read here are in bytes, which are left out only with the name that they belong to.
+    """
+    ends = tuple(f".{suffix.lower().strip('.')}" for suffix in suffixes)
+
+    def is_hidden(name: str) -> str | None:
+        lower = f".{name.lower()}"
+        return next((end for end in ends if end == "." or lower.endswith(end)), None)
+
+    def hide(name: str) -> str:
+        end = is_hidden(name)
+        if end is None or f".{name.lower()}" == end:
+            return name
+        return HIDDEN if end == "." else f"{HIDDEN}{name[-len(end) :]}"
+
+    def hide_data(answer: DnsAnswer) -> str:
+        if answer.type in ("A", "AAAA"):
+            return answer.data
+        if answer.type in _OF_NAMES and not answer.data.startswith("\\#"):
+            return " ".join(map(hide, answer.data.split(" ")))
+        return answer.data if is_hidden(answer.name) is None else HIDDEN
+
+    def parse_and_hide(data: bytes, cut: bool) -> DnsMessage:
+        found = parse(data, cut)
+        answers = [
+            DnsAnswer(hide(one.name), one.type, one.ttl, hide_data(one)) for one in found.answers
+        ]
+        return found._replace(query=hide(found.query), answers=answers)
+
+    return parse_and_hide
 
 
 class _Reader:

@@ -41,14 +41,17 @@ class Envelope:
         *,
         rfc3339_time: bool = False,
         timing: Timing | None = None,
+        hidden_names: tuple[str, ...] = (),
     ) -> None:
         """`host` is the name as configured. With `rfc3339_time` records say their time in words.
 
-        `timing` is how coarse times and durations are; None: as they are.
+        `timing` is how coarse times and durations are; None: as they are. What is in front of
+        `hidden_names` is not told of DNS names.
         """
         self.host = host_name(host)
         self.rfc3339_time = rfc3339_time
         self.timing = timing
+        self.hidden_names = hidden_names
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.run_id = run_id(self.boot_id, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         self._numbers = count(1)

@@ -22,6 +22,7 @@ from streamer.events.clock import clock_offset_ns
 from streamer.events.envelope import Envelope
 from streamer.events.kinds import HEADER, RECORDS
 from streamer.events.layout import with_time
+from streamer.events.parsed import hiding
 from streamer.kernel.loader import Transport
 from streamer.kernel.objects import CONTRACT
 from streamer.kernel.tags import RINGS
@@ -52,6 +53,8 @@ class Source:
         self.ring = ring
         constants, prefix = envelope.constants(name), envelope.id_prefix(name)
         layouts = with_time(RECORDS) if envelope.rfc3339_time else RECORDS
+        if envelope.hidden_names:
+            layouts = hiding(layouts, envelope.hidden_names)
         self.decoder = Decoder(HEADER, layouts, constants, prefix, envelope.timing)
         self.decoder.clock_offset_ns = clock_offset_ns()
         self.gaps = GapTracker()

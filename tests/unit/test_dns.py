@@ -25,6 +25,7 @@ from streamer.events.dns import (
     RESPONSE_CODES,
     TYPES,
     DnsMessage,
+    hiding,
     parse,
 )
 from streamer.events.kinds import NetDns
@@ -179,6 +180,41 @@ def test_names_are_those_that_dnspython_has() -> None:
     assert dns.rdatatype.to_text(dns.rdatatype.RdataType.make(65280)) == "TYPE65280"
     assert set(CLASSES.values()) == {"IN", "CH", "HS", "NONE", "ANY"}
     assert OPCODES[0] == "QUERY"
+
+
+# ------------------------------------------------------------------ what is left out
+
+
+def test_secret_names_are_left_out() -> None:
+    query = asked("DB7.Corp.Example.", "ANY")
+    response = answered(
+        query,
+        "db7.corp.example. 1 IN CNAME srv.corp.example.",
+        "srv.corp.example. 1 IN A 192.0.2.1",
+        "srv.corp.example. 1 IN MX 10 mail.corp.example.",
+        'srv.corp.example. 1 IN TXT "secret"',
+        "public.example. 1 IN CNAME www.corp.example.",
+        'corp.example. 1 IN TXT "secret, too"',
+        'notcorp.example. 1 IN TXT "public"',
+    )
+    data = packed(beginning(query), response.to_wire())
+    found = hiding(["corp.example."])(data, False)
+    hidden = "<redacted:dns>.corp.example"
+    assert found.query == "<redacted:dns>.Corp.Example"
+    assert [(a.name.lower(), a.data.lower()) for a in found.answers] == [
+        (hidden, hidden),
+        (hidden, "192.0.2.1"),
+        (hidden, f"10 {hidden}"),
+        (hidden, "<redacted:dns>"),
+        ("public.example", hidden),
+        ("corp.example", "<redacted:dns>"),
+        ("notcorp.example", '"public"'),
+    ]
+    everything = hiding(["."])(data, False)
+    assert {everything.query} | {a.name for a in everything.answers} == {"<redacted:dns>"}
+    shown = repr(everything).lower()
+    assert not any(word in shown for word in ("corp", "mail", "secret", "public", "example"))
+    assert found._replace(query="", answers=[]) == parse(data, False)._replace(query="", answers=[])
 
 
 # ------------------------------------------------------------------ the oracle

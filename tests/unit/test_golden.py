@@ -12,6 +12,7 @@ import pytest
 from streamer.events.clock import rfc3339
 from streamer.events.kinds import HEADER, KINDS, RECORDS
 from streamer.events.layout import with_time
+from streamer.events.parsed import hiding
 from streamer.kernel.objects import CONTRACT
 from streamer.ring import _records, records_py
 from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, PLACE, Case, constants, load, published
@@ -224,3 +225,14 @@ def test_what_it_asked_is_there() -> None:
     assert (loop["answers"], loop["answers_left_out"]) == ([], 1)
     assert (vain["response_code"], vain["message_bytes"]) == ("", 0)
     assert vain["latency_ns"] >= 10**9
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_names_that_are_secret_are_in_no_event(reader: ModuleType) -> None:
+    (case, *_) = [one for one in CASES if one.event["event"] == "net.dns"]
+    layouts = hiding(with_time(RECORDS), ["."])
+    made = reader.Decoder(HEADER, layouts, constants(case.ring), f"{ID_PREFIX}-{case.ring}")
+    event = made.decode(case.record)
+    assert event.query == "<redacted:dns>"
+    assert [answer.data for answer in event.answers] == ["<redacted:dns>", "192.0.2.1"]
+    assert b"TEST" not in msgspec.json.encode(event)
