@@ -23,6 +23,7 @@
  *     start            ns since boot, when a process started: with its pid, who it is
  *     boottime         the same, published as ns since the epoch
  *     serial           a number that seldom repeats
+ *     counts           array of u32, published as an array
  *     ip:FIELD         16 bytes of address, of the IP version that FIELD says (4: the first 4)
  *     names:A,B,...    an index, published as the string at that place
  *     str:NAME         bytes of string NAME in `data`
@@ -58,7 +59,7 @@
 #define CALL_NAME_LEN 32
 #define PATH_LEN 4096
 #define ARGV_LEN 16384
-#define INTERFACE_LEN 16
+#define INTERFACE_LEN 16 /* IFNAMSIZ */
 #define REASON_LEN 32
 #define DNS_QUERY_LEN 272 /* a header, and a question with a name of 255 bytes, rounded up */
 #define DNS_MESSAGE_LEN 4096
@@ -66,6 +67,7 @@
 /* In the order of enum packet_transport in core/tables.h. */
 #define TRANSPORT_NAMES \
 	"names:none,other,tcp,udp,icmp,icmpv6,igmp,sctp,gre,esp,ah,ipv4,ipv6,ospf,pim,vrrp"
+#define LATENCIES 24
 
 /* Raised when a field changes its meaning. New fields and kinds do not raise it. */
 enum event_schema {
@@ -86,6 +88,7 @@ enum event_kind {
 	KIND_NET_DROP = 38,
 	KIND_NET_UDP = 39,
 	KIND_NET_DNS = 40,
+	KIND_NET_FLOW = 41,
 	KIND_SYSCALL_SLOW = 50,
 	KIND_END = 64, /* more than the largest, of summaries too */
 };
@@ -115,6 +118,23 @@ enum net_direction {
 	DIRECTION_UNKNOWN = 0,
 	DIRECTION_OUTBOUND = 1,
 	DIRECTION_INBOUND = 2,
+};
+
+/* How it was found out which end of a flow is the client. */
+enum flow_client {
+	CLIENT_BY_SYN = 0,
+	CLIENT_BY_PACKET = 1,
+	CLIENT_BY_PORT = 2,
+};
+
+/* Why a flow is reported. */
+enum flow_reason {
+	FLOW_END = 0,
+	FLOW_IDLE = 1,
+	FLOW_ACTIVE = 2,
+	FLOW_EVICTED = 3,
+	FLOW_GONE = 4,
+	FLOW_STOP = 5,
 };
 
 /* What every record begins with. */
@@ -380,6 +400,43 @@ struct net_dns {
 } RING("bulk") DOC("A DNS query of this host was answered, or not; or a response came that nobody had asked for.")
 UNSEEN("what a server on this host is asked|encrypted DNS (over TLS, HTTPS, QUIC)|queries to other ports than dns_ports|what is handed on without a socket, as between containers and the network|the messages of a zone transfer behind the first");
 
+struct net_flow {
+	struct event_base base;
+	struct event_task task;
+	__u64 first_boot_ns AS("moment") DOC("when its first packet was seen, nanoseconds since boot");
+	__u64 last_boot_ns AS("moment") DOC("when its last packet was seen, nanoseconds since boot");
+	__u64 client_packets DOC("packets that the client sent, since the flow's last record");
+	__u64 client_bytes DOC("their bytes, with all headers of the frame; without a VLAN tag that the kernel keeps apart");
+	__u64 server_packets DOC("packets that the server sent, since the flow's last record");
+	__u64 server_bytes DOC("their bytes");
+	__u64 client_packets_total DOC("packets that the client sent, of the whole flow");
+	__u64 client_bytes_total DOC("their bytes");
+	__u64 server_packets_total DOC("packets that the server sent, of the whole flow");
+	__u64 server_bytes_total DOC("their bytes");
+	__u64 handshake_ns AS("ns") DOC("TCP: time from the first SYN to the ACK of the server's; 0 when they were not seen");
+	__u32 netns DOC("inode number of the network namespace of the interface");
+	__u32 ifindex DOC("index of the interface");
+	__u16 client_port DOC("port of the client; 0 where the protocol has none");
+	__u16 server_port DOC("port of the server; 0 where the protocol has none");
+	__u16 vlan_id RANGE("0..4095") DOC("VLAN; 0 without");
+	__u16 inner_vlan_id RANGE("0..4095") DOC("VLAN within the VLAN; 0 without");
+	__u8 client_tcp_flags DOC("TCP flags that the client's packets had, ORed");
+	__u8 server_tcp_flags DOC("TCP flags that the server's packets had, ORed");
+	__u8 protocol DOC("IP protocol: 6 TCP, 17 UDP, 1 ICMP, 58 ICMPv6");
+	__u8 ip_version AMONG("4,6") DOC("4 or 6");
+	__u8 ports_unknown AS("bool") DOC("fragments of which the first was not seen, or packets cut off before their ports: those are 0");
+	__u8 direction AS("names:unknown,outbound,inbound") DOC("how the client's packets pass the interface");
+	__u8 client_by AS("names:syn,packet,port") DOC("how the client is known: it sent the SYN; the first packet that was seen (never of TCP); has the higher port, nothing better is known");
+	__u8 reason AS("names:end,idle,active,evicted,gone,stop") DOC("why it is reported: it has ended; had no packet for long; goes on; had to make way for another in a full table; its interface has gone; the agent stops");
+	__u8 owner_known AS("bool") DOC("whether the task is the owner of the local socket; where it is not known, pid is 0");
+	__u8 pad[7] HIDDEN;
+	char interface[INTERFACE_LEN] AS("cstr") DOC("name of the interface");
+	__u8 client_addr[16] AS("ip:ip_version") DOC("address of the client");
+	__u8 server_addr[16] AS("ip:ip_version") DOC("address of the server");
+	__u32 response_latencies[LATENCIES] AS("counts") DOC("how often the server took so long, from the client's last payload to its own first, since the flow's last record: under 1 µs, under 2, under 4, and so on; the last: more");
+} RING("bulk") DOC("What passed a network interface between two endpoints, in both directions.")
+UNSEEN("packets that are not IP|packets that other programs at the interface took before|the owner, of connections from before the agent, of UDP sockets that only receive, and of other protocols");
+
 struct syscall_slow {
 	struct event_base base;
 	struct event_task task;
@@ -411,6 +468,7 @@ union event_record {
 	struct net_udp net_udp;
 	struct net_dns net_dns;
 	struct syscall_slow syscall_slow;
+	struct net_flow net_flow;
 };
 
 #endif

@@ -585,8 +585,8 @@ static __always_inline int sock_state_alone(void *ctx, struct sock *sk, int from
 }
 
 /* Those of connections, and the agent's own; of what connects alone. */
-#define OWNERS KEEPS("net.retransmit,net.drop")
-#define OWNERS_OF_ALL KEEPS("net.retransmit,net.drop,net.dns")
+#define OWNERS KEEPS("net.retransmit,net.drop,net.flow")
+#define OWNERS_OF_ALL KEEPS("net.retransmit,net.drop,net.dns,net.flow")
 
 #define GUARD "function:bpf_prog_inc_misses_counter"
 

@@ -148,6 +148,12 @@ class MemoryPrograms:
         self.done.append(f"unload {sensor}")
         self.attached.discard(sensor)
 
+    def detach(self, sensor: str) -> None:
+        self.done.append(f"detach {sensor}")
+
+    def run_program(self, sensor: str, program: str, repeat: int) -> int:
+        raise KernelError(f"{program} cannot be run in memory")
+
     def update(self, map: str, key: bytes, value: bytes) -> None:
         self.filters[map, key] = value
 

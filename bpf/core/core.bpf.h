@@ -385,6 +385,7 @@ const struct {
 	enum summary_kind summary;
 	struct path_prefix prefix;
 	struct exe_key exe;
+	struct flow_walk walk;
 	enum event_ring ring;
 	enum event_flags flags;
 	enum filter_mode mode;

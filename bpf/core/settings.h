@@ -82,7 +82,10 @@ enum fault {
 	FAULT_STACK_UNREADABLE = 15, /* a stack of a sample could not be read */
 	FAULT_DNS_FULL = 16,         /* a DNS query could not be kept: it is counted as lost */
 	FAULT_DNS_UNFOLLOWED = 17,   /* a TCP connection with a DNS server could not be followed */
-	FAULT_END = 18,
+	FAULT_FLOWS_FULL = 18,       /* a packet is in no flow: none could be made for it */
+	FAULT_FRAGMENTS_FULL = 19,   /* the ports of a first fragment could not be kept for the others */
+	FAULT_PACKET_MALFORMED = 20, /* a packet is in no flow: its IP header is cut off, or contradicts itself */
+	FAULT_END = 21,
 };
 
 /* When a program is to wake the reader. */
@@ -95,6 +98,19 @@ enum wake {
 /* Mapped: the reader asks for one wake-up for each ring, the program that gives it resets it. */
 struct reader_state {
 	__u32 wake[RING_END]; /* enum wake */
+};
+
+/* How the flows are to be walked through, and how far it has come. Mapped by the agent. */
+struct flow_walk {
+	__u64 idle_ns;   /* a flow without packets for so long is reported, and forgotten */
+	__u64 active_ns; /* one that goes on is reported so often */
+	__u64 linger_ns; /* one that has ended is reported so much later */
+	__u64 target;    /* rounds that are to be made */
+	__u64 rounds;    /* that were made */
+	__u64 cursor;    /* the slot that is next */
+	__u64 live;      /* slots in use */
+	__u32 stop;      /* report all, and forget them */
+	__u32 least;     /* the class of response times into which all that are shorter go */
 };
 
 enum perf_limits {

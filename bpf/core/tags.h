@@ -28,6 +28,7 @@
  *                                                 of the system calls behind which they are.
  *   A program whose section is raw_tp/streamer_every_second is attached nowhere: the agent runs it
  *   before the others of its object are attached, and then every second.
+ *   RUN                never attached: the agent runs it from time to time, in the helper
  * On a map:
  *   SIZED("cpus")      an entry for each CPU that may come up
  *   SIZED("cpus,kinds")  an entry for each kind on each of them
@@ -56,6 +57,7 @@
 #define NEEDS(what) __attribute__((btf_decl_tag("needs:" what)))
 #define SIZED(by) __attribute__((btf_decl_tag("sized:" by)))
 #define OPTION(name) const volatile __u64 name SEC(".rodata." #name)
+#define RUN __attribute__((btf_decl_tag("run:")))
 #define SHARED __attribute__((btf_decl_tag("shared:core")))
 #define COMMON __attribute__((btf_decl_tag("shared:sensors")))
 #define NAMED(name) __attribute__((btf_decl_tag("named:" name)))

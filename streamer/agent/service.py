@@ -20,6 +20,7 @@ from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
 from streamer.events.stream import PreviousRun, StreamManifest, UntoldLoss
 from streamer.events.timing import Timing
+from streamer.kernel.flows import KIND, FlowWalk
 from streamer.kernel.state import KernelState, KindStatus
 from streamer.ring.reader import PerfSource, RingReader, open_sources
 from streamer.sinks.base import Sink
@@ -37,6 +38,13 @@ _INTERFACES_SECONDS = 10.0
 _FULL = KindStatus("full")
 
 _KILLED = "this run was killed, and what it held is lost"
+
+_WALK_SECONDS = 1.0
+"""How often flows are looked at that may be due."""
+_ROOM_SECONDS = 0.02
+_SETTLE_SECONDS = 0.02
+"""A packet may still be counted that came before the programs were detached."""
+_UNREPORTED = "flows that were not reported when the agent stopped"
 
 _DELIVERING = 0.75
 """Of the grace period, for delivering what is held; the rest is for telling what was not."""
@@ -163,6 +171,7 @@ class Service:
             await self._start()
         except BaseException:
             self._kernel.detach()
+            self._kernel.release()
             self.fanout.stopping = True
             await self._stop_sinks(0)
             raise
@@ -187,8 +196,8 @@ class Service:
         return Outcome(self._account(), self._undelivered())
 
     def _end_observation(self) -> None:
-        """Nothing happens, nor is counted, after this."""
-        self._kernel.enable(())
+        """Nothing happens, nor is counted, after this, but that flows are told that were seen."""
+        self._kernel.enable(self._kinds & {KIND} if self._kernel.flows else ())
         try:
             self._summaries.hold()
         finally:
@@ -290,6 +299,8 @@ class Service:
     async def _stream(self) -> None:
         """Until asked to stop, the time is over, or a defect ends one of the tasks."""
         work: list[Awaitable[object]] = [self._stop.wait(), self._every_second()]
+        if self._kernel.flows is not None:
+            work.append(self._walk_flows(self._kernel.flows))
         if self._status_line is not None:
             work.append(self._draw_status(self._status_line))
         tasks = [asyncio.ensure_future(one) for one in work]
@@ -330,6 +341,16 @@ class Service:
                 next_manifest += _MANIFEST_SECONDS
                 self.fanout.publish(self._manifest())
             self.fanout.publish_anew(self._manifest)
+
+    async def _walk_flows(self, flows: FlowWalk) -> None:
+        while True:
+            try:
+                over = flows.step()
+            except OSError as error:
+                self.fail(KernelError(f"the flows cannot be looked at: {error}"))
+                return
+            # If it is not over, the table is large, or the ring is full of other records.
+            await asyncio.sleep(_WALK_SECONDS if over else _ROOM_SECONDS)
 
     async def _draw_status(self, line: StatusLine) -> None:
         before, then = 0, time.monotonic()
@@ -442,6 +463,7 @@ class Service:
             if any(sink.account.pending and sink.status != "up" for sink in self.fanout.sinks):
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
             # Half for reading what is left, so that there is time to deliver it.
+            await self._flush_flows(begun + grace / 4)
             await self._drain_rest(begun + grace / 2)
             await self._last_summary(grace / 2)
             self._find_losses(final=True)
@@ -464,6 +486,25 @@ class Service:
         """
         while self.fanout.pending and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+    async def _flush_flows(self, deadline: float) -> None:
+        """Have the flows that are left reported; what does not come to that is lost."""
+        flows = self._kernel.flows
+        if flows is None:
+            return
+        await asyncio.sleep(_SETTLE_SECONDS)
+        try:
+            while flows.live and time.monotonic() < deadline and not self.reader.done:
+                flows.flush()
+                self.reader.drain_once()
+                await asyncio.sleep(0.01 if self.reader.paused else 0)
+        except (OSError, StreamerError) as error:
+            _log.warning("the flows cannot be reported: %s", error)
+        self._kernel.release()
+        self._kernel.enable(())
+        if flows.live:
+            kinds = {KIND: flows.live}
+            self._lose([Lost("stop", _UNREPORTED, flows.live, kinds)])
 
     async def _drain_rest(self, deadline: float) -> None:
         while time.monotonic() < deadline and not self.reader.done:

@@ -12,7 +12,7 @@ from streamer.errors import ConfigError
 DEFAULT_EVENTS: tuple[str, ...] = (
     *("process.*", "xdp.*", "syscall.*"),
     *("net.connect", "net.accept", "net.close", "net.listen", "net.bind"),
-    *("net.retransmit", "net.udp"),
+    *("net.retransmit", "net.udp", "net.flow"),
 )
 """What one leaves on in production. Left out are `file.open`, of which there are many,
 `net.drop`, of which strangers can make many, and `net.dns`, for which every packet pays, and

@@ -193,7 +193,7 @@ class Kernel(Section, frozen=True, kw_only=True):
     interfaces: Annotated[
         tuple[InterfaceName, ...],
         Meta(max_length=16),
-        doc("Network interfaces to observe (`xdp.*`): no others are touched."),
+        doc("Network interfaces to observe (`xdp.*`, `net.flow`): no others are touched."),
     ] = ()
     syscalls: Annotated[
         tuple[SyscallName, ...],
@@ -241,6 +241,23 @@ class Kernel(Section, frozen=True, kw_only=True):
             "takes 2.3 KiB of the kernel's memory each."
         ),
     ] = 16384
+    flows: Annotated[
+        int,
+        Meta(ge=64, le=1 << 20),
+        doc(
+            "Flows (`net.flow`) that are kept at a time, of all interfaces together, in about 500 "
+            "bytes of kernel memory each. Beyond them the one that is idle for longest is reported "
+            "and makes way."
+        ),
+    ] = 65536
+    flow_idle_seconds: Annotated[
+        float,
+        Meta(ge=1, le=86400),
+        doc("Without a packet for so long, a flow is reported and forgotten."),
+    ] = 30
+    flow_active_seconds: Annotated[
+        float, Meta(ge=1, le=86400), doc("A flow that goes on is reported so often.")
+    ] = 60
     sample: Annotated[
         dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
         doc("Kinds of which only one in so many events is reported, its `weight` that number."),

@@ -21,6 +21,8 @@ SCHEMA_VERSION = 3
 Ring = Literal["critical", "bulk"]
 """The rings, in the order of their numbers."""
 
+Count = Annotated[int, Meta(ge=0, le=4294967295)]
+
 
 class Event(Timed, tag_field="event", gc=False):
     """What every event begins with."""
@@ -279,6 +281,41 @@ class NetDns(TaskEvent, tag="net.dns", gc=False):
     owner_known: Annotated[bool, Meta(description="whether the task is who sent the query; where it is not known, pid is 0")]
     local_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="local address")]
     remote_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="address of the server")]
+
+
+class NetFlow(TaskEvent, tag="net.flow", gc=False):
+    """What passed a network interface between two endpoints, in both directions."""
+
+    first_boot_ns: Annotated[int, Meta(ge=0, description="when its first packet was seen, nanoseconds since boot")]
+    last_boot_ns: Annotated[int, Meta(ge=0, description="when its last packet was seen, nanoseconds since boot")]
+    client_packets: Annotated[int, Meta(ge=0, description="packets that the client sent, since the flow's last record")]
+    client_bytes: Annotated[int, Meta(ge=0, description="their bytes, with all headers of the frame; without a VLAN tag that the kernel keeps apart")]
+    server_packets: Annotated[int, Meta(ge=0, description="packets that the server sent, since the flow's last record")]
+    server_bytes: Annotated[int, Meta(ge=0, description="their bytes")]
+    client_packets_total: Annotated[int, Meta(ge=0, description="packets that the client sent, of the whole flow")]
+    client_bytes_total: Annotated[int, Meta(ge=0, description="their bytes")]
+    server_packets_total: Annotated[int, Meta(ge=0, description="packets that the server sent, of the whole flow")]
+    server_bytes_total: Annotated[int, Meta(ge=0, description="their bytes")]
+    handshake_ns: Annotated[int, Meta(ge=0, description="TCP: time from the first SYN to the ACK of the server's; 0 when they were not seen")]
+    netns: Annotated[int, Meta(ge=0, le=4294967295, description="inode number of the network namespace of the interface")]
+    ifindex: Annotated[int, Meta(ge=0, le=4294967295, description="index of the interface")]
+    client_port: Annotated[int, Meta(ge=0, le=65535, description="port of the client; 0 where the protocol has none")]
+    server_port: Annotated[int, Meta(ge=0, le=65535, description="port of the server; 0 where the protocol has none")]
+    vlan_id: Annotated[int, Meta(ge=0, le=4095, description="VLAN; 0 without")]
+    inner_vlan_id: Annotated[int, Meta(ge=0, le=4095, description="VLAN within the VLAN; 0 without")]
+    client_tcp_flags: Annotated[int, Meta(ge=0, le=255, description="TCP flags that the client's packets had, ORed")]
+    server_tcp_flags: Annotated[int, Meta(ge=0, le=255, description="TCP flags that the server's packets had, ORed")]
+    protocol: Annotated[int, Meta(ge=0, le=255, description="IP protocol: 6 TCP, 17 UDP, 1 ICMP, 58 ICMPv6")]
+    ip_version: Annotated[Literal[4, 6], Meta(description="4 or 6")]
+    ports_unknown: Annotated[bool, Meta(description="fragments of which the first was not seen, or packets cut off before their ports: those are 0")]
+    direction: Annotated[Literal["unknown", "outbound", "inbound"], Meta(description="how the client's packets pass the interface")]
+    client_by: Annotated[Literal["syn", "packet", "port"], Meta(description="how the client is known: it sent the SYN; the first packet that was seen (never of TCP); has the higher port, nothing better is known")]
+    reason: Annotated[Literal["end", "idle", "active", "evicted", "gone", "stop"], Meta(description="why it is reported: it has ended; had no packet for long; goes on; had to make way for another in a full table; its interface has gone; the agent stops")]
+    owner_known: Annotated[bool, Meta(description="whether the task is the owner of the local socket; where it is not known, pid is 0")]
+    interface: Annotated[str, Meta(max_length=15, description="name of the interface")]
+    client_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="address of the client")]
+    server_addr: Annotated[str, Meta(pattern="^[0-9a-f:.]{2,45}$", description="address of the server")]
+    response_latencies: Annotated[tuple[Count, ...], Meta(min_length=24, max_length=24, description="how often the server took so long, from the client's last payload to its own first, since the flow's last record: under 1 µs, under 2, under 4, and so on; the last: more")]
 
 
 class SyscallSlow(TaskEvent, tag="syscall.slow", gc=False):
@@ -582,6 +619,43 @@ RECORDS: dict[int, RecordLayout] = {
         FieldLayout("remote_addr", "ip", 144, 124),
         *_END,
     )),
+    41: RecordLayout("net.flow", NetFlow, 360, 360, (
+        *_BASE,
+        FieldLayout("truncated", "cut", 30, ()),
+        *_MARKS,
+        *_TASK,
+        FieldLayout("first_boot_ns", "moment", 96, None),
+        FieldLayout("last_boot_ns", "moment", 104, None),
+        FieldLayout("client_packets", "u64", 112, None),
+        FieldLayout("client_bytes", "u64", 120, None),
+        FieldLayout("server_packets", "u64", 128, None),
+        FieldLayout("server_bytes", "u64", 136, None),
+        FieldLayout("client_packets_total", "u64", 144, None),
+        FieldLayout("client_bytes_total", "u64", 152, None),
+        FieldLayout("server_packets_total", "u64", 160, None),
+        FieldLayout("server_bytes_total", "u64", 168, None),
+        FieldLayout("handshake_ns", "ns", 176, None),
+        FieldLayout("netns", "u32", 184, None),
+        FieldLayout("ifindex", "u32", 188, None),
+        FieldLayout("client_port", "u16", 192, None),
+        FieldLayout("server_port", "u16", 194, None),
+        FieldLayout("vlan_id", "u16", 196, None),
+        FieldLayout("inner_vlan_id", "u16", 198, None),
+        FieldLayout("client_tcp_flags", "u8", 200, None),
+        FieldLayout("server_tcp_flags", "u8", 201, None),
+        FieldLayout("protocol", "u8", 202, None),
+        FieldLayout("ip_version", "u8", 203, None),
+        FieldLayout("ports_unknown", "bool", 204, None),
+        FieldLayout("direction", "names", 205, ('unknown', 'outbound', 'inbound')),
+        FieldLayout("client_by", "names", 206, ('syn', 'packet', 'port')),
+        FieldLayout("reason", "names", 207, ('end', 'idle', 'active', 'evicted', 'gone', 'stop')),
+        FieldLayout("owner_known", "bool", 208, None),
+        FieldLayout("interface", "cstr", 216, 16),
+        FieldLayout("client_addr", "ip", 232, 203),
+        FieldLayout("server_addr", "ip", 248, 203),
+        FieldLayout("response_latencies", "counts", 264, 24),
+        *_END,
+    )),
     50: RecordLayout("syscall.slow", SyscallSlow, 160, 160, (
         *_BASE,
         FieldLayout("truncated", "cut", 30, ()),
@@ -857,6 +931,41 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("remote_addr", "string", "address of the server"),
         *_END_INFO,
     ), ("what a server on this host is asked", "encrypted DNS (over TLS, HTTPS, QUIC)", "queries to other ports than dns_ports", "what is handed on without a socket, as between containers and the network", "the messages of a zone transfer behind the first")),
+    "net.flow": KindInfo("net.flow", NetFlow, "bulk", "What passed a network interface between two endpoints, in both directions.", (
+        *_BASE_INFO,
+        *_TASK_INFO,
+        FieldInfo("first_boot_ns", "integer", "when its first packet was seen, nanoseconds since boot"),
+        FieldInfo("last_boot_ns", "integer", "when its last packet was seen, nanoseconds since boot"),
+        FieldInfo("client_packets", "integer", "packets that the client sent, since the flow's last record"),
+        FieldInfo("client_bytes", "integer", "their bytes, with all headers of the frame; without a VLAN tag that the kernel keeps apart"),
+        FieldInfo("server_packets", "integer", "packets that the server sent, since the flow's last record"),
+        FieldInfo("server_bytes", "integer", "their bytes"),
+        FieldInfo("client_packets_total", "integer", "packets that the client sent, of the whole flow"),
+        FieldInfo("client_bytes_total", "integer", "their bytes"),
+        FieldInfo("server_packets_total", "integer", "packets that the server sent, of the whole flow"),
+        FieldInfo("server_bytes_total", "integer", "their bytes"),
+        FieldInfo("handshake_ns", "integer", "TCP: time from the first SYN to the ACK of the server's; 0 when they were not seen"),
+        FieldInfo("netns", "integer", "inode number of the network namespace of the interface"),
+        FieldInfo("ifindex", "integer", "index of the interface"),
+        FieldInfo("client_port", "integer", "port of the client; 0 where the protocol has none"),
+        FieldInfo("server_port", "integer", "port of the server; 0 where the protocol has none"),
+        FieldInfo("vlan_id", "integer from 0 to 4095", "VLAN; 0 without"),
+        FieldInfo("inner_vlan_id", "integer from 0 to 4095", "VLAN within the VLAN; 0 without"),
+        FieldInfo("client_tcp_flags", "integer", "TCP flags that the client's packets had, ORed"),
+        FieldInfo("server_tcp_flags", "integer", "TCP flags that the server's packets had, ORed"),
+        FieldInfo("protocol", "integer", "IP protocol: 6 TCP, 17 UDP, 1 ICMP, 58 ICMPv6"),
+        FieldInfo("ip_version", "4 or 6", "4 or 6"),
+        FieldInfo("ports_unknown", "boolean", "fragments of which the first was not seen, or packets cut off before their ports: those are 0"),
+        FieldInfo("direction", "\"unknown\" or \"outbound\" or \"inbound\"", "how the client's packets pass the interface"),
+        FieldInfo("client_by", "\"syn\" or \"packet\" or \"port\"", "how the client is known: it sent the SYN; the first packet that was seen (never of TCP); has the higher port, nothing better is known"),
+        FieldInfo("reason", "\"end\" or \"idle\" or \"active\" or \"evicted\" or \"gone\" or \"stop\"", "why it is reported: it has ended; had no packet for long; goes on; had to make way for another in a full table; its interface has gone; the agent stops"),
+        FieldInfo("owner_known", "boolean", "whether the task is the owner of the local socket; where it is not known, pid is 0"),
+        FieldInfo("interface", "string", "name of the interface"),
+        FieldInfo("client_addr", "string", "address of the client"),
+        FieldInfo("server_addr", "string", "address of the server"),
+        FieldInfo("response_latencies", "array of integers", "how often the server took so long, from the client's last payload to its own first, since the flow's last record: under 1 µs, under 2, under 4, and so on; the last: more"),
+        *_END_INFO,
+    ), ("packets that are not IP", "packets that other programs at the interface took before", "the owner, of connections from before the agent, of UDP sockets that only receive, and of other protocols")),
     "syscall.slow": KindInfo("syscall.slow", SyscallSlow, "bulk", "A system call took longer than `syscall_slow_ms`. It is told when it returns.", (
         *_BASE_INFO,
         *_TASK_INFO,

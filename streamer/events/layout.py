@@ -14,6 +14,7 @@ start              None                   int, u64: the same of a process's star
 serial             None                   int, u64 that seldom repeats (not worth a cache)
 bool               None                   u8, true unless 0
 cstr               length in bytes        str up to the first NUL
+counts             how many               tuple of int: so many u32 from `offset` on
 ip                 offset of the version  str; version 4: the first 4 bytes, 6: all 16, else ""
 names              tuple of str           str at that index (u8); the first, if out of range
 str                None                   str from `data`; u16 length in bytes at `offset`

@@ -43,6 +43,7 @@ _SHARED = (
     "reader_state",
     "path_prefix",
     "exe_key",
+    "flow_walk",
     "packet_count",
     "packet_counts",
     "syscall_place",

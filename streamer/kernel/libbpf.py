@@ -35,6 +35,10 @@ _BTF_KIND_ENUM, _BTF_KIND_FUNC = 6, 12
 _MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 _BPF_XDP = 37  # enum bpf_attach_type
 PERF_EVENT_ARRAY = 4  # BPF_MAP_TYPEPERF_EVENT_ARRAY
+_BPF_TCX = {"tcx/ingress": 46, "tcx/egress": 47}
+_BPF_F_BEFORE = 1 << 3
+_SCHED_CLS = 3  # enum bpf_prog_type
+_FRAME = bytes(64)  # what one that is not about packets is run with: the kernel wants one
 XDP_MODES = {"native": 1 << 2, "generic": 1 << 1}
 """The ways of an interface to run a program: in its driver, else behind it. XDP_FLAGS_…"""
 _NEWER_ATTACH_TYPES = {46: "tcx_ingress", 47: "tcx_egress"}  # than libbpf
@@ -155,6 +159,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_program__set_autoload": (c_int, [c_void_p, c_bool]),
     "bpf_program__set_log_level": (c_int, [c_void_p, u32]),
     "bpf_program__set_log_buf": (c_int, [c_void_p, c_char_p, c_size_t]),
+    "bpf_program__set_type": (c_int, [c_void_p, c_int]),
     "bpf_program__fd": (c_int, [c_void_p]),
     "bpf_program__attach": (c_void_p, [c_void_p]),
     "bpf_link__destroy": (c_int, [c_void_p]),
@@ -447,6 +452,8 @@ class Program:
         self._log: ctypes.Array[ctypes.c_char] | None = None
         self.name: str = library.bpf_program__name(handle).decode()
         self.section: str = library.bpf_program__section_name(handle).decode()
+        if self.section in _BPF_TCX:  # libbpf knows of them since 1.3
+            _check(library.bpf_program__set_type(handle, _SCHED_CLS))
 
     @property
     def type(self) -> int:
@@ -489,6 +496,17 @@ class Program:
         fd = _check(_library().bpf_link_create(self.fd, index, _BPF_XDP, byref(options)))
         return DescriptorLink(fd)
 
+    def attach_to_traffic(self, index: int) -> DescriptorLink:
+        """Attach a program at a section of tcx to an interface, before all that are there.
+
+        Kernels before 6.6 refuse.
+        """
+        options = _LinkOptions(size=ctypes.sizeof(_LinkOptions), flags=_BPF_F_BEFORE)
+        where = _BPF_TCX[self.section]
+        return DescriptorLink(
+            _check(_library().bpf_link_create(self.fd, index, where, byref(options)))
+        )
+
     def attach_to_cgroup(self, fd: int) -> Link:
         """Attach to a cgroup, by a descriptor of its directory."""
         return Link(_check_pointer(_library().bpf_program__attach_cgroup(self._handle, fd)))
@@ -516,14 +534,14 @@ class Program:
         _check(_library().bpf_program__set_attach_target(self._handle, 0, name.encode()))
 
     def run(self, repeat: int = 0) -> int:
-        """Run the program in this task (`BPF_PROG_TEST_RUN`); the program's return value."""
-        return run_program(self.fd, repeat)
+        """Run the program in this task (`BPF_PROG_TEST_RUN`); what it returned at last."""
+        return run_program(self.fd, repeat, _FRAME if self.section == "tc" else b"")
 
 
 def run_program(fd: int, repeat: int = 0, packet: bytes = b"") -> int:
     """Run the program behind `fd` (`BPF_PROG_TEST_RUN`); its return value.
 
-    Of an XDP program, with a `packet` that comes in at the loopback interface.
+    Of a program at packets, with a `packet` that comes in at the loopback interface.
     """
     options = _TestRunOptions(size=ctypes.sizeof(_TestRunOptions), repeat=repeat)
     data = ctypes.create_string_buffer(packet, len(packet))

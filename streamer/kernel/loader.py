@@ -32,6 +32,7 @@ from streamer.kernel.perf_buffers import EVENTS_OF_A_CPU, PerfBuffers
 from streamer.kernel.perf_event import CLOCK, CYCLES, open_sampling
 from streamer.kernel.processes import Located, locate, open_module
 from streamer.kernel.tags import RINGS, ProgramInfo, SensorInfo
+from streamer.kernel.traffic import FilterLink, TrafficFilters
 
 OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
 CORE = "core"
@@ -42,7 +43,7 @@ PERF_BUFFERS = "perf_buffers"
 _PERF_SLOTS = CONTRACT["enum perf_limits"][0][1]
 _LEAST_RING = 4096
 _AT_FUNCTION = ("fentry/", "fexit/")
-_AT_INTERFACES = "xdp"
+_AT_INTERFACES = ("xdp", "tcx/ingress", "tcx/egress")
 _PROBES = ("kprobe/", "kretprobe/", "tp/")
 TIMED = "raw_tp/streamer_every_second"
 _CGROUP = "cgroup"
@@ -125,11 +126,15 @@ class _Attempt(NamedTuple):
 
 
 class _AtInterface(NamedTuple):
-    """A program at the interface of that index, run by the driver (`native`) or behind it."""
+    """A program at the interface of that index.
+
+    At packets that come in it is run by the driver (`native`) or behind it (`generic`), at all that
+    pass by `tcx` or `clsact`.
+    """
 
     number: int
     mode: str
-    link: DescriptorLink
+    link: DescriptorLink | FilterLink
 
 
 class _Sensor:
@@ -160,7 +165,7 @@ class _Sensor:
         names = (info.name for info in self.info.programs)
         return [self.states[name] for name in names if name in self.states]
 
-    def close(self) -> None:
+    def detach(self) -> None:
         # What finds out what another program has missed goes before that one.
         for link in reversed(self.links):
             link.destroy()
@@ -168,6 +173,9 @@ class _Sensor:
             for one in attached.values():
                 one.link.destroy()
         self.links, self.at_interfaces = [], {}
+
+    def close(self) -> None:
+        self.detach()
         for fd in self.copies.values():
             os.close(fd)
         self.copies = {}
@@ -207,6 +215,9 @@ class Loader:
         self.transport = Transport("ring", {})
         self._buffers: PerfBuffers | None = None
         self._sensors: dict[str, _Sensor] = {}
+        # Made here, while a socket can be opened.
+        at_interfaces = any(one.interfaces for one in targets.values())
+        self._filters = TrafficFilters() if at_interfaces else None
         self.cpus = last_possible_cpu() + 1
 
     @property
@@ -635,7 +646,7 @@ class Loader:
         for hook, program in sorted(made.programs.items(), key=lambda one: not _is_timed(one[1])):
             if made.states[program.name].status == LOADED:
                 self._attach_hook(made, hook)
-            elif program.section == _AT_INTERFACES:
+            elif program.section in _AT_INTERFACES:
                 self._attach_to_interfaces(made, program)
         for attempts in made.waiting.values():
             for attempt in attempts:
@@ -644,7 +655,7 @@ class Loader:
         return Attached(made.report(), descriptors | made.copies)
 
     def _attach_hook(self, made: _Sensor, hook: str) -> None:
-        if made.programs[hook].section == _AT_INTERFACES:
+        if made.programs[hook].section in _AT_INTERFACES:
             self._attach_to_interfaces(made, made.programs[hook])
             return
         while hook in made.programs:
@@ -665,7 +676,9 @@ class Loader:
     def _attach_to_interfaces(self, made: _Sensor, program: Program) -> None:
         """To as many as can be. It is kept if that is none: there may be one later."""
         attached = made.at_interfaces.setdefault(program.name, {})
-        errors = _attach_to_interfaces(program, made.targets.interfaces, attached)
+        errors = _attach_to_interfaces(
+            lambda index: self._to_interface(program, index), made.targets.interfaces, attached
+        )
         info = next(one for one in made.info.programs if one.name == program.name)
         where = (f"{name}:{one.mode}" for name, one in attached.items())
         reason = "; ".join(f"{name}: {error.strerror}" for name, error in errors.items())
@@ -675,8 +688,17 @@ class Loader:
             reason = f"{program.section} cannot be attached: {reason}"
             made.note(info, program.section, FAILED, reason)
 
+    def _to_interface(self, program: Program, index: int) -> _AtInterface:
+        if program.section == "xdp":
+            return _to_incoming(program, index)
+        if self._filters is None:  # nobody has named any
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return _to_passing(program, index, self._filters)
+
     def _attach_program(self, made: _Sensor, program: Program) -> tuple[list[Link], str]:
         """The links, and where they attach. Raises OSError."""
+        if _is_run(made.info, program):
+            return [], "run by the agent"
         if _is_copied(made.info, program):
             return self._attach_copies(made, program)
         if _takes_functions(made.info, program) and program.section.startswith(_PROBES):
@@ -720,6 +742,29 @@ class Loader:
         for program in self._loaded(sensor).programs.values():
             if _is_timed(program):
                 program.run()
+
+    def detach(self, sensor: str) -> None:
+        """Detach a sensor's programs, and keep them and their maps until `unload`.
+
+        Raises:
+            KernelError: the sensor is not loaded.
+        """
+        self._loaded(sensor).detach()
+
+    def run_program(self, sensor: str, program: str, repeat: int) -> int:
+        """Run a program that is there to be run, so often; what it returned at last.
+
+        Raises:
+            KernelError: the sensor is not loaded, or has no such program.
+            OSError: the kernel refused.
+        """
+        made = self._loaded(sensor)
+        if not any(info.name == program and info.run for info in made.info.programs):
+            raise KernelError(f"{sensor} has no program {program} to be run")
+        for loaded in made.programs.values():
+            if loaded.name == program:
+                return loaded.run(repeat)
+        raise KernelError(f"{program} is not loaded")
 
     def _loaded(self, sensor: str) -> _Sensor:
         if sensor not in self._sensors:
@@ -791,6 +836,8 @@ class Loader:
         if self._core is not None:
             self._core.close()
             self._core, self._shared = None, {}
+        if self._filters is not None:
+            self._filters.close()
 
 
 def _names_in(enum: str, btf: str | None) -> dict[int, str]:
@@ -846,6 +893,11 @@ def _is_copied(info: SensorInfo, program: Program) -> bool:
     return _takes_functions(info, program) and program.section.startswith(_AT_FUNCTION)
 
 
+def _is_run(info: SensorInfo, program: Program) -> bool:
+    """Whether the agent runs it, and it is attached nowhere."""
+    return any(one.name == program.name and one.run for one in info.programs)
+
+
 def _takes_functions(info: SensorInfo, program: Program) -> bool:
     """Whether it attaches to what the targets name, and not to what its section does."""
     needs = next((one.needs for one in info.programs if one.name == program.name), ())
@@ -891,11 +943,13 @@ def _attach_to_each(names: Iterable[str], attach: Callable[[str], Link]) -> list
 
 
 def _attach_to_interfaces(
-    program: Program, names: Iterable[str], attached: dict[str, _AtInterface]
+    attach: Callable[[int], _AtInterface],
+    names: Iterable[str],
+    attached: dict[str, _AtInterface],
 ) -> dict[str, OSError]:
     """To each that it is not attached to yet: as it is now, which may be another than before.
 
-    Why not, of those where it cannot be.
+    `attach` does so, by the index of the interface. Why not, of those where it cannot be.
     """
     errors: dict[str, OSError] = {}
     wanted: dict[str, int] = {}
@@ -913,13 +967,13 @@ def _attach_to_interfaces(
         attached.pop(name).link.destroy()
     for name in [name for name in wanted if name not in attached]:
         try:
-            attached[name] = _to_interface(program, wanted[name])
+            attached[name] = attach(wanted[name])
         except OSError as error:
             errors[name] = error
     return errors
 
 
-def _to_interface(program: Program, index: int) -> _AtInterface:
+def _to_incoming(program: Program, index: int) -> _AtInterface:
     """In the driver, where it can."""
     native, generic = XDP_MODES
     try:
@@ -929,6 +983,17 @@ def _to_interface(program: Program, index: int) -> _AtInterface:
             raise
     link = program.attach_to_interface(index, XDP_MODES[generic])
     return _AtInterface(index, generic, link)
+
+
+def _to_passing(program: Program, index: int, filters: TrafficFilters) -> _AtInterface:
+    """By tcx, where the kernel has it."""
+    try:
+        return _AtInterface(index, "tcx", program.attach_to_traffic(index))
+    except OSError as error:
+        if error.errno in (errno.ENODEV, errno.EPERM):
+            raise
+    direction = program.section.partition("/")[2]
+    return _AtInterface(index, "clsact", filters.attach(index, direction, program.fd))
 
 
 def _to_functions(program: Program, functions: Iterable[str]) -> tuple[list[Link], str]:

@@ -38,6 +38,12 @@ class LoaderLike(Protocol):
     def run(self, sensor: str) -> None:
         """Run what a sensor has to be run every second."""
 
+    def detach(self, sensor: str) -> None:
+        """Detach a sensor's programs, and keep them."""
+
+    def run_program(self, sensor: str, program: str, repeat: int) -> int:
+        """Run a program of a sensor so often; what it returned at last."""
+
     def update(self, map: str, key: bytes, value: bytes) -> None:
         """Set an element of a map."""
 

@@ -23,9 +23,10 @@ import msgspec
 from streamer.config.settings import Filters, Kernel, Rings, Settings
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.kinds import KINDS, RECORDS
-from streamer.kernel import capabilities, obstacles
+from streamer.kernel import capabilities, flows, obstacles
 from streamer.kernel.cgroups import cgroup_root
 from streamer.kernel.contract import check_object
+from streamer.kernel.flows import FlowWalk
 from streamer.kernel.loader import (
     ATTACHED,
     CORE,
@@ -101,6 +102,8 @@ def options_of(kernel: Kernel) -> dict[str, int]:
     """Sizes of tables and settings that are on, for the loader."""
     return {
         "connections": kernel.connections,
+        "flows": kernel.flows,
+        "flow_index": 2 * kernel.flows,
         "open_latency": int(kernel.open_latency),
         "syscalls": len(syscall_places(kernel)),
         "syscall_tasks": kernel.syscall_tasks,
@@ -426,6 +429,9 @@ class KernelState:
         self._loader = loader
         self._directory = directory
         self._options = options_of(settings.kernel)
+        self._resolution_us = settings.timing.resolution_us
+        self.flows: FlowWalk | None = None
+        """The walk through the flows, from the moment at which their sensor is loaded."""
         self._rings = settings.rings
         self._filters = Filters()
         self._kinds: frozenset[str] = frozenset()
@@ -609,6 +615,18 @@ class KernelState:
             self._place_syscalls()
         if "profile_samples_0" in loaded.maps:
             self._open_kallsyms()
+        if flows.MAP in loaded.maps:
+            self.flows = self._flow_walk()
+
+    def _flow_walk(self) -> FlowWalk:
+        return FlowWalk(
+            self.table(flows.MAP, size_of(flows.STRUCT), writable=True),
+            lambda repeat: self._loader.run_program(flows.SENSOR, flows.PROGRAM, repeat),
+            self.kernel_settings.flows,
+            self.kernel_settings.flow_idle_seconds,
+            self.kernel_settings.flow_active_seconds,
+            self._resolution_us,
+        )
 
     def _place_syscalls(self) -> None:
         """Tell the programs which calls to count where, and which are slow."""
@@ -752,10 +770,24 @@ class KernelState:
         return dict(self._missed_before + self._missed_now)
 
     def detach(self) -> None:
-        """Unload every sensor: no event is produced after this."""
+        """Unload every sensor: nothing is observed after this.
+
+        That of the flows is only detached: they are to be reported yet, before `release`.
+        """
         self.missed()
         loaded, self._loaded = self._loaded, []
         with suppress(HelperGone):  # and its programs with it
+            for sensor in loaded:
+                if sensor == flows.SENSOR and self.flows is not None:
+                    self._loaded.append(sensor)
+                    self._loader.detach(sensor)
+                else:
+                    self._release(sensor)
+
+    def release(self) -> None:
+        """Unload what `detach` has left. Harmless when there is nothing."""
+        loaded, self._loaded = self._loaded, []
+        with suppress(HelperGone):
             for sensor in loaded:
                 self._release(sensor)
 

@@ -18,7 +18,8 @@ class ProgramInfo(NamedTuple):
     only completes where it does not report (`reports`), and `covers` what is not observed without
     it: empty where that is all of its kinds. It is used only where all of `needs` is given: see
     `bpf/core/tags.h`. `keeps` are kinds of another sensor that use what it keeps, and `lacks` is
-    what is not observed where it is the way that is used.
+    what is not observed where it is the way that is used. One that is to `run` is never attached:
+    the agent runs it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ProgramInfo(NamedTuple):
     reports: bool = True
     keeps: tuple[str, ...] = ()
     lacks: str = ""
+    run: bool = False
 
 
 class MapInfo(NamedTuple):

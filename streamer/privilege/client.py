@@ -296,6 +296,14 @@ class RemoteLoader:
         _close(self._descriptors.pop(sensor, ()))
         _close(self._attached.pop(sensor, ()))
 
+    def detach(self, sensor: str) -> None:
+        """See `Loader`."""
+        self._client.ask("detach", sensor=sensor)
+
+    def run_program(self, sensor: str, program: str, repeat: int) -> int:
+        """See `Loader`."""
+        return int(self._client.ask("run_program", sensor=sensor, program=program, repeat=repeat))
+
     def update(self, map: str, key: bytes, value: bytes) -> None:
         """See `Loader`."""
         self._client.ask("update", map=map, key=_text(key), value=_text(value))

@@ -145,6 +145,8 @@ class Helper:
             "attach": self._attach,
             "run": self._run,
             "unload": self._unload,
+            "detach": self._detach,
+            "run_program": self._run_program,
             "update": self._update,
             "delete": self._delete,
             "read": self._read,
@@ -255,6 +257,15 @@ class Helper:
         self._loader.unload(sensor)
         trim()
         yield Answer(None)
+
+    def _detach(self, sensor: str) -> Iterator[Answer]:
+        self._check_loaded(sensor)
+        self._loader.detach(sensor)
+        yield Answer(None)
+
+    def _run_program(self, sensor: str, program: str, repeat: int) -> Iterator[Answer]:
+        self._check_loaded(sensor)
+        yield Answer(self._loader.run_program(sensor, program, repeat))
 
     def _check_loaded(self, sensor: str) -> None:
         if sensor not in self._sensors:

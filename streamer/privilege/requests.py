@@ -22,6 +22,8 @@ MOST_OPTION = 1 << 22
 """Entries of a table."""
 MOST_NAMED = 64
 """Of rings, or of a sensor's options."""
+MOST_RUNS = 1 << 16
+"""Of a program, one after the other."""
 MOST_BYTES = 1 << 16
 """Of a key or a value."""
 MOST_FILES = 1 << 16
@@ -150,6 +152,12 @@ REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "attach": {"sensor": _string(_SENSOR)},
     "run": {"sensor": _string(_SENSOR)},
     "unload": {"sensor": _string(_SENSOR)},
+    "detach": {"sensor": _string(_SENSOR)},
+    "run_program": {
+        "sensor": _string(_SENSOR),
+        "program": _string(_MAP),
+        "repeat": _integer(1, MOST_RUNS),
+    },
     "update": {"map": _string(_MAP), "key": _bytes, "value": _bytes},
     "delete": {"map": _string(_MAP), "key": _bytes},
     "read": {"map": _string(_MAP)},

@@ -253,7 +253,7 @@ static PyObject *ip_of(struct caches *caches, const uint8_t *address, uint8_t ve
 enum op_code {
 	OP_U8, OP_U16, OP_U32, OP_U64, OP_S32, OP_S64, OP_NS, OP_MOMENT, OP_START, OP_SERIAL,
 	OP_BOOL, OP_CSTR, OP_IP, OP_NAMES, OP_STR, OP_ARGV, OP_LINE, OP_CONST, OP_ID, OP_TIME,
-	OP_BOOTTIME, OP_RFC3339, OP_CUT, OP_FLAG, OP_INVALID_UTF8, OP_PARSED, OP_PART,
+	OP_BOOTTIME, OP_RFC3339, OP_CUT, OP_FLAG, OP_INVALID_UTF8, OP_PARSED, OP_PART, OP_COUNTS,
 };
 
 /* A line needs the argv, a part what was parsed, and the mark of what was replaced all strings. */
@@ -279,6 +279,7 @@ static const struct op_spec OP_SPECS[] = {
 	{"serial", OP_SERIAL, STAGE_VALUE, 8},
 	{"bool", OP_BOOL, STAGE_VALUE, 1},
 	{"cstr", OP_CSTR, STAGE_VALUE, 0},
+	{"counts", OP_COUNTS, STAGE_VALUE, 0},
 	{"ip", OP_IP, STAGE_VALUE, 16},
 	{"names", OP_NAMES, STAGE_VALUE, 1},
 	{"str", OP_STR, STAGE_VALUE, 2},
@@ -300,8 +301,8 @@ struct op {
 	enum op_code code;
 	enum stage stage;
 	uint32_t offset;   /* in the record */
-	uint32_t argument; /* cstr: length; ip: offset of the version; cut, flag: mask; part: index;
-			      str, argv, parsed: its bit in the base's `cut` */
+	uint32_t argument; /* cstr: length; counts: how many; ip: offset of the version; cut, flag: mask;
+			      part: index; str, argv, parsed: its bit in the base's `cut` */
 	Py_ssize_t slot;   /* where the Struct keeps the field */
 	PyObject *object;  /* names: tuple; cut: a tuple for each mask; const: the constant;
 			      parsed: the function; else NULL */
@@ -534,6 +535,9 @@ static int argument_from(struct op *op, PyObject *argument, uint32_t size, PyObj
 	case OP_CSTR:
 		number = int_from(argument, 1, size, "length", where);
 		break;
+	case OP_COUNTS:
+		number = int_from(argument, 1, size / 4, "count", where);
+		break;
 	case OP_IP:
 		number = offset_from(argument, 1, size, where);
 		break;
@@ -578,7 +582,9 @@ static int op_from(struct op *op, PyObject *field, const struct plan *plan, PyOb
 	op->slot = slot_of(plan->type, PyTuple_GET_ITEM(field, 0), where);
 	if (op->slot < 0 || slot_check(plan, op, where) < 0)
 		return -1;
-	uint32_t width = op->code == OP_CSTR ? op->argument : spec->width;
+	uint32_t width = spec->width;
+	if (op->code == OP_CSTR || op->code == OP_COUNTS)
+		width = op->argument * (op->code == OP_COUNTS ? 4 : 1);
 	if (width == 0)
 		return 0;
 	int64_t offset = offset_from(PyTuple_GET_ITEM(field, 2), width, plan->size, where);
@@ -1109,6 +1115,19 @@ static inline PyObject *name_of(PyObject *names, uint8_t index)
 	return Py_NewRef(PyTuple_GET_ITEM(names, index < PyTuple_GET_SIZE(names) ? index : 0));
 }
 
+static PyObject *counts_of(struct caches *caches, const uint8_t *at, uint32_t count)
+{
+	PyObject *counts = PyTuple_New(count);
+	for (uint32_t i = 0; counts != NULL && i < count; i++) {
+		PyObject *one = int_of(caches, load32(at + 4 * i));
+		if (one == NULL)
+			Py_CLEAR(counts);
+		else
+			PyTuple_SET_ITEM(counts, i, one);
+	}
+	return counts;
+}
+
 static PyObject *next_argv(Decoder *self, const struct op *op, struct cursor *cursor,
 			   bool *invalid)
 {
@@ -1209,6 +1228,8 @@ static inline PyObject *op_value(Decoder *self, const struct op *op, struct curs
 		return Py_NewRef(*at != 0 ? Py_True : Py_False);
 	case OP_CSTR:
 		return cstr_of(caches, at, op->argument, invalid);
+	case OP_COUNTS:
+		return counts_of(caches, at, op->argument);
 	case OP_IP:
 		return ip_of(caches, at, cursor->record[op->argument]);
 	case OP_NAMES:

@@ -218,6 +218,11 @@ def _read_cstr(at: int) -> _Read:
     return lambda words, cursor: cursor.text(words[at].partition(b"\0")[0])
 
 
+def _read_counts(count: int) -> Callable[[int], _Read]:
+    unpack = struct.Struct(f"<{count}I").unpack
+    return lambda at: lambda words, cursor: unpack(words[at])
+
+
 def _read_ip(address: int, version: int) -> _Read:
     return lambda words, cursor: _ip_text(words[address], words[version])
 
@@ -377,6 +382,9 @@ def _op_of(field: _Field, context: _Context) -> _Op:
         case "cstr":
             length = _between(1, argument, field.size, f"{field.where}: length")
             return _Op((field.word(f"{length}s"),), _read_cstr)
+        case "counts":
+            count = _between(1, argument, field.size // 4, f"{field.where}: count")
+            return _Op((field.word(f"{4 * count}s"),), _read_counts(count))
         case "ip":
             return _Op((field.word("16s"), field.word("B", argument)), _read_ip)
         case "names":

@@ -47,6 +47,8 @@ _KIND_STYLES = {
     "stream": "magenta",
 }
 _ARROWS = {"outbound": "->", "inbound": "<-"}
+_PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
+_UNUSUAL_ENDS = ("evicted", "gone")
 _MAX_VALUE = 80
 MOST_SAID = 2000
 """Most characters of a message: paths, keys and reasons of peers have any length."""
@@ -244,6 +246,20 @@ def _close(event: Any) -> Iterator[Segment]:
         yield Segment(f" after {duration(event.duration_ns)}", "dim")
 
 
+def _flow(event: Any) -> Iterator[Segment]:
+    client = endpoint(event.client_addr, event.client_port)
+    server = endpoint(event.server_addr, event.server_port)
+    yield Segment(f"{client} -> {server} {_PROTOCOLS.get(event.protocol, event.protocol)}")
+    yield Segment(f" {event.interface}", "dim")
+    yield Segment(
+        f" sent {size(event.client_bytes)} in {event.client_packets}"
+        f", received {size(event.server_bytes)} in {event.server_packets}"
+    )
+    yield Segment(f" {event.reason}", "yellow" if event.reason in _UNUSUAL_ENDS else "dim")
+    if event.handshake_ns:
+        yield Segment(f" handshake {duration(event.handshake_ns)}", "dim")
+
+
 def _endpoints(event: Any) -> Iterator[Segment]:
     local = endpoint(event.local_addr, event.local_port)
     remote = endpoint(event.remote_addr, event.remote_port)
@@ -435,6 +451,7 @@ _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "syscall.slow": _slow,
     "syscall.latency": _syscall,
     "profile.sample": _profile,
+    "net.flow": _flow,
     "stream.manifest": _manifest,
     "stream.heartbeat": _heartbeat,
     "stream.loss": _loss,

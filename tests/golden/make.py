@@ -11,6 +11,7 @@ import importlib
 import mmap
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,13 @@ from streamer.kernel import state as kernel
 from streamer.kernel.state import KernelState
 from streamer.ring.records_py import Decoder, Ring
 from tests.golden.cases import CLOCK_OFFSET_NS, ID_PREFIX, PLACE, Case, constants, published, save
+from tests.kernel.roles import (
+    Role,
+    bring_up_loopback,
+    leave_mounts,
+    leave_network,
+    show_network,
+)
 from tests.kernel.scope import Scope, cgroup_mount
 
 SOURCE = Path(__file__).parent / "golden.c"
@@ -89,6 +97,44 @@ def record(program: Path, scope: Scope) -> list[Case]:
     return [case for case in cases if is_own(case)]
 
 
+def record_flows() -> list[Case]:
+    """Of a conversation of a process with itself and a datagram, over both versions of IP."""
+    leave_mounts()
+    leave_network()
+    show_network()
+    bring_up_loopback()
+    settings = Settings(kernel=Kernel(interfaces=("lo",)))
+    state = kernel.load(settings, frozenset({"net.flow"}))
+    try:
+        state.attach()
+        for address in ("127.0.0.1", "::1"):
+            Role(COMM, talk, address).result()
+        state.detach()
+        assert state.flows is not None
+        while not state.flows.flush():
+            pass
+        return [case for case in drained(state, "bulk") if case.event["protocol"] != 58]
+    finally:
+        state.close()
+
+
+def talk(address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with (
+        socket.create_server((address, 7000), family=family) as listener,
+        socket.create_connection((address, 7000), source_address=(address, 5000)) as client,
+        socket.socket(family, socket.SOCK_DGRAM) as datagrams,
+    ):
+        server, _ = listener.accept()
+        client.sendall(bytes(100))
+        server.sendall(server.recv(100))
+        client.recv(100)
+        client.close()
+        server.close()
+        datagrams.bind((address, 5000))
+        datagrams.sendto(b"x", (address, 5000))
+
+
 def main() -> None:
     mount = cgroup_mount()
     assert mount is not None, "no cgroup v2 hierarchy is mounted"
@@ -100,6 +146,7 @@ def main() -> None:
             cases = record(program, scope)
     finally:
         shutil.rmtree(PLACE)
+    cases += Role("golden", record_flows).result()
     save(cases)
     print(f"{len(cases)} records")
 

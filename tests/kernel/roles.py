@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from streamer.kernel.cgroups import cgroup_root
+
 CLONE_NEWNET = 0x40000000
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
 
@@ -83,6 +86,33 @@ def in_own_network(function: Callable[..., Any], *arguments: Any) -> Any:
     leave_network()
     bring_up_loopback()
     return function(*arguments)
+
+
+def leave_mounts() -> None:
+    """Move the calling thread into a mount namespace of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for failed in (
+        libc.unshare(CLONE_NEWNS),
+        libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None),
+    ):
+        assert not failed, os.strerror(ctypes.get_errno())
+
+
+def show_network() -> None:
+    """Have /sys show the thread's network namespace, and the cgroups where they were."""
+    root = Path(cgroup_root() or "/sys/fs/cgroup")
+    _mount("/sys", "sysfs")
+    if root != Path("/sys/fs/cgroup") and root.is_relative_to("/sys"):
+        _mount("/sys/fs/cgroup", "tmpfs")
+        root.mkdir(parents=True)
+    if root.is_relative_to("/sys"):
+        _mount(str(root), "cgroup2")
+
+
+def _mount(place: str, kind: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.mount(b"none", place.encode(), kind.encode(), 0, None)
+    assert not failed, os.strerror(ctypes.get_errno())
 
 
 def bring_up_loopback() -> None:

@@ -68,6 +68,12 @@ class MemoryLoader:
     def unload(self, sensor: str) -> None:
         pass
 
+    def detach(self, sensor: str) -> None:
+        pass
+
+    def run_program(self, sensor: str, program: str, repeat: int) -> int:
+        return repeat
+
     def update(self, map: str, key: bytes, value: bytes) -> None:
         self._map(map)[key] = value
 

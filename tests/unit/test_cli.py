@@ -27,7 +27,8 @@ from streamer.terminal import tables
 COMMANDS = ("run", "check", "events", "schema")
 SYSCALLS = frozenset({"syscall.latency", "syscall.slow"})
 PROFILE = frozenset({"profile.sample"})
-UNTARGETED = frozenset(KINDS) - SYSCALLS
+AT_INTERFACES = frozenset({"net.flow", "xdp.counters"})
+UNTARGETED = frozenset(KINDS) - SYSCALLS - AT_INTERFACES
 """What can be observed without anything named that it is to be observed at."""
 OFF = frozenset({"file.open", "net.drop", "net.dns"})
 DEFAULT = UNTARGETED - OFF
@@ -255,18 +256,17 @@ def test_a_glob_names_where_it_is_from(tmp_path: Path) -> None:
 
 
 def test_what_is_observed_at_interfaces_needs_one(tmp_path: Path) -> None:
-    counters = {"xdp.counters"}
-    assert planned("run", "--interface", "eth0").kinds == DEFAULT | counters
+    assert planned("run", "--interface", "eth0").kinds == DEFAULT | AT_INTERFACES
     assert planned("run", "--events", "*").kinds == UNTARGETED
     everything = planned("run", "--events", "*", "--interface", "eth0", "--interface", "eth1")
     assert everything.kinds == SELECTABLE.keys() - SYSCALLS - PROFILE
     assert everything.settings.kernel.interfaces == ("eth0", "eth1")
-    for wanted in ("xdp.counters", "xdp.*", "default,xdp.c*"):
+    for wanted in ("xdp.counters", "xdp.*", "net.flow", "default,xdp.c*"):
         with pytest.raises(ConfigError, match="and no interface is named: --interface NAME"):
             planned("run", "--events", wanted)
     file = tmp_path / "streamer.toml"
     file.write_text("[kernel]\ninterfaces = ['br0']\nopen_latency = true\n")
-    assert planned("run", "-c", str(file), "--events", "xdp.*").kinds == counters
+    assert planned("run", "-c", str(file), "--events", "xdp.*").kinds == {"xdp.counters"}
     changed = planned("run", "-c", str(file), "--interface", "eth0").settings.kernel
     assert (changed.interfaces, changed.open_latency) == (("eth0",), True)
 

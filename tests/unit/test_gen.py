@@ -425,7 +425,7 @@ def test_what_programs_and_maps_say_of_themselves(tmp_path: Path) -> None:
         ),
         ("ant", "ant", ("net.close",), 'what "ants" do', ("interface",), True),
     ]
-    assert [one[6:] for one in zoo.programs] == [(("file.open",), ""), ((), "time")]
+    assert [one[6:] for one in zoo.programs] == [(("file.open",), "", False), ((), "time", False)]
     assert [one for one in zoo.maps if not one.shared] == [
         ("table", "table:guests", False, ("option:o",), True, "tribe")
     ]

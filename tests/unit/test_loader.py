@@ -420,6 +420,13 @@ def test_a_program_is_at_all_cpus_or_at_none(kernel: Kernel) -> None:
     assert len(module._attach_to_each(("first", "third"), attach)) == 2
 
 
+def attach(program: Any, names: tuple[str, ...], attached: dict[str, Any]) -> dict[str, OSError]:
+    """To interfaces, at what comes in."""
+    return module._attach_to_interfaces(
+        lambda index: module._to_incoming(program, index), names, attached
+    )
+
+
 def test_two_interfaces_that_have_changed_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is room for one program at each: both are let go first."""
     taken: set[int] = set()
@@ -442,7 +449,7 @@ def test_two_interfaces_that_have_changed_their_names(monkeypatch: pytest.Monkey
     attached: dict[str, Any] = {}
     for indexes in ({"a": 2, "b": 3}, {"a": 3, "b": 2}):
         monkeypatch.setattr(module, "_index_of", indexes.__getitem__)
-        assert module._attach_to_interfaces(program, ("a", "b"), attached) == {}
+        assert attach(program, ("a", "b"), attached) == {}
         assert {name: one.number for name, one in attached.items()} == indexes
 
 
@@ -472,9 +479,9 @@ def test_where_it_is_attached_it_stays_while_too_much_comes_and_goes(
     program: Any = None
     link: Any = None
     attached = {"lo": module._AtInterface(1, "native", link)}
-    assert module._attach_to_interfaces(program, ("lo",), attached) == {}
+    assert attach(program, ("lo",), attached) == {}
     assert list(attached) == ["lo"]
-    errors = module._attach_to_interfaces(program, ("lo",), {})
+    errors = attach(program, ("lo",), {})
     assert errors["lo"].errno == errno.EXDEV
 
 
@@ -497,7 +504,7 @@ def test_an_interface_that_is_not_there() -> None:
     program: Any = FakeProgram()
     gone: Any = Gone(99)
     attached = {"nosuch0": module._AtInterface(99, "native", gone)}
-    errors = module._attach_to_interfaces(program, ("nosuch0", "lo"), attached)
+    errors = attach(program, ("nosuch0", "lo"), attached)
     assert [(name, error.strerror) for name, error in errors.items()] == [
         ("nosuch0", "No such device")
     ]
@@ -505,7 +512,7 @@ def test_an_interface_that_is_not_there() -> None:
     (lo,) = attached.values()
     assert (lo.number, lo.mode) == (socket.if_nametoindex("lo"), "native")
     again = dict(attached)
-    assert module._attach_to_interfaces(program, ("lo",), again) == {}
+    assert attach(program, ("lo",), again) == {}
     assert again == attached  # it stays as it is
 
 
@@ -531,6 +538,7 @@ def test_whether_packets_could_be_stopped(
     loader = Loader(sensors=catalogue, directory="/objects", targets={"thing": targets})
     assert loader.filters_packets == filters
     assert not kernel.attached
+    loader.close()
 
 
 def test_what_needs_programs_at_functions_or_their_lack(kernel: Kernel) -> None:

@@ -295,6 +295,25 @@ ESSENCES: list[tuple[str, dict[str, Any], str]] = [
         {"syscall": "fsync", "errno": 5, "ret": -1, "duration_ns": 2_000_000_000},
         "fsync EIO after 2.00s",
     ),
+    (
+        "net.flow",
+        {
+            "client_addr": "10.0.0.1",
+            "client_port": 51000,
+            "server_addr": "93.184.216.34",
+            "server_port": 443,
+            "protocol": 6,
+            "interface": "eth0",
+            "client_bytes": 1536,
+            "client_packets": 7,
+            "server_bytes": 999,
+            "server_packets": 5,
+            "reason": "end",
+            "handshake_ns": 1_200_000,
+        },
+        "10.0.0.1:51000 -> 93.184.216.34:443 TCP eth0 sent 1.50KiB in 7, received 999B in 5 end"
+        " handshake 1.20ms",
+    ),
 ]
 
 DROP: dict[str, Any] = {

@@ -244,7 +244,8 @@ def test_one_sensor_that_does_not_load_leaves_the_others(privileged: None) -> No
     programs = MemoryPrograms(refused=frozenset({"net"}))
     kernel = state.load(Settings(), ALL, programs)
     assert sorted(kernel.sensors) == [
-        *("file", "kprobe_syscall_latency", "net_dns", "process", "tracepoint_net"),
+        *("file", "kprobe_syscall_latency", "net_dns", "process", "tc_classifier"),
+        "tracepoint_net",
     ]
     assert kernel.coverage({"net.close"})["net.close"].reason == "net is refused"
     kernel.close()

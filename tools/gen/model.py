@@ -14,7 +14,7 @@ from streamer.kernel.btf import Btf, Member, Type
 from streamer.kernel.contract import dotted, kind_names
 
 _PYTHON_TYPES = {"cstr": "str", "ip": "str", "names": "str", "str": "str", "line": "str"}
-_PYTHON_TYPES |= {"argv": "list[str]", "cut": "tuple[str, ...]"}
+_PYTHON_TYPES |= {"argv": "list[str]", "cut": "tuple[str, ...]", "counts": "tuple[Count, ...]"}
 _PYTHON_TYPES |= {"bool": "bool", "flag": "bool", "invalid_utf8": "bool"}
 _PYTHON_TYPES |= {"id": "str", "const": "str"}
 
@@ -338,6 +338,11 @@ def _shown(
             yield Field(name, shown, offset, None, doc)
         case "cstr":
             yield Field(name, "cstr", offset, size, doc)
+        case "counts":
+            element = btf.resolve(member.type_id).element
+            if not size or btf.size_of(element) != 4 or btf.is_signed(element):
+                raise ValueError(size)
+            yield Field(name, "counts", offset, size // 4, doc)
         case "ip":
             version = {m.name: m.offset for m in struct.members}[argument]
             yield Field(name, "ip", offset, version, doc)

@@ -32,6 +32,8 @@ SCHEMA_VERSION = {version}
 
 Ring = Literal[{rings}]
 """The rings, in the order of their numbers."""
+
+Count = Annotated[int, Meta(ge=0, le=4294967295)]
 '''
 
 _OBJECTS_HEAD = '''"""GENERATED from bpf/ by `make gen`: do not edit.
@@ -49,6 +51,7 @@ from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 _WORDS = {"int": "integer", "str": "string", "bool": "boolean"}
 _WORDS |= {"list[str]": "array of strings", "tuple[str, ...]": "array of strings"}
 _WORDS |= {"list[DnsAnswer]": "array of objects"}
+_WORDS |= {"tuple[Count, ...]": "array of integers"}
 
 
 # What the decoder makes of an address of either version.
@@ -80,6 +83,9 @@ def _meta(field: Field) -> Iterator[str]:
         yield f"le={high}"
     if field.op == "cstr":
         yield f"max_length={int(str(field.argument)) - 1}"
+    if field.op == "counts":
+        yield f"min_length={field.argument}"
+        yield f"max_length={field.argument}"
     if field.op == "ip":
         yield f'pattern="{_ADDRESS}"'
     yield f"description={_quoted(field.doc)}"
@@ -207,6 +213,8 @@ def _sensor(sensor: SensorInfo) -> Iterator[str]:
             more += f", keeps={_strings(program.keeps)}"
         if program.lacks:
             more += f", lacks={_quoted(program.lacks)}"
+        if program.run:
+            more += ", run=True"
         yield f"        ProgramInfo({names}, {covers}, {needs}{more}),"
     yield "    ), ("
     for one in sensor.maps:

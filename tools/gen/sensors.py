@@ -52,7 +52,8 @@ def _programs(sensor: str, btf: Btf) -> Iterator[ProgramInfo]:
         if tags["completes"] and not covers:
             raise _mistake(sensor, name, "COMPLETES without DOC")
         hook, reports, lacks = tags["hook"] or name, bool(tags["emits"]), tags["lacks"] or ""
-        yield ProgramInfo(name, hook, kinds, covers, needs, reports, keeps, lacks)
+        run = btf.tag(type_id, "run") is not None
+        yield ProgramInfo(name, hook, kinds, covers, needs, reports, keeps, lacks, run)
 
 
 def _maps(sensor: str, btf: Btf) -> Iterator[MapInfo]:
