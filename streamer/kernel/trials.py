@@ -204,6 +204,8 @@ def _info(number: int, use: ProgramUse) -> ProgramInfo:
     """With what it attaches to. What else the program needs is no matter here."""
     info = use.info or ProgramInfo("", "", ())
     needs = tuple(need for need in info.needs if need in _TARGETS)
+    if not _at_interfaces(use):  # its sensor's others may be
+        needs = tuple(need for need in needs if need != "interface")
     return info._replace(name=f"{tiny.NAME}_{number}", hook=use.section, needs=needs)
 
 
@@ -296,7 +298,8 @@ def _is_of_this_machine(use: ProgramUse) -> bool:
 
 
 def _at_interfaces(use: ProgramUse) -> bool:
-    return use.info is not None and "interface" in use.info.needs
+    needs = use.info.needs if use.info else ()
+    return "interface" in needs and "cgroup" not in needs
 
 
 def _places(uses: Uses, have: frozenset[int], *, apart: bool) -> list[_AtPlace]:
