@@ -218,7 +218,7 @@ def samples(seconds: float) -> list[Cost]:
     """
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        with _statistics():
+        with statistics():
             found = [Cost("a sample of profile.sample", _own_sample(seconds))]
             if shutil.which("bpftrace"):
                 found.append(Cost("the same by bpftrace", _sample_of_bpftrace(seconds)))
@@ -229,7 +229,8 @@ def samples(seconds: float) -> list[Cost]:
 
 
 @contextmanager
-def _statistics() -> Iterator[None]:
+def statistics() -> Iterator[None]:
+    """The kernel measures its programs until the block ends."""
     before = _STATISTICS.read_text()
     _STATISTICS.write_text("1")
     try:
@@ -244,7 +245,7 @@ def _own_sample(seconds: float) -> float:
     try:
         kernel.attach()
         time.sleep(seconds)
-        return _cost_of_runs(Path(f"/proc/self/fdinfo/{kernel.program_fds['on_clock']}"))
+        return cost_of_runs(Path(f"/proc/self/fdinfo/{kernel.program_fds['on_clock']}"))
     finally:
         kernel.close()
 
@@ -258,12 +259,12 @@ def _sample_of_bpftrace(seconds: float) -> float:
             time.sleep(seconds + 1)
             infos = Path(f"/proc/{process.pid}/fdinfo").iterdir()
             (program,) = (one for one in infos if "run_cnt" in one.read_text())
-            return _cost_of_runs(program)
+            return cost_of_runs(program)
         finally:
             process.kill()
 
 
-def _cost_of_runs(info: Path) -> float:
+def cost_of_runs(info: Path) -> float:
     """Nanoseconds for one run of a program, by what the kernel shows of its descriptor."""
     shown = dict(line.split(":", 1) for line in info.read_text().splitlines())
     runs = int(shown["run_cnt"])

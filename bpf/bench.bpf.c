@@ -213,3 +213,10 @@ int xdp_pass(struct xdp_md *packet)
 {
 	return XDP_PASS;
 }
+
+/* The same, at an interface. */
+SEC("tc")
+int tc_pass(struct __sk_buff *skb)
+{
+	return -1; /* TC_ACT_UNSPEC */
+}

@@ -245,7 +245,7 @@ class Kernel(Section, frozen=True, kw_only=True):
         int,
         Meta(ge=64, le=1 << 20),
         doc(
-            "Flows (`net.flow`) that are kept at a time, of all interfaces together, in about 500 "
+            "Flows (`net.flow`) that are kept at a time, of all interfaces together, in 620 "
             "bytes of kernel memory each. Beyond them the one that is idle for longest is reported "
             "and makes way."
         ),

@@ -123,9 +123,9 @@ class FakeProgram:
     def keep_log(self) -> None:
         self.log = "R1 invalid\nprocessed 3 insns"
 
-    def run(self) -> int:
+    def run(self, repeat: int = 0) -> int:
         self._kernel.ran.append((self.name, tuple(self._kernel.attached)))
-        return 0
+        return repeat
 
     def attach(self) -> FakeLink:
         if self.name in self._kernel.does_not_attach:
@@ -309,6 +309,34 @@ def test_unloading_detaches_last_first_and_closes(kernel: Kernel) -> None:
     with pytest.raises(KernelError, match="thing is not loaded"):
         made.attach("thing")
     made.load("thing", {})
+
+
+def test_what_is_detached_can_still_be_run(kernel: Kernel) -> None:
+    """By its name, if it is there for that, and not another one."""
+    programs = (
+        ProgramInfo("plain", "thing", ("test.thing",)),
+        ProgramInfo("other", "walk", ("test.thing",), run=True),
+    )
+    catalogue = {"core": CATALOGUE["core"], "thing": SensorInfo("thing", programs)}
+    made = Loader(sensors=catalogue, directory="/objects")
+    made.load_core({"critical": 4096, "bulk": 4096}, None)
+    made.load("thing", {})
+    states = made.attach("thing").programs
+    assert [(one.name, one.way) for one in states if one.status == "attached"] == [
+        ("plain", SECTIONS["plain"]),
+        ("other", "run by the agent"),
+    ]
+    assert kernel.attached == ["plain"]
+    assert made.run_program("thing", "other", 7) == 7
+    made.detach("thing")
+    assert kernel.attached == []
+    assert made.run_program("thing", "other", 8) == 8
+    for name in ("plain", "nothing"):
+        with pytest.raises(KernelError, match=f"thing has no program {name} to be run"):
+            made.run_program("thing", name, 1)
+    made.unload("thing")
+    with pytest.raises(KernelError, match="thing is not loaded"):
+        made.run_program("thing", "other", 1)
 
 
 def test_the_end_leaves_nothing_open(kernel: Kernel) -> None:
