@@ -173,6 +173,14 @@ def test_tcp(tmp_path: Path) -> None:
         assert event.client_packets == event.client_packets_total
 
 
+def test_by_perf_buffers(tmp_path: Path) -> None:
+    """The same records, those of the end among them."""
+    seen = observe(tmp_path, two_conversations, config=f'{CONFIG}[rings]\ntransport = "perf"\n')
+    assert seen.recording.manifest.transport == "perf"
+    assert difference(counts_of(seen.recording.of("net.flow")), seen.witness) == {}
+    assert len(flows_of(seen)) == 2
+
+
 def test_inbound(tmp_path: Path) -> None:
     """A service at the near end: the client is the far one."""
     seen = observe(tmp_path, answer_to_far)
