@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 
 from streamer.kernel.objects import CONTRACT
 
@@ -68,7 +69,8 @@ class FlowWalk:
         """
         if self._get("rounds") >= self._get("target"):
             self._set("target", self._get("rounds") + 1)
-        self._run(self._runs)
+        with suppress(InterruptedError):  # somebody has stopped the helper for a while
+            self._run(self._runs)
         return self._get("rounds") >= self._get("target")
 
     def flush(self) -> bool:

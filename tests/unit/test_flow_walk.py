@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import struct
 from collections.abc import Iterator
@@ -71,6 +72,19 @@ def test_a_full_ring_interrupts_a_round_and_begins_none(programs: Programs) -> N
     flows = walk(programs, 1 << 20)
     assert [flows.step() for _ in range(4)] == [False, False, True, False]
     assert programs.word("target") == 2
+
+
+def test_who_is_interrupted_goes_on_later(programs: Programs) -> None:
+    """As by a debugger: the kernel gives up a program that it runs again and again."""
+    struct.pack_into("<Q", programs.memory, AT["target"], 1)
+
+    def interrupted(repeat: int) -> int:
+        raise OSError(errno.EINTR, "Interrupted system call")
+
+    flows = FlowWalk(programs.memory, interrupted, 64, 30, 60, 0)
+    assert not flows.step()
+    assert walk(programs, 1 << 20).step()
+    assert programs.word("rounds") == 1
 
 
 def test_a_large_table_is_walked_in_steps(programs: Programs) -> None:
