@@ -91,7 +91,10 @@ TOO_MUCH = [
     (request("load", sensor="net", options=NAMED | {"more": 1}), "load: options"),
     (request("load", sensor="net", options={"c": requests.MOST_OPTION + 1}), "load: options"),
     (request("run_program", sensor="s", program="p", repeat=0), "run_program: repeat"),
-    (request("run_program", sensor="s", program="p", repeat=requests.MOST_RUNS + 1), "run_program: repeat"),
+    (
+        request("run_program", sensor="s", program="p", repeat=requests.MOST_RUNS + 1),
+        "run_program: repeat",
+    ),
     (request("run_program", sensor="s", program="p", repeat=True), "run_program: repeat"),
     (request("run_program", sensor="s", program="p" * 65, repeat=1), "run_program: program"),
     (request("detach", sensor="a" * 33), "detach: sensor"),
