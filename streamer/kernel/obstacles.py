@@ -78,8 +78,8 @@ def why_denied(section: str, error: OSError, have: Rights) -> str:
         return "the kernel is locked down"
     if have.memlock is not None:
         return (
-            f"RLIMIT_MEMLOCK is {have.memlock:,} bytes, and before Linux 5.11 maps and programs "
-            "have to fit into it"
+            f"lockdown, or RLIMIT_MEMLOCK, which is {have.memlock:,} bytes: before Linux 5.11 maps "
+            "and programs have to fit into it"
         )
     return ""
 
