@@ -114,6 +114,7 @@ class PerfSource(Source):
         self._epoll = select.epoll()
         self._registered: dict[int, int] = {}
         self._seen: dict[int, tuple[int, int]] = {}
+        self._told: dict[int, int] = {}
         self.buffers = PerfBuffers()
         super().__init__(name, self._epoll.fileno(), self.buffers, envelope, cpus)
 
@@ -134,18 +135,20 @@ class PerfSource(Source):
         self._seen.pop(cpu, None)
 
     def mute(self, taken: Sequence[int]) -> list[int]:
-        """CPUs for which nothing was written since the last call, although numbers were taken.
+        """CPUs for which nothing was written since the last call, although numbers were out then.
 
-        `taken` is the last of each CPU. Such a CPU was down in between, and its events went with
-        it; that it has not been read, and so has no room, is another matter.
+        `taken` is the last of each CPU. Such a CPU may have been down in between, and its events
+        went with it; or they found no room, and nothing has followed. Told once for each number.
         """
         found = []
         for cpu in self._registered:
-            before, now = self._seen.get(cpu), (taken[cpu], self.produced(cpu))
-            self._seen[cpu] = now
-            if before is None or self.consumed(cpu) != now[1]:
+            passed, produced = self.ring.next_seq(cpu) - 1, self.produced(cpu)
+            before = self._seen.get(cpu)
+            self._seen[cpu] = (taken[cpu], produced)
+            if before is None or self.consumed(cpu) != produced or before[1] != produced:
                 continue
-            if now[0] > before[0] and now[1] == before[1]:
+            if before[0] > max(passed, self._told.get(cpu, 0)):
+                self._told[cpu] = taken[cpu]
                 found.append(cpu)
         return found
 
