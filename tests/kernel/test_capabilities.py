@@ -155,7 +155,6 @@ def test_all_kinds_with_exactly_these(start: Start, user: str, scope: Scope) -> 
     assert calls(recording) == OPENS
 
 
-@pytest.mark.every_kernel
 def test_without_the_one_for_networks(start: Start, scope: Scope) -> None:
     """What needs it says so, by name; the rest is as it was."""
     kinds = "process.exec,xdp.counters"
@@ -186,7 +185,6 @@ def send(name: str) -> None:
                 sender.send(b"x")
 
 
-@pytest.mark.every_kernel
 def test_packets_of_an_interface(start: Start, require: Require) -> None:
     require(shutil.which("ip"), "ip (iproute2) is not installed")
     with two_namespaces() as (near, far):
@@ -218,7 +216,6 @@ def test_memory_that_a_kernel_before_5_11_does_not_give(
     )
 
 
-@pytest.mark.every_kernel
 def test_check_says_what_a_profile_lacks(user: str, public_copy: tuple[str, ...]) -> None:
     """Names of functions: of other users' processes, and of the kernel."""
     python = os.path.realpath(sys.executable)
@@ -321,7 +318,6 @@ print(json.dumps([{
 """
 
 
-@pytest.mark.every_kernel
 def test_another_process_of_the_workers_user(scope: Scope, tmp_path: Path) -> None:
     """It can send signals to the worker, which is why that should have a user of its own."""
     with Agent(tmp_path, *scope.options, events="process.exec") as agent:
@@ -339,7 +335,6 @@ def test_another_process_of_the_workers_user(scope: Scope, tmp_path: Path) -> No
         assert set(found.values()) == {"Permission denied"}
 
 
-@pytest.mark.every_kernel
 def test_a_crash_leaves_no_memory_in_a_file(scope: Scope, tmp_path: Path) -> None:
     """Even where every other process's would."""
     with Agent(

@@ -26,7 +26,7 @@ from tests.kernel.system import kernel_is, kernel_knows
 from tests.kernel.test_degraded import NO_BTF, no_tracefs
 from tests.kernel.test_privilege import functions_load
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 NOBODY = 65534
 KPROBES = os.path.exists("/sys/bus/event_source/devices/kprobe")
@@ -123,6 +123,7 @@ def test_helpers_are_those_of_this_kernel() -> None:
     assert raw["bpf_get_current_task_btf"] == _yes(kernel_is(5, 11))
 
 
+@pytest.mark.every_kernel
 def test_it_agrees_with_the_manifest_of_a_run(scope: Scope, tmp_path: Path) -> None:
     """Kind by kind, with everything switched on."""
     config = tmp_path / "everything.toml"
@@ -282,6 +283,7 @@ def sysctl(require_kernel: Require) -> Iterator[None]:
         (SYSCTLS / name).write_text(value)
 
 
+@pytest.mark.every_kernel
 @pytest.mark.usefixtures("sysctl")
 def test_a_jit_that_hides_constants() -> None:
     (SYSCTLS / "net/core/bpf_jit_harden").write_text("2")
@@ -292,6 +294,7 @@ def test_a_jit_that_hides_constants() -> None:
     assert found.settings["net.core.bpf_jit_harden"].value == "2"
 
 
+@pytest.mark.every_kernel
 @pytest.mark.usefixtures("sysctl")
 def test_without_a_jit() -> None:
     """Debian's kernels have no interpreter: they take no such setting."""

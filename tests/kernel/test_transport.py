@@ -23,7 +23,7 @@ from tests.kernel.pace import SLOWNESS, repetitions, seconds
 from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 WITHOUT_RINGS = (sys.executable, "-m", "tests.kernel.without_rings")
 PERF = '[rings]\ntransport = "perf"\n'
@@ -45,6 +45,7 @@ def check(prefix: tuple[str, ...] = (), *arguments: str) -> dict[str, object]:
 # ---------------------------------------------------------------- which one is used, and why
 
 
+@pytest.mark.every_kernel
 def test_where_ring_buffers_are_refused_nothing_else_is_missing() -> None:
     usual, refused = check(), check(WITHOUT_RINGS)
     assert usual["kinds"] == refused["kinds"]
@@ -239,6 +240,7 @@ def await_buffers(cpu: int) -> None:
     time.sleep(seconds(1))
 
 
+@pytest.mark.every_kernel
 def test_cpus_that_go_down_and_come_up(
     scope: Scope, tmp_path: Path, require_kernel: Require
 ) -> None:
