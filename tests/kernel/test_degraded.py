@@ -26,7 +26,7 @@ from tests.bpf_variant import Change, Variant
 from tests.kernel.agent import ROOT, Agent
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
-from tests.kernel.system import kernel_knows, open_missing
+from tests.kernel.system import BTF, kernel_knows, open_missing
 
 pytestmark = pytest.mark.kernel
 
@@ -86,7 +86,7 @@ def test_check_without_btf() -> None:
 
 def test_a_btf_file_instead_of_the_kernels(scope: Scope, tmp_path: Path) -> None:
     """The same BTF, as a file that the configuration names."""
-    shutil.copyfile("/sys/kernel/btf/vmlinux", tmp_path / "vmlinux")
+    shutil.copyfile(BTF, tmp_path / "vmlinux")
     config = f'btf = "{tmp_path}/vmlinux"\n'
     with Agent(tmp_path, *scope.options, config=config, prefix=NO_BTF) as agent:
         scope.act(open_missing, "/no/", 10)

@@ -34,7 +34,7 @@ from tests.kernel.live import Live
 from tests.kernel.pace import repetitions, seconds
 from tests.kernel.roles import Role
 from tests.kernel.scope import Scope, checkpoint
-from tests.kernel.system import kernel_is, system_call
+from tests.kernel.system import BTF, kernel_is, system_call
 from tests.kernel.witness import bpftrace
 
 pytestmark = pytest.mark.kernel
@@ -489,7 +489,7 @@ def call_and_stay(count: int) -> None:
 def test_tasks_that_end_leave_nothing(scope: Scope, tmp_path: Path) -> None:
     """Where they are kept in a table: without the kernel's own types."""
     copy = tmp_path / "vmlinux"
-    shutil.copyfile("/sys/kernel/btf/vmlinux", copy)
+    shutil.copyfile(BTF, copy)
     with (
         Timing(scope, "sched_rr_get_interval", settings=Settings(btf=str(copy))) as timing,
         scope.start(call_and_stay, 20) as actor,
