@@ -43,7 +43,7 @@ HOST :=
 # WRITE=--write puts what each kernel gives into docs/kernels.md.
 WRITE :=
 
-test-kernels: KERNELS += bullseye/headers bookworm/headers sid/norings trixie-arm64
+test-kernels: KERNELS += bullseye/headers bookworm/headers bookworm/lockdown sid/norings trixie-arm64
 test-kernels: ## the kernel's tests on stock Debian kernels 5.10 to 7.2 in virtual machines (root, slow)
 	@tools/setup.sh dev
 	@$(PYTHON_BIN) bpf/build.py --all

@@ -213,6 +213,13 @@ def _doing_nothing(section: str) -> bytes:
     return tiny.returning(tiny.neutral(section))
 
 
+def about_way(section: str, way: str) -> Answer:
+    """What is said of a place where a program is attached; `way` is what the loader calls it."""
+    if section.startswith("tcx/") and way.endswith(":clsact"):
+        return Answer("no", "this kernel has no tcx: clsact serves in its place")
+    return Answer("yes", way if way != section else "")
+
+
 class _AtPlace(NamedTuple):
     """What came of a tiny program at a section: did it load, and did it attach.
 
@@ -266,8 +273,7 @@ def _at_place(
     if attached is None:
         return _AtPlace(use, YES, None)
     if attached.status == ATTACHED:
-        how = attached.way if attached.way != use.section else ""
-        return _AtPlace(use, YES, Answer("yes", how))
+        return _AtPlace(use, YES, about_way(use.section, attached.way))
     return _AtPlace(use, YES, _judged_place(attached, needs, have))
 
 
@@ -412,9 +418,11 @@ def _try_bpf(have: frozenset[int]) -> Answer:
         if error.errno == errno.ENOSYS:
             return Answer("no", "no BPF in this kernel (CONFIG_BPF_SYSCALL)")
         answer = judged(str(error.strerror), (CAP_BPF,), have)
-        if answer.answer == "no":
-            why = "lockdown, a seccomp filter, or a small RLIMIT_MEMLOCK"
-            return Answer("no", f"{answer.reason}: {why}")
+        if answer.answer == "no" and error.errno in _NOT_PERMITTED:
+            why = (
+                "a seccomp filter, a security module, or a small RLIMIT_MEMLOCK (before Linux 5.11)"
+            )
+            return Answer("unknown", f"{answer.reason}: {why}")
         return answer
     return YES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from tests.kernel.agent import ROOT, Agent
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
 from tests.kernel.system import kernel_is, kernel_knows
-from tests.kernel.test_degraded import NO_BTF, no_tracefs
+from tests.kernel.test_degraded import NO_BTF, no_tracefs, refusing
 from tests.kernel.test_privilege import functions_load
 
 pytestmark = pytest.mark.kernel
@@ -92,10 +93,11 @@ def test_what_it_says_of_this_kernel() -> None:
     assert points["kprobe/syscalls"] == points["kretprobe/syscalls"] == _yes(KPROBES)
     assert points["fentry/syscalls"] == typed
     assert (
-        points["raw_tp/sched_process_exec"] == points["tracepoint/syscalls/sys_exit_open"] == "yes"
+        points["raw_tp/sched_process_exec"] == points["tracepoint/syscalls/sys_exit_openat"] == "yes"
     )
     assert points["xdp"] == points["cgroup/sock_release"] == "yes"
     assert found.attach_points["xdp"].reason == "xdp lo:generic"
+    assert points.get("tcx/ingress", _yes(kernel_is(6, 6))) == _yes(kernel_is(6, 6))
     assert "unknown" not in points.values()
     assert code in (0, 1)
 
@@ -269,6 +271,51 @@ def test_for_people_it_is_eighty_columns_wide() -> None:
     assert any(line.startswith("xdp.counters      unavailable: ") for line in lines)
 
 
+@pytest.mark.every_kernel
+def test_a_small_limit_of_locked_memory() -> None:
+    """It counts before 5.11, where nothing can be told of the kernel then; who may, raises it."""
+    small = ("prlimit", "--memlock=0:0", *rights("+bpf", "+perfmon", "+net_admin", "+sys_admin"))
+    code, found = check(prefix=small)
+    assert found.settings["RLIMIT_MEMLOCK"].value == "0 KiB"
+    if kernel_is(5, 11):
+        assert found.features["bpf"].answer == "yes"
+        return
+    assert code == 3
+    assert found.features["bpf"].answer == "unknown"
+    assert "RLIMIT_MEMLOCK" in found.features["bpf"].reason
+    assert set(answers(found.map_types).values()) == {"unknown"}
+
+
+def test_where_bpf_is_filtered_nothing_is_concluded() -> None:
+    """As in a container whose seccomp filter refuses it: that is nothing of the kernel's."""
+    code, found = check(prefix=refusing(errno.EPERM))
+    assert code == 3
+    assert found.features["bpf"].answer == "unknown"
+    assert "a seccomp filter" in found.features["bpf"].reason
+    assert set(answers(found.program_types).values()) == {"unknown"}
+    assert found.settings["seccomp"].value == "filter"
+    assert check(prefix=refusing(errno.ENOSYS))[1].features["bpf"].answer == "no"
+
+
+@pytest.mark.every_kernel
+def test_in_lockdown(require_kernel: Require) -> None:
+    """In its confidentiality mode no program may read kernel memory: what is said of the kernel
+    says so, and so does each kind that cannot do without. The variant `lockdown` runs it.
+    """
+    lockdown = Path("/sys/kernel/security/lockdown")
+    locked = lockdown.exists() and "[confidentiality]" in lockdown.read_text()
+    require_kernel(locked, "the kernel is not locked down")
+    code, found = check("--events", "*")
+    assert found.settings["lockdown"].value == "confidentiality"
+    assert found.features["bpf"].answer == "yes"
+    assert found.features["kernel_memory"].answer == "no"
+    assert found.features["kernel_memory"].reason.startswith("lockdown: ")
+    assert found.map_types["ringbuf"].answer == "yes"
+    assert found.helpers["raw_tracepoint"]["bpf_ringbuf_output"].answer == "yes"
+    assert found.kinds["process.exec"].status == "unavailable"
+    assert code in (1, 3)
+
+
 SYSCTLS = Path("/proc/sys")
 
 
@@ -335,14 +382,13 @@ def await_none_left() -> None:
         time.sleep(0.05)
 
 
-def surroundings() -> tuple[str, str, list[str]]:
-    """What a check could have changed: mounts, interfaces, probes."""
+def surroundings() -> list[str]:
+    """What a check mounts, where this process sees it, and the probes that it could have made."""
+    kinds = (" - tracefs ", " - securityfs ", " - sysfs ")
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     probes = Path("/sys/kernel/tracing/kprobe_events")
-    return (
-        Path("/proc/self/mountinfo").read_text(),
-        Path("/proc/net/dev").read_text().partition("lo:")[0],
-        sorted(os.listdir("/sys/class/net")) + ([probes.read_text()] if probes.exists() else []),
-    )
+    made = probes.read_text().splitlines() if probes.exists() else []
+    return [line for line in mounts if any(kind in line for kind in kinds)] + made
 
 
 UNMOUNT = (

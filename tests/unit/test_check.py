@@ -31,7 +31,7 @@ from streamer.kernel.loader import OBJECTS
 from streamer.kernel.objects import SENSORS
 from streamer.kernel.report import Answer, CheckReport, Kind, Setting
 from streamer.kernel.state import ProgramStatus
-from streamer.kernel.trials import YES, about_helper, judged, needs_of
+from streamer.kernel.trials import YES, about_helper, about_way, judged, needs_of
 from streamer.kernel.uses import uses_of
 from streamer.terminal.checked import WIDTH, check_code, check_text
 
@@ -180,6 +180,13 @@ def test_a_user_namespace_is_not_the_host() -> None:
 def test_the_mode_of_seccomp() -> None:
     assert _seccomp("Name:\tx\nSeccomp:\t2\nSeccomp_filters:\t1\n") == "filter"
     assert _seccomp("Name:\tx\n") == "none"
+
+
+def test_what_stands_in_for_a_place_is_told_from_it() -> None:
+    assert about_way("raw_tp/x", "raw_tp/x") == YES
+    assert about_way("xdp", "xdp lo:generic") == Answer("yes", "xdp lo:generic")
+    assert about_way("tcx/egress", "tcx/egress lo:tcx").answer == "yes"
+    assert about_way("tcx/egress", "tcx/egress lo:clsact").answer == "no"
 
 
 # ---------------------------------------------------------------- the report

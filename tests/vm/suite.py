@@ -68,6 +68,12 @@ mount --bind "$MODULES/usr/src" /usr/src
 export STREAMER_TEST_BTF=/run/btf
 exec "$@"
 """
+# There is no way back from it, so no other test can run there afterwards.
+LOCK_DOWN = """
+mountpoint -q /sys/kernel/security || mount -t securityfs none /sys/kernel/security
+echo confidentiality >/sys/kernel/security/lockdown
+exec "$@"
+"""
 VARIANTS: dict[str, Variant] = {
     "": Variant(""),
     "headers": Variant(
@@ -87,6 +93,11 @@ VARIANTS: dict[str, Variant] = {
             *("tests/kernel/test_net.py", "tests/kernel/test_loss.py"),
             "tests/kernel/test_transport.py",
         ),
+    ),
+    "lockdown": Variant(
+        "locked down",
+        ("sh", "-ec", LOCK_DOWN, "sh"),
+        ("tests/kernel/test_check.py::test_in_lockdown",),
     ),
 }
 # What `tools/arm64.sh` made is run there. A machine of that kind has no compiler, and an emulated
