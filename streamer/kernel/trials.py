@@ -13,7 +13,7 @@ import mmap
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -23,7 +23,9 @@ from streamer.kernel.capabilities import CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CA
 from streamer.kernel.cgroups import cgroup_root
 from streamer.kernel.helper_names import HELPERS
 from streamer.kernel.libbpf import (
+    Link,
     Object,
+    Program,
     Refused,
     btf_id_at,
     functions_of,
@@ -34,11 +36,12 @@ from streamer.kernel.libbpf import (
     run_program,
 )
 from streamer.kernel.loader import (
-    ATTACHED,
     FAILED,
+    TIMED,
     Loader,
     ProgramState,
     Targets,
+    _Sensor,
     ensure_tracefs,
 )
 from streamer.kernel.report import Answer
@@ -83,15 +86,15 @@ class Found(NamedTuple):
 # ---------------------------------------------------------------- what an error means
 
 
-def judged(reason: str, needs: Iterable[int], have: frozenset[int]) -> Answer:
+def judged(error: OSError, needs: Iterable[int], have: frozenset[int]) -> Answer:
     """What a refusal says of the kernel, if `have` are the capabilities of who tried.
 
-    `reason` has the kernel's error in words. It is a no only if it would be one for anybody: not
-    where a capability is missing, or memory.
+    It is a no only if it would be one for anybody: not where a capability is missing, or memory.
     """
-    if any(os.strerror(number) in reason for number in _NOT_ITS_FAULT):
+    reason = str(error.strerror)
+    if error.errno in _NOT_ITS_FAULT:
         return Answer("unknown", reason)
-    if CAP_SYS_ADMIN not in have and any(os.strerror(one) in reason for one in _NOT_PERMITTED):
+    if CAP_SYS_ADMIN not in have and error.errno in _NOT_PERMITTED:
         lacking = [capabilities.name_of(one) for one in needs if one not in have]
         if lacking:
             return Answer("unknown", f"{reason}: it takes {' and '.join(lacking)}")
@@ -189,6 +192,7 @@ class _TrialLoader(Loader):
         }
         super().__init__(sensors=sensors, targets=dict.fromkeys(sensors, targets))
         self.no_functions = ""  # they are tried one by one
+        self.errors: dict[tuple[str, str], OSError] = {}  # by sensor and program
         self._core = self._open(next(iter(groups)))  # to be there: nothing is taken from it
 
     def _open(self, name: str) -> Object:
@@ -198,6 +202,26 @@ class _TrialLoader(Loader):
 
     def _obstacle(self, section: str) -> str:
         return ""
+
+    def _try_load(self, made: _Sensor, names: Collection[str], function: str = "") -> Object:
+        try:
+            return super()._try_load(made, names, function)
+        except OSError as error:
+            self.errors |= dict.fromkeys(((made.info.name, name) for name in names), error)
+            raise
+
+    def _attach_program(self, made: _Sensor, program: Program) -> tuple[list[Link], str]:
+        try:
+            return super()._attach_program(made, program)
+        except OSError as error:
+            self.errors[made.info.name, program.name] = error
+            raise
+
+    def why(self, group: str, state: ProgramState) -> OSError:
+        """Why a program failed, in the kernel's words. The loader's are for who runs the agent."""
+        if state.reason.startswith(_NO_PLACE) and state.reason.endswith(state.way):
+            return FileNotFoundError(errno.ENOENT, "this kernel has none")
+        return self.errors.get((group, state.name), OSError(0, state.reason))
 
 
 def _info(number: int, use: ProgramUse) -> ProgramInfo:
@@ -252,50 +276,39 @@ def _try_places(
 
 
 def _try_group(
-    loader: Loader, group: str, uses: Sequence[ProgramUse], have: frozenset[int]
+    loader: _TrialLoader, group: str, uses: Sequence[ProgramUse], have: frozenset[int]
 ) -> Iterator[_AtPlace]:
     loaded = {state.hook: state for state in loader.load(group, {}).programs}
     attached = {}
     if _is_attached(uses[0]):
         attached = {state.hook: state for state in loader.attach(group).programs}
     for use in uses:
-        yield _at_place(use, loaded[use.section], attached.get(use.section), have)
+        states = attached.get(use.section), loaded[use.section]
+        failed = next((one for one in states if one and one.status == FAILED), None)
+        if failed is None:
+            way = states[0].way if states[0] else None
+            yield _AtPlace(use, YES, about_way(use.section, way) if way is not None else None)
+        else:
+            error = loader.why(group, failed)
+            yield _refused(
+                use, error, loads=failed is states[0] and states[1].status != FAILED, have=have
+            )
 
 
-def _at_place(
-    use: ProgramUse, loaded: ProgramState, attached: ProgramState | None, have: frozenset[int]
-) -> _AtPlace:
-    needs = needs_of(use.section)
-    if loaded.status == FAILED:
-        refused = judged(_own_reason(loaded), needs, have)
-        there = not loaded.reason.startswith(_NO_PLACE)
-        return _AtPlace(use, refused, refused if attached else None, there)
-    if attached is None:
-        return _AtPlace(use, YES, None)
-    if attached.status == ATTACHED:
-        return _AtPlace(use, YES, about_way(use.section, attached.way))
-    return _AtPlace(use, YES, _judged_place(attached, needs, have))
-
-
-def _judged_place(state: ProgramState, needs: Iterable[int], have: frozenset[int]) -> Answer:
-    in_tracefs = state.way.partition("/")[0] in ("tracepoint", "tp")
+def _refused(use: ProgramUse, error: OSError, *, loads: bool, have: frozenset[int]) -> _AtPlace:
+    """`loads`: it was loaded, and could not be attached."""
+    answer = judged(error, needs_of(use.section), have)
+    if not loads:
+        there = error.errno not in (errno.ENOENT, errno.ESRCH)
+        return _AtPlace(use, answer, answer if _is_attached(use) else None, there)
+    in_tracefs = use.section.partition("/")[0] in ("tracepoint", "tp")
     trouble = ensure_tracefs() if in_tracefs else ""
-    if trouble:
-        return Answer("unknown", trouble)
-    return judged(_own_reason(state), needs, have)
-
-
-def _own_reason(state: ProgramState) -> str:
-    """Without the names of program and place."""
-    if state.reason.startswith(_NO_PLACE) and state.reason.endswith(state.way):
-        return "this kernel has none"
-    reason = state.reason.removeprefix(f"{state.name} does not load: ")
-    return reason.removeprefix(f"{state.way} cannot be attached: ")
+    return _AtPlace(use, YES, Answer("unknown", trouble) if trouble else answer)
 
 
 def _is_attached(use: ProgramUse) -> bool:
     """Whether it is: of others the agent runs one itself, or only looks whether it loads."""
-    return use.info is not None and not getattr(use.info, "run", False)
+    return use.info is not None and use.section != TIMED and not getattr(use.info, "run", False)
 
 
 def _is_of_this_machine(use: ProgramUse) -> bool:
@@ -365,7 +378,7 @@ def _try_map(use: MapUse, have: frozenset[int]) -> Answer:
         finally:
             opened.close()
     except OSError as error:
-        return judged(os.strerror(error.errno or 0), (CAP_BPF,), have)
+        return judged(error, (CAP_BPF,), have)
     return YES
 
 
@@ -402,8 +415,7 @@ def _try_helper(use: ProgramUse, helper: int, btf_id: int, have: frozenset[int])
     try:
         os.close(load_instructions(use.type, code, tiny.NAME, attach=use.attach, btf_id=btf_id))
     except Refused as error:
-        reason = str(error.strerror)
-        return about_helper(error, have) or judged(reason, needs_of(use.section), have)
+        return about_helper(error, have) or judged(error, needs_of(use.section), have)
     return YES
 
 
@@ -417,7 +429,7 @@ def _try_bpf(have: frozenset[int]) -> Answer:
     except Refused as error:
         if error.errno == errno.ENOSYS:
             return Answer("no", "no BPF in this kernel (CONFIG_BPF_SYSCALL)")
-        answer = judged(str(error.strerror), (CAP_BPF,), have)
+        answer = judged(error, (CAP_BPF,), have)
         if answer.answer == "no" and error.errno in _NOT_PERMITTED:
             why = (
                 "a seccomp filter, a security module, or a small RLIMIT_MEMLOCK (before Linux 5.11)"
@@ -433,7 +445,7 @@ def _try_jit(have: frozenset[int]) -> Answer:
     try:
         machine_code, verified = lengths_of(fd)
     except OSError as error:
-        return judged(str(error.strerror), (CAP_BPF,), have)
+        return judged(error, (CAP_BPF,), have)
     finally:
         os.close(fd)
     if not verified:
@@ -454,11 +466,11 @@ def _try_reading(have: frozenset[int]) -> Answer:
         told = about_helper(error, have)
         if told is not None and told.answer == "no":
             return Answer("no", f"lockdown: {told.reason}")
-        return judged(str(error.strerror), (CAP_BPF, CAP_PERFMON), have)
+        return judged(error, (CAP_BPF, CAP_PERFMON), have)
     try:
         result = ctypes.c_int32(run_program(fd)).value
     except OSError as error:
-        return judged(str(error.strerror), (CAP_BPF, CAP_PERFMON), have)
+        return judged(error, (CAP_BPF, CAP_PERFMON), have)
     finally:
         os.close(fd)
     return YES if result == 0 else Answer("no", f"lockdown: {os.strerror(-result)}")

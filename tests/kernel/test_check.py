@@ -93,7 +93,9 @@ def test_what_it_says_of_this_kernel() -> None:
     assert points["kprobe/syscalls"] == points["kretprobe/syscalls"] == _yes(KPROBES)
     assert points["fentry/syscalls"] == typed
     assert (
-        points["raw_tp/sched_process_exec"] == points["tracepoint/syscalls/sys_exit_openat"] == "yes"
+        points["raw_tp/sched_process_exec"]
+        == points["tracepoint/syscalls/sys_exit_openat"]
+        == "yes"
     )
     assert points["xdp"] == points["cgroup/sock_release"] == "yes"
     assert found.attach_points["xdp"].reason == "xdp lo:generic"
