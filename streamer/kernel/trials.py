@@ -308,7 +308,7 @@ def _refused(use: ProgramUse, error: OSError, *, loads: bool, have: frozenset[in
 
 def _is_attached(use: ProgramUse) -> bool:
     """Whether it is: of others the agent runs one itself, or only looks whether it loads."""
-    return use.info is not None and use.section != TIMED and not getattr(use.info, "run", False)
+    return use.info is not None and use.section != TIMED and not use.info.run
 
 
 def _is_of_this_machine(use: ProgramUse) -> bool:
