@@ -294,8 +294,17 @@ static __always_inline bool speaks_of_else(struct bpf_sock *sk, bool *connected)
 {
 	__u16 port = sk ? sk->dst_port : 0;
 
-	*connected = port;
-	return port && !is_dns_port(bpf_ntohs(port));
+	*connected = port && is_dns_port(bpf_ntohs(port));
+	return port && !*connected;
+}
+
+/* A datagram can be sent to another than the one that its socket is connected to. */
+static __always_inline bool sends_to_anybody(struct bpf_sock *sk)
+{
+	if (!sk)
+		return true;
+	sk = bpf_sk_fullsock(sk);
+	return sk && sk->protocol == IPPROTO_UDP;
 }
 
 /* False: it is not what its headers say. `sent`: it leaves, so that its source is local. */
@@ -351,7 +360,7 @@ static __always_inline void read_peer(struct dns_packet *packet, struct bpf_sock
 	__u16 port = bpf_ntohs(sk->dst_port);
 	__u32 *addr = (__u32 *)packet->remote_addr;
 
-	if (!port)
+	if (!is_dns_port(port)) /* it is not, or this goes to another */
 		return;
 	packet->remote_port = port;
 	if (sk->family == AF_INET) {
@@ -542,9 +551,11 @@ static __always_inline bool within_limit(struct event_base *base, __u32 index, _
 	}
 	count(&share->reported);
 	more = share->left_out - share->told;
+	if ((__s64)more < 0) /* two CPUs told the same ones: that many are not told again */
+		more = 0;
 	if (more > MOST_WEIGHT - base->weight)
 		more = MOST_WEIGHT - base->weight;
-	share->told += more;
+	__sync_fetch_and_add(&share->told, more);
 	base->weight += more;
 	return true;
 }
@@ -598,7 +609,8 @@ static __always_inline void put_query(struct net_dns *record, const struct dns_k
 {
 	record->task = query->owner.task;
 	record->owner_known = query->owner.known;
-	record->latency_ns = record->base.boot_ns - query->since_boot_ns;
+	record->latency_ns = record->base.boot_ns > query->since_boot_ns ?
+		record->base.boot_ns - query->since_boot_ns : 0;
 	record->queries = query->sent;
 	record->netns = query->netns;
 	record->local_port = query->local_port;
@@ -766,7 +778,9 @@ static __noinline void emit_response(struct __sk_buff *skb, const struct dns_pac
 	query = bpf_map_lookup_elem(&dns_pending, &key);
 	if (!query && response->transfer)
 		return;
-	if (query && query->since_boot_ns) {
+	if (query && !query->since_boot_ns) /* not sent yet: whoever answers has guessed it */
+		query = NULL;
+	if (query) {
 		put_query(record, &key, query);
 		owner = query->owner;
 		share = query->share;
@@ -1141,7 +1155,7 @@ int on_dns_egress(struct __sk_buff *skb)
 	__u32 transport, ports;
 	bool connected;
 
-	if (speaks_of_else(skb->sk, &connected))
+	if (speaks_of_else(skb->sk, &connected) && !sends_to_anybody(skb->sk))
 		return PASS;
 	ports = ports_of(skb, &transport);
 	if (ports && (connected || is_dns_port(ports & 0xffff)))

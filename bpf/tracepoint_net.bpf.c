@@ -605,9 +605,11 @@ static __always_inline bool within_limit(struct event_base *base, __u32 reason)
 	}
 	limit->reported++;
 	more = limit->left_out - limit->told;
+	if ((__s64)more < 0) /* one that interrupted this told the same ones */
+		more = 0;
 	if (more > MOST_WEIGHT - base->weight)
 		more = MOST_WEIGHT - base->weight;
-	limit->told += more;
+	__sync_fetch_and_add(&limit->told, more);
 	base->weight += more;
 	return true;
 }

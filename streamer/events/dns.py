@@ -37,7 +37,9 @@ _ONE, _THREE = struct.Struct("!H"), struct.Struct("!3H")
 _LENGTH = struct.Struct("<H")
 _OPT = 41
 # As zone files and dig write them; a dot in a label is no end of it.
-_SPECIAL = frozenset(b'"().;\\@$')
+_ODD = {byte: f"\\{byte:03d}" for byte in range(256) if not 0x20 <= byte < 0x7F}
+_IN_NAMES = {**_ODD, 0x20: "\\032", **{byte: f"\\{byte:c}" for byte in b'"().;\\@$'}}
+_IN_TEXTS = {**_ODD, **{byte: f"\\{byte:c}" for byte in b'"\\'}}
 _PLAIN = re.compile(rb"[!#%&'*+,\-/0-9:<=>?A-Z\[\]^_`a-z{|}~]*")
 _PLAIN_TEXT = re.compile(rb"[ !#-\[\]-~]*")
 
@@ -389,13 +391,7 @@ _READERS: dict[int, Callable[[_Reader, int, int], tuple[str, int]]] = {
 def _label(label: bytes) -> str:
     if _PLAIN.fullmatch(label):
         return label.decode("ascii")
-    return "".join(map(_character, label))
-
-
-def _character(byte: int) -> str:
-    if byte in _SPECIAL:
-        return f"\\{byte:c}"
-    return chr(byte) if 0x20 < byte < 0x7F else f"\\{byte:03d}"
+    return label.decode("latin-1").translate(_IN_NAMES)
 
 
 def _name_of(names: dict[int, str], prefix: str, number: int) -> str:
@@ -405,10 +401,4 @@ def _name_of(names: dict[int, str], prefix: str, number: int) -> str:
 def _text(text: bytes) -> str:
     if _PLAIN_TEXT.fullmatch(text):
         return f'"{text.decode("ascii")}"'
-    return '"' + "".join(map(_text_character, text)) + '"'
-
-
-def _text_character(byte: int) -> str:
-    if byte in b'"\\':
-        return f"\\{byte:c}"
-    return chr(byte) if 0x20 <= byte < 0x7F else f"\\{byte:03d}"
+    return f'"{text.decode("latin-1").translate(_IN_TEXTS)}"'

@@ -116,10 +116,17 @@ class TrafficFilters:
         left = []
         for one in there:
             if one.name == f"{NAME}-{direction}" and one.handle not in living:
-                self.remove(index, direction, one)
+                self._remove_stale(index, direction, one)
             else:
                 left.append(one)
         return left
+
+    def _remove_stale(self, index: int, direction: str, one: Filter) -> None:
+        try:
+            self.remove(index, direction, one)
+        except OSError as error:
+            if error.errno != _MISSING:  # another agent that begins has removed it
+                raise
 
     def _ask(self, kind: int, flags: int, message: bytes, data: bytes) -> list[bytes]:
         """Send a request, and wait for the end of the answer: its messages."""

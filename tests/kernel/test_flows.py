@@ -26,6 +26,7 @@ from streamer.kernel.libbpf import Program, run_program
 from streamer.kernel.loader import Loader
 from streamer.kernel.objects import CONTRACT
 from streamer.kernel.targets import targets_of
+from streamer.kernel.traffic import Filter, TrafficFilters
 from tests.conftest import Require
 from tests.golden.make import drained
 from tests.kernel.flows import (
@@ -933,6 +934,26 @@ def test_two_beside_each_other_by_clsact(require: Require) -> None:
     assert ways == ["clsact", "clsact"]
     assert counts == [4, 4, 8]
     assert filters == ["4", "2", "0"]
+
+
+def removed_by_another() -> list[Filter]:
+    """What is left, to one who has seen a filter that another has removed since."""
+    left = Filter("bpf", 1, socket.htons(3), 4711, "streamer-ingress")
+
+    class SeenBefore(TrafficFilters):
+        def filters(self, index: int, direction: str) -> list[Filter]:
+            return [left]
+
+    filters = SeenBefore()
+    try:
+        filters._ensure_clsact(socket.if_nametoindex("lo"))
+        return filters._without_stale(socket.if_nametoindex("lo"), "ingress")
+    finally:
+        filters.close()
+
+
+def test_two_that_begin_at_once_may_both_remove_what_was_left() -> None:
+    assert Role("second", in_own_network, removed_by_another).result() == []
 
 
 def killed_and_begun_again() -> tuple[int, int, int]:

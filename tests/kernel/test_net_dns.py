@@ -277,6 +277,25 @@ def test_only_the_response_to_the_query_answers_it(tmp_path: Path, scope: Scope)
     assert sorted(event.remote_addr for event in unsolicited) == ["127.0.0.1"] * 4 + ["127.0.0.2"]
 
 
+def ask_behind_a_peer() -> None:
+    """From a socket that is connected to a port which has nothing to do with DNS."""
+    with (
+        serve(lambda asked: []),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        client.connect(("127.0.0.2", 9))
+        client.sendto(query(1, question(b"hidden.test")), ("127.0.0.1", PORT))
+
+
+def test_a_peer_of_the_socket_hides_no_query(tmp_path: Path, scope: Scope) -> None:
+    """A connected socket, too, can send to anybody: it is told whom the packet went to."""
+    _, recording = recorded(tmp_path, scope, ask_behind_a_peer, config=SOON, wait=1)
+    (event,) = recording.of("net.dns")
+    assert told(event) == ("hidden.test", "A", "unanswered", "")
+    assert (event.remote_addr, event.remote_port) == ("127.0.0.1", PORT)
+    assert event.owner_known
+
+
 # ---------------------------------------------------------------- what no server should send
 
 NAME = b"odd.test"
