@@ -52,6 +52,17 @@ enum dns_state {
 	DNS_UNFOLLOWED,
 };
 
+/* The place of the last of `length` bytes. Kernels before 6.8 do not see that what is not 0 is at
+ * least 1, and let nothing be read of which the length may be 0: of `last_of(length) + 1` they do.
+ */
+static __always_inline __u32 last_of(__u32 length)
+{
+	__u32 last = length - 1;
+
+	barrier_var(last);
+	return last;
+}
+
 /* ---------------------------------------------------------------- what is kept */
 
 /* What is known of a packet, and of a connection. */
@@ -506,12 +517,12 @@ __noinline __u64 question_of_kept(struct __sk_buff *skb, __u32 sent)
 __noinline __u64 question_of(struct __sk_buff *skb, __u32 at, __u32 length)
 {
 	__u64 words[QUESTION_WORDS] = {};
-	__u32 size = length_of_question(skb, at, length);
+	__u32 size = length_of_question(skb, at, length), last;
 
 	if (!size)
 		return 0;
-	barrier_var(size); /* else the two become one that the verifier cannot follow */
-	if (size > sizeof(words) || bpf_skb_load_bytes(skb, at + DNS_HEADER, words, size))
+	last = last_of(size);
+	if (last >= sizeof(words) || bpf_skb_load_bytes(skb, at + DNS_HEADER, words, last + 1))
 		return 0;
 	return (__u64)size << 32 | hash_of(words, size, seed_of_hash());
 }
@@ -706,7 +717,7 @@ static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet
 				  const __u8 *kept, __u32 id, __u64 question)
 {
 	struct bpf_sock *sk = skb->sk;
-	__u32 length = (question >> 32) + DNS_HEADER;
+	__u32 length = (question >> 32) + DNS_HEADER, last;
 	struct dns_query *query;
 	struct dns_slot *place;
 	struct owner owner;
@@ -733,10 +744,10 @@ static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet
 	query->sent = 1;
 	if (!(question >> 32)) /* so that its mistake is seen */
 		length = packet->length < DNS_QUERY_LEN ? packet->length : DNS_QUERY_LEN;
-	barrier_var(length);
-	if (length && length <= DNS_QUERY_LEN &&
-	    !(kept ? bpf_probe_read_kernel(query->beginning, length, kept) :
-		     bpf_skb_load_bytes(skb, packet->at, query->beginning, length)))
+	last = last_of(length);
+	if (last < DNS_QUERY_LEN &&
+	    !(kept ? bpf_probe_read_kernel(query->beginning, last + 1, kept) :
+		     bpf_skb_load_bytes(skb, packet->at, query->beginning, last + 1)))
 		query->length = length;
 	query->since_boot_ns = bpf_ktime_get_boot_ns();
 	place = bpf_map_lookup_elem(&dns_slots, &query->slot);
@@ -763,7 +774,7 @@ static __noinline void emit_response(struct __sk_buff *skb, const struct dns_pac
 				     const struct dns_response *response, __u64 question)
 {
 	struct dns_scratch *scratch = ONLY_ENTRY(dns_scratch);
-	__u32 length = response->length, before, share = SHARES;
+	__u32 length = response->length, before, last, share = SHARES;
 	struct bpf_sock *sk = skb->sk;
 	struct owner owner = {};
 	struct dns_query *query;
@@ -809,11 +820,11 @@ static __noinline void emit_response(struct __sk_buff *skb, const struct dns_pac
 		length = DNS_MESSAGE_LEN;
 		record->base.cut = 1;
 	}
-	barrier_var(length);
-	if (length && length <= DNS_MESSAGE_LEN &&
+	last = last_of(length);
+	if (last < DNS_MESSAGE_LEN &&
 	    (response->kept ?
-		     bpf_probe_read_kernel(record->data + 2 + before, length, response->kept) :
-		     bpf_skb_load_bytes(skb, packet->at, record->data + 2 + before, length))) {
+		     bpf_probe_read_kernel(record->data + 2 + before, last + 1, response->kept) :
+		     bpf_skb_load_bytes(skb, packet->at, record->data + 2 + before, last + 1))) {
 		length = 0;
 		record->base.flags |= FLAG_INCOMPLETE;
 	}
@@ -930,16 +941,16 @@ static __always_inline __u32 take_length(struct __sk_buff *skb, struct dns_strea
 static __always_inline void keep_bytes(struct __sk_buff *skb, struct dns_stream *stream, __u8 *to,
 				       __u32 room, __u32 at, __u32 length)
 {
-	__u32 filled = stream->filled;
+	__u32 filled = stream->filled, last;
 
 	if (stream->partial || filled >= room)
 		return;
 	if (length > room - filled)
 		length = room - filled;
 	barrier_var(filled);
-	barrier_var(length);
-	if (filled < room && length && length <= room) {
-		if (bpf_skb_load_bytes(skb, at, to + filled, length))
+	last = last_of(length);
+	if (filled < room && last < room) {
+		if (bpf_skb_load_bytes(skb, at, to + filled, last + 1))
 			stream->partial = 1;
 		else
 			stream->filled = filled + length;
@@ -1179,7 +1190,7 @@ int on_dns_ingress(struct __sk_buff *skb)
 
 /* ---------------------------------------------------------------- no response */
 
-/* Puts the next slot among the free ones. */
+/* Puts the next slot among the free ones. 1: it did; 0: there is no other. */
 __noinline int make_slot(void)
 {
 	struct dns_progress *progress = ONLY_ENTRY(dns_progress);
@@ -1188,9 +1199,10 @@ __noinline int make_slot(void)
 	if (!progress)
 		return 0;
 	slot = progress->made;
-	if (slot < dns_queries && !bpf_map_push_elem(&dns_free, &slot, 0))
-		progress->made = slot + 1;
-	return 0;
+	if (slot >= dns_queries || bpf_map_push_elem(&dns_free, &slot, 0))
+		return 0;
+	progress->made = slot + 1;
+	return 1;
 }
 
 /* Whether the query of a slot has waited for too long. */
@@ -1273,8 +1285,10 @@ int every_second(void *ctx)
 	if (!progress->seed)
 		progress->seed = bpf_get_prandom_u32() | 1;
 	if (progress->made < dns_queries) {
+		/* 5.10 takes a call that a loop's head follows at once for an endless loop. */
 		for (i = 0; i < SLOTS_MADE_PER_RUN; i++)
-			make_slot();
+			if (!make_slot())
+				break;
 	}
 	if (progress->looked >= progress->made)
 		progress->looked = 0;
