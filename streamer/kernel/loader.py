@@ -871,11 +871,12 @@ def _load_reason(attempt: _Attempt, error: OSError) -> str:
 
 
 def _words_of(section: str, error: OSError, log: str) -> str:
-    denied = obstacles.why_denied(section, error, obstacles.rights())
-    if denied:
-        return denied
     figures = ("processed ", "verification time", "stack depth")
     lines = [line for line in log.splitlines() if line and not line.startswith(figures)]
+    # With EACCES the verifier says what is wrong with the program: no right would help.
+    found_wrong = bool(lines) and error.errno == errno.EACCES
+    if not found_wrong and (denied := obstacles.why_denied(section, error, obstacles.rights())):
+        return denied
     return f"{error.strerror}: {lines[-1]}" if lines else str(error.strerror)
 
 
