@@ -29,7 +29,7 @@ BITS, ROUNDS = 64, 5
 PACE = 1 if SLOWNESS == 1 else 4
 SHORT, LONG, TICK = 2 * MS * PACE, 8 * MS * PACE, 25 * MS * PACE
 RESOLUTION = 1_000_000 * 1000
-NEARLY_ALL = 61
+NEARLY_ALL = 56
 CHANCE = 46
 """Of 64, guessing finds more once in ten thousand times."""
 
