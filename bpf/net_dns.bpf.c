@@ -37,7 +37,9 @@ OPTION(dns_queries);
 #define MOST_LABELS 128
 #define MOST_LABEL 63
 #define MOST_NAME 255
-#define QUESTION_WORDS 33 /* a name, type and class */
+#define MOST_QUESTION (MOST_NAME + 4) /* a name, type and class */
+#define WORDS_AT_ONCE 8 /* of a question, when it is hashed */
+#define BYTES_AT_ONCE (8 * WORDS_AT_ONCE)
 #define UNSOLICITED_PER_SECOND 100
 #define SHARES 256
 #define SHARE_OF_ALL 8
@@ -318,8 +320,9 @@ static __always_inline bool sends_to_anybody(struct bpf_sock *sk)
 	return sk && sk->protocol == IPPROTO_UDP;
 }
 
-/* False: it is not what its headers say. `sent`: it leaves, so that its source is local. */
-static __always_inline bool read_packet(struct dns_packet *packet, struct __sk_buff *skb,
+/* False: it is not what its headers say. `sent`: it leaves, so that its source is local. Not inlined: what
+ * comes after it needs the stack that the headers take. */
+static __noinline bool read_packet(struct dns_packet *packet, struct __sk_buff *skb,
 					__u32 transport, __u32 sent)
 {
 	__u32 at = transport & 0xffff, header = sizeof(struct udp);
@@ -437,14 +440,14 @@ __noinline int length_of_question(struct __sk_buff *skb, __u32 at, __u32 length)
 	return end - DNS_HEADER;
 }
 
-/* What is behind `length` counts as zeros. */
-static __always_inline __u32 hash_of(const __u64 *words, __u32 length, __u32 seed)
+/* Of the next words of a question. What is behind `length` counts as zeros. */
+static __always_inline __u64 hash_words(__u64 hash, const __u64 *words, __u32 length)
 {
-	__u64 hash = seed, word;
+	__u64 word;
 	__u32 i;
 
 #pragma unroll
-	for (i = 0; i < QUESTION_WORDS; i++) {
+	for (i = 0; i < WORDS_AT_ONCE; i++) {
 		if (i * 8 < length) {
 			word = words[i];
 			if (length - i * 8 < 8)
@@ -453,7 +456,13 @@ static __always_inline __u32 hash_of(const __u64 *words, __u32 length, __u32 see
 			hash ^= hash >> 29;
 		}
 	}
-	return hash ^ hash >> 32;
+	return hash;
+}
+
+/* A question as it is known by: its length, and in the lower half its hash. */
+static __always_inline __u64 as_question(__u32 length, __u64 hash)
+{
+	return (__u64)length << 32 | (__u32)(hash ^ hash >> 32);
 }
 
 static __always_inline __u32 seed_of_hash(void)
@@ -499,8 +508,9 @@ static __always_inline struct dns_connection *connection_of(struct __sk_buff *sk
 __noinline __u64 question_of_kept(struct __sk_buff *skb, __u32 sent)
 {
 	struct dns_connection *connection = connection_of(skb);
-	__u32 size, length;
+	__u32 size, length, done;
 	__u8 *message;
+	__u64 hash;
 
 	if (!connection)
 		return 0;
@@ -509,22 +519,36 @@ __noinline __u64 question_of_kept(struct __sk_buff *skb, __u32 sent)
 	size = length_of_kept(message, length);
 	if (!size)
 		return 0;
-	return (__u64)size << 32 |
-	       hash_of((const __u64 *)(message + DNS_HEADER), size, seed_of_hash());
+	hash = seed_of_hash();
+#pragma unroll
+	for (done = 0; done < MOST_QUESTION; done += BYTES_AT_ONCE)
+		if (done < size)
+			hash = hash_words(hash, (const __u64 *)(message + DNS_HEADER + done),
+					  size - done);
+	return as_question(size, hash);
 }
 
 /* The length of a question, and in the lower half its hash; 0: there is none. */
 __noinline __u64 question_of(struct __sk_buff *skb, __u32 at, __u32 length)
 {
-	__u64 words[QUESTION_WORDS] = {};
-	__u32 size = length_of_question(skb, at, length), last;
+	__u32 size = length_of_question(skb, at, length), done, last;
+	__u64 hash = seed_of_hash();
 
 	if (!size)
 		return 0;
-	last = last_of(size);
-	if (last >= sizeof(words) || bpf_skb_load_bytes(skb, at + DNS_HEADER, words, last + 1))
-		return 0;
-	return (__u64)size << 32 | hash_of(words, size, seed_of_hash());
+	for (done = 0; done < MOST_QUESTION; done += BYTES_AT_ONCE) {
+		__u64 words[WORDS_AT_ONCE] = {};
+
+		if (done >= size)
+			break;
+		last = last_of(size - done);
+		if (last >= sizeof(words))
+			last = sizeof(words) - 1;
+		if (bpf_skb_load_bytes(skb, at + DNS_HEADER + done, words, last + 1))
+			return 0;
+		hash = hash_words(hash, words, size - done);
+	}
+	return as_question(size, hash);
 }
 
 /* ---------------------------------------------------------------- shares */
@@ -1271,21 +1295,39 @@ __noinline int next_old(void)
 	return -1;
 }
 
-/* Never attached: the agent runs it before the others are attached, and then every second. */
-SEC("raw_tp/streamer_every_second") EMITS("net.dns") NEEDS("cgroup")
-DOC("queries without a response")
-int every_second(void *ctx)
+/* Reports the next one that is old. 0: there is no other. */
+__noinline int tell_next(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct dns_progress *progress = ONLY_ENTRY(dns_progress);
 	struct dns_scratch *scratch = ONLY_ENTRY(dns_old_scratch);
-	int i, size;
+	__u32 last;
+	int size;
 
 	if (!progress || !scratch)
 		return 0;
+	size = next_old();
+	last = last_of(size);
+	if (last < sizeof(*scratch))
+		(void)UNPREEMPTED(output(ctx, &bulk, &scratch->record.base, KIND_NET_DNS, RING_BULK,
+					 last + 1));
+	return size >= 0 || progress->looked < progress->end;
+}
+
+/* Never attached: the agent runs it before the others are attached, and then every second. */
+SEC("raw_tp/streamer_every_second") EMITS("net.dns") NEEDS("cgroup")
+DOC("queries without a response")
+int every_second(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct dns_progress *progress = ONLY_ENTRY(dns_progress);
+	int i;
+
+	if (!progress)
+		return 0;
 	if (!progress->seed)
 		progress->seed = bpf_get_prandom_u32() | 1;
+	/* What a loop does is a function that is verified by itself: 5.10 takes a loop with more than one
+	 * end of its body for an endless one, and no kernel follows so many turns of more than this. */
 	if (progress->made < dns_queries) {
-		/* 5.10 takes a call that a loop's head follows at once for an endless loop. */
 		for (i = 0; i < SLOTS_MADE_PER_RUN; i++)
 			if (!make_slot())
 				break;
@@ -1293,13 +1335,8 @@ int every_second(void *ctx)
 	if (progress->looked >= progress->made)
 		progress->looked = 0;
 	progress->end = progress->made;
-	for (i = 0; i < MOST_TOLD_PER_RUN; i++) {
-		size = next_old();
-		if (size < 0 && progress->looked >= progress->end)
+	for (i = 0; i < MOST_TOLD_PER_RUN; i++)
+		if (!tell_next(ctx))
 			break;
-		if (size > 0 && size <= (int)sizeof(*scratch))
-			(void)UNPREEMPTED(output(ctx, &bulk, &scratch->record.base, KIND_NET_DNS,
-						 RING_BULK, size));
-	}
 	return 0;
 }
