@@ -79,6 +79,7 @@ struct dns_packet {
 	__u32 seq;     /* of TCP */
 	__u32 at;      /* where the payload begins */
 	__u32 length;  /* of it */
+	__u32 share;   /* of whoever sends: over TCP, of whoever connected */
 };
 
 struct dns_key {
@@ -158,10 +159,10 @@ struct dns_share {
 	__u32 pad;
 };
 
-/* By user, and at the end that of unsolicited responses. */
+/* By user, and behind that by the user to whose socket an unsolicited response came. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, SHARES + 1);
+	__uint(max_entries, 2 * SHARES);
 	__type(key, __u32);
 	__type(value, struct dns_share);
 } dns_shares SEC(".maps");
@@ -553,18 +554,24 @@ __noinline __u64 question_of(struct __sk_buff *skb, __u32 at, __u32 length)
 
 /* ---------------------------------------------------------------- shares */
 
-/* Users share by who they logged in as, which they cannot change; services by who they are. */
-static __always_inline __u32 share_of(const struct owner *owner, struct task_struct *task)
+static __always_inline __u32 share_of_user(__u32 user)
 {
+	return (user * 0x9e3779b1u >> 16) % SHARES;
+}
+
+/* Of the current task. Users share by who they logged in as, which they cannot change; services by who
+ * they are.
+ */
+static __always_inline __u32 own_share(void)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	__u32 user = -1;
 
-	if (!owner->known)
-		return 0;
 	if (bpf_core_field_exists(task->loginuid))
 		user = READ(struct task_struct, task, loginuid.val);
 	if (user == (__u32)-1)
-		user = owner->task.uid;
-	return (user * 0x9e3779b1u >> 16) % SHARES;
+		user = bpf_get_current_uid_gid();
+	return share_of_user(user);
 }
 
 /* Keeps down what a flood costs; what is left out is in the weight of the next one. */
@@ -612,7 +619,7 @@ static __always_inline void read_ends(struct endpoints *ends, const struct net_d
 static __always_inline bool admits_dns(struct net_dns *record, const struct owner *owner,
 				       __u32 share)
 {
-	__u64 most = share == SHARES ? UNSOLICITED_PER_SECOND : dns_per_second;
+	__u64 most = share >= SHARES ? UNSOLICITED_PER_SECOND : dns_per_second;
 	struct endpoints ends;
 
 	read_ends(&ends, record);
@@ -705,13 +712,23 @@ static __noinline void owner_of_query(struct owner *owner, struct bpf_sock *sk, 
 		*owner = nothing.owner;
 }
 
-static __always_inline struct dns_query *make_query(const struct dns_key *key,
+/* Whether such a query is kept; then this is one more. */
+static __always_inline bool sent_again(const struct dns_key *key)
+{
+	struct dns_query *query = bpf_map_lookup_elem(&dns_pending, key);
+
+	if (!query)
+		return false;
+	__sync_fetch_and_add(&query->sent, 1);
+	return true;
+}
+
+static __always_inline struct dns_query *make_query(const struct dns_key *key, __u32 index,
 						    const struct owner *owner)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	__u32 index = share_of(owner, task), slot;
 	struct dns_share *share = bpf_map_lookup_elem(&dns_shares, &index);
 	struct dns_query *query;
+	__u32 slot;
 
 	if (!share || share->kept >= dns_queries / SHARE_OF_ALL ||
 	    bpf_map_pop_elem(&dns_free, &slot)) {
@@ -721,7 +738,8 @@ static __always_inline struct dns_query *make_query(const struct dns_key *key,
 	if (bpf_map_update_elem(&dns_pending, key, &no_query, BPF_NOEXIST)) {
 		if (bpf_map_push_elem(&dns_free, &slot, 0))
 			count_fault(FAULT_NO_SLOT);
-		lose_query();
+		if (!sent_again(key)) /* by another thread, just now */
+			lose_query();
 		return NULL;
 	}
 	query = bpf_map_lookup_elem(&dns_pending, key);
@@ -746,6 +764,7 @@ static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet
 	struct dns_slot *place;
 	struct owner owner;
 	struct dns_key key;
+	__u64 now;
 
 	if (!sk)
 		return;
@@ -753,19 +772,16 @@ static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet
 	if (!sk)
 		return;
 	make_key(&key, packet, bpf_get_socket_cookie(skb), id, question);
-	query = bpf_map_lookup_elem(&dns_pending, &key);
-	if (query) {
-		__sync_fetch_and_add(&query->sent, 1);
+	if (sent_again(&key))
 		return;
-	}
 	owner_of_query(&owner, sk, packet->transport);
-	query = make_query(&key, &owner);
+	query = make_query(&key, packet->share, &owner);
 	if (!query)
 		return;
 	query->netns = netns_of(sk);
 	query->local_port = packet->local_port;
 	__builtin_memcpy(query->local_addr, packet->local_addr, 16);
-	query->sent = 1;
+	__sync_fetch_and_add(&query->sent, 1); /* another thread may have sent it again by now */
 	if (!(question >> 32)) /* so that its mistake is seen */
 		length = packet->length < DNS_QUERY_LEN ? packet->length : DNS_QUERY_LEN;
 	last = last_of(length);
@@ -773,12 +789,13 @@ static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet
 	    !(kept ? bpf_probe_read_kernel(query->beginning, last + 1, kept) :
 		     bpf_skb_load_bytes(skb, packet->at, query->beginning, last + 1)))
 		query->length = length;
-	query->since_boot_ns = bpf_ktime_get_boot_ns();
+	now = bpf_ktime_get_boot_ns();
 	place = bpf_map_lookup_elem(&dns_slots, &query->slot);
 	if (place) {
 		place->key = key;
-		place->since_boot_ns = query->since_boot_ns;
+		place->since_boot_ns = now;
 	}
+	query->since_boot_ns = now; /* last: from here on a response takes it out, and frees the slot */
 }
 
 /* ---------------------------------------------------------------- responses */
@@ -798,7 +815,7 @@ static __noinline void emit_response(struct __sk_buff *skb, const struct dns_pac
 				     const struct dns_response *response, __u64 question)
 {
 	struct dns_scratch *scratch = ONLY_ENTRY(dns_scratch);
-	__u32 length = response->length, before, last, share = SHARES;
+	__u32 length = response->length, before, last, share;
 	struct bpf_sock *sk = skb->sk;
 	struct owner owner = {};
 	struct dns_query *query;
@@ -827,7 +844,7 @@ static __noinline void emit_response(struct __sk_buff *skb, const struct dns_pac
 	} else {
 		put_query(record, &key, &no_query);
 		owner = no_query.owner;
-		share = SHARES;
+		share = SHARES + share_of_user(READ(struct sock, kernels_own(sk), sk_uid.val));
 		record->state = DNS_UNSOLICITED;
 		record->latency_ns = 0;
 		record->netns = netns_of(sk);
@@ -1124,6 +1141,8 @@ static __noinline bool begin_packet(struct __sk_buff *skb, struct bpf_sock *sk, 
 	}
 	stream = sent ? &connection->sent : &connection->received;
 	if (begins) {
+		/* Whoever connects sends it; a timer does so when it sends it again. */
+		packet.share = sent && !stream->state ? own_share() : connection->ends.share;
 		connection->ends = packet;
 		begin_stream(stream, packet.seq);
 	}
@@ -1150,6 +1169,7 @@ static __noinline void over_udp(struct __sk_buff *skb, struct bpf_sock *sk, __u3
 	question = question_of(skb, packet.at, packet.length);
 	if (sent) {
 		read_peer(&packet, sk);
+		packet.share = own_share();
 		keep_query(skb, &packet, NULL, number_of(header), question);
 		return;
 	}

@@ -297,6 +297,7 @@ struct sock {
 	struct socket *sk_socket;
 	atomic_t sk_drops;
 	struct numa_drop_counters *sk_drop_counters;
+	kuid_t sk_uid;
 	__u32 sk_max_ack_backlog;
 	__u8 sk_shutdown;
 };

@@ -44,6 +44,7 @@ pytestmark = pytest.mark.kernel
 
 NOBODY = 65534
 CLONE_NEWNS = 0x20000
+LOGINUID = Path("/proc/self/loginuid")
 SO_DETACH_FILTER = 27
 ONE_A = record(socket.inet_aton("192.0.2.1"))
 SOON = "[kernel]\ndns_timeout_seconds = 1\n"
@@ -600,6 +601,67 @@ def test_a_full_table_is_counted_and_costs_nobody_else(tmp_path: Path, scope: Sc
     assert (counts.produced, counts.lost, counts.read) == (FLOOD + 1, FLOOD - ROOM, ROOM + 1)
     assert heartbeat.faults["dns_full"] == FLOOD - ROOM
     assert sum(loss.count for loss in recording.losses) == FLOOD - ROOM
+
+
+def flood_over_tcp() -> None:
+    """Of what one user asks, TCP sends most while its server, who is somebody else, reads."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        listener.bind(("127.0.0.1", PORT))
+        listener.listen()
+        Role("other", ask_much_as_other).result()
+        if LOGINUID.exists():  # only a login tells the two apart for certain
+            LOGINUID.write_text("4242")
+        server, _ = listener.accept()
+        with server:
+            server.settimeout(seconds(10))
+            while server.recv(65536):
+                pass
+
+
+def ask_much_as_other() -> None:
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    with socket.create_connection(("127.0.0.1", PORT), seconds(5)) as client:
+        for number in range(FLOOD):
+            client.sendall(framed(query(number, question(b"queued.test")) + bytes(600)))
+
+
+def test_what_waits_over_tcp_is_charged_to_who_connected(tmp_path: Path, scope: Scope) -> None:
+    _, recording = recorded(tmp_path, scope, flood_over_tcp, config=SMALL, wait=ROOM)
+    assert Counter(event.query for event in recording.of("net.dns")) == {"queued.test": ROOM}
+    counts = recording.heartbeat.counts["net.dns"]
+    assert (counts.produced, counts.lost) == (FLOOD, FLOOD - ROOM)
+
+
+UNSOLICITED = 100
+"""Of one user in a second."""
+
+
+def answer_unasked() -> None:
+    """To one user's socket more than is told, and then one to somebody else's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", PORT))
+        for uid, count in ((0, 2 * UNSOLICITED), (NOBODY, 1)):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                os.fchown(client.fileno(), uid, uid)
+                client.bind(("127.0.0.1", 0))
+                for number in range(count):
+                    forged = response(query(number, question(b"%d.test" % uid)), ONE_A, 1)
+                    server.sendto(forged, client.getsockname())
+
+
+def test_unsolicited_responses_to_one_user_hide_none_to_another(
+    tmp_path: Path, scope: Scope
+) -> None:
+    _, recording = recorded(tmp_path, scope, answer_unasked)
+    events = recording.of("net.dns")
+    assert {event.state for event in events} == {"unsolicited"}
+    names = Counter(event.query for event in events)
+    assert names[f"{NOBODY}.test"] == 1
+    counts = recording.heartbeat.counts["net.dns"]
+    assert (counts.produced, counts.lost) == (2 * UNSOLICITED + 1, 0)
+    assert counts.shed == 2 * UNSOLICITED - names["0.test"] > 0
 
 
 MOST = 10
