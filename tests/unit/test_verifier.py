@@ -27,7 +27,7 @@ def test_the_figures_of_a_log() -> None:
 def test_a_row_for_each_program_and_a_column_for_each_kernel() -> None:
     other = msgspec.structs.replace(LOADED, outcome="not here")
     failed = msgspec.structs.replace(LOADED, outcome="Invalid argument")
-    assert [cell(one) for one in (LOADED, other, failed, None)] == [
+    assert [cell(one, ()) for one in (LOADED, other, failed, None)] == [
         "2,506 / 185 / 40",
         "-",
         "**Invalid argument**",
@@ -52,7 +52,11 @@ def test_what_must_not_be() -> None:
     )
     failed = msgspec.structs.replace(LOADED, program=other, outcome="Operation not permitted")
     assert problems({"6.1": [LOADED, failed]}) == []
+    assert cell(failed, [LOADED, failed]) == "another"
     assert problems({"6.1": [failed]}) == [f"6.1: {other} does not load: Operation not permitted"]
+    adds = msgspec.structs.replace(failed, program="on_open_start")
+    assert problems({"6.1": [adds]}) == []
+    assert cell(adds, [adds]) == "without"
     odd = msgspec.structs.replace(LOADED, warnings=("odd",))
     assert problems({"6.1": [odd], "5.10": []}) == [
         "6.1: on_open_exit: odd",

@@ -20,7 +20,7 @@ import msgspec
 
 from streamer.config.settings import Kernel
 from streamer.events.catalogue import SELECTABLE
-from streamer.kernel.loader import CORE, PERF_BUFFERS, Loader, Targets, _Sensor
+from streamer.kernel.loader import CORE, PERF_BUFFERS, Loader, Targets, _is_copied, _Sensor
 from streamer.kernel.objects import SENSORS
 from streamer.kernel.state import options_of, wanting
 from streamer.kernel.tags import ProgramInfo
@@ -104,6 +104,8 @@ def row(loader: Loader, made: _Sensor, info: ProgramInfo) -> Row:
         loader._prepare_maps(made, opened)
         for one in opened.programs.values():
             one.autoload(one.name == info.name)
+        if _is_copied(made.info, program):
+            program.set_function(loader._typed_functions(made)[0])
         program.keep_log(figures=True)
         try:
             opened.load()
@@ -150,12 +152,12 @@ def read(output: bytes) -> list[Row]:
     return [msgspec.json.decode(line, type=Row) for line in lines]
 
 
-def cell(found: Row | None) -> str:
-    """What a table says of a program on a kernel."""
+def cell(found: Row | None, there: Sequence[Row]) -> str:
+    """What a table says of a program on a kernel, of which `there` are all rows."""
     if found is None or found.outcome == "not here":
         return "-"
     if found.outcome != "loads":
-        return f"**{found.outcome.partition(':')[0]}**"
+        return spare(found, there) or f"**{found.outcome.partition(':')[0]}**"
     return f"{found.insns:,} / {found.states:,} / {found.stack}"
 
 
@@ -168,7 +170,7 @@ def table(by_kernel: dict[str, list[Row]]) -> list[str]:
         "| --- | --- |" + " ---: |" * len(by_kernel),
     ]
     for sensor, program, _ in names:
-        cells = (cell(found.get((kernel, program))) for kernel in by_kernel)
+        cells = (cell(found.get((kernel, program)), rows) for kernel, rows in by_kernel.items())
         lines.append(f"| {sensor} | `{program}` | " + " | ".join(cells) + " |")
     return lines
 
@@ -178,7 +180,9 @@ _HEAD = """\
 
 Written by `make verify ARGS=--write`. Every program, loaded alone and with all settings on:
 instructions that the verifier processed (of a million) / states / bytes of stack of all its
-functions together. A dash: the program is for other kernels, or another machine.
+functions together. A dash: the program is for other kernels, or another machine. *another*: this
+kernel has not what the program is made with, and another one at the same hook loads. *without*: nor
+is there another one, and events go without what it adds to them, as `streamer check` says there.
 
 """
 
@@ -190,18 +194,22 @@ def problems(by_kernel: dict[str, list[Row]]) -> list[str]:
         if not there:
             found.append(f"{kernel}: nothing came back")
         for one in there:
-            if one.outcome not in ("loads", "not here") and not spared(one, there):
+            if one.outcome not in ("loads", "not here") and not spare(one, there):
                 found.append(f"{kernel}: {one.program} does not load: {one.outcome}")
             found += [f"{kernel}: {one.program}: {warning}" for warning in one.warnings]
     return found
 
 
-def spared(failed: Row, there: Iterable[Row]) -> bool:
-    """Whether another way to its hook loads, or it only completes what others report."""
+def spare(failed: Row, there: Iterable[Row]) -> str:
+    """What is in place of a program that does not load: `another` at its hook, or events go
+    `without` what it only adds to them. Empty: there is nothing.
+    """
     programs = {info.name: info for info in SENSORS[failed.sensor].programs}
     own = programs[failed.program]
     loaded = (programs.get(one.program) for one in there if one.outcome == "loads")
-    return not own.reports or any(info and info.hook == own.hook for info in loaded)
+    if any(info and info.hook == own.hook for info in loaded):
+        return "another"
+    return "" if own.reports else "without"
 
 
 def main(arguments: Sequence[str]) -> int:
