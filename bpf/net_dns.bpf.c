@@ -570,7 +570,7 @@ static __always_inline __u32 own_share(void)
 	if (bpf_core_field_exists(task->loginuid))
 		user = READ(struct task_struct, task, loginuid.val);
 	if (user == (__u32)-1)
-		user = bpf_get_current_uid_gid();
+		user = READ(struct task_struct, task, cred, uid.val);
 	return share_of_user(user);
 }
 
