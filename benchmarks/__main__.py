@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import flows, host, kernel, report, runs, syscalls
+from benchmarks import flows, host, kernel, net, report, runs, syscalls
 from benchmarks.load import Load, Mix
 from benchmarks.measure import Result
 from benchmarks.report import FarRow, Measured, PathRow
@@ -138,6 +138,7 @@ def measure(only: frozenset[str], quick: bool, machine: Machine) -> Measured:
         measured.emission += kernel.packets(3 if quick else 10)
         measured.emission += flows.packets(3 if quick else 10)
         measured.emission += syscalls.taxes(2 if quick else 5)
+        measured.emission += net.costs(1 if quick else 5)
         measured.emission += kernel.samples(2 if quick else 10)
         measured.observed = kernel.observed(3 if quick else 9)
     if "process" in only:

@@ -15,7 +15,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from benchmarks.runs import compile_c
+from benchmarks.kernel import Cost
+from benchmarks.runs import compile_c, show
 from streamer.config.settings import Kernel, Settings
 from streamer.kernel import state
 
@@ -123,6 +124,7 @@ def _bpftrace(program: str) -> Iterator[None]:
 
 def measure(row: Row, rounds: int) -> Mapping[str, float]:
     """Nanoseconds for one, alone and observed by each."""
+    compile_c("net_load.c", PROGRAM, "-static")
     best: dict[str, float] = {}
     with _loading() as load:
         for _ in range(rounds):
@@ -138,11 +140,25 @@ def measure(row: Row, rounds: int) -> Mapping[str, float]:
     return best
 
 
+def costs(rounds: int) -> list[Cost]:
+    """Of each row what it takes alone, and how much more with each observer."""
+    found = []
+    for row in ROWS:
+        show(row.name)
+        best = measure(row, rounds)
+        alone = best["alone"]
+        found += [
+            Cost(row.name, alone),
+            Cost(f"more with {row.kind}", best["streamer"] - alone),
+            Cost("more with bpftrace, counting the same", best["bpftrace"] - alone),
+        ]
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    compile_c("net_load.c", PROGRAM, "-static")
     print("| ns | alone | streamer adds | bpftrace adds |\n| --- | ---: | ---: | ---: |")
     for row in ROWS:
         best = measure(row, rounds)
