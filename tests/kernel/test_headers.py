@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,13 @@ pytestmark = pytest.mark.kernel
 
 HEADERS = Path("/usr/src", f"linux-headers-{os.uname().release}")
 _STRUCT, _UNION, _ENUM, _ENUM64 = 4, 5, 6, 19
+
+
+@pytest.fixture
+def roots() -> Iterator[Path]:
+    """A directory that nobody but root can have put anything into, unlike those below /tmp."""
+    with tempfile.TemporaryDirectory(prefix="streamer-test-", dir="/run") as made:
+        yield Path(made)
 
 
 @pytest.fixture
@@ -146,20 +154,42 @@ def test_what_needs_no_types_goes_on(tmp_path: Path) -> None:
     assert recording.manifest.kernel_types.startswith("none; no BTF")
 
 
-def test_headers_of_another_kernel(tmp_path: Path) -> None:
-    """Nothing is observed with them, and the reason is said."""
-    generated = tmp_path / "include" / "generated"
+def make_headers(place: Path) -> Path:
+    """Those of a kernel that is none. Returns the directory of what was generated."""
+    generated = place / "include" / "generated"
     generated.mkdir(parents=True)
-    (tmp_path / "include" / "linux").mkdir()
-    (tmp_path / "include" / "linux" / "kconfig.h").touch()
+    (place / "include" / "linux").mkdir()
+    (place / "include" / "linux" / "kconfig.h").touch()
     (generated / "autoconf.h").touch()
     (generated / "utsrelease.h").write_text('#define UTS_RELEASE "5.4.0-none"\n')
-    (tmp_path / "streamer.toml").write_text(f'[kernel]\nheaders = "{tmp_path}"\n')
+    return generated
+
+
+def test_headers_of_another_kernel(tmp_path: Path, roots: Path) -> None:
+    """Nothing is observed with them, and the reason is said."""
+    generated = make_headers(roots)
+    (tmp_path / "streamer.toml").write_text(f'[kernel]\nheaders = "{roots}"\n')
     options = ("--config", f"{tmp_path}/streamer.toml", "--sink", f"file:{tmp_path}/events")
     ended = streamer(NO_BTF, "run", *options)
     assert (ended.returncode, ended.stdout) == (3, "")
     (line,) = ended.stderr.splitlines()
-    assert f"{tmp_path}: headers of 5.4.0-none, and the kernel is {os.uname().release}" in line
+    assert f"{roots}: headers of 5.4.0-none, and the kernel is {os.uname().release}" in line
     shutil.rmtree(generated)
     line = streamer(NO_BTF, "run", *options).stderr
-    assert f"no kernel headers in {tmp_path}" in line
+    assert f"no kernel headers in {roots}" in line
+
+
+def test_headers_where_others_can_write(tmp_path: Path, roots: Path) -> None:
+    """Nothing is made of them, and the reason is said: below a directory that is sticky, and with
+    a FIFO among them, which would have the agent wait.
+    """
+    makefile = make_headers(roots).parents[1] / "Makefile"
+    (roots / "include" / "linux" / "kconfig.h").unlink()
+    os.mkfifo(makefile)
+    (tmp_path / "streamer.toml").write_text(f'[kernel]\nheaders = "{roots}"\n')
+    options = ("--config", f"{tmp_path}/streamer.toml", "--sink", f"file:{tmp_path}/events")
+    (line,) = streamer(NO_BTF, "run", *options).stderr.splitlines()
+    assert f"{makefile} is neither a file nor a directory" in line
+    roots.chmod(0o1777)
+    (line,) = streamer(NO_BTF, "run", *options).stderr.splitlines()
+    assert f"{roots} can be written to by others than root" in line

@@ -5,9 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import platform
+import signal
+import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from streamer.kernel.compiled import Description, files_read
 from streamer.kernel.headers import Refused, Tree
 
 RELEASE, VERSION = "6.1.0-50-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.176-1 (2026-07-02)"
+ARCH = {"x86_64": "x86", "aarch64": "arm64"}[platform.machine()]
 CONFIG = """\
 CONFIG_SMP=y
 CONFIG_NET_SCHED=m
@@ -37,9 +43,18 @@ AUTOCONF = """\
 
 
 @pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+def roots() -> Iterator[Path]:
+    """A directory that nobody but root can have put anything into, unlike those below /tmp."""
+    if os.getuid() != 0:
+        pytest.skip("of headers nothing is read that is not root's, which takes root to try")
+    with tempfile.TemporaryDirectory(prefix="streamer-test-", dir="/run") as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def tree(roots: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     """Headers as Debian has them, in two directories, and what says how the kernel was made."""
-    build, source = tmp_path / "build", tmp_path / "common"
+    build, source = roots / "build", roots / "common"
     generated = build / "include" / "generated"
     generated.mkdir(parents=True)
     (source / "include" / "linux").mkdir(parents=True)
@@ -48,22 +63,22 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     (generated / "utsrelease.h").write_text(f'#define UTS_RELEASE "{RELEASE}"\n')
     (generated / "utsversion.h").write_text(f'#define UTS_VERSION "{VERSION}"\n')
     (generated / "autoconf.h").write_text(AUTOCONF)
-    with gzip.open(tmp_path / "config.gz", "wt") as file:
+    with gzip.open(roots / "config.gz", "wt") as file:
         file.write(CONFIG)
-    monkeypatch.setattr(headers, "CONFIGS", (str(tmp_path / "config.gz"),))
+    monkeypatch.setattr(headers, "CONFIGS", (str(roots / "config.gz"),))
     return Tree(str(build), str(source))
 
 
-def test_they_are_found(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_found(tree: Tree, roots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they are named, and where they use to be; what was generated and what was not."""
     assert headers.find_tree(tree.build, RELEASE) == tree
-    monkeypatch.setattr(headers, "PLACES", ("/no/{release}", str(tmp_path / "{release}")))
-    (tmp_path / RELEASE).symlink_to(tree.build)
+    monkeypatch.setattr(headers, "PLACES", ("/no/{release}", str(roots / "{release}")))
+    (roots / RELEASE).symlink_to(tree.build)
     assert headers.find_tree("auto", RELEASE) == tree
-    (tmp_path / RELEASE / "Makefile").unlink()
-    with pytest.raises(Refused, match=f"no kernel headers in /no/{RELEASE} or {tmp_path}"):
+    (roots / RELEASE / "Makefile").unlink()
+    with pytest.raises(Refused, match=f"no kernel headers in /no/{RELEASE} or {roots}"):
         headers.find_tree("auto", RELEASE)
-    (tmp_path / "source").symlink_to(tree.source)
+    (roots / "source").symlink_to(tree.source)
     assert headers.find_tree("auto", RELEASE) == tree
 
 
@@ -123,17 +138,13 @@ def test_an_option_that_the_kernel_has_not(tree: Tree) -> None:
         headers.check_match(tree, RELEASE, VERSION)
 
 
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="gives files away, which takes root")
-
-
-@needs_root
-def test_who_could_have_changed_them(tmp_path: Path) -> None:
+def test_who_could_have_changed_them(roots: Path) -> None:
     """The file, or any directory on the way to it, also by way of a link."""
-    (tmp_path / "one" / "two").mkdir(parents=True)
-    header = tmp_path / "one" / "two" / "sched.h"
+    (roots / "one" / "two").mkdir(parents=True)
+    header = roots / "one" / "two" / "sched.h"
     header.touch()
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / "one" / "two")
+    link = roots / "link"
+    link.symlink_to(roots / "one" / "two")
     for path in (header, link / "sched.h"):
         headers.check_owners([str(path)])
     for spoilt in (header, header.parent, header.parent.parent):
@@ -147,6 +158,139 @@ def test_who_could_have_changed_them(tmp_path: Path) -> None:
         with pytest.raises(Refused, match=f"{spoilt} belongs to user 65534"):
             headers.check_owners([str(header)])
         os.chown(spoilt, 0, 0)
+
+
+def test_a_sticky_directory_is_no_better(roots: Path) -> None:
+    """There anybody can make what is not there, such as a header that another looks for."""
+    (roots / "tmp" / "headers").mkdir(parents=True)
+    (roots / "tmp").chmod(0o1777)
+    with pytest.raises(Refused, match=f"{roots}/tmp can be written to by others than root"):
+        headers.check_owners([str(roots / "tmp" / "headers")])
+
+
+def test_where_links_lead_over(roots: Path) -> None:
+    """The link in the middle is another's, who could lead it elsewhere after the look."""
+    for name in ("headers", "theirs"):
+        (roots / name).mkdir()
+    (roots / "theirs" / "link").symlink_to("../headers")
+    (roots / "link").symlink_to("theirs/link")
+    headers.check_owners([str(roots / "link")])
+    os.chown(roots / "theirs" / "link", 65534, 65534, follow_symlinks=False)
+    with pytest.raises(Refused, match=f"{roots}/theirs/link belongs to user 65534"):
+        headers.check_owners([str(roots / "link")])
+    (roots / "theirs" / "link").unlink()
+    (roots / "theirs" / "link").symlink_to("../link")
+    os.chown(roots / "theirs" / "link", 0, 0, follow_symlinks=False)
+    with pytest.raises(Refused, match="too many links"):
+        headers.check_owners([str(roots / "link")])
+
+
+def test_what_is_another_users_is_not_read(tree: Tree, roots: Path) -> None:
+    """Where headers are is looked at before the Makefile in it says where the others are."""
+    (roots / "evil").mkdir()
+    Path(tree.build, "Makefile").write_text(f"include {roots}/evil/Makefile\n")
+    os.chown(tree.build, 65534, 65534)
+    with pytest.raises(Refused, match=f"{tree.build} belongs to user 65534"):
+        headers.find_tree(tree.build, RELEASE)
+    os.chown(tree.build, 0, 0)
+    os.chown(Path(tree.build, "Makefile"), 65534, 65534)
+    with pytest.raises(Refused, match=f"{tree.build}/Makefile belongs to user 65534"):
+        headers.find_tree(tree.build, RELEASE)
+
+
+@pytest.mark.parametrize("name", ["Makefile", "include/generated/utsrelease.h"])
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_file_is_not_waited_for(tree: Tree, name: str, kind: str) -> None:
+    """A FIFO that nobody writes to, and a device that gives bytes for ever."""
+    path = Path(tree.build, name)
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        os.mknod(path, stat.S_IFCHR | 0o644, os.makedev(1, 5))
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it is waited for"))
+    signal.alarm(10)
+    try:
+        with pytest.raises(Refused, match=f"{path} is (not a regular|neither a) file"):
+            headers.check_match(headers.find_tree(tree.build, RELEASE), RELEASE, VERSION)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_no_more_of_a_file_is_read_than_there_can_be(tree: Tree, roots: Path) -> None:
+    """Also of one that is packed, and of one that is packed no more."""
+    with Path(tree.build, "Makefile").open("ab") as file:
+        file.truncate(headers.MOST_READ + 1)
+    with pytest.raises(Refused, match="Makefile has more than 16777216 bytes"):
+        headers.find_tree(tree.build, RELEASE)
+    with gzip.open(roots / "config.gz", "wb") as packed:
+        packed.write(bytes(headers.MOST_READ + 1))
+    with pytest.raises(Refused, match=r"config\.gz has more than 16777216 bytes"):
+        headers.check_match(tree, RELEASE, VERSION)
+    with (roots / "config.gz").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(Refused, match=r"cannot read .*config\.gz"):
+        headers.check_match(tree, RELEASE, VERSION)
+
+
+def spoilt_file(roots: Path, place: Path) -> str:
+    place.touch()
+    place.chmod(0o666)
+    return f"{place} can be written to by others"
+
+
+def spoilt_directory(roots: Path, place: Path) -> str:
+    (place / "deeper").mkdir(parents=True)
+    (place / "deeper").chmod(0o1777)
+    return f"{place}/deeper can be written to by others"
+
+
+def fifo(roots: Path, place: Path) -> str:
+    os.mkfifo(place)
+    return f"{place} is neither a file nor a directory"
+
+
+def link_to_another_users(roots: Path, place: Path) -> str:
+    (roots / "theirs").mkdir()
+    os.chown(roots / "theirs", 65534, 65534)
+    place.symlink_to(roots / "theirs" / "not_there_yet.h")
+    return f"{roots}/theirs belongs to user 65534"
+
+
+def link_to_a_directory(roots: Path, place: Path) -> str:
+    (roots / "other").mkdir()
+    place.symlink_to(roots / "other")
+    return spoilt_file(roots, roots / "other" / "a.h")
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoilt_file, spoilt_directory, fifo, link_to_another_users, link_to_a_directory]
+)
+@pytest.mark.parametrize("directory", ["include/linux", f"arch/{ARCH}/include/asm"])
+def test_no_compiler_reads_what_others_can_write(
+    tree: Tree,
+    roots: Path,
+    directory: str,
+    spoil: Callable[[Path, Path], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is not even started: whatever it could read is looked at before."""
+    monkeypatch.setattr(headers, "COMPILER", compiler(roots, f'open("{roots}/started", "w")'))
+    place = Path(tree.source, directory, "place")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    words = spoil(roots, place)
+    with pytest.raises(Refused, match=words):
+        headers.check_tree(tree, platform.machine())
+    with pytest.raises(Refused, match=words):
+        headers.layouts(tree.build, ["struct sock"])
+    assert not (roots / "started").exists()
+
+
+def test_links_that_lead_nowhere_are_no_matter(tree: Tree) -> None:
+    """Debian's packages have some."""
+    Path(tree.source, "include", "none").symlink_to("no/such/file.h")
+    headers.check_tree(tree, platform.machine())
 
 
 # ---------------------------------------------------------------- the compiler
@@ -182,6 +326,8 @@ def test_it_has_no_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("", "no answer"),
         ("print('[')", "no answer"),
         ("print('[]')", "no answer"),
+        ("print('{}', flush=True); os.close(1); time.sleep(60)", "bcc has not compiled in"),
+        ("os.fork() or time.sleep(60)", "bcc has not compiled in"),
     ],
 )
 def test_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, words: str) -> None:
@@ -190,6 +336,24 @@ def test_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, wo
     monkeypatch.setattr(headers, "COMPILE_SECONDS", 1.0)
     with pytest.raises(Refused, match=words):
         headers.compiled({}, "/")
+
+
+@pytest.mark.parametrize("where", ["1", "os.memfd_create('')"])
+def test_it_writes_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """It is ended once it has written more than there can be, and only that much is held."""
+    note = tmp_path / "pid"
+    body = f"open({str(note)!r}, 'w').write(str(os.getpid()))\nto = {where}\n"
+    body += "while True: os.write(to, bytes(1 << 16))"
+    monkeypatch.setattr(headers, "COMPILER", compiler(tmp_path, body))
+    monkeypatch.setattr(headers, "COMPILE_SECONDS", 60.0)
+    monkeypatch.setattr(headers, "MOST_ANSWER", 4 << 20)
+    begun = time.monotonic()
+    words = "bcc has answered with more than 4194304 bytes" if where == "1" else "exit code 1"
+    with pytest.raises(Refused, match=words):
+        headers.compiled({}, "/")
+    assert time.monotonic() - begun < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
 
 
 def test_there_is_no_bcc(monkeypatch: pytest.MonkeyPatch) -> None:
