@@ -9,6 +9,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from streamer.kernel.obstacles import LOCKDOWN, lockdown
 from streamer.kernel.report import Setting
 
 _SYSCTLS = (
@@ -18,7 +19,6 @@ _SYSCTLS = (
     "net.core.bpf_jit_enable",
     "net.core.bpf_jit_harden",
 )
-_LOCKDOWN = Path("/sys/kernel/security/lockdown")
 _SECCOMP = {"0": "none", "1": "strict", "2": "filter"}
 
 
@@ -37,14 +37,14 @@ def _settings(apart: bool) -> Iterator[tuple[str, Setting]]:
 
 
 def _lockdown(apart: bool) -> Setting:
-    if apart and not _LOCKDOWN.exists():
+    if apart and not os.path.exists(LOCKDOWN):
         # Where this fails, reading says so.
-        ctypes.CDLL(None).mount(
-            b"securityfs", os.fsencode(_LOCKDOWN.parent), b"securityfs", ctypes.c_ulong(0), None
-        )
-    found = _read(_LOCKDOWN)
-    chosen = re.search(r"\[(\w+)\]", found.value)
-    return Setting(chosen[1]) if chosen else found
+        place = os.fsencode(os.path.dirname(LOCKDOWN))
+        ctypes.CDLL(None).mount(b"securityfs", place, b"securityfs", ctypes.c_ulong(0), None)
+    try:
+        return Setting(lockdown())
+    except OSError as error:
+        return Setting("", f"{LOCKDOWN}: {error.strerror}")
 
 
 def _read(path: Path) -> Setting:

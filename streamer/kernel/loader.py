@@ -883,8 +883,9 @@ def _words_of(section: str, error: OSError, log: str) -> str:
 def _core_error(error: OSError) -> KernelError:
     if error.errno == errno.ENOSYS:
         return KernelError("no BPF in this kernel (CONFIG_BPF_SYSCALL): no event can be observed")
-    if error.errno == errno.EPERM:
-        denied = obstacles.why_denied("", error, obstacles.rights())
+    refused = error.errno in (errno.EPERM, errno.EINVAL)
+    denied = obstacles.why_denied("", error, obstacles.rights()) if refused else ""
+    if denied or error.errno == errno.EPERM:
         return KernelError(f"not permitted to load BPF programs: {denied or 'lockdown'}")
     return KernelError(f"the BPF object does not load: {error.strerror}")
 

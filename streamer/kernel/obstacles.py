@@ -27,7 +27,10 @@ _BY_PERF_EVENTS = ("kprobe", "kretprobe", "tp", "tracepoint", "perf_event")
 _PARANOID = "/proc/sys/kernel/perf_event_paranoid"
 _MOST_PARANOID = 2
 """The highest level that the kernel's own documentation knows; Debian adds one."""
-_LOCKDOWN = "/sys/kernel/security/lockdown"
+LOCKDOWN = "/sys/kernel/security/lockdown"
+_NO_READING = "confidentiality"
+"""The mode of lockdown in which no program may read the kernel's memory."""
+_LOCKED = f"the kernel is locked down (lockdown: {_NO_READING})"
 
 
 class Rights(NamedTuple):
@@ -47,25 +50,28 @@ def rights() -> Rights:
     """As they are now."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     memlock = None if soft == resource.RLIM_INFINITY else soft
-    return Rights(effective(), int(_text(_PARANOID) or 0), memlock, _chosen(_text(_LOCKDOWN)))
+    paranoid, mode = "", ""
+    with suppress(OSError), open(_PARANOID) as file:
+        paranoid = file.read()
+    with suppress(OSError):
+        mode = lockdown()
+    return Rights(effective(), int(paranoid or 0), memlock, mode)
 
 
-def _text(path: str) -> str:
-    with suppress(OSError), open(path) as file:
-        return file.read()
-    return ""
-
-
-def _chosen(words: str) -> str:
-    """`none [integrity] confidentiality` is integrity."""
-    return words.partition("[")[2].partition("]")[0]
+def lockdown() -> str:
+    """The mode of it. Raises OSError: there is none, or it cannot be read."""
+    with open(LOCKDOWN) as file:
+        return file.read().partition("[")[2].partition("]")[0]  # none [integrity] confidentiality
 
 
 def why_denied(section: str, error: OSError, have: Rights) -> str:
     """What a program of that section lacks here; empty where the error says all there is.
 
-    An empty section stands for maps.
+    An empty section stands for the core, which has maps, and programs that read the kernel's
+    memory: in lockdown those call a function that there is not (EINVAL).
     """
+    if have.lockdown == _NO_READING and error.errno == errno.EINVAL and not section:
+        return _LOCKED
     if error.errno not in _DENIED:
         return ""
     kind = section.partition("/")[0].partition(".")[0]
@@ -74,8 +80,8 @@ def why_denied(section: str, error: OSError, have: Rights) -> str:
     paranoid = have.paranoid > _MOST_PARANOID and CAP_SYS_ADMIN not in have.capabilities
     if kind in _BY_PERF_EVENTS and paranoid:
         return f"kernel.perf_event_paranoid is {have.paranoid}, which asks for CAP_SYS_ADMIN"
-    if have.lockdown == "confidentiality":
-        return "the kernel is locked down"
+    if have.lockdown == _NO_READING:
+        return _LOCKED
     if have.memlock is not None:
         return (
             f"lockdown, or RLIMIT_MEMLOCK, which is {have.memlock:,} bytes: before Linux 5.11 maps "

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from streamer.kernel.capabilities import effective
+from streamer.kernel.capabilities import CAP_SYS_RESOURCE, effective
 from tests.conftest import Require
 
 ROOT = Path(__file__).resolve().parents[2]
-CAP_SYS_NICE, CAP_SYS_RESOURCE = 23, 24
+CAP_SYS_NICE = 23
 ENDURES = """
 import json, os, resource, sys
 from streamer.privilege.endure import endure

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from streamer.kernel import loader, obstacles
 from streamer.kernel.capabilities import (
     CAP_DAC_READ_SEARCH,
     CAP_NET_ADMIN,
@@ -49,9 +50,37 @@ def test_perf_events_where_debian_keeps_them_from_all_but_administrators(section
 def test_lockdown_and_locked_memory() -> None:
     assert why_denied("", DENIED, ALL._replace(lockdown="integrity")) == ""
     locked = ALL._replace(lockdown="confidentiality")
-    assert why_denied("raw_tp/x", DENIED, locked) == "the kernel is locked down"
+    said = "the kernel is locked down (lockdown: confidentiality)"
+    assert why_denied("raw_tp/x", DENIED, locked) == said
     little = why_denied("", DENIED, ALL._replace(memlock=65536))
     assert "RLIMIT_MEMLOCK, which is 65,536 bytes: before Linux 5.11" in little
+
+
+LOCKED_DOWN = (
+    "not permitted to load BPF programs: the kernel is locked down (lockdown: confidentiality)"
+)
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "said"),
+    [
+        ("none integrity [confidentiality]", errno.EINVAL, LOCKED_DOWN),
+        ("none integrity [confidentiality]", errno.EPERM, LOCKED_DOWN),
+        ("none integrity [confidentiality]", errno.ENOMEM, "Cannot allocate memory"),
+        ("none [integrity] confidentiality", errno.EINVAL, "Invalid argument"),
+        (None, errno.EINVAL, "Invalid argument"),
+    ],
+)
+def test_the_core_in_lockdown(
+    mode: str | None, error: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the kernel says of a program that reads its memory that it calls no function."""
+    place = tmp_path / "lockdown"
+    if mode is not None:
+        place.write_text(mode + "\n")
+    monkeypatch.setattr(obstacles, "LOCKDOWN", str(place))
+    reason = str(loader._core_error(OSError(error, os.strerror(error))))
+    assert reason == (said if said == LOCKED_DOWN else f"the BPF object does not load: {said}")
 
 
 def test_other_errors_say_all_there_is() -> None:
