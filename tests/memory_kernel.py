@@ -169,7 +169,7 @@ class MemoryPrograms:
     def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
         raise ProcessLookupError
 
-    def open_module(self, pid: int, first: int, last: int) -> int:
+    def open_module(self, pid: int, start: int, image: int, first: int, last: int) -> int:
         raise FileNotFoundError
 
     def close(self) -> None:

@@ -811,9 +811,9 @@ class Loader:
         """Where code of a process is. See `processes.locate`."""
         return locate(pid, start, image, addresses)
 
-    def open_module(self, pid: int, first: int, last: int) -> int:
+    def open_module(self, pid: int, start: int, image: int, first: int, last: int) -> int:
         """A descriptor of a mapped file. See `processes.open_module`."""
-        return open_module(pid, first, last)
+        return open_module(pid, start, image, first, last)
 
     def _map(self, name: str) -> Map:
         if name in self._shared:

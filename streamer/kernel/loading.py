@@ -59,7 +59,7 @@ class LoaderLike(Protocol):
     def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
         """Where code of a process is."""
 
-    def open_module(self, pid: int, first: int, last: int) -> int:
+    def open_module(self, pid: int, start: int, image: int, first: int, last: int) -> int:
         """A descriptor of a mapped file."""
 
     def close(self) -> None:

@@ -115,13 +115,24 @@ def _name_of(path: bytes) -> str:
     return name.decode("utf-8", "replace")[:MOST_NAME]
 
 
-def open_module(pid: int, first: int, last: int) -> int:
-    """A descriptor to read the file of which code is mapped there.
+def open_module(pid: int, start: int, image: int, first: int, last: int) -> int:
+    """A descriptor to read the file of which code is mapped there, in the process that `locate`
+    was asked about: another may have its pid meanwhile, or its place in memory after an exec.
 
     Raises:
         OSError: there is none any more, or it is a device's, or on a file system that may not
-            answer.
+            answer; or the process is gone (ESRCH).
     """
+    fd = _open_mapping(pid, first, last)
+    try:
+        _check(pid, start, image)  # then it was that process's
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open_mapping(pid: int, first: int, last: int) -> int:
     if not any((one.first, one.last) == (first, last) for *_, one in _mappings(pid)):
         raise OSError(errno.ENOENT, "no code is mapped there")  # but perhaps data, which is secret
     link = f"/proc/{pid}/map_files/{first:x}-{last:x}"

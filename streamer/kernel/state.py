@@ -732,9 +732,9 @@ class KernelState:
         """Where code of a process is: see `processes.locate`."""
         return self._loader.locate(pid, start, image, addresses)
 
-    def open_module(self, pid: int, first: int, last: int) -> int:
+    def open_module(self, pid: int, start: int, image: int, first: int, last: int) -> int:
         """A descriptor of a file that is mapped: see `processes.open_module`."""
-        return self._loader.open_module(pid, first, last)
+        return self._loader.open_module(pid, start, image, first, last)
 
     @property
     def statuses(self) -> list[ProgramStatus]:

@@ -332,9 +332,10 @@ class RemoteLoader:
         modules = [Module(*module) for module in result["modules"]]
         return Located(modules, [(module, offset) for module, offset in result["places"]])
 
-    def open_module(self, pid: int, first: int, last: int) -> int:
+    def open_module(self, pid: int, start: int, image: int, first: int, last: int) -> int:
         """See `Loader`."""
-        return self._client.ask_for("open_module", 1, pid=pid, first=first, last=last)[1][0]
+        where = {"pid": pid, "start": start, "image": image, "first": first, "last": last}
+        return self._client.ask_for("open_module", 1, **where)[1][0]
 
     def close(self) -> None:
         """Detach and release everything, and let the helper end."""

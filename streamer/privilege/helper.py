@@ -290,9 +290,12 @@ class Helper:
         found = self._lookups.call(lambda: self._loader.locate(pid, start, image, addresses))
         yield Answer({"modules": listed(found.modules), "places": found.places})
 
-    def _open_module(self, pid: int, first: int, last: int) -> Iterator[Answer]:
+    def _open_module(
+        self, pid: int, start: int, image: int, first: int, last: int
+    ) -> Iterator[Answer]:
         self._check_profiles()
-        fd = self._lookups.call(lambda: self._loader.open_module(pid, first, last), os.close)
+        where = pid, start, image, first, last
+        fd = self._lookups.call(lambda: self._loader.open_module(*where), os.close)
         yield Answer(None, [fd], owned=True)
 
     def _check_profiles(self) -> None:

@@ -138,6 +138,7 @@ def _addresses(value: Any) -> list[int]:
 
 
 _ADDRESS = _integer(0, MOST_ADDRESS)
+_START = _integer(0, (1 << 63) - 1)
 _PID = _integer(1, MOST_PID)
 _INDEX = _integer(0, MOST_FILES)
 _KEEP = _integer(1, MOST_KEPT)
@@ -164,11 +165,17 @@ REQUESTS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "take": {"map": _string(_MAP)},
     "locate": {
         "pid": _PID,
-        "start": _integer(0, (1 << 63) - 1),
+        "start": _START,
         "image": _ADDRESS,
         "addresses": _addresses,
     },
-    "open_module": {"pid": _PID, "first": _ADDRESS, "last": _ADDRESS},
+    "open_module": {
+        "pid": _PID,
+        "start": _START,
+        "image": _ADDRESS,
+        "first": _ADDRESS,
+        "last": _ADDRESS,
+    },
     "open": {"index": _INDEX},
     "current": {"index": _INDEX},
     "rotate": {"index": _INDEX, "keep": _KEEP},

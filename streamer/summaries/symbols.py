@@ -60,7 +60,7 @@ class Kernel(Protocol):
     def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
         """Where code of a process is."""
 
-    def open_module(self, pid: int, first: int, last: int) -> int:
+    def open_module(self, pid: int, start: int, image: int, first: int, last: int) -> int:
         """A descriptor of a mapped file."""
 
 
@@ -188,7 +188,7 @@ class Symbols:
         return self._keep(read, here, module)
 
     def _read(self, process: Process, module: Module, known: Collection[FileId]) -> Read:
-        fd = self._kernel.open_module(process.pid, module.first, module.last)
+        fd = self._kernel.open_module(*process, module.first, module.last)
         try:
             return read_file(fd, known)
         finally:

@@ -91,8 +91,8 @@ class MemoryLoader:
     def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
         return locate(pid, start, image, addresses)
 
-    def open_module(self, pid: int, first: int, last: int) -> int:
-        return open_module(pid, first, last)
+    def open_module(self, pid: int, start: int, image: int, first: int, last: int) -> int:
+        return open_module(pid, start, image, first, last)
 
     def close(self) -> None:
         pass

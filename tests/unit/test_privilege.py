@@ -137,7 +137,7 @@ def test_code_of_processes_is_for_profiles(helper: Setting) -> None:
     with pytest.raises(KernelError, match="nothing is sampled"):
         helper.loader.locate(*where_it_is(os.getpid()), [1])
     with pytest.raises(KernelError, match="nothing is sampled"):
-        helper.loader.open_module(os.getpid(), 1, 2)
+        helper.loader.open_module(*where_it_is(os.getpid()), 1, 2)
 
 
 @pytest.fixture
@@ -160,13 +160,16 @@ def test_where_code_of_a_process_is(profiling: Setting) -> None:
 @pytest.mark.usefixtures("opens_mappings")
 def test_a_file_that_a_process_has_mapped(profiling: Setting) -> None:
     code = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value or 0
-    (module,) = profiling.loader.locate(*where_it_is(os.getpid()), [code]).modules
-    fd = profiling.loader.open_module(os.getpid(), module.first, module.last)
+    here = where_it_is(os.getpid())
+    (module,) = profiling.loader.locate(*here, [code]).modules
+    fd = profiling.loader.open_module(*here, module.first, module.last)
     assert os.read(fd, 4) == b"\x7fELF"
     assert not os.get_inheritable(fd)
     os.close(fd)
     with pytest.raises(FileNotFoundError):
-        profiling.loader.open_module(os.getpid(), module.first + 1, module.last)
+        profiling.loader.open_module(*here, module.first + 1, module.last)
+    with pytest.raises(ProcessLookupError):
+        profiling.loader.open_module(here[0], here[1] + 10**9, here[2], module.first, module.last)
 
 
 def test_a_profile_takes_one_capability_more(profiling: Setting) -> None:
@@ -557,8 +560,9 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("locate", {"pid": 1, "start": 1, "image": 1, "addresses": [1.5]}),
     ("locate", {"pid": 1, "start": 1, "image": 1, "addresses": [1] * 2049}),
     ("locate", {"pid": 1, "start": 1, "image": 1, "addresses": "1"}),
-    ("open_module", {"pid": 1, "first": 1, "last": 2}),  # likewise
-    ("open_module", {"pid": 1, "first": "../exe", "last": 2}),
+    ("open_module", {"pid": 1, "start": 1, "image": 1, "first": 1, "last": 2}),  # likewise
+    ("open_module", {"pid": 1, "start": 1, "image": 1, "first": "../exe", "last": 2}),
+    ("open_module", {"pid": 1, "first": 1, "last": 2}),
     ("load", {"sensor": "good", "options": {}}),  # no core yet
     ("load", {"sensor": "../../tmp/evil", "options": {}}),
     ("load", {"sensor": "", "options": {}}),

@@ -234,12 +234,27 @@ def test_a_mapped_file_is_opened_whatever_has_its_name(tmp_path: Path) -> None:
     mapping, first, last = mapped_code(path)
     path.unlink()
     path.write_bytes(b"what took its name")
-    fd = open_module(os.getpid(), first, last)
+    fd = open_module(os.getpid(), *stat_of(os.getpid()), first, last)
     assert os.read(fd, 15) == b"what was mapped"
     os.close(fd)
     mapping.close()
     with pytest.raises(FileNotFoundError):
-        open_module(os.getpid(), first, last)
+        open_module(os.getpid(), *stat_of(os.getpid()), first, last)
+
+
+@pytest.mark.usefixtures("opens_mappings")
+def test_of_another_process_nothing_is_opened(tmp_path: Path) -> None:
+    """One that has the pid now, or, after an exec, the same addresses: its file is another."""
+    path = tmp_path / "file"
+    path.write_bytes(b"another program".ljust(4096))
+    mapping, first, last = mapped_code(path)
+    start, image = stat_of(os.getpid())
+    before = len(os.listdir("/proc/self/fd"))
+    for other in ((start - 1_000_000_000, image), (start, image + 1)):
+        with pytest.raises(ProcessLookupError):
+            open_module(os.getpid(), *other, first, last)
+    assert len(os.listdir("/proc/self/fd")) == before
+    mapping.close()
 
 
 @pytest.mark.usefixtures("opens_mappings")
@@ -252,7 +267,7 @@ def test_data_is_not_opened(tmp_path: Path) -> None:
     (line,) = (one for one in Path("/proc/self/maps").read_text().splitlines() if str(path) in one)
     first, _, last = line.split()[0].partition("-")
     with pytest.raises(FileNotFoundError, match="no code is mapped there"):
-        open_module(os.getpid(), int(first, 16), int(last, 16))
+        open_module(os.getpid(), *stat_of(os.getpid()), int(first, 16), int(last, 16))
     mapping.close()
 
 
@@ -262,7 +277,7 @@ def test_a_file_system_that_may_not_answer_is_not_asked(require: Require) -> Non
     require(is_devtmpfs(), "/dev is an ordinary file system here")
     mapping, first, last = mapped_code(Path("/dev/zero"))
     with pytest.raises(OSError, match="not opened on devtmpfs"):
-        open_module(os.getpid(), first, last)
+        open_module(os.getpid(), *stat_of(os.getpid()), first, last)
     mapping.close()
 
 
@@ -274,7 +289,7 @@ def test_a_device_is_not_opened(tmp_path: Path, require: Require) -> None:
     os.mknod(device, stat.S_IFCHR | 0o644, os.makedev(1, 5))
     mapping, first, last = mapped_code(device)
     with pytest.raises(OSError, match="not a regular file"):
-        open_module(os.getpid(), first, last)
+        open_module(os.getpid(), *stat_of(os.getpid()), first, last)
     mapping.close()
 
 
@@ -308,7 +323,7 @@ def test_overlays_that_anybody_can_mount(option: str, allowed: bool, tmp_path: P
         assert process.stdin is not None
         assert process.stdout is not None
         first, _, last = process.stdout.readline().strip().partition(b"-")
-        where = process.pid, int(first, 16), int(last, 16)
+        where = process.pid, *stat_of(process.pid), int(first, 16), int(last, 16)
         if allowed:
             fd = open_module(*where)
             assert os.read(fd, 1) == b"\0"
@@ -335,9 +350,9 @@ class Here:
     def locate(self, pid: int, start: int, image: int, addresses: Sequence[int]) -> Located:
         return locate(pid, start, image, addresses)
 
-    def open_module(self, pid: int, first: int, last: int) -> int:
+    def open_module(self, pid: int, start: int, image: int, first: int, last: int) -> int:
         self.opened += 1
-        return open_module(pid, first, last)
+        return open_module(pid, start, image, first, last)
 
 
 def own_process() -> Process:
