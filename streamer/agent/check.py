@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable, Iterator
 
 from streamer import __version__
+from streamer.config.cleartext import cleartext_passwords
 from streamer.config.settings import Settings
 from streamer.errors import StreamerError
 from streamer.events.catalogue import SELECTABLE
@@ -74,7 +75,7 @@ def report(settings: Settings, kinds: frozenset[str], *, apart: bool = False) ->
         kinds={kind: Kind(_WORDS[one.status], one.reason) for kind, one in found.items()},
         not_asked=_not_asked(settings, kinds),
         interfaces=interfaces,
-        notes=list(in_vain(settings.kernel, kinds)),
+        notes=[*in_vain(settings.kernel, kinds), *cleartext_passwords(settings)],
         hooks=list(hooks_of(programs)),
         features={
             **tried.features,

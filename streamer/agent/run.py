@@ -19,6 +19,7 @@ from streamer.agent.allocator import keep_freed_memory
 from streamer.agent.run_file import RunFile
 from streamer.agent.service import Outcome, Service
 from streamer.agent.timing_key import timing_of
+from streamer.config.cleartext import cleartext_passwords
 from streamer.config.rules import host_problems
 from streamer.config.settings import Limits, Settings, StdoutSink, with_budgets
 from streamer.errors import ConfigError, HelperGone, KernelError
@@ -80,7 +81,8 @@ def _split_and_run(
     sink: Sink | None,
 ) -> Outcome:
     capabilities.require()
-    for said in (*in_vain(settings.kernel, kinds), *exposed_secrets(settings)):
+    vain = in_vain(settings.kernel, kinds)
+    for said in (*vain, *exposed_secrets(settings), *cleartext_passwords(settings)):
         _log.warning("%s", said)
     with contextlib.ExitStack() as stack:
         terminal = stack.enter_context(_controlling_terminal())  # while there is one

@@ -264,6 +264,23 @@ def test_an_interface_that_is_not_there() -> None:
     ]
 
 
+def test_a_password_that_can_be_read_on_the_way(tmp_path: Path) -> None:
+    """Said here, and at the start of `run`, before anything is sent."""
+    config = tmp_path / "streamer.toml"
+    config.write_text(
+        '[[sinks]]\ntype = "mqtt"\nhost = "broker.invalid"\nusername = "u"\npassword_env = "P"\n'
+    )
+    said = "sinks[0]: without TLS anybody on the way to broker.invalid:1883 can read the password"
+    _, found = check("--config", str(config))
+    assert [note.startswith(said) for note in found.notes] == [True]
+    command = [sys.executable, "-m", "streamer", "run", "--config", str(config), "--duration", "1s"]
+    environ = os.environ | {"P": "secret"}
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=seconds(60)
+    )
+    assert sum(said in line for line in ran.stderr.splitlines()) == 1, ran.stderr
+
+
 def test_for_people_it_is_eighty_columns_wide() -> None:
     command = [sys.executable, "-m", "streamer", "check", "--events", "*", "--interface", "eth99"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds(120))
