@@ -1,4 +1,4 @@
-# The agent, for a privileged container in the host's pid namespace: see compose.yaml.
+# The agent, for a container with three capabilities: see compose.yaml.
 # BASE: any Debian 12, such as one that tools/image.sh makes without a registry.
 ARG BASE=debian:bookworm-slim
 FROM ${BASE} AS build

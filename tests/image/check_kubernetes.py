@@ -7,7 +7,6 @@ that of containerd has had since 1.7: bpf() for CAP_BPF, and perf_event_open() f
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,29 +16,11 @@ from typing import Any
 import pytest
 
 from tests import manifests
-from tests.image.check import IMAGE, PODMAN, Container, podman
+from tests.image.check import BITS, IMAGE, PODMAN, Container, podman, seccomp
 
 pytestmark = pytest.mark.kernel
 
 NODE = "node-7"
-DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
-BY_CAPABILITY = {"BPF": "bpf", "PERFMON": "perf_event_open"}
-BITS = {"BPF": 39, "PERFMON": 38, "NET_ADMIN": 12}
-
-
-def seccomp(profile: dict[str, str], added: list[str], place: Path) -> Path:
-    """The profile as the runtime makes it for these capabilities."""
-    assert profile == {"type": "RuntimeDefault"}
-    found = json.loads(DEFAULT_PROFILE.read_text())
-    allowed = [call for name, call in BY_CAPABILITY.items() if name in added]
-    rules = []
-    for rule in found["syscalls"]:
-        names = [name for name in rule["names"] if name not in allowed]
-        if names:
-            rules.append(rule | {"names": names})
-    rules.append({"names": allowed, "action": "SCMP_ACT_ALLOW", "args": []})
-    place.write_text(json.dumps(found | {"syscalls": rules}))
-    return place
 
 
 def security(context: dict[str, Any], directory: Path) -> Iterator[str]:
@@ -53,9 +34,8 @@ def security(context: dict[str, Any], directory: Path) -> Iterator[str]:
     if context["readOnlyRootFilesystem"]:
         yield from ("--read-only", "--read-only-tmpfs=false")
     yield from ("--user", f"{context['runAsUser']}:{context['runAsGroup']}")
-    profile = directory / "seccomp.json"
-    made = seccomp(context["seccompProfile"], capabilities["add"], profile)
-    yield from ("--security-opt", f"seccomp={made}")
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    yield from ("--security-opt", f"seccomp={seccomp(capabilities['add'], directory)}")
 
 
 def volumes(directory: Path) -> Iterator[str]:

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 import streamer
 from streamer.config.loading import load
 from streamer.config.settings import KafkaSink, MqttSink
-from tests import compose
+from tests import compose, manifests
 from tests.compose import Compose
 from tests.vm import suite
 
@@ -378,9 +378,54 @@ def test_the_agent_waits_for_brokers_that_are_well(composed: Compose) -> None:
     }
 
 
-def test_the_agent_sees_the_host(composed: Compose) -> None:
+def test_the_agent_has_the_rights_of_the_daemonset_and_no_others(composed: Compose) -> None:
     service = composed.service("streamer")
-    assert (service["privileged"], service["pid"]) == (True, "host")
+    pod, container = manifests.pod(), manifests.container()
+    context = container["securityContext"]
+    assert service.get("privileged", False) is context["privileged"] is False
+    assert service["cap_drop"] == context["capabilities"]["drop"] == ["ALL"]
+    assert sorted(service["cap_add"]) == sorted(context["capabilities"]["add"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert service["read_only"] is context["readOnlyRootFilesystem"] is True
+    assert service["user"] == f"{context['runAsUser']}:{context['runAsGroup']}"
+    assert (pod["hostPID"], pod["hostNetwork"]) == (False, False)
+    shared = ("pid", "ipc", "uts", "network_mode", "userns_mode", "cgroup", "devices")
+    assert service.keys().isdisjoint(shared)
+    limit = container["resources"]["limits"]["memory"]
+    assert bytes_of(str(service["mem_limit"])) == bytes_of(limit) == 512 << 20
+
+
+def bytes_of(size: str) -> int:
+    """Of `512m`, of `512Mi`, or of a number, which the newer compose makes of it."""
+    number, unit = re.fullmatch(r"(\d+)(m|Mi|)", size).groups()  # type: ignore[union-attr]
+    return int(number) << (20 if unit else 0)
+
+
+def test_the_agent_has_the_mounts_of_the_daemonset_and_no_others(composed: Compose) -> None:
+    """By where they are in the container: the source, if it is the host's, and whether it is to
+    be read only. State and configuration are compose's own.
+    """
+    volumes = {volume["name"]: volume for volume in manifests.pod()["volumes"]}
+    theirs = {
+        mount["mountPath"]: (
+            volumes[mount["name"]].get("hostPath", {}).get("path"),
+            mount.get("readOnly", False),
+        )
+        for mount in manifests.container()["volumeMounts"]
+    }
+    ours = {}
+    for volume in composed.service("streamer")["volumes"]:
+        if isinstance(volume, str):
+            source, target, mode = volume.split(":")
+            ours[target] = source, mode == "ro"
+        else:
+            ours[volume["target"]] = volume["source"], volume.get("read_only", False)
+    assert ours.pop("/etc/streamer/streamer.toml")[1] is theirs.pop("/etc/streamer")[1] is True
+    assert ours.pop("/var/lib/streamer") == ("streamer-state", False)
+    assert theirs.pop("/var/lib/streamer") == ("/var/lib/streamer", False)
+    assert ours == theirs
 
 
 def test_the_ports_of_the_brokers_are_of_this_host_alone(composed: Compose) -> None:
