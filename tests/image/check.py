@@ -176,7 +176,7 @@ def test_a_stop_drains_and_says_what_became_of_all(agent: Container) -> None:
     assert [e for e in agent.of("process.exec") if e.argv[-1:] == [marker]]
     last = agent.events()[-1]
     assert kind_of(last) == "stream.heartbeat"
-    for kind, counts in last.kinds.items():
+    for kind, counts in last.counts.items():
         assert counts.produced == counts.read + counts.filtered + counts.shed + counts.lost, kind
     assert " delivered, 0 dropped; " in agent.stderr.read_text().splitlines()[-1]
 
