@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from streamer.kernel.headers import Refused
 from streamer.kernel.libbpf import TypeWriter
 
 KALLSYMS = "/proc/kallsyms"
@@ -51,11 +52,21 @@ def btf_of(
 
 
 def functions_there(wanted: Iterable[str], path: str = KALLSYMS) -> set[str]:
-    """Those of `wanted` that are functions of the kernel, by its list of symbols."""
+    """Those of `wanted` that are functions of the kernel, by its list of symbols.
+
+    Raises:
+        Refused: it cannot be read. Everybody may, where nothing hides it.
+    """
     names = set(wanted)
-    with open(path) as file:
-        rows = (line.split(None, 3) for line in file)
-        return {row[2] for row in rows if row[1] in "tTwW" and row[2] in names}
+    try:
+        with open(path) as file:
+            rows = (line.split(None, 3) for line in file)
+            return {row[2] for row in rows if row[1] in "tTwW" and row[2] in names}
+    except PermissionError as error:
+        hidden = "ProtectKernelTunables= of systemd hides it"
+        raise Refused(f"{path}: {error.strerror} ({hidden})") from None
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from None
 
 
 class _Made:

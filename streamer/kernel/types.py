@@ -145,9 +145,9 @@ def _made(wanted: Wanted, types: list[str], given: str) -> tuple[str, str, bytes
     from streamer.kernel import headers, layouts, measured
     from streamer.kernel.btf import Btf
 
+    functions = layouts.functions_there(wanted.functions)
     answer = headers.layouts(given, types)
     described, found = answer["types"], list(answer["found"].values())
-    functions = layouts.functions_there(wanted.functions)
     known = layouts.btf_of(described, found, {}, functions)
     source = f"{answer['tree']}, compiled by bcc"
     core = os.path.join(wanted.directory, WITHOUT_BTF, "core.bpf.o")

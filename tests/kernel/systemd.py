@@ -101,6 +101,12 @@ class Systemd:
         place.mkdir(exist_ok=True)
         (place / "streamer.toml").write_text(config)
 
+    def add(self, lines: str) -> None:
+        """Lines for the service, as `systemctl edit` adds them."""
+        place = self._tree / "run" / "systemd" / "system" / f"{UNIT}.d" / "more.conf"
+        place.write_text(f"[Service]\n{lines}\n")
+        self.ctl("daemon-reload")
+
     def path(self, name: str) -> Path:
         """Where a file of the service's is, such as /var/log/streamer."""
         return self._tree / name.removeprefix("/")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +16,13 @@ import pytest
 from streamer.kernel import types
 from streamer.kernel.btf import Btf, Type
 from streamer.kernel.loader import OBJECTS, Loader
-from tests.conftest import Require
+from tests.conftest import SET_UP, Require
 from tests.kernel.agent import Agent
+from tests.kernel.pace import seconds
 from tests.kernel.relocated import instructions
 from tests.kernel.scope import Scope
 from tests.kernel.system import BTF, open_missing
+from tests.kernel.systemd import DEPLOY, SYSTEMD, UNIT, Systemd
 from tests.kernel.test_degraded import NO_BTF, streamer
 
 pytestmark = pytest.mark.kernel
@@ -118,6 +121,42 @@ def test_events_have_their_paths(scope: Scope, tmp_path: Path, made: Btf) -> Non
         recording = agent.stop()
     assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(10)]
     assert recording.manifest.kernel_types.startswith(f"kernel headers: {HEADERS}")
+
+
+@pytest.mark.every_kernel
+def test_under_the_unit(
+    scope: Scope, cgroups: Path, tmp_path: Path, require: Require, require_kernel: Require
+) -> None:
+    """As a service, the compiler works within all that keeps it in, but for one line: the list of
+    the kernel's functions has to be there, as docs/deployment.md says.
+    """
+    require(os.path.exists(SYSTEMD), f"systemd is not installed: {SET_UP}")
+    require_kernel(HEADERS.exists() and not Path(types.KERNEL_BTF).exists(), "it has BTF")
+    shipped = (DEPLOY / "streamer.toml").read_text()
+    config = f'events = ["process.exec"]\n{shipped}\n[filters]\ncgroups = [{scope.id}]\n'
+    with Scope(cgroups) as own, Systemd(tmp_path / "system", own, config) as systemd:
+        systemd.add("Restart=no")
+        systemd.ctl("start", UNIT, check=False)
+        deadline = time.monotonic() + seconds(60)
+        while systemd.shown("ActiveState") != "failed":
+            assert time.monotonic() < deadline, systemd.said
+            time.sleep(0.1)
+        hidden = "/proc/kallsyms: Permission denied (ProtectKernelTunables= of systemd hides it)"
+        assert hidden in systemd.said
+        systemd.add("ProtectKernelTunables=no")
+        systemd.ctl("start", UNIT)
+        systemd.wait_for("stream.manifest", 1)
+        (manifest,) = systemd.of("stream.manifest")
+        assert manifest.kernel_types.startswith(f"kernel headers: {HEADERS}, compiled by bcc")
+        scope.act(run_some, 7)
+        systemd.wait_for("process.exec", 7)
+        systemd.ctl("stop", UNIT)
+        assert [event.argv for event in systemd.of("process.exec")] == [["true", "7"]] * 7
+
+
+def run_some(count: int) -> None:
+    for _ in range(count):
+        os.waitpid(os.posix_spawn("/bin/true", ["true", str(count)], {}), 0)
 
 
 ALONE = """

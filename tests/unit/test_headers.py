@@ -21,6 +21,7 @@ import pytest
 from streamer.kernel import headers
 from streamer.kernel.compiled import Description, files_read
 from streamer.kernel.headers import Refused, Tree
+from streamer.kernel.layouts import functions_there
 
 RELEASE, VERSION = "6.1.0-50-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.176-1 (2026-07-02)"
 ARCH = {"x86_64": "x86", "aarch64": "arm64"}[platform.machine()]
@@ -291,6 +292,16 @@ def test_links_that_lead_nowhere_are_no_matter(tree: Tree) -> None:
     """Debian's packages have some."""
     Path(tree.source, "include", "none").symlink_to("no/such/file.h")
     headers.check_tree(tree, platform.machine())
+
+
+def test_functions_of_the_kernel(tmp_path: Path) -> None:
+    """By its list of symbols, without which nothing is made of headers."""
+    listed = tmp_path / "kallsyms"
+    listed.write_text("0 T vfs_read\n0 d jiffies\n0 t schedule\t[core]\n0 W other\n")
+    wanted = ["vfs_read", "jiffies", "schedule", "none"]
+    assert functions_there(wanted, str(listed)) == {"vfs_read", "schedule"}
+    with pytest.raises(Refused, match=f"{tmp_path}/none: No such file or directory"):
+        functions_there(wanted, f"{tmp_path}/none")
 
 
 # ---------------------------------------------------------------- the compiler
