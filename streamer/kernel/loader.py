@@ -166,22 +166,30 @@ class _Sensor:
         return [self.states[name] for name in names if name in self.states]
 
     def detach(self) -> None:
+        """All of it. Raises OSError at the end, of what stays attached."""
         # What finds out what another program has missed goes before that one.
         for link in reversed(self.links):
             link.destroy()
-        for attached in self.at_interfaces.values():
-            for one in attached.values():
-                one.link.destroy()
+        errors = [
+            error
+            for attached in self.at_interfaces.values()
+            for one in attached.values()
+            if (error := _why_not_destroyed(one.link))
+        ]
         self.links, self.at_interfaces = [], {}
+        _raise_all(errors)
 
     def close(self) -> None:
-        self.detach()
-        for fd in self.copies.values():
-            os.close(fd)
-        self.copies = {}
-        for loaded in self.objects:
-            loaded.close()
-        self.objects = []
+        """Raises as `detach` does, with all else released."""
+        try:
+            self.detach()
+        finally:
+            for fd in self.copies.values():
+                os.close(fd)
+            self.copies = {}
+            for loaded in self.objects:
+                loaded.close()
+            self.objects = []
 
 
 class Loader:
@@ -748,6 +756,7 @@ class Loader:
 
         Raises:
             KernelError: the sensor is not loaded.
+            OSError: the kernel refused; the others are detached.
         """
         self._loaded(sensor).detach()
 
@@ -776,10 +785,13 @@ class Loader:
 
         Raises:
             KernelError: the sensor is not loaded.
+            OSError: the kernel refused to detach some of it; all else is done.
         """
-        self._loaded(sensor).close()
-        del self._sensors[sensor]
-        self._forget_common()
+        try:
+            self._loaded(sensor).close()
+        finally:
+            del self._sensors[sensor]
+            self._forget_common()
 
     # ------------------------------------------------------------ maps
 
@@ -825,9 +837,17 @@ class Loader:
         raise KernelError(f"there is no map {name}")
 
     def close(self) -> None:
-        """Detach and release everything. Harmless when done already."""
+        """Detach and release everything. Harmless when done already.
+
+        Raises:
+            OSError: the kernel refused to detach some of it; all else is done.
+        """
+        errors = []
         for made in self._sensors.values():
-            made.close()
+            try:
+                made.close()
+            except OSError as error:
+                errors.append(error)
         self._sensors = {}
         self._forget_common()
         if self._buffers is not None:
@@ -838,6 +858,21 @@ class Loader:
             self._core, self._shared = None, {}
         if self._filters is not None:
             self._filters.close()
+        _raise_all(errors)
+
+
+def _why_not_destroyed(link: DescriptorLink | FilterLink) -> OSError | None:
+    try:
+        link.destroy()
+    except OSError as error:
+        return error
+    return None
+
+
+def _raise_all(errors: Sequence[OSError]) -> None:
+    """As one OSError, if there is any."""
+    if errors:
+        raise OSError(errors[0].errno, "; ".join(str(error.strerror) for error in errors))
 
 
 def _names_in(enum: str, btf: str | None) -> dict[int, str]:
@@ -966,7 +1001,8 @@ def _attach_to_interfaces(
                 errors[name] = error
     # Before any is attached to: of two that have changed their names, each has the other's.
     for name in [name for name, one in attached.items() if one.number != wanted.get(name)]:
-        attached.pop(name).link.destroy()
+        if refused := _why_not_destroyed(attached.pop(name).link):
+            errors[name] = refused
     for name in [name for name in wanted if name not in attached]:
         try:
             attached[name] = attach(wanted[name])

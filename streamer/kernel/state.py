@@ -7,6 +7,7 @@ privileges, and does everything else through memory that it shares with the prog
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import platform
@@ -14,7 +15,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -49,6 +50,8 @@ from streamer.kernel.system_calls import SYSCALL_NUMBERS, Place, places_of
 from streamer.kernel.tags import RINGS, ProgramInfo
 from streamer.kernel.targets import targets_of
 from streamer.kernel.types import NO_MOUNTS, NO_MULTIPATH, KernelTypes
+
+_log = logging.getLogger("streamer")
 
 _KEEP, _DROP = b"\x01", b"\x02"
 _MODES = {name.removeprefix("FILTER_"): n for name, n, _ in CONTRACT["enum filter_mode"]}
@@ -780,7 +783,8 @@ class KernelState:
             for sensor in loaded:
                 if sensor == flows.SENSOR and self.flows is not None:
                     self._loaded.append(sensor)
-                    self._loader.detach(sensor)
+                    with _what_stays_told():
+                        self._loader.detach(sensor)
                 else:
                     self._release(sensor)
 
@@ -795,11 +799,13 @@ class KernelState:
         for program in self._states[sensor]:
             self._missed_before[program.name] += self._missed_now.pop(program.name, 0)
         self._attached.pop(sensor, None)
-        self._loader.unload(sensor)
+        with _what_stays_told():
+            self._loader.unload(sensor)
 
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""
-        self._loader.close()
+        with _what_stays_told():
+            self._loader.close()
         _close(self.buffers)
         self.buffers = {}
         if self.kallsyms is not None:
@@ -808,6 +814,15 @@ class KernelState:
         for mapping in self._mapped:
             with suppress(BufferError):  # somebody still looks at it
                 mapping.close()
+
+
+@contextmanager
+def _what_stays_told() -> Iterator[None]:
+    """What the kernel refuses to detach outlives the agent: whoever runs it has to know."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("not detached: %s", error.strerror or error)
 
 
 def _close(buffers: Mapping[int, Mapping[str, int]]) -> None:

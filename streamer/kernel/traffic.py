@@ -4,10 +4,14 @@ A filter is made and removed by rtnetlink: the messages are those of linux/rtnet
 linux/pkt_cls.h. Others have filters there, too, which are left alone. Ours has a name, and a
 handle which is the port of our netlink socket: as long as a socket in this network namespace has
 that port, the filter has an owner; one whose owner has gone (he was killed) is removed by the next.
+
+Filters need the qdisc clsact. Where we have made it, the name of our filters says so: whichever
+agent is the last one there removes it, unless others have filters in it by then.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -17,8 +21,11 @@ from typing import NamedTuple
 
 NAME = "streamer"
 """Begins the name of every filter of ours."""
+_IN_OURS = "-in-ours"
+"""Ends it where the qdisc is ours, too."""
 
-_RTM_NEWQDISC, _RTM_NEWTFILTER, _RTM_DELTFILTER, _RTM_GETTFILTER = 36, 44, 45, 46
+_RTM_NEWQDISC, _RTM_DELQDISC, _RTM_GETQDISC = 36, 37, 38
+_RTM_NEWTFILTER, _RTM_DELTFILTER, _RTM_GETTFILTER = 44, 45, 46
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST, _ACK, _EXCL, _DUMP, _CREATE = 0x1, 0x4, 0x200, 0x300, 0x400
 _TCA_KIND, _TCA_OPTIONS = 1, 2
@@ -33,7 +40,6 @@ _TRAFFIC = struct.Struct("=BxxxiIII")  # struct tcmsg
 _ATTRIBUTE = struct.Struct("=HH")
 # Between the numbers of processes, which the kernel gives by itself, and those that it makes up.
 _PORTS = range(1 << 24, 1 << 30)
-_EXISTS, _MISSING = 17, 2
 _MOST_PRIORITY = 0xFFFF
 _ANSWER_BYTES = 1 << 16
 _ATTEMPTS = 8
@@ -59,6 +65,7 @@ class TrafficFilters:
         self._socket = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
         self._socket.settimeout(_SECONDS)
         self._number = 0
+        self._made: set[int] = set()  # interfaces at which clsact is ours
         self.port = self._bind()
 
     def _bind(self) -> int:
@@ -81,14 +88,22 @@ class TrafficFilters:
             OSError: the kernel refused.
         """
         self._ensure_clsact(index)
+        try:
+            return self._attach(index, direction, program)
+        except OSError:
+            self._give_back_clsact(index)
+            raise
+
+    def _attach(self, index: int, direction: str, program: int) -> FilterLink:
         there = self._without_stale(index, direction)
-        link = FilterLink(self, index, direction, priority_beside(there))
+        name = f"{NAME}-{direction}" + _IN_OURS * (index in self._made)
+        one = Filter("bpf", priority_beside(there), _ALL_PROTOCOLS, self.port, name)
         options = _attribute(_BPF_FD, struct.pack("=I", program))
-        options += _attribute(_BPF_NAME, f"{NAME}-{direction}".encode() + b"\0")
+        options += _attribute(_BPF_NAME, name.encode() + b"\0")
         options += _attribute(_BPF_FLAGS, struct.pack("=I", _DIRECT_ACTION))
         data = _attribute(_TCA_KIND, b"bpf\0") + _attribute(_TCA_OPTIONS, options)
-        self._ask(_RTM_NEWTFILTER, _CREATE | _EXCL, link.message(self.port), data)
-        return link
+        self._ask(_RTM_NEWTFILTER, _CREATE | _EXCL, _place(index, direction, one), data)
+        return FilterLink(self, index, direction, one)
 
     def filters(self, index: int, direction: str) -> list[Filter]:
         """All that are there, of all owners."""
@@ -96,37 +111,82 @@ class TrafficFilters:
         parts = self._ask(_RTM_GETTFILTER, _DUMP, message, b"")
         return [found for part in parts if (found := _filter_of(part))]
 
-    def remove(self, index: int, direction: str, one: Filter) -> None:
-        """Remove a filter. Raises OSError: it is not there, nor its interface, perhaps."""
-        info = one.priority << 16 | one.protocol
-        message = _TRAFFIC.pack(socket.AF_UNSPEC, index, one.handle, _PARENTS[direction], info)
-        self._ask(_RTM_DELTFILTER, 0, message, _attribute(_TCA_KIND, b"bpf\0"))
+    def remove(self, index: int, direction: str, one: Filter) -> bool:
+        """Remove a filter. Whether it was there: it goes with its interface, or by others' hands.
+
+        Raises:
+            OSError: the kernel refused; it is still there.
+        """
+        data = _attribute(_TCA_KIND, b"bpf\0")
+        try:
+            self._ask(_RTM_DELTFILTER, 0, _place(index, direction, one), data)
+        except OSError:  # which error says that it has gone depends on what went with it
+            if any(_is_same(one, other) for other in self.filters(index, direction)):
+                raise
+            return False
+        return True
+
+    def detach(self, index: int, direction: str, one: Filter) -> None:
+        """Remove a filter of ours, and clsact if that was for our filters alone.
+
+        Raises:
+            OSError: the kernel refused; what it was about is still there.
+        """
+        if self.remove(index, direction, one):
+            self._give_back_clsact(index)
+        else:  # by somebody who may have made a clsact of his own since
+            self._made.discard(index)
 
     def _ensure_clsact(self, index: int) -> None:
-        message = _TRAFFIC.pack(socket.AF_UNSPEC, index, _CLSACT_HANDLE, _CLSACT, 0)
         try:
-            self._ask(_RTM_NEWQDISC, _CREATE | _EXCL, message, _attribute(_TCA_KIND, b"clsact\0"))
+            self._ask_of_clsact(_RTM_NEWQDISC, _CREATE | _EXCL, index)
         except OSError as error:
-            if error.errno != _EXISTS:  # somebody's
+            if error.errno != errno.EEXIST:
                 raise
+            if any(one.name.endswith(_IN_OURS) for one in self._own_filters(index)):
+                self._made.add(index)  # of an agent that is there, or was killed
+        else:
+            self._made.add(index)
+
+    def _own_filters(self, index: int) -> list[Filter]:
+        everywhere = (one for at in _PARENTS for one in self.filters(index, at))
+        return [one for one in everywhere if one.name.startswith(f"{NAME}-")]
+
+    def _give_back_clsact(self, index: int) -> None:
+        """Remove clsact if it is ours, and nobody has a filter in it."""
+        if index not in self._made or any(self.filters(index, at) for at in _PARENTS):
+            return
+        self._made.discard(index)
+        try:
+            self._ask_of_clsact(_RTM_DELQDISC, 0, index)
+        except OSError:
+            if self._has_clsact(index):
+                raise
+
+    def _has_clsact(self, index: int) -> bool:
+        try:
+            self._ask_of_clsact(_RTM_GETQDISC, 0, index)
+        except OSError as error:  # neither the interface, nor any such qdisc, nor this one
+            if error.errno not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
+                raise
+            return False
+        return True
+
+    def _ask_of_clsact(self, kind: int, flags: int, index: int) -> None:
+        message = _TRAFFIC.pack(socket.AF_UNSPEC, index, _CLSACT_HANDLE, _CLSACT, 0)
+        self._ask(kind, flags, message, _attribute(_TCA_KIND, b"clsact\0"))
 
     def _without_stale(self, index: int, direction: str) -> list[Filter]:
         there = self.filters(index, direction)
         living = ports_in_use()
+        ours = (f"{NAME}-{direction}", f"{NAME}-{direction}{_IN_OURS}")
         left = []
         for one in there:
-            if one.name == f"{NAME}-{direction}" and one.handle not in living:
-                self._remove_stale(index, direction, one)
+            if one.name in ours and one.handle not in living:
+                self.remove(index, direction, one)  # unless another agent that begins has
             else:
                 left.append(one)
         return left
-
-    def _remove_stale(self, index: int, direction: str, one: Filter) -> None:
-        try:
-            self.remove(index, direction, one)
-        except OSError as error:
-            if error.errno != _MISSING:  # another agent that begins has removed it
-                raise
 
     def _ask(self, kind: int, flags: int, message: bytes, data: bytes) -> list[bytes]:
         """Send a request, and wait for the end of the answer: its messages."""
@@ -153,25 +213,37 @@ class TrafficFilters:
 class FilterLink:
     """A filter of ours. It stays, even if the process ends, until `destroy`."""
 
-    def __init__(self, filters: TrafficFilters, index: int, direction: str, priority: int) -> None:
+    def __init__(self, filters: TrafficFilters, index: int, direction: str, one: Filter) -> None:
         """Where it is, on the interface of that index."""
         self._filters: TrafficFilters | None = filters
         self._index = index
         self._direction = direction
-        self._filter = Filter("bpf", priority, _ALL_PROTOCOLS, filters.port, "")
-
-    def message(self, handle: int) -> bytes:
-        """The beginning of the request that makes it."""
-        info = self._filter.priority << 16 | self._filter.protocol
-        parent = _PARENTS[self._direction]
-        return _TRAFFIC.pack(socket.AF_UNSPEC, self._index, handle, parent, info)
+        self._filter = one
 
     def destroy(self) -> None:
-        """Remove it. Harmless when it has gone, as with its interface."""
+        """Remove it. Harmless when it has gone, as with its interface.
+
+        Raises:
+            OSError: the kernel refused; it is still there.
+        """
         filters, self._filters = self._filters, None
-        if filters is not None:
-            with suppress(OSError):
-                filters.remove(self._index, self._direction, self._filter)
+        if filters is None:
+            return
+        try:
+            filters.detach(self._index, self._direction, self._filter)
+        except OSError as error:
+            what = f"clsact at {self._direction} of interface {self._index} cannot be removed"
+            raise OSError(error.errno, f"{what}: {error.strerror or error}") from error
+
+
+def _place(index: int, direction: str, one: Filter) -> bytes:
+    """The beginning of a request that is about a filter."""
+    info = one.priority << 16 | one.protocol
+    return _TRAFFIC.pack(socket.AF_UNSPEC, index, one.handle, _PARENTS[direction], info)
+
+
+def _is_same(one: Filter, other: Filter) -> bool:
+    return one._replace(name=other.name) == other
 
 
 def priority_beside(there: list[Filter]) -> int:

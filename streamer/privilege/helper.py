@@ -327,7 +327,7 @@ class Helper:
 
     def _end(self) -> Iterator[Answer]:
         self._ended = True
-        self._loader.close()
+        _close(self._loader)
         yield Answer(None)
 
 
@@ -410,11 +410,19 @@ def main(descriptor: int, make_loader: MakeLoader | None = None) -> int:
     try:
         orderly = Helper(channel, worker, files, loader, profiles=profiles).serve()
     finally:
-        loader.close()
+        _close(loader)
         channel.close()
     if not orderly:
         _say(ORPHANED)
     return 0
+
+
+def _close(loader: LoaderLike) -> None:
+    """What the kernel refuses to detach outlives both processes, and is said by this one."""
+    try:
+        loader.close()
+    except OSError as error:
+        _say(f"streamer: not detached: {error.strerror or error}")
 
 
 def _say(line: str) -> None:

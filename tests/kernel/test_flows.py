@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +22,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from streamer.config.settings import Kernel, Rings, Settings
-from streamer.kernel import state
+from streamer.errors import KernelError
+from streamer.kernel import capabilities, state
 from streamer.kernel.flows import KIND
 from streamer.kernel.libbpf import Program, run_program
 from streamer.kernel.loader import Loader
@@ -938,11 +941,11 @@ def test_two_beside_each_other_by_clsact(require: Require) -> None:
 
 def removed_by_another() -> list[Filter]:
     """What is left, to one who has seen a filter that another has removed since."""
-    left = Filter("bpf", 1, socket.htons(3), 4711, "streamer-ingress")
+    seen = [Filter("bpf", 1, socket.htons(3), 4711, "streamer-ingress")]
 
     class SeenBefore(TrafficFilters):
         def filters(self, index: int, direction: str) -> list[Filter]:
-            return [left]
+            return [seen.pop()] if seen else super().filters(index, direction)
 
     filters = SeenBefore()
     try:
@@ -977,6 +980,157 @@ def test_filters_of_who_was_killed_are_removed_by_the_next(require: Require) -> 
     """A filter outlives its process; it is known by its name, and that nobody has its number."""
     require(shutil.which("tc"), "tc (iproute2) is not installed")
     assert with_pair(killed_and_begun_again) == (2, 2, 0)
+
+
+# ---------------------------------------------------------------- clsact itself
+
+
+def clsact() -> int:
+    """Whether there is one."""
+    return tc("qdisc", "show", "dev", "veth1").count("clsact")
+
+
+def add_theirs() -> None:
+    run("tc", "filter", "add", "dev", "veth1", "egress", "u32", "match", "u32", "0", "0")
+
+
+def alone() -> list[int]:
+    found = [clsact()]
+    observing = Observing()
+    found.append(clsact())
+    observing.close()
+    return [*found, clsact()]
+
+
+def beside_a_filter_that_came_later() -> list[int]:
+    observing = Observing()
+    add_theirs()
+    observing.close()
+    return [clsact(), len(theirs()) > 0]
+
+
+def in_one_that_was_there() -> list[int]:
+    run("tc", "qdisc", "add", "dev", "veth1", "clsact")
+    observing = Observing()
+    observing.close()
+    return [clsact()]
+
+
+def two_of_which_the_first_made_it() -> list[int]:
+    first, second = Observing(), Observing()
+    first.close()
+    found = [clsact(), len(ours())]
+    second.close()
+    return [*found, clsact()]
+
+
+def after_one_that_was_killed() -> list[int]:
+    child = os.fork()
+    if not child:
+        Observing()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = [clsact(), len(ours())]
+    Observing().close()
+    return [*found, clsact()]
+
+
+def made_anew_by_others() -> list[int]:
+    observing = Observing()
+    run("tc", "qdisc", "delete", "dev", "veth1", "clsact")
+    run("tc", "qdisc", "add", "dev", "veth1", "clsact")
+    observing.loader.detach("tc_classifier")  # no error: what it was about has gone
+    observing.close()
+    return [clsact()]
+
+
+def at_an_interface_that_goes() -> list[int]:
+    observing = Observing()
+    ip("link", "delete", "veth1")
+    observing.loader.detach("tc_classifier")
+    observing.close()
+    return []
+
+
+def for_a_program_that_is_none() -> list[int]:
+    filters = TrafficFilters()
+    with open("/dev/null") as file, pytest.raises(OSError, match="Invalid argument"):
+        filters.attach(socket.if_nametoindex("veth1"), "ingress", file.fileno())
+    filters.close()
+    return [clsact()]
+
+
+@pytest.mark.parametrize(
+    ("situation", "expected"),
+    [
+        (alone, [0, 1, 0]),
+        (beside_a_filter_that_came_later, [1, True]),
+        (in_one_that_was_there, [1]),
+        (two_of_which_the_first_made_it, [1, 2, 0]),
+        (after_one_that_was_killed, [1, 2, 0]),
+        (made_anew_by_others, [1]),
+        (at_an_interface_that_goes, []),
+        (for_a_program_that_is_none, [0]),
+    ],
+)
+def test_clsact_goes_with_who_made_it_unless_others_use_it(
+    require: Require, situation: Callable[[], list[int]], expected: list[int]
+) -> None:
+    require(shutil.which("tc"), "tc (iproute2) is not installed")
+    assert with_pair(lambda: on_the_rung(situation)) == expected
+
+
+def on_the_rung(situation: Callable[[], Any]) -> Any:
+    """The same, where there is no tcx."""
+    by_clsact()
+    return situation()
+
+
+def without_the_right_to() -> tuple[str, list[int], list[str]]:
+    """What is said, and what is left, in a process that has lost its right to change networks."""
+    observing = Observing()
+    child = Role("unprivileged", detached_without_rights, observing)
+    said, errors = child.result()
+    left = [clsact(), len(ours())]
+    observing.close()
+    return said, [*left, clsact()], errors
+
+
+def detached_without_rights(observing: Observing) -> tuple[str, list[str]]:
+    capabilities.limit_to(capabilities.effective() - {capabilities.CAP_NET_ADMIN})
+    logged = Logged()
+    logging.getLogger("streamer").addHandler(logged)
+    observing.state.detach()
+    with pytest.raises(KernelError):
+        observing.loader.detach("net")  # which was unloaded all the same
+    return "\n".join(logged.lines), [str(observing.loader._sensors["tc_classifier"].at_interfaces)]
+
+
+class Logged(logging.Handler):
+    """What is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def test_a_filter_that_the_kernel_does_not_remove_is_reported(require: Require) -> None:
+    """And the rest is detached all the same."""
+    require(shutil.which("tc"), "tc (iproute2) is not installed")
+    said, left, kept = with_pair(lambda: on_the_rung(without_the_right_to))
+    assert re.fullmatch(
+        r"not detached: (clsact at (e|in)gress of interface \d+ cannot be removed: "
+        r"Operation not permitted(; )?){2}",
+        said,
+    )
+    assert kept == ["{}"]
+    assert left == [1, 2, 0]
+
+
+# ---------------------------------------------------------------- agents that are killed
 
 
 def kill_both(near: Near) -> list[list[str]]:
