@@ -614,6 +614,8 @@ __noinline int report_taken(struct __sk_buff *skb, __u32 place, __u32 reason)
 	server_port = low ? flow->key.high_port : flow->key.low_port;
 	if (client->packets + server->packets == 0)
 		return 0; /* its first packet has gone elsewhere */
+	if (reason == FLOW_EVICTED)
+		count_fault(FAULT_FLOWS_EVICTED);
 	start_base(&base);
 	if ((flow->owner_known && !flow->owner_admitted) ||
 	    !passes_port_filter(client_port, server_port)) {

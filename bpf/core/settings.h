@@ -85,7 +85,8 @@ enum fault {
 	FAULT_FLOWS_FULL = 18,       /* a packet is in no flow: none could be made for it */
 	FAULT_FRAGMENTS_FULL = 19,   /* the ports of a first fragment could not be kept for the others */
 	FAULT_PACKET_MALFORMED = 20, /* a packet is in no flow: its IP header is cut off, or contradicts itself */
-	FAULT_END = 21,
+	FAULT_FLOWS_EVICTED = 21,    /* a flow that went on made way for another: it is told as `evicted` */
+	FAULT_END = 22,
 };
 
 /* When a program is to wake the reader. */
