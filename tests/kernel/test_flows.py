@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,6 +260,35 @@ def later_fragments(near: Near) -> None:
             sender.send(fragment(identity, 8, False))
         sender.send(fragment(9, 0, True))
         sender.send(fragment(9, 16, False))
+
+
+REMEMBERED = 4096
+"""First fragments of which the ports are kept."""
+FRAGMENTED = 3 * REMEMBERED
+
+
+def more_fragments_than_are_remembered(near: Near) -> None:
+    """All the first ones before the others."""
+    with packet_socket() as sender:
+        for identity in range(FRAGMENTED):
+            sender.send(fragment(identity, 0, True))
+        for identity in range(FRAGMENTED):
+            sender.send(fragment(identity, 16, False))
+    near.settle()
+
+
+def test_more_fragments_at_once_than_are_remembered(tmp_path: Path) -> None:
+    """Those of which the ports were pushed out say so: none is missing, and none in two flows."""
+    seen = observe(tmp_path, more_fragments_than_are_remembered)
+    assert seen.recording.losses == []
+    assert seen.recording.heartbeat.faults == {}
+    unknown, known = sorted(
+        (one for one in seen.recording.of("net.flow") if one.protocol == 17),
+        key=lambda event: event.client_port,
+    )
+    assert (unknown.ports_unknown, known.ports_unknown) == (True, False)
+    assert unknown.client_packets + known.client_packets == 2 * FRAGMENTED
+    assert FRAGMENTED - REMEMBERED <= unknown.client_packets <= FRAGMENTED
 
 
 def packet_socket() -> socket.socket:
@@ -655,6 +684,36 @@ def test_the_next_connection_of_the_same_ports(tmp_path: Path) -> None:
     assert events[0].reason == "end"
     assert all(event.handshake_ns for event in events)
     assert all(sum(event.response_latencies) == 1 for event in events)
+
+
+def fill(one: socket.socket) -> None:
+    """Leave no room for anything to be kept with the socket (net.core.optmem_max)."""
+    index = struct.pack("=I", socket.if_nametoindex("lo"))
+    with suppress(OSError):
+        for number in range(1 << 16):
+            group = socket.inet_pton(socket.AF_INET6, f"ff02::1:{number:x}")
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group + index)
+        raise AssertionError("there is room for every group")
+
+
+def send_without_room(near: Near) -> int:
+    """How many datagrams: each of them is one for which there is no room."""
+    with bound(FAR6, near), socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender:
+        sender.bind((NEAR6, 5000))
+        fill(sender)
+        for size in SIZES:
+            sender.sendto(bytes(size), (FAR6, PORT))
+    near.settle()
+    return len(SIZES)
+
+
+def test_a_socket_without_room_for_its_owner(tmp_path: Path, cgroups: Path) -> None:
+    """Its packets are counted, as nobody's, and that it was so."""
+    seen = observe(tmp_path, send_without_room)
+    assert difference(counts_of(seen.recording.of("net.flow")), seen.witness) == {}
+    (event,) = [event for event in flows_of(seen) if event.client_port == 5000]
+    assert not event.owner_known
+    assert seen.recording.heartbeat.faults == {"socket_storage": seen.result}
 
 
 # ---------------------------------------------------------------- many

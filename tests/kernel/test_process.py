@@ -6,8 +6,10 @@ import ctypes
 import os
 import resource
 import signal
+import struct
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,6 +235,73 @@ def test_one_exit_per_process_however_it_ends(scope: Scope, subject: Path, tmp_p
     assert execs == Counter({pid: 2 if pid == by_thread else 1 for pid, _ in ends})
     (event,) = [e for e in recording.of("process.exec") if e.argv == ["from a thread"]]
     assert event.pid == event.tid == by_thread
+
+
+# ---------------------------------------------------------------- between fork and exec
+
+ENDS = repetitions(100, 20)
+
+
+def end_between(directory: str) -> dict[str, list[tuple[int, int]]]:
+    """Processes that never come to run a program, by how they end; and what wait() said."""
+    broken, text = f"{directory}/broken", f"{directory}/text"
+    Path(broken).write_bytes(loads_nowhere())
+    Path(text).write_text("nothing\n")
+    for file in (broken, text):
+        os.chmod(file, 0o755)
+    ways: dict[str, Callable[[], None]] = {
+        "at once": lambda: os._exit(3),
+        "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "no such program": lambda: os.execv(f"{directory}/missing", [b"missing"]),
+        "not a program": lambda: os.execv(text, [b"text"]),
+        "a program that is broken": lambda: os.execv(broken, [b"broken"]),
+    }
+    return {name: [ended(way) for _ in range(ENDS)] for name, way in ways.items()}
+
+
+def loads_nowhere() -> bytes:
+    """A program with a segment where no process has memory: by then the old one has gone."""
+    with open("/proc/self/exe", "rb") as file:
+        header = bytearray(file.read(64))
+    struct.pack_into("<H", header, 16, 2)  # ET_EXEC
+    struct.pack_into("<Q", header, 32, 64)  # where its only segment is described
+    struct.pack_into("<H", header, 56, 1)
+    nowhere = 0xFFFF_F000_0000_0000
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, nowhere, nowhere, 4096, 4096, 4096)
+    return (bytes(header) + segment).ljust(4096, b"\0")
+
+
+def ended(way: Callable[[], None]) -> tuple[int, int]:
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            way()
+        os._exit(101)
+    return pid, os.waitpid(pid, 0)[1]
+
+
+def test_processes_that_die_between_fork_and_exec(scope: Scope, tmp_path: Path) -> None:
+    """Each has its fork and its exit, as wait() tells it, and no exec."""
+    directory = tmp_path / "programs"
+    directory.mkdir()
+    with Agent(tmp_path / "agent", *scope.options) as agent:
+        found = scope.act(end_between, str(directory))
+        recording = agent.stop()
+    statuses = dict(one for ends in found.values() for one in ends)
+    assert len(statuses) == ENDS * len(found)
+    assert recording.of("process.exec") == []
+    assert Counter(e.child_pid for e in recording.of("process.fork")) == Counter(statuses.keys())
+    assert Counter(e.pid for e in recording.of("process.exit")) == Counter(statuses.keys())
+    for event in recording.of("process.exit"):
+        assert_exit(event, statuses[event.pid])
+    assert {name: {status for _, status in ends} for name, ends in found.items()} == {
+        "at once": {3 << 8},
+        "killed": {signal.SIGKILL},
+        "no such program": {101 << 8},
+        "not a program": {101 << 8},
+        "a program that is broken": {signal.SIGSEGV},
+    }
+    assert recording.losses == []
 
 
 # ---------------------------------------------------------------- unusual executions
