@@ -84,6 +84,7 @@ def observe(
     interfaces: Iterable[str] = ("veth1",),
     prepare: Callable[[str, str], Any] | None = None,
     together: bool = False,
+    events: str = "net.flow",
 ) -> Seen:
     """Run the agent in one of two namespaces, and the function beside it.
 
@@ -94,7 +95,8 @@ def observe(
         if not together:
             for name, device in ((near, "veth1"), (far, "veth2")):
                 ip("-n", name, "link", "set", device, "gso_max_segs", "1")
-        made = directory, near, far, function, config, tuple(interfaces), prepare, together
+        named = tuple(interfaces)
+        made = directory, near, far, function, config, named, prepare, together, events
         role = Role("near", _run, *made)
         output, stderr, returncode, *rest = role.result()
     recording = Recording(output, stderr, returncode)
@@ -112,13 +114,14 @@ def _run(
     interfaces: tuple[str, ...],
     prepare: Callable[[str, str], Any] | None,
     keep: bool,
+    events: str,
 ) -> tuple[bytes, str, int, Counts, int, Any, list[bytes]]:
     enter_system(near)
     if prepare is not None:
         prepare(near, far)
     named = [part for name in interfaces for part in ("--interface", name)]
     with (
-        Agent(directory, *named, events="net.flow", config=config) as agent,
+        Agent(directory, *named, events=events, config=config) as agent,
         Witness(interfaces[0]) as witness,
     ):
         result = function(Near(agent, far, interfaces[0]))

@@ -23,6 +23,7 @@ from streamer.events.calls import NUMBERS
 from streamer.events.envelope import Envelope
 from streamer.events.summaries import SyscallLatency
 from streamer.kernel import objects, state
+from streamer.kernel.loader import OBJECTS
 from streamer.kernel.system_calls import numbers_of
 from streamer.kernel.targets import targets_of
 from streamer.privilege.client import RemoteLoader
@@ -68,11 +69,16 @@ class Timing(Live):
     """The sensor, and the records that are made of what it counts."""
 
     def __init__(
-        self, scope: Scope | None, *names: str, settings: Settings | None = None, **kernel: Any
+        self,
+        scope: Scope | None,
+        *names: str,
+        settings: Settings | None = None,
+        directory: str = OBJECTS,
+        **kernel: Any,
     ) -> None:
         given = settings or Settings()
         wanted = msgspec.structs.replace(given, kernel=Kernel(syscalls=names, **kernel))
-        super().__init__(scope, KINDS, wanted)
+        super().__init__(scope, KINDS, wanted, directory)
         self._summaries = Summaries(self.state, Envelope(), KINDS)
 
     def __enter__(self) -> Self:
