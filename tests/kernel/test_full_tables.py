@@ -39,7 +39,7 @@ def push_out_a_listener() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with socket.create_server(("127.0.0.1", 0)) as first:
-        others = [socket.create_server(("127.0.0.1", 0)) for _ in range(MORE)]
+        others = [socket.create_server(("127.0.0.2", 1024 + i)) for i in range(MORE)]
         accepted, clients = [], []
         for _ in range(ACCEPTED):
             clients.append(socket.create_connection(first.getsockname()))

@@ -1,4 +1,4 @@
-"""What docs/security_review.md names as proof is there."""
+"""What docs/security_review.md and docs/limits.md name as proof is there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from streamer.kernel.objects import SENSORS
+from streamer.kernel.objects import CONTRACT, SENSORS
 from streamer.privilege.requests import REQUESTS
 
 ROOT = Path(__file__).resolve().parents[2]
 REVIEW = (ROOT / "docs" / "security_review.md").read_text()
+LIMITS = (ROOT / "docs" / "limits.md").read_text()
 NAMED = sorted(
-    set(re.findall(r"`([\w]+/[\w./-]+\.\w+(?:::\w+)?|Dockerfile|compose\.yaml)`", REVIEW))
+    set(re.findall(r"`([\w]+/[\w./-]+\.\w+(?:::\w+)?|Dockerfile|compose\.yaml)`", REVIEW + LIMITS))
 )
 STATUSES = {"holds", "in part", "open"}
 
@@ -58,11 +59,12 @@ def test_every_line_has_a_status_and_what_shows_it() -> None:
         assert status == "open" or re.search(r"`\w+/[\w./-]+", proof), threat
 
 
-def names_in_backticks() -> set[str]:
-    return set(re.findall(r"`([\w.]+)`", REVIEW))
+def names_in_backticks(text: str = REVIEW) -> set[str]:
+    return set(re.findall(r"`([\w.]+)`", text))
 
 
-def test_every_table_of_every_sensor_has_a_line() -> None:
+@pytest.mark.parametrize("text", [REVIEW, LIMITS], ids=["review", "limits"])
+def test_every_table_of_every_sensor_has_a_line(text: str) -> None:
     """A new map needs one: what happens when it is full."""
     maps = {one.name for sensor in SENSORS.values() for one in sensor.maps}
     declared = {
@@ -71,7 +73,15 @@ def test_every_table_of_every_sensor_has_a_line() -> None:
         if not path.name.startswith(("bench", "test_"))
         for name in re.findall(r"^}\s*(\w+)\s+SEC\(\"\.maps\"\)", path.read_text(), re.M)
     }
-    assert (maps | declared) - names_in_backticks() - {"name"} == set()
+    assert (maps | declared) - names_in_backticks(text) - {"name"} == set()
+
+
+def test_every_fault_is_named_among_the_limits() -> None:
+    """But for those that are about no table, and no input."""
+    names = {name for name, _, _ in CONTRACT["enum fault"]} - {"FAULT_END"}
+    faults = {name.removeprefix("FAULT_").lower() for name in names}
+    others = {"unreadable", "change_unseen", "stack_unreadable"}
+    assert faults - names_in_backticks(LIMITS) == others
 
 
 def test_every_request_to_the_helper_has_a_line() -> None:
