@@ -787,8 +787,9 @@ class Loader:
             KernelError: the sensor is not loaded.
             OSError: the kernel refused to detach some of it; all else is done.
         """
+        made = self._loaded(sensor)
         try:
-            self._loaded(sensor).close()
+            made.close()
         finally:
             del self._sensors[sensor]
             self._forget_common()

@@ -54,7 +54,8 @@ def test_what_the_kernel_refuses_is_its_error() -> None:
     filters = TrafficFilters()
     try:
         with pytest.raises(OSError, match=r"No such device|not permitted"):
-            filters.remove((1 << 31) - 1, "ingress", Filter("bpf", 1, ALL, 1, ""))
+            filters.attach((1 << 31) - 1, "ingress", 0)
+        assert not filters.remove((1 << 31) - 1, "ingress", Filter("bpf", 1, ALL, 1, ""))
     finally:
         filters.close()
 
