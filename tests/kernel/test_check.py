@@ -23,7 +23,7 @@ from tests.conftest import Require
 from tests.kernel.agent import ROOT, Agent
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
-from tests.kernel.system import kernel_is, kernel_knows
+from tests.kernel.system import IN_GUEST, kernel_is, kernel_knows
 from tests.kernel.test_degraded import NO_BTF, no_tracefs, refusing
 from tests.kernel.test_privilege import functions_load
 
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.kernel
 
 NOBODY = 65534
 KPROBES = os.path.exists("/sys/bus/event_source/devices/kprobe")
-IN_GUEST = Path("/proc/1/comm").read_text().startswith("kernels-init")
 SCHEMA = json.loads((ROOT / "schemas" / "check.schema.json").read_text())
 EVERYTHING = """
 events = ["*"]

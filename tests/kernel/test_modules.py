@@ -13,11 +13,10 @@ import pytest
 
 from tests.conftest import Require
 from tests.kernel.flows import Near, ip, observe, run
+from tests.kernel.system import IN_GUEST
 
 pytestmark = pytest.mark.kernel
 
-IN_GUEST = Path("/.out/.guest/settings")
-"""Of the guests of tools/kernels.sh alone, which have a `modprobe` for their own kernel."""
 OURS, OTHER = "198.51.100.1", "198.51.100.2"
 DATAGRAMS = 4
 GONE = "dummy7: No such device"
@@ -57,9 +56,10 @@ def unload_and_load_again(near: Near) -> list[bool]:
     return loaded
 
 
+@pytest.mark.every_kernel
 def test_a_module_that_unloads_with_its_interface(tmp_path: Path, require_kernel: Require) -> None:
     """Nothing holds it; its flows are reported, and that they are observed no more, then again."""
-    require_kernel(IN_GUEST.exists(), "modules are loaded in virtual machines only")
+    require_kernel(IN_GUEST, "modules are loaded in virtual machines only")
     seen = observe(
         tmp_path,
         unload_and_load_again,

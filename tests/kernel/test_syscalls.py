@@ -27,7 +27,7 @@ from streamer.kernel.loader import OBJECTS
 from streamer.kernel.system_calls import numbers_of
 from streamer.kernel.targets import targets_of
 from streamer.privilege.client import RemoteLoader
-from streamer.privilege.split import start_helper
+from streamer.privilege.split import headers_of, start_helper
 from streamer.summaries.period import Summaries
 from tests.conftest import Require
 from tests.kernel.agent import ROOT, Agent, kind_of
@@ -302,7 +302,7 @@ def test_through_the_helper(scope: Scope, way: str, tmp_path: Path) -> None:
         filters=Filters(cgroups=(scope.id,)), kernel=Kernel(syscalls=calls, syscall_cgroups=64)
     )
     client = start_helper(str(program))
-    client.set_up([], targets_of(settings.kernel))
+    client.set_up([], targets_of(settings.kernel), headers_of(settings))
     loaded = state.load(settings, KINDS, RemoteLoader(client, []))
     try:
         summaries = Summaries(loaded, Envelope(), KINDS)
