@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -748,7 +749,10 @@ def test_a_scan_of_every_port_with_a_small_table(tmp_path: Path) -> None:
     scanned = [event for event in events if event.protocol == 6]
     assert {event.server_port for event in scanned} == set(range(1, SCANNED + 1))
     assert all((event.client_packets, event.server_packets) == (1, 1) for event in scanned)
-    assert {event.reason for event in scanned} == {"end"}  # refused, and then made way
+    # Refused, and then made way; but for those that are still there when the agent ends.
+    reasons = Counter(event.reason for event in scanned)
+    assert set(reasons) <= {"end", "stop"}
+    assert reasons["stop"] <= 64
 
 
 def flood(source: str, to: str, count: int, cpu: int, seed: int) -> None:
