@@ -34,7 +34,7 @@ from streamer.errors import KernelError
 _BTF_KIND_ENUM, _BTF_KIND_FUNC = 6, 12
 _MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 _BPF_XDP = 37  # enum bpf_attach_type
-PERF_EVENT_ARRAY = 4  # BPF_MAP_TYPEPERF_EVENT_ARRAY
+PERF_EVENT_ARRAY = 4  # BPF_MAP_TYPE_PERF_EVENT_ARRAY
 _BPF_TCX = {"tcx/ingress": 46, "tcx/egress": 47}
 _BPF_F_BEFORE = 1 << 3
 _SCHED_CLS = 3  # enum bpf_prog_type
