@@ -324,7 +324,7 @@ class Service:
         while True:
             await asyncio.sleep(1)
             self.reader.refresh_clock()
-            self._kernel.run_timed()
+            self._run_timed()
             self._find_losses()
             self.fanout.publish_owed()
             self._log_losses()
@@ -341,6 +341,12 @@ class Service:
                 next_manifest += _MANIFEST_SECONDS
                 self.fanout.publish(self._manifest())
             self.fanout.publish_anew(self._manifest)
+
+    def _run_timed(self) -> None:
+        try:
+            self._kernel.run_timed()
+        except OSError as error:
+            self.fail(KernelError(f"what is run every second cannot be: {error}"))
 
     async def _walk_flows(self, flows: FlowWalk) -> None:
         while True:

@@ -6,6 +6,7 @@ Nothing here needs privileges: see `tests/memory_kernel.py`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import threading
 import time
@@ -305,6 +306,23 @@ async def test_a_ring_that_cannot_be_read_ends_the_run_with_the_reason(runs: Run
 
 
 # ---------------------------------------------------------------- what can be observed
+
+
+async def test_a_program_that_cannot_be_run_ends_the_run_with_the_reason(
+    runs: Runs, seconds_fly: None
+) -> None:
+    programs = MemoryPrograms()
+
+    def refuse(sensor: str) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    programs.run = refuse  # type: ignore[method-assign]
+    run = runs(programs=programs)
+    await run.start()
+    assert run.task is not None
+    with pytest.raises(KernelError, match="run every second cannot be: .*not permitted"):
+        await run.task
+    assert run.of("stream.heartbeat")
 
 
 async def test_what_is_not_observed_is_said_and_the_rest_runs(
