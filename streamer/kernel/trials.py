@@ -441,7 +441,10 @@ def _try_bpf(have: frozenset[int]) -> Answer:
 
 def _try_jit(have: frozenset[int]) -> Answer:
     """Look what became of a program, which the kernel shows to those who may load any."""
-    fd = load_instructions(_SOCKET_FILTER, tiny.returning(_BLINDED), tiny.NAME)
+    try:
+        fd = load_instructions(_SOCKET_FILTER, tiny.returning(_BLINDED), tiny.NAME)
+    except Refused as error:  # although another one was loaded just now
+        return judged(error, (CAP_BPF,), have)
     try:
         machine_code, verified = lengths_of(fd)
     except OSError as error:

@@ -15,7 +15,7 @@ import pytest
 
 from streamer.agent.check import hooks_of
 from streamer.events.schema import of_kind
-from streamer.kernel import tiny
+from streamer.kernel import tiny, trials
 from streamer.kernel.capabilities import (
     CAP_BPF,
     CAP_NET_ADMIN,
@@ -147,6 +147,18 @@ def test_what_a_refusal_says(number: int, have: Iterable[int], answer: str, more
     words = os.strerror(number)
     told = judged(OSError(number, words), needs_of("tp_btf/x"), frozenset(have))
     assert (told.answer, told.reason) == (answer, words + more)
+
+
+def test_a_program_for_which_there_is_no_memory_says_nothing_of_the_jit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And is no reason for `check` to end without an answer."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise Refused(errno.ENOMEM, "")
+
+    monkeypatch.setattr(trials, "load_instructions", refuse)
+    assert trials._try_jit(ALL) == Answer("unknown", os.strerror(errno.ENOMEM))
 
 
 def test_what_a_program_takes() -> None:

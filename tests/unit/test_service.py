@@ -320,7 +320,7 @@ async def test_a_program_that_cannot_be_run_ends_the_run_with_the_reason(
     run = runs(programs=programs)
     await run.start()
     assert run.task is not None
-    with pytest.raises(KernelError, match="run every second cannot be: .*not permitted"):
+    with pytest.raises(KernelError, match=r"run every second cannot be: .*not permitted"):
         await run.task
     assert run.of("stream.heartbeat")
 
