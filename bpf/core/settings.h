@@ -81,7 +81,7 @@ enum fault {
 	FAULT_STACK_COLLIDED = 14,   /* a stack of a sample had no place: others were there */
 	FAULT_STACK_UNREADABLE = 15, /* a stack of a sample could not be read */
 	FAULT_DNS_FULL = 16,         /* a DNS query could not be kept: it is counted as lost */
-	FAULT_DNS_UNFOLLOWED = 17,   /* a TCP connection with a DNS server could not be followed */
+	FAULT_DNS_UNFOLLOWED = 17,   /* a direction of a TCP connection with a DNS server cannot be followed */
 	FAULT_FLOWS_FULL = 18,       /* a packet is in no flow: none could be made for it */
 	FAULT_FRAGMENTS_FULL = 19,   /* the ports of a first fragment could not be kept for the others */
 	FAULT_PACKET_MALFORMED = 20, /* a packet is in no flow: its IP header is cut off, or contradicts itself */

@@ -229,9 +229,14 @@ def _cache(path: str, key: bytes, source: str, lacks: str, data: bytes) -> None:
     with suppress(OSError):
         os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(partial, flags, 0o600), "wb") as file:
-            file.write(b"%b\0%b\0%b\0%b" % (key, source.encode(), lacks.encode(), data))
-        os.rename(partial, path)
+        descriptor = os.open(partial, flags, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(b"%b\0%b\0%b\0%b" % (key, source.encode(), lacks.encode(), data))
+            os.rename(partial, path)
+        except OSError:  # of a full file system it would take more
+            os.unlink(partial)
+            raise
 
 
 def _check_btf(path: str) -> None:
