@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as of a program that SIGINT ended."""
 DEFECT = 1
+UNEXPLAINED = 1
+"""Exit code of `verify` when something is missing that nothing explains."""
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _FOREVER = 1e10
@@ -230,6 +232,11 @@ def _schema(arguments: argparse.Namespace) -> int:
     if arguments.name == "config":
         print(text.json_text(schema()))
         return 0
+    if arguments.name == "verify":
+        from streamer.verify.report import VerifyReport
+
+        print(text.json_text(of_kind("verify", VerifyReport)))
+        return 0
     if arguments.name == "check":
         from streamer.kernel.report import CheckReport
 
@@ -239,6 +246,24 @@ def _schema(arguments: argparse.Namespace) -> int:
     chosen = [text.named(known, arguments.name)] if arguments.name else known.values()
     print(text.json_text(any_of([info.struct for info in chosen])))
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from streamer.terminal.tables import json_text
+    from streamer.verify.command import Options, verify
+    from streamer.verify.start import parse_start
+    from streamer.verify.text import report_text
+
+    options = Options(
+        start=parse_start(arguments.start),
+        follow=arguments.follow,
+        seconds=arguments.duration,
+        ended=arguments.ended,
+        progress=not arguments.no_progress,
+    )
+    found = verify(arguments.sources, options)
+    print(json_text(found) if arguments.json else report_text(found))
+    return 0 if found.ok else UNEXPLAINED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -256,6 +281,7 @@ def parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_events(commands)
     _add_schema(commands)
+    _add_verify(commands)
     return top
 
 
@@ -410,11 +436,50 @@ def _add_events(commands: Any) -> None:
 
 
 def _add_schema(commands: Any) -> None:
-    text = "print the JSON Schema of events, of one kind, of the configuration, or of `check`"
+    text = "print the JSON Schema of events, a kind, the configuration, `check` or `verify`"
     parser = _command(commands, "schema", _schema, text, "streamer schema net.connect")
     parser.add_argument(
-        "name", nargs="?", metavar="KIND|config|check", help="by default, any event"
+        "name", nargs="?", metavar="KIND|config|check|verify", help="by default, any event"
     )
+
+
+def _add_verify(commands: Any) -> None:
+    text = "check what a topic or file holds: what is missing, and whether the stream says why"
+    codes = (
+        "exit codes: 0 all that is missing is explained, 1 something is not,\n"
+        "  2 the command line is wrong, or a source cannot be read (docs/verify.md)"
+    )
+    example = "streamer verify kafka://127.0.0.1:19092/kernel-events"
+    parser = _command(commands, "verify", _verify, text, f"{example}\n\n{codes}")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="FILE (with those that it was rotated to; - is standard input), or the URL of a sink: "
+        "kafka://HOST:PORT/TOPIC, mqtt://HOST:PORT/TOPIC; several are one stream",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        default="beginning",
+        metavar="WHERE",
+        help="beginning, end, an offset (of a file: a byte), a time with its zone, or 10m for so "
+        "long ago",
+    )
+    parser.add_argument("--follow", action="store_true", help="read on at the end, until Ctrl-C")
+    parser.add_argument(
+        "--duration",
+        type=_duration,
+        metavar="TIME",
+        help="end after 10s, 5m, 1h, …; of MQTT 10s unless given or --follow",
+    )
+    parser.add_argument(
+        "--ended",
+        action="store_true",
+        help="no agent runs any more: what is not explained by now never will be",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--no-progress", action="store_true", help="no progress on a terminal")
 
 
 def _duration(text: str) -> float:

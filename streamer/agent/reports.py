@@ -99,8 +99,10 @@ class Reporter:
             kernel_types=self._kernel.types.words,
         )
 
-    def heartbeat(self, read: Mapping[str, int], sinks: Iterable[Sink]) -> StreamHeartbeat:
-        """The account so far."""
+    def heartbeat(
+        self, read: Mapping[str, int], sinks: Iterable[Sink], *, final: bool = False
+    ) -> StreamHeartbeat:
+        """The account so far; `final`: nothing follows it."""
         passed = {
             (source.name, cpu): source.ring.next_seq(cpu) - 1
             for source in self._reader.sources
@@ -115,6 +117,7 @@ class Reporter:
             reader=self._reader_counts(),
             faults=faults(self._kernel.faults),
             missed=self._kernel.missed(),
+            final=final,
         )
 
     def seqs(self) -> dict[str, list[int]]:

@@ -477,7 +477,8 @@ class Service:
             await self._deliver(begun + grace * _DELIVERING)
             self.fanout.discard("not delivered when the agent stopped")
             self.fanout.publish_owed(final=True)
-            self.fanout.publish(self._reporter.heartbeat(self._read, self.fanout.sinks))
+            last = self._reporter.heartbeat(self._read, self.fanout.sinks, final=True)
+            self.fanout.publish(last)
             self._finished = True
         finally:
             self.reader.close()

@@ -222,6 +222,9 @@ class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
         dict[str, Count],
         Meta(description="runs of a program that the kernel left out, per program, if any"),
     ]
+    final: Annotated[
+        bool, Meta(description="whether it is the account at the end: nothing of this run follows")
+    ] = False
 
 
 class StreamLoss(StreamRecord, tag="stream.loss", gc=False):

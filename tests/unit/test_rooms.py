@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "streamer"
 
 BELOW = {
-    "cli": {"agent", "terminal", "kernel", "config", "events"},
+    "cli": {"agent", "verify", "terminal", "kernel", "config", "events"},
     "agent": {
         *("summaries", "profiles", "terminal", "sinks", "ring", "privilege", "kernel", "config"),
         "events",
     },
+    "verify": {"terminal", "sinks", "config", "events"},
     "summaries": {"kernel", "events"},
     "profiles": set[str](),
     "terminal": {"kernel", "config", "events"},

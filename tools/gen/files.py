@@ -56,6 +56,7 @@ def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
     from streamer.events.stream import STREAM_KINDS
     from streamer.events.summaries import SUMMARIES
     from streamer.kernel.report import CheckReport
+    from streamer.verify.report import VerifyReport
 
     numbered = {dotted(name) for name in summary_names(found[_CORE])}
     if numbered != SUMMARIES.keys():
@@ -65,6 +66,7 @@ def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
         yield root / "schemas" / name, text
     yield root / "schemas" / "config.schema.json", pretty(reference.schema())
     yield root / "schemas" / "check.schema.json", pretty(of_kind("check", CheckReport))
+    yield root / "schemas" / "verify.schema.json", pretty(of_kind("verify", VerifyReport))
     yield (
         root / "docs" / "events.md",
         events_page(

@@ -161,6 +161,37 @@ def silence_aiokafka() -> None:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
+def connection_options(
+    settings: Settings, context: ssl.SSLContext | None, opener: Opener = DIRECT
+) -> dict[str, Any]:
+    """What aiokafka is to be told of client, TLS and SASL; the password is read now.
+
+    Raises:
+        ConfigError: there is none, or it would be sent in clear text.
+    """
+    sasl = settings.sasl
+    protocol = "SSL" if settings.tls else "PLAINTEXT"
+    options: dict[str, Any] = {
+        "client_id": settings.client_id,
+        "request_timeout_ms": int(settings.request_timeout_seconds * 1000),
+        "ssl_context": context,
+        "security_protocol": f"SASL_{protocol}" if sasl else protocol,
+    }
+    if sasl:
+        if sasl.mechanism == "PLAIN" and not settings.tls and not sasl.allow_cleartext:
+            raise ConfigError(
+                "sasl.mechanism: PLAIN sends the password in clear text without TLS:"
+                " use tls or SCRAM, or set sasl.allow_cleartext"
+            )
+        password = read_secret("sasl.password", sasl.password_env, sasl.password_file, opener)
+        if password is None:
+            raise ConfigError("sasl: set password_env or password_file")
+        options["sasl_mechanism"] = sasl.mechanism
+        options["sasl_plain_username"] = sasl.username
+        options["sasl_plain_password"] = password
+    return options
+
+
 class Connection:
     """A connection to one broker, past TLS and SASL. Its requests are answered in order."""
 
@@ -217,29 +248,7 @@ class Client:
     # Connections
 
     def _options(self) -> dict[str, Any]:
-        settings, sasl = self._settings, self._settings.sasl
-        protocol = "SSL" if settings.tls else "PLAINTEXT"
-        options: dict[str, Any] = {
-            "client_id": settings.client_id,
-            "request_timeout_ms": int(settings.request_timeout_seconds * 1000),
-            "ssl_context": self._ssl_context(),
-            "security_protocol": f"SASL_{protocol}" if sasl else protocol,
-        }
-        if sasl:
-            if sasl.mechanism == "PLAIN" and not settings.tls and not sasl.allow_cleartext:
-                raise ConfigError(
-                    "sasl.mechanism: PLAIN sends the password in clear text without TLS:"
-                    " use tls or SCRAM, or set sasl.allow_cleartext"
-                )
-            password = read_secret(
-                "sasl.password", sasl.password_env, sasl.password_file, self._opener
-            )
-            if password is None:
-                raise ConfigError("sasl: set password_env or password_file")
-            options["sasl_mechanism"] = sasl.mechanism
-            options["sasl_plain_username"] = sasl.username
-            options["sasl_plain_password"] = password
-        return options
+        return connection_options(self._settings, self._ssl_context(), self._opener)
 
     def _ssl_context(self) -> ssl.SSLContext | None:
         tls = self._settings.tls

@@ -1,0 +1,218 @@
+"""Takes records in and says what is missing: pure, no I/O, time is in the records.
+
+Memory grows with hosts, runs, CPUs, gaps and losses told, and not with events.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from streamer import __version__
+from streamer.verify import report
+from streamer.verify.place import OWN, Track
+from streamer.verify.records import (
+    Chunk,
+    Heartbeat,
+    Line,
+    Loss,
+    Malformed,
+    Manifest,
+    Previous,
+    decode,
+    decode_own,
+)
+from streamer.verify.run import SILENT_NS, Run, previous_of
+
+MOST_BAD = 10
+"""Malformed records that are quoted."""
+
+MOST_RUNS = 100_000
+"""Runs, by far more than a topic of thousands of hosts holds: whoever writes more is no agent."""
+
+_TIMES = 3
+_CPUS = 65536
+
+
+class Ledger:
+    """What has come so far, by host and run."""
+
+    def __init__(self, sinks: Iterable[str] = ()) -> None:
+        """`sinks`: how the names end that the agents have for the sinks that are read."""
+        self.records = self.bytes = self.malformed = 0
+        self._sinks = tuple(sinks)
+        self._runs: dict[str, Run] = {}
+        self._tracks: dict[str, Track] = {}
+        self._bad: list[report.Bad] = []
+        self._previous: dict[str, Previous] = {}
+        self._untold: list[tuple[str, Loss]] = []
+        self._untold_known: set[str] = set()
+
+    @property
+    def events(self) -> int:
+        """Events that are there, each counted once."""
+        return sum(sum(run.kinds.values()) for run in self._runs.values())
+
+    def feed(self, chunk: Chunk) -> None:
+        """Take records in. One that is none is counted."""
+        lines, raw, malformed = decode(chunk)
+        self.records += len(lines) + len(malformed)
+        self.bytes += (
+            len(chunk.data) if isinstance(chunk.data, bytes) else sum(map(len, chunk.data))
+        )
+        for bad in malformed:
+            self._refuse(bad)
+        lane, tracks = chunk.lane, self._tracks
+        last: Run | None = None
+        # Half a million events a second are to come through here.
+        for index, line in enumerate(lines):
+            key, _, number = line.id.rpartition("-")
+            try:
+                track = tracks.get(key) or self._track(key, line, lane)
+                seq = int(number)
+                if seq == track.next:
+                    track.next = seq + 1
+                elif track.own:
+                    self._take_own(track, seq, line, raw(index), lane)
+                    continue
+                elif not track.take(seq, lane):
+                    continue
+            except ValueError as error:
+                self._refuse(Malformed(chunk.where, f"{error}: {line.event} {line.id[:60]}"))
+                continue
+            run = track.run
+            run.kinds[line.event] += 1
+            if line.time_ns - line.boot_ns != run.offset:
+                run.set_clock(line)
+            if line.boot_ns < track.watermark_ns:
+                track.older += 1
+            if run is not last:
+                if lane not in run.lanes:
+                    run.lanes.add(lane)
+                run.saw(line)
+                last = run
+        if last is not None:
+            last.saw(line)
+
+    def _refuse(self, bad: Malformed) -> None:
+        self.malformed += 1
+        if len(self._bad) < MOST_BAD:
+            self._bad.append(report.Bad(bad.where, bad.reason))
+
+    def _track(self, key: str, line: Line, lane: str) -> Track:
+        run_id, _, rest = key.partition("-")
+        ring, _, cpu = (rest, "", "0") if rest == OWN else rest.rpartition("-")
+        if not (run_id and ring and cpu.isascii() and cpu.isdecimal() and int(cpu) < _CPUS):
+            raise ValueError("its id is none of an event")
+        run = self._runs.get(run_id)
+        if run is None:
+            if len(self._runs) >= MOST_RUNS:
+                raise ValueError("there are too many runs")
+            run = self._runs[run_id] = Run(run_id, line)
+        place = ring, int(cpu)
+        track = run.tracks.get(place)
+        if track is None:
+            track = run.tracks[place] = Track(run, place, lane)
+        self._tracks[key] = track
+        return track
+
+    def _take_own(self, track: Track, seq: int, line: Line, raw: bytes, lane: str) -> None:
+        """A record of the stream itself. Raises ValueError: it is none."""
+        own, record = decode_own(line.event, raw)
+        if not track.take(seq, lane):
+            return
+        run = track.run
+        run.lanes.add(lane)
+        run.boot_id = own.boot_id or run.boot_id
+        run.kinds[line.event] += 1
+        if line.time_ns - line.boot_ns != run.offset:
+            run.set_clock(line)
+        run.saw(line)
+        if isinstance(record, Manifest):
+            run.take_manifest(record)
+            if record.previous is not None:
+                self._take_previous(run, record.previous)
+        elif isinstance(record, Heartbeat):
+            run.take_heartbeat(record, line.boot_ns, lane)
+        elif isinstance(record, Loss):
+            run.take_loss(record)
+        run.settle()
+
+    def _take_previous(self, run: Run, previous: Previous) -> None:
+        self._previous[run.run_id] = previous
+        ours = {name for name in run.sinks if name.endswith(self._sinks)} if self._sinks else set()
+        for one in previous.untold:
+            known = repr(one)
+            if known not in self._untold_known and (not ours or one.sink in ours | {""}):
+                self._untold_known.add(known)
+                self._untold.append((one.run_id, one))
+
+    def reported(
+        self, sources: Iterable[str] = (), *, whole: bool = True, ended: bool = False
+    ) -> report.VerifyReport:
+        """What there is to say. `sources` are named in it.
+
+        `whole`: nothing was left out at the beginning of any. `ended`: no agent runs any more, so
+        that what is missing will not be explained.
+        """
+        self._tell_untold()
+        for previous in self._previous.values():
+            previous_of(self._runs, previous)
+        hosts: dict[str, list[Run]] = {}
+        for run in sorted(self._runs.values(), key=lambda run: run.first_ns):
+            hosts.setdefault(run.host, []).append(run)
+        for runs in hosts.values():
+            for run in runs:
+                run.silent = run.end == "open" and (ended or is_silent(run, runs))
+        told = {
+            host: report.Host(len(runs) - 1, [run.reported(whole=whole) for run in runs])
+            for host, runs in sorted(hosts.items())
+        }
+        return self._summed(told, list(sources))
+
+    def _tell_untold(self) -> None:
+        rest = []
+        for run_id, loss in self._untold:
+            if run_id in self._runs:
+                self._runs[run_id].take_loss(loss)
+            else:
+                rest.append((run_id, loss))
+        self._untold = rest
+
+    def _summed(self, hosts: dict[str, report.Host], sources: list[str]) -> report.VerifyReport:
+        runs = [run for host in hosts.values() for run in host.runs]
+        explained: Counter[str] = Counter()
+        for run in runs:
+            for place in run.places:
+                explained.update(place.explained)
+        return report.VerifyReport(
+            version=report.VERSION,
+            agent=__version__,
+            sources=sources,
+            ok=not any(run.problems for run in runs),
+            records=self.records,
+            bytes=self.bytes,
+            events=sum(run.events for run in runs),
+            duplicates=sum(run.duplicates for run in runs),
+            explained=dict(explained),
+            pending=sum(run.pending for run in runs),
+            unexplained=sum(run.unexplained for run in runs),
+            malformed=self.malformed,
+            malformed_first=self._bad,
+            hosts=hosts,
+        )
+
+
+def is_silent(run: Run, runs: Iterable[Run]) -> bool:
+    """Whether others of the host go on, and the run has said nothing for longer than it would."""
+    patience = max(SILENT_NS, _TIMES * run.longest_ns)
+    return any(
+        (
+            other.last_boot_ns - run.last_boot_ns
+            if other.boot_id == run.boot_id
+            else other.last_ns - run.last_ns
+        )
+        > patience
+        for other in runs
+        if other is not run
+    )

@@ -1,0 +1,278 @@
+"""What is read of a record: a few fields of every one, and more of the stream's own.
+
+Fields that are not named here are skipped, so that records of any release can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from streamer.verify.numbers import MOST
+
+Number = Annotated[int, Meta(ge=0, lt=MOST)]
+_NOT_RECORDS = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError)
+"""What msgspec raises for bytes that are no record."""
+_QUOTED = 60
+"""Bytes of a malformed record that are repeated."""
+
+
+class Line(Struct, gc=False):
+    """What is read of every record."""
+
+    event: str
+    id: str
+    time_ns: int
+    boot_ns: int
+    host: str
+
+
+class Mark(Struct, gc=False):
+    """How far the numbers of a ring and CPU have come; see `CpuMark`."""
+
+    ring: str
+    cpu: int
+    seq: Number
+    read: Number
+    skipped: Number = 0
+    watermark_ns: Number = 0
+    """No event of the ring and CPU that follows is older, in ns since boot: not sent yet."""
+
+
+class Counts(Struct, gc=False):
+    """See `KindCounts`."""
+
+    produced: Number
+    filtered: Number
+    shed: Number
+    lost: Number
+    read: Number
+
+
+class SinkTotals(Struct, gc=False):
+    """See `SinkCounts`."""
+
+    received: Number
+    delivered: Number
+    dropped: Number
+    pending: Number
+
+
+class Heartbeat(Struct, gc=False):
+    """See `StreamHeartbeat`."""
+
+    counts: dict[str, Counts]
+    marks: list[Mark]
+    sink_counts: dict[str, SinkTotals]
+    final: bool = False
+
+
+class Range(Struct, gc=False):
+    """See `SeqRange`."""
+
+    ring: str
+    cpu: int
+    seq_from: Number
+    seq_to: Number
+
+
+class Loss(Struct, gc=False):
+    """See `StreamLoss`; of an earlier run `UntoldLoss`."""
+
+    stage: str
+    count: Number
+    kinds: dict[str, Number] = field(default_factory=dict)
+    ranges: list[Range] = field(default_factory=list)
+    sink: str | None = None
+    run_id: str = ""
+
+
+class Previous(Struct, gc=False):
+    """See `PreviousRun`."""
+
+    run_id: str
+    ended: str
+    untold: list[Loss] = field(default_factory=list)
+
+
+class Manifest(Struct, gc=False):
+    """See `StreamManifest`."""
+
+    agent: str
+    sinks: list[str] = field(default_factory=list)
+    previous: Previous | None = None
+
+
+class Own(Struct, gc=False):
+    """What is read of a record of the stream itself beside its own fields."""
+
+    boot_id: str = ""
+
+
+OWN: dict[str, type[Struct]] = {
+    "stream.manifest": Manifest,
+    "stream.heartbeat": Heartbeat,
+    "stream.loss": Loss,
+}
+"""The records that more is read of, by kind."""
+
+
+class Chunk(NamedTuple):
+    """Some records as they were read, in order.
+
+    `data` are whole lines of NDJSON, or one `bytes` for each record. `lane` is where they are in
+    order: a file, a partition, a topic. `where` is the place of the first, for people.
+    """
+
+    lane: str
+    data: bytes | list[bytes]
+    where: str = ""
+
+
+class Malformed(NamedTuple):
+    """A record that is none."""
+
+    where: str
+    reason: str
+
+
+class Decoded(NamedTuple):
+    """The records of a chunk; `raw(i)` are the bytes of one of them."""
+
+    lines: list[Line]
+    raw: Callable[[int], bytes]
+    malformed: list[Malformed]
+
+
+_json: Any = msgspec.json
+_msgpack: Any = msgspec.msgpack
+_JSON = _json.Decoder(Line)
+_MSGPACK = _msgpack.Decoder(Line)
+
+
+def decode(chunk: Chunk) -> Decoded:
+    """The records of a chunk: all at once, or, if one of them is none, one by one."""
+    data = chunk.data if isinstance(chunk.data, bytes) else b"\n".join(chunk.data)
+    try:
+        lines: list[Line] = _JSON.decode_lines(data)
+    except _NOT_RECORDS:
+        return _one_by_one(chunk)
+    return Decoded(lines, _Raw(data), [])
+
+
+def decode_own(kind: str, raw: bytes) -> tuple[Own, Any]:
+    """What is read of a record of the stream itself. None in place of what nothing is read of.
+
+    Raises:
+        ValueError: it is none.
+    """
+    codec = _json if is_json(raw) else _msgpack
+    try:
+        own: Own = codec.decode(raw, type=Own)
+        return own, codec.decode(raw, type=OWN[kind]) if kind in OWN else None
+    except _NOT_RECORDS as error:
+        raise ValueError(reason_of(error)) from None
+
+
+def is_json(raw: bytes) -> bool:
+    """Whether it is JSON and not MessagePack, if it is a record at all."""
+    return not raw or raw[0] < 0x80
+
+
+def reason_of(error: Exception) -> str:
+    """Why bytes are no record, in a few words."""
+    return str(error) or type(error).__name__
+
+
+class _Raw:
+    """The lines of a chunk, which is cut into lines when one is asked for."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._lines: list[bytes] | None = None
+
+    def __call__(self, index: int) -> bytes:
+        if self._lines is None:
+            self._lines = [line for line in self._data.split(b"\n") if line.strip()]
+        return self._lines[index]
+
+
+def _one_by_one(chunk: Chunk) -> Decoded:
+    values = chunk.data.split(b"\n") if isinstance(chunk.data, bytes) else chunk.data
+    lines: list[Line] = []
+    raws: list[bytes] = []
+    malformed: list[Malformed] = []
+    for number, value in enumerate(values):
+        if not value.strip():
+            continue
+        try:
+            lines.append((_JSON if is_json(value) else _MSGPACK).decode(value))
+        except _NOT_RECORDS as error:
+            start = value[:_QUOTED].decode("ascii", "backslashreplace")
+            place = f"{chunk.where}, record {number + 1} of those read there"
+            malformed.append(Malformed(place, f"{reason_of(error)}: {start}"))
+        else:
+            raws.append(value)
+    return Decoded(lines, raws.__getitem__, malformed)
+
+
+def split_msgpack(data: bytes) -> tuple[list[bytes], int]:
+    """MessagePack maps that follow one another, and where what is not whole begins."""
+    found: list[bytes] = []
+    start = 0
+    while start < len(data):
+        end = _skip(data, start)
+        if end is None:
+            break
+        found.append(data[start:end])
+        start = end
+    return found, start
+
+
+_FIXED = {0xC0: 1, 0xC2: 1, 0xC3: 1, 0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9}
+_FIXED |= {0xD0: 2, 0xD1: 3, 0xD2: 5, 0xD3: 9, 0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}
+_SIZED = {0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0), 0xC7: (1, 1), 0xC8: (2, 1), 0xC9: (4, 1)}
+_SIZED |= {0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0)}
+_NESTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+
+
+def _skip(data: bytes, at: int) -> int | None:
+    """Where a MessagePack value that begins at `at` ends; None if it is not whole."""
+    values = 1  # that are still to come
+    while values:
+        if at >= len(data):
+            return None
+        code = data[at]
+        values -= 1
+        if code < 0x80 or code >= 0xE0:
+            at += 1
+        elif code < 0x90:
+            values += 2 * (code & 0x0F)
+            at += 1
+        elif code < 0xA0:
+            values += code & 0x0F
+            at += 1
+        elif code < 0xC0:
+            at += 1 + (code & 0x1F)
+        elif code in _FIXED:
+            at += _FIXED[code]
+        elif code in _SIZED:
+            width, more = _SIZED[code]
+            at += 1 + width + more + int.from_bytes(data[at + 1 : at + 1 + width], "big")
+        elif code in _NESTED:
+            width, each = _NESTED[code]
+            values += each * int.from_bytes(data[at + 1 : at + 1 + width], "big")
+            at += 1 + width
+        else:  # 0xC1, which nothing begins with: as a value of its own it is found to be malformed
+            at += 1
+    return at if at <= len(data) else None
+
+
+def msgpack_records(data: bytes) -> Iterator[bytes]:
+    """The records of a whole message; what is not whole at its end is one of them."""
+    found, end = split_msgpack(data)
+    return chain(found, [data[end:]] if end < len(data) else [])

@@ -1,0 +1,289 @@
+"""One run of the agent, as far as its records are there, and what there is to say of it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping
+
+from streamer.events.summaries import SUMMARIES
+from streamer.verify import report
+from streamer.verify.place import OWN, Outcome, Track
+from streamer.verify.records import Heartbeat, Line, Loss, Manifest, Mark, Previous
+from streamer.verify.told import Place, Segment, Told, Vague, assign, cut
+
+SETTLED_NS = 10_000_000_000
+"""So long after a heartbeat, all that was lost before it is told, unless the run has ended."""
+
+STEP_NS = 100_000_000
+"""By so much at least the clock was set; by less a clock is slewed, and measured."""
+
+SILENT_NS = 60_000_000_000
+"""A run that says nothing for so long, or three times as long as ever before, has ended."""
+
+MOST_STEPS = 100
+"""Clock steps that are reported for a run."""
+
+
+class Run:
+    """A run. Records of other releases may lack what is asked for here."""
+
+    def __init__(self, run_id: str, line: Line) -> None:
+        """`line` is the first of its records."""
+        self.run_id = run_id
+        self.host = line.host
+        self.boot_id = self.agent = ""
+        self.tracks: dict[Place, Track] = {}
+        self.kinds: defaultdict[str, int] = defaultdict(int)
+        self.offset = line.time_ns - line.boot_ns
+        self.steps: list[report.ClockStep] = []
+        self.steps_total = 0
+        self.first_ns = self.last_ns = line.time_ns
+        self.first_boot_ns = self.last_boot_ns = line.boot_ns
+        self.lanes: set[str] = set()
+        self.told = Told()
+        self.given_up: Counter[str] = Counter()
+        self.sinks: list[str] = []
+        self.end: report.End = "open"
+        self.silent = False
+        self.heartbeats = 0
+        self.longest_ns = 0
+        self.last: Heartbeat | None = None
+        self.wrong: Counter[str] = Counter()
+        self._base: tuple[Heartbeat, dict[str, int], Counter[str]] | None = None
+        self._waiting: deque[tuple[int, Heartbeat]] = deque()
+        self._settled: Heartbeat | None = None
+        self._beat_ns = 0
+
+    # ---------------------------------------------------------------- what comes
+
+    def saw(self, line: Line) -> None:
+        """Note the time of a record; not called for each."""
+        self.first_ns = min(self.first_ns, line.time_ns)
+        self.last_ns = max(self.last_ns, line.time_ns)
+        self.first_boot_ns = min(self.first_boot_ns, line.boot_ns)
+        self.last_boot_ns = max(self.last_boot_ns, line.boot_ns)
+
+    def set_clock(self, line: Line) -> None:
+        """The wall clock is another than before: it was set, or slewed."""
+        offset = line.time_ns - line.boot_ns
+        step = offset - self.offset
+        self.offset = offset
+        self.saw(line)
+        if abs(step) >= STEP_NS:
+            self.steps_total += 1
+            if len(self.steps) < MOST_STEPS:
+                self.steps.append(report.ClockStep(line.boot_ns, line.time_ns, step))
+
+    def take_manifest(self, manifest: Manifest) -> None:
+        """What the run says of itself."""
+        self.agent = manifest.agent
+        self.sinks = manifest.sinks
+
+    def take_loss(self, loss: Loss) -> None:
+        """What was lost. Kinds that have no number in a ring explain none."""
+        numbered = loss.count
+        if loss.stage == "sink":
+            self.given_up.update(loss.kinds)
+            numbered -= sum(n for kind, n in loss.kinds.items() if is_unnumbered(kind))
+        spans = [((r.ring, r.cpu), (r.seq_from, r.seq_to)) for r in loss.ranges]
+        if spans:
+            self.told.add(loss.stage, numbered, spans)
+        elif loss.stage == "decode":
+            self.told.add_anywhere(loss.stage, numbered)
+        else:  # runs of programs that were left out, flows, summaries: they have no numbers
+            self.told.counts[loss.stage] += loss.count
+
+    def take_heartbeat(self, beat: Heartbeat, boot_ns: int, lane: str) -> None:
+        """The account so far."""
+        self.heartbeats += 1
+        if self._beat_ns:
+            self.longest_ns = max(self.longest_ns, boot_ns - self._beat_ns)
+        self._beat_ns = max(self._beat_ns, boot_ns)
+        self._check(beat)
+        if self.last is not None and self.last.final and not beat.final:
+            return  # from another lane, and older
+        self.last = beat
+        for mark in beat.marks:
+            self._track(mark, lane).pass_mark(mark)
+        if self._base is None:
+            self._base = beat, dict(self.kinds), self.given_up.copy()
+        if beat.final and self.end == "open":
+            self.end = "ended"
+        self._waiting.append((boot_ns, beat))
+
+    def _track(self, mark: Mark, lane: str) -> Track:
+        place = mark.ring, mark.cpu
+        if place not in self.tracks:
+            self.tracks[place] = Track(self, place, lane)
+        return self.tracks[place]
+
+    def settle(self) -> None:
+        """Find the newest heartbeat that is old enough for all before it to be told."""
+        while self._waiting and self._waiting[0][0] + SETTLED_NS <= self.last_boot_ns:
+            self._settled = self._waiting.popleft()[1]
+
+    def _check(self, beat: Heartbeat) -> None:
+        for kind, one in beat.counts.items():
+            if one.produced < one.filtered + one.shed + one.lost + one.read:
+                self.wrong[f"{kind}: more filtered, shed, lost and read than was produced"] += 1
+        for name, sink in beat.sink_counts.items():
+            if sink.received != sink.delivered + sink.dropped + sink.pending:
+                self.wrong[f"{name}: received is not delivered + dropped + pending"] += 1
+
+    # ---------------------------------------------------------------- what there is to say
+
+    def reported(self, *, whole: bool) -> report.Run:
+        """All of it. `whole`: nothing of the sources was left out at their beginning."""
+        self.settle()
+        own = self.tracks.get((OWN, 0))
+        linear = len(self.lanes) <= 1
+        begun = own is not None and 1 in own.seen and (whole or linear)
+        over = self.end in ("ended", "undelivered")
+        outcomes = self._explained(over, begun, linear)
+        places = [one.reported(killed=self.end == "killed") for one in outcomes.values()]
+        kinds = self._accounts(over, begun, linear)
+        return report.Run(
+            run_id=self.run_id,
+            boot_id=self.boot_id,
+            agent=self.agent,
+            whole=begun,
+            end=self.end,
+            first_ns=self.first_ns,
+            last_ns=self.last_ns,
+            events=sum(place.events for place in places),
+            own=own.seen.total if own else 0,
+            duplicates=sum(track.duplicates for track in self.tracks.values()),
+            own_missing=_missing_of_own(own, begun),
+            heartbeats=self.heartbeats,
+            unexplained=sum(place.unexplained for place in places),
+            pending=sum(place.pending for place in places),
+            told={stage: n for stage, n in sorted(self.told.counts.items()) if n},
+            places=places,
+            kinds=kinds,
+            clock_steps=self.steps,
+            clock_steps_total=self.steps_total,
+            problems=list(self._problems(places, kinds, begun and self._is_final)),
+        )
+
+    @property
+    def _is_final(self) -> bool:
+        return self.last is not None and self.last.final
+
+    def _explained(self, over: bool, begun: bool, linear: bool) -> dict[Place, Outcome]:
+        outcomes: dict[Place, Outcome] = {}
+        rest: dict[Place, list[tuple[int, int]]] = {}
+        vague = list(self.told.vague)
+        settled = self._marks(over)
+        for place, track in sorted(self.tracks.items()):
+            if track.own:
+                continue
+            first = 1 if begun else _first(track, linear)
+            outcome = outcomes[place] = Outcome(track, first, settled.get(place, 0))
+            rest[place] = outcome.explain(self.told)
+            if unused := outcome.unused():
+                vague.append(Vague("unused", unused, {place: ((first, outcome.last),)}))
+        # Those that may be anywhere explain last what no other does.
+        vague.sort(key=lambda one: one.spans is None)
+        segments: list[Segment] = []
+        for place, outcome in outcomes.items():
+            outcome.segments = list(cut(place, rest[place], vague, outcome.settled))
+            segments += outcome.segments
+        for place, counts in assign(segments, vague).items():
+            outcomes[place].explained.update(counts)
+        return outcomes
+
+    def _marks(self, over: bool) -> dict[Place, int]:
+        """Per place, up to which number all is told: of a run that has ended, up to the last."""
+        if self.silent:
+            return {place: _most(track) for place, track in self.tracks.items()}
+        beat = self.last if over else self._settled
+        if beat is None:
+            return {}
+        return {(m.ring, m.cpu): m.seq if beat.final else m.read for m in beat.marks}
+
+    def _accounts(self, over: bool, begun: bool, linear: bool) -> dict[str, report.Account]:
+        counts = self.last.counts if self.last is not None else {}
+        found: dict[str, report.Account] = {}
+        for kind in sorted(counts.keys() | {k for k in self.kinds if not k.startswith("stream.")}):
+            one = counts.get(kind)
+            there, given_up = self.kinds.get(kind, 0), self.given_up[kind]
+            missing = 0
+            if one is not None and over and self._is_final:
+                missing = self._missing_of_kind(kind, one.read, begun, linear)
+            found[kind] = report.Account(
+                produced=one.produced if one else 0,
+                filtered=one.filtered if one else 0,
+                shed=one.shed if one else 0,
+                lost=one.lost if one else 0,
+                read=one.read if one else 0,
+                there=there,
+                given_up=given_up,
+                missing=max(missing, 0),
+            )
+        return found
+
+    def _missing_of_kind(self, kind: str, read: int, begun: bool, linear: bool) -> int:
+        there, given_up = self.kinds.get(kind, 0), self.given_up[kind]
+        if begun:
+            return read - there - given_up
+        if self._base is None or not linear:
+            return 0
+        beat, then, given_up_then = self._base
+        before = beat.counts[kind].read if kind in beat.counts else 0
+        since = there - then.get(kind, 0)
+        return read - before - since - (given_up - given_up_then[kind])
+
+    def _problems(
+        self, places: Iterable[report.Place], kinds: dict[str, report.Account], complete: bool
+    ) -> Iterable[str]:
+        unexplained = sum(one.unexplained for one in places)
+        if unexplained:
+            yield f"{unexplained:,} missing and unexplained"
+        for kind, account in kinds.items():
+            if account.missing:
+                yield f"{kind}: {account.missing:,} were read, and are neither there nor given up"
+            if complete and account.there > account.read:
+                yield f"{kind}: {account.there:,} are there, of {account.read:,} that were read"
+        if there := sum(one.lost_but_there for one in places):
+            yield f"{there:,} are there, and were told as lost in the kernel"
+        if older := sum(one.older_than_watermark for one in places):
+            yield f"{older:,} are older than a watermark before them"
+        for what, beats in self.wrong.items():
+            yield f"in {beats:,} heartbeats: {what}"
+        if self.end == "open" and self.silent:
+            yield "it has no end, and nobody says what became of it"
+
+
+def is_unnumbered(kind: str) -> bool:
+    """Whether events of the kind have no number of a ring: the agent makes them."""
+    return kind in SUMMARIES or kind.startswith("stream.")
+
+
+def _first(track: Track, linear: bool) -> int:
+    """Of a run whose beginning is not there: the first number that has to be there."""
+    track.sync()
+    seen = track.seen.first
+    if track.first_mark is None or not linear:
+        return seen or (track.mark.seq + 1 if track.mark else 1)
+    return min(seen or track.first_mark.read + 1, track.first_mark.read + 1)
+
+
+def _most(track: Track) -> int:
+    track.sync()
+    return max(track.seen.last, track.mark.seq if track.mark else 0)
+
+
+def _missing_of_own(own: Track | None, begun: bool) -> int:
+    if own is None:
+        return 0
+    first = 1 if begun else own.seen.first
+    return own.seen.last - first + 1 - own.seen.total
+
+
+def previous_of(runs: Mapping[str, Run], previous: Previous) -> None:
+    """Note, of the run that a manifest tells of, how it ended."""
+    before = runs.get(previous.run_id)
+    if before is not None and previous.ended in ("undelivered", "killed"):
+        before.end = "killed" if previous.ended == "killed" else "undelivered"
+    elif before is not None and before.end == "open" and previous.ended == "delivered":
+        before.end = "ended"
