@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition  # type: ignore[import-untyped]
-from aiokafka.errors import KafkaError  # type: ignore[import-untyped]
+from aiokafka.consumer import fetcher  # type: ignore[import-untyped]
+from aiokafka.errors import CorruptRecordException, KafkaError  # type: ignore[import-untyped]
 
 from streamer.config.settings import KafkaSink as Settings
 from streamer.errors import SinkError
@@ -24,9 +25,32 @@ from streamer.verify.start import Start
 START_SECONDS = 30.0
 ASK_SECONDS = 30.0
 POLL_MS = 200
-MOST_RECORDS = 20_000
+MOST_BATCHES = 8
 FETCH_BYTES = 4 << 20
 """Of each partition: with less, a topic of large batches is read a batch at a time."""
+
+
+class _Batch(NamedTuple):
+    """The values of a record batch, from an offset on."""
+
+    offset: int
+    values: list[bytes]
+
+
+class _Batches(fetcher.PartitionRecords):  # type: ignore[misc]
+    """Whole batches in place of records: an object around each record takes twice their time."""
+
+    def _unpack_records(self) -> Iterator[_Batch]:
+        while self._records.has_next():
+            batch = self._records.next_batch()
+            if self._check_crcs and not batch.validate_crc():
+                raise CorruptRecordException(f"Invalid CRC - {self._tp}")
+            first = self.next_fetch_offset
+            values = []
+            if not batch.is_control_batch:  # a batch may begin before what was asked for
+                values = [r.value for r in batch if r.offset >= first and r.value is not None]
+            self.next_fetch_offset = batch.next_offset
+            yield _Batch(first, values)
 
 
 class KafkaSource:
@@ -50,6 +74,7 @@ class KafkaSource:
         Raises:
             SinkError: there is no reading them.
         """
+        fetcher.PartitionRecords = _Batches
         consumer = AIOKafkaConsumer(
             bootstrap_servers=list(self.settings.bootstrap),
             enable_auto_commit=False,
@@ -99,12 +124,12 @@ class KafkaSource:
 
     async def _chunks(self, consumer: Any, ends: dict[Any, int] | None) -> AsyncIterator[Chunk]:
         while ends is None or await _is_before(consumer, ends):
-            got = await consumer.getmany(timeout_ms=POLL_MS, max_records=MOST_RECORDS)
-            for partition, records in got.items():
+            got = await consumer.getmany(timeout_ms=POLL_MS, max_records=MOST_BATCHES)
+            for partition, batches in got.items():
                 where = f"{partition.topic}, partition {partition.partition}"
-                values = [record.value for record in records if record.value is not None]
-                if values:
-                    yield Chunk(where, values, f"{where}, from offset {records[0].offset}")
+                for batch in batches:
+                    if batch.values:
+                        yield Chunk(where, batch.values, f"{where}, from offset {batch.offset}")
             await asyncio.sleep(0)
 
 

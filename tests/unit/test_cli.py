@@ -24,7 +24,7 @@ from streamer.events.stream import STREAM_KINDS
 from streamer.events.summaries import SUMMARIES
 from streamer.terminal import tables
 
-COMMANDS = ("run", "check", "events", "schema")
+COMMANDS = ("run", "check", "events", "schema", "verify")
 SYSCALLS = frozenset({"syscall.latency", "syscall.slow"})
 PROFILE = frozenset({"profile.sample"})
 AT_INTERFACES = frozenset({"net.flow", "xdp.counters"})
