@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from streamer import __version__
 from streamer.verify import report
-from streamer.verify.place import OWN, Track
+from streamer.verify.place import LAST, OUT_OF_RANGE, OWN, Track
 from streamer.verify.records import (
     Chunk,
     Heartbeat,
@@ -68,8 +68,8 @@ class Ledger:
         for index, line in enumerate(lines):
             key, _, number = line.id.rpartition("-")
             try:
-                track = tracks.get(key) or self._track(key, line, lane)
                 seq = int(number)
+                track = tracks.get(key) or self._track(key, seq, line, lane)
                 if seq == track.next:
                     track.next = seq + 1
                 elif track.own:
@@ -87,19 +87,23 @@ class Ledger:
             if line.boot_ns < track.watermark_ns:
                 track.older += 1
             if run is not last:
-                if lane not in run.lanes:
-                    run.lanes.add(lane)
+                if last is not None:
+                    last.saw(newest)
+                run.lanes.add(lane)
                 run.saw(line)
                 last = run
+            newest = line
         if last is not None:
-            last.saw(line)
+            last.saw(newest)
 
     def _refuse(self, bad: Malformed) -> None:
         self.malformed += 1
         if len(self._bad) < MOST_BAD:
             self._bad.append(report.Bad(bad.where, bad.reason))
 
-    def _track(self, key: str, line: Line, lane: str) -> Track:
+    def _track(self, key: str, seq: int, line: Line, lane: str) -> Track:
+        if not 1 <= seq < LAST:
+            raise ValueError(OUT_OF_RANGE)
         run_id, _, rest = key.partition("-")
         ring, _, cpu = (rest, "", "0") if rest == OWN else rest.rpartition("-")
         if not (run_id and ring and cpu.isascii() and cpu.isdecimal() and int(cpu) < _CPUS):

@@ -20,13 +20,16 @@ MOST_GAPS = 100
 """Ranges of unexplained numbers that are reported for each place."""
 
 _KERNEL = ("kernel", "stop", "decode")
-_LAST = MOST - 1
+LAST = MOST - 1
+"""Numbers are less."""
+
+OUT_OF_RANGE = "its number is out of range"
 
 
 class Track:
     """What is there of a ring and CPU.
 
-    `next` is the number that is taken without a call: the one behind all others. It is 0 where
+    `next` is the number that is taken without a call: the one behind all others. It is -1 where
     every number has to be looked at: of the stream's own records, and behind a heartbeat.
     """
 
@@ -57,7 +60,7 @@ class Track:
         self.own = place[0] == OWN
         self.split = False
         self.seen = Numbers()
-        self.next = 0
+        self.next = -1
         self.duplicates = self.out_of_order = self.late = self.older = 0
         self.passed = 0
         self.watermark_ns = 0
@@ -66,8 +69,8 @@ class Track:
 
     def take(self, number: int, lane: str) -> bool:
         """Take a number that is not `next`. False: it was there. Raises ValueError: it is none."""
-        if not 1 <= number < _LAST:
-            raise ValueError("its number is out of range")
+        if not 1 <= number < LAST:
+            raise ValueError(OUT_OF_RANGE)
         self.sync()
         highest = self.seen.last
         if not self.seen.add(number):
@@ -83,7 +86,7 @@ class Track:
 
     def sync(self) -> None:
         """Note the numbers that were taken by `next` alone."""
-        if self.next:
+        if self.next > 0:
             self.seen.extend_to(self.next)
 
     def pass_mark(self, mark: Mark) -> None:
@@ -97,7 +100,7 @@ class Track:
 
     def _follow(self) -> None:
         end = self.seen.last + 1
-        self.next = end if len(self.seen) and end > self.passed and not self.own else 0
+        self.next = end if len(self.seen) and end > self.passed and not self.own else -1
 
 
 class Outcome:

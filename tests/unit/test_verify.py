@@ -1,0 +1,563 @@
+"""`streamer verify`: what is missing in a stream, and what explains it, against known streams."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamer.cli import main
+from streamer.verify.ledger import Ledger
+from streamer.verify.numbers import Numbers
+from streamer.verify.records import Chunk, split_msgpack
+from streamer.verify.report import Place, Run, VerifyReport
+from streamer.verify.start import parse_start
+from streamer.verify.told import Segment, Vague, assign, cut
+
+SECOND = 1_000_000_000
+EPOCH_NS = 1_800_000_000 * SECOND
+Record = dict[str, Any]
+
+# ---------------------------------------------------------------- a stream, as an agent makes it
+
+
+class Stream:
+    """Makes the records of one run; `boot_ns` goes on by a millisecond with each."""
+
+    def __init__(self, run_id: str = "0123456789abcdef", host: str = "node-1") -> None:
+        self.run_id, self.host = run_id, host
+        self.boot_ns = 1000 * SECOND
+        self.offset = EPOCH_NS
+        self.own = 0
+
+    def event(self, seq: int, ring: str = "bulk", cpu: int = 0, kind: str = "file.open") -> Record:
+        return self._record(kind, f"{ring}-{cpu}-{seq}", ring=ring, cpu=cpu, seq=seq, weight=1)
+
+    def manifest(self, **more: Any) -> Record:
+        fields = {"agent": "0.1.0", "sinks": ["file:x"], "previous": None}
+        return self.stream("manifest", **(fields | more))
+
+    def loss(
+        self, stage: str, count: int, *ranges: tuple[str, int, int, int], **more: Any
+    ) -> Record:
+        names = ("ring", "cpu", "seq_from", "seq_to")
+        told = [dict(zip(names, one, strict=True)) for one in ranges]
+        return self.stream(
+            "loss", **{"stage": stage, "count": count, "kinds": {}, "ranges": told} | more
+        )
+
+    def heartbeat(
+        self,
+        *marks: tuple[str, int, int, int] | tuple[str, int, int, int, int],
+        read: dict[str, int] | None = None,
+        final: bool = False,
+        **more: Any,
+    ) -> Record:
+        """Marks are ring, CPU, seq, read and, if any, skipped."""
+        names = ("ring", "cpu", "seq", "read", "skipped")
+        counts = {
+            kind: {"produced": n, "filtered": 0, "shed": 0, "lost": 0, "read": n}
+            for kind, n in (read or {}).items()
+        }
+        told = [dict(zip(names, (*one, 0), strict=False)) for one in marks]
+        fields = {"counts": counts, "marks": told, "sink_counts": {}, "final": final}
+        return self.stream("heartbeat", **(fields | more))
+
+    def stream(self, kind: str, **fields: Any) -> Record:
+        self.own += 1
+        return self._record(
+            f"stream.{kind}", f"stream-{self.own}", seq=self.own, run_id=self.run_id, **fields
+        )
+
+    def _record(self, event: str, rest: str, **fields: Any) -> Record:
+        self.boot_ns += 1_000_000
+        return {
+            "event": event,
+            "id": f"{self.run_id}-{rest}",
+            "time_ns": self.boot_ns + self.offset,
+            "boot_ns": self.boot_ns,
+            "host": self.host,
+            "boot_id": "b",
+        } | fields
+
+
+def lines(records: Iterable[Record]) -> bytes:
+    return b"".join(msgspec.json.encode(one) + b"\n" for one in records)
+
+
+def verified(records: Iterable[Record], **options: Any) -> VerifyReport:
+    ledger = Ledger()
+    ledger.feed(Chunk("file", lines(records)))
+    return ledger.reported(["file"], **options)
+
+
+def only_run(report: VerifyReport) -> Run:
+    ((run,),) = [host.runs for host in report.hosts.values()]
+    return run
+
+
+def only_place(report: VerifyReport) -> Place:
+    (place,) = only_run(report).places
+    return place
+
+
+def whole_run(count: int = 20, stream: Stream | None = None) -> list[Record]:
+    stream = stream or Stream()
+    manifest = stream.manifest()
+    events = [stream.event(n) for n in range(1, count + 1)]
+    end = stream.heartbeat(("bulk", 0, count, count), read={"file.open": count}, final=True)
+    return [manifest, *events, end]
+
+
+# ---------------------------------------------------------------- numbers
+
+spans = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 8)))
+
+
+@given(spans, st.lists(st.integers(1, 70)), st.integers(1, 70), st.integers(0, 70))
+def test_numbers_are_a_set(
+    some: list[tuple[int, int]], single: list[int], first: int, more: int
+) -> None:
+    numbers, expected = Numbers(), set[int]()
+    for start, length in some:
+        numbers.add_span(start, start + length)
+        expected |= set(range(start, start + length + 1))
+    for number in single:
+        assert numbers.add(number) == (number not in expected)
+        expected.add(number)
+    assert [n for a, b in numbers for n in range(a, b + 1)] == sorted(expected)
+    assert all(b + 1 < c for (_, b), (c, _) in zip(numbers, list(numbers)[1:], strict=False))
+    assert numbers.total == len(expected)
+    assert (numbers.first, numbers.last) == (min(expected, default=0), max(expected, default=0))
+    asked = range(first, first + more + 1)
+    missing = [n for a, b in numbers.missing(asked[0], asked[-1]) for n in range(a, b + 1)]
+    common = [n for a, b in numbers.common(asked[0], asked[-1]) for n in range(a, b + 1)]
+    assert missing == [n for n in asked if n not in expected]
+    assert common == [n for n in asked if n in expected]
+
+
+# ---------------------------------------------------------------- which losses explain what
+
+PLACES = (("bulk", 0), ("bulk", 1))
+place_numbers = st.sets(st.tuples(st.sampled_from(PLACES), st.integers(1, 12)), max_size=14)
+vague_losses = st.lists(
+    st.tuples(
+        st.integers(1, 5),
+        st.lists(
+            st.tuples(st.sampled_from(PLACES), st.integers(1, 12), st.integers(0, 6)),
+            min_size=1,
+            max_size=3,
+        ),
+    ),
+    max_size=5,
+)
+
+
+def as_vague(loss: tuple[int, list[tuple[tuple[str, int], int, int]]]) -> Vague:
+    by_place: dict[tuple[str, int], Numbers] = {}
+    for place, first, more in loss[1]:
+        by_place.setdefault(place, Numbers()).add_span(first, first + more)
+    return Vague("sink", loss[0], {place: tuple(numbers) for place, numbers in by_place.items()})
+
+
+def most_matched(missing: set[tuple[tuple[str, int], int]], losses: list[Vague]) -> int:
+    """The largest matching of numbers and losses, number by number: slow and simple."""
+    slots = [loss for loss in losses for _ in range(loss.most)]
+    owner: dict[int, Any] = {}
+
+    def placed(number: Any, tried: set[int]) -> bool:
+        place, value = number
+        for i, loss in enumerate(slots):
+            within = any(a <= value <= b for a, b in (loss.spans or {}).get(place, ()))
+            if not within or i in tried:
+                continue
+            tried.add(i)
+            if i not in owner or placed(owner[i], tried):
+                owner[i] = number
+                return True
+        return False
+
+    return sum(placed(number, set()) for number in sorted(missing))
+
+
+@given(place_numbers, vague_losses)
+def test_losses_explain_as_much_as_they_can(missing: set[Any], told: list[Any]) -> None:
+    losses = [as_vague(loss) for loss in told]
+    segments: list[Segment] = []
+    for place in PLACES:
+        numbers = Numbers((n, n) for p, n in missing if p == place)
+        segments += cut(place, numbers, losses, 6)
+    assert sum(one.left for one in segments) == len(missing)
+    assert not any(one.first <= 6 < one.last for one in segments)
+    counts = assign(segments, losses)
+    left = sum(one.left for one in segments)
+    assert len(missing) - left == most_matched(missing, losses)
+    assert sum(sum(c.values()) for c in counts.values()) == len(missing) - left
+    assert all(one.left >= 0 for one in segments)
+
+
+# ---------------------------------------------------------------- streams with known gaps
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_known_gaps_are_found(data: st.DataObject) -> None:
+    """Per ring and CPU: lost and told, lost and untold, twice; in any order."""
+    stream = Stream()
+    out = [stream.manifest()]
+    expected: dict[tuple[str, int], Counter[str]] = {}
+    untold: dict[tuple[str, int], list[int]] = {}
+    marks, read = [], 0
+    for place in (("bulk", 0), ("bulk", 3), ("critical", 1)):
+        fates = data.draw(
+            st.lists(st.sampled_from(("there", "there", "kernel", "untold", "twice")))
+        )
+        expected[place] = Counter(fates)
+        untold[place] = [n for n, fate in enumerate(fates, 1) if fate == "untold"]
+        if fates:
+            marks.append((*place, len(fates), len(fates)))
+        for number, fate in enumerate(fates, 1):
+            if fate == "kernel":
+                out.append(stream.loss("kernel", 1, (*place, number, number)))
+            else:
+                read += 1
+            if fate in ("there", "twice"):
+                event = stream.event(number, *place)
+                out += [event] * (2 if fate == "twice" else 1)
+    body = out[1:]
+    random.Random(data.draw(st.integers())).shuffle(body)
+    end = stream.heartbeat(*marks, read={"file.open": read}, final=True)
+    report = verified([out[0], *body, end])
+    run = only_run(report)
+    assert {(p.ring, p.cpu) for p in run.places} == {m[:2] for m in marks}
+    for place in run.places:
+        fates = expected[place.ring, place.cpu]
+        assert place.events == fates["there"] + fates["twice"]
+        assert place.duplicates == fates["twice"]
+        assert place.explained == ({"kernel": fates["kernel"]} if fates["kernel"] else {})
+        assert place.unexplained == fates["untold"]
+        gaps = [n for gap in place.gaps for n in range(gap.seq_from, gap.seq_to + 1)]
+        assert gaps == untold[place.ring, place.cpu]
+    lost = sum(fates["untold"] for fates in expected.values())
+    assert (report.unexplained, report.ok) == (lost, not lost)
+    if read:
+        assert run.kinds["file.open"].missing == lost
+
+
+def test_one_that_is_behind_is_out_of_order() -> None:
+    records = whole_run()
+    records.insert(15, records.pop(3))  # number 3, behind number 15
+    place = only_place(verified(records))
+    assert (place.out_of_order, place.late, place.duplicates, place.unexplained) == (1, 0, 0, 0)
+
+
+def test_one_behind_a_heartbeat_is_late() -> None:
+    stream = Stream()
+    events = [stream.event(n) for n in range(1, 6)]
+    beat = stream.heartbeat(("bulk", 0, 5, 5))
+    place = only_place(verified([*events[:4], beat, events[4], stream.event(6)]))
+    assert (place.late, place.out_of_order) == (1, 0)
+
+
+def test_ranges_that_were_joined_explain_as_many_as_were_lost() -> None:
+    stream = Stream()
+    out = [stream.manifest(), *(stream.event(n) for n in (1, 2, 5, 6, 9))]
+    out.append(stream.loss("sink", 3, ("bulk", 0, 2, 8), kinds={"file.open": 3}))
+    out.append(stream.heartbeat(("bulk", 0, 9, 9), read={"file.open": 9}, final=True))
+    report = verified(out)
+    assert only_place(report).explained == {"sink": 3}
+    assert report.unexplained == 1
+    assert only_run(report).kinds["file.open"].missing == 1
+
+
+def test_what_has_no_number_explains_none() -> None:
+    """A summary that a sink gave up, and runs of programs that the kernel left out."""
+    stream = Stream()
+    out = [stream.manifest(), stream.event(1), stream.event(3)]
+    out.append(stream.loss("sink", 1, ("bulk", 0, 1, 3), kinds={"xdp.counters": 1}))
+    out.append(stream.loss("kernel", 7))
+    out.append(stream.heartbeat(("bulk", 0, 3, 3), final=True))
+    assert verified(out).unexplained == 1
+
+
+def test_numbers_given_up_and_undecodable_records_are_explained() -> None:
+    stream = Stream()
+    out = [stream.manifest(), stream.event(1), stream.event(5), stream.loss("decode", 1)]
+    out.append(stream.heartbeat(("bulk", 0, 5, 5, 2), final=True))
+    place = only_place(verified(out))
+    assert (place.explained, place.unexplained) == ({"unused": 2, "decode": 1}, 0)
+
+
+def test_a_summary_that_is_missing_is_known_by_its_count() -> None:
+    stream = Stream()
+    out = [stream.manifest(), stream.heartbeat(read={"xdp.counters": 1}, final=True)]
+    report = verified(out)
+    assert only_run(report).kinds["xdp.counters"].missing == 1
+    assert not report.ok
+
+
+def test_the_end_of_a_run_is_to_come_too() -> None:
+    """The last events, of which no later number tells."""
+    report = verified(whole_run(20)[:19] + whole_run(20)[-1:])
+    assert [(g.seq_from, g.seq_to) for g in only_place(report).gaps] == [(19, 20)]
+
+
+# ---------------------------------------------------------------- begin and end
+
+
+def test_a_start_in_the_middle_asks_for_nothing_before_it() -> None:
+    report = verified(whole_run()[10:])
+    run = only_run(report)
+    assert report.ok
+    assert (run.whole, only_place(report).first, only_place(report).events) == (False, 10, 11)
+    assert run.kinds["file.open"].missing == 0
+
+
+def test_after_a_heartbeat_all_is_asked_for() -> None:
+    """Of a CPU that was idle: what it lost before its first event that is there."""
+    stream = Stream()
+    stream.own = 7
+    records = [
+        stream.heartbeat(("bulk", 0, 7, 7)),
+        stream.event(10),
+        stream.heartbeat(("bulk", 0, 10, 10), final=True),
+    ]
+    assert [(g.seq_from, g.seq_to) for g in only_place(verified(records)).gaps] == [(8, 9)]
+
+
+def test_a_gap_at_the_end_of_a_live_stream_is_no_verdict() -> None:
+    stream = Stream()
+    records = [
+        stream.manifest(),
+        stream.event(1),
+        stream.event(3),
+        stream.heartbeat(("bulk", 0, 3, 3)),
+    ]
+    report = verified(records)
+    assert (report.pending, report.unexplained, report.ok) == (1, 0, True)
+    assert verified(records, ended=True).unexplained == 1
+    stream.boot_ns += 11 * SECOND
+    report = verified([*records, stream.heartbeat(("bulk", 0, 3, 3))])
+    assert (report.pending, report.unexplained, report.ok) == (0, 1, False)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_run_that_was_killed(told: bool) -> None:
+    """What it held is explained if the next run says that it was killed; and not otherwise."""
+    killed, after = Stream(), Stream("fedcba9876543210")
+    records = [killed.manifest(), killed.event(1), killed.event(3)]
+    after.boot_ns += 3600 * SECOND
+    previous = {"run_id": killed.run_id, "ended": "killed", "untold": []}
+    records.append(after.manifest(previous=previous if told else None))
+    report = verified(records)
+    (host,) = report.hosts.values()
+    assert (host.restarts, [run.end for run in host.runs]) == (
+        1,
+        ["killed" if told else "open", "open"],
+    )
+    assert report.explained == ({"killed": 1} if told else {})
+    assert report.ok == told
+
+
+def test_the_next_run_tells_what_a_run_could_not() -> None:
+    first, after = Stream(), Stream("fedcba9876543210")
+    records = whole_run(9, first)
+    del records[4:6]  # numbers 4 and 5
+    after.boot_ns += 5 * SECOND
+    untold = {"run_id": first.run_id, "sink": "file:x", "stage": "sink", "count": 2}
+    untold |= {"kinds": {"file.open": 2}, "reason": "full"}
+    untold |= {"ranges": [{"ring": "bulk", "cpu": 0, "seq_from": 4, "seq_to": 5}]}
+    previous = {"run_id": first.run_id, "ended": "undelivered", "untold": [untold]}
+    assert verified(records).unexplained == 2
+    report = verified(
+        [*records, after.manifest(previous=previous), after.manifest(previous=previous)]
+    )
+    assert (report.ok, report.explained) == (True, {"sink": 2})
+
+
+def test_the_clock_is_set() -> None:
+    stream = Stream()
+    records = [stream.manifest(), stream.event(1)]
+    stream.offset += 3600 * SECOND
+    records += [stream.event(2), stream.event(3)]
+    stream.offset += 1000  # slewed
+    records.append(stream.event(4))
+    run = only_run(verified(records))
+    assert [step.step_ns for step in run.clock_steps] == [3600 * SECOND]
+    assert run.clock_steps_total == 1
+
+
+# ---------------------------------------------------------------- what does not add up
+
+
+def test_a_loss_in_the_kernel_that_is_there_is_wrong() -> None:
+    stream = Stream()
+    records = whole_run(5, stream)
+    records.insert(-1, stream.loss("kernel", 1, ("bulk", 0, 3, 3)))
+    report = verified(records)
+    assert (only_place(report).lost_but_there, report.ok) == (1, False)
+
+
+def test_what_a_sink_gave_up_may_be_there() -> None:
+    """The broker had it, and its answer was lost."""
+    stream = Stream()
+    records = whole_run(5, stream)
+    records.insert(-1, stream.loss("sink", 1, ("bulk", 0, 3, 3), kinds={"file.open": 1}))
+    report = verified(records)
+    assert (only_place(report).given_up_but_there, report.ok) == (1, True)
+
+
+def test_an_account_that_does_not_add_up_is_wrong() -> None:
+    stream = Stream()
+    counts = {"file.open": {"produced": 5, "filtered": 1, "shed": 1, "lost": 1, "read": 3}}
+    sinks = {"file:x": {"received": 5, "delivered": 3, "dropped": 1, "pending": 0}}
+    report = verified([stream.heartbeat(counts=counts, sink_counts=sinks)])
+    assert len(only_run(report).problems) == 2
+    assert not report.ok
+
+
+def test_an_event_older_than_its_watermark_is_wrong() -> None:
+    stream = Stream()
+    marks = [
+        {"ring": "bulk", "cpu": 0, "seq": 1, "read": 1, "watermark_ns": stream.boot_ns + 10**9}
+    ]
+    report = verified([stream.event(1), stream.heartbeat(marks=marks), stream.event(2)])
+    assert (only_place(report).older_than_watermark, report.ok) == (1, False)
+
+
+BAD = (b"{", b"nonsense", b"\xff\xfe", b"[]", b'{"event":"x"}', b'{"id":"a-b-0-1"}', b"[" * 5000)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_malformed_record_costs_no_other(bad: bytes) -> None:
+    records = whole_run()
+    data = lines(records[:10]) + bad + b"\n" + lines(records[10:])
+    ledger = Ledger()
+    ledger.feed(Chunk("file", data, "file, byte 0"))
+    report = ledger.reported()
+    assert (report.malformed, len(report.malformed_first), report.ok) == (1, 1, True)
+    assert (report.events, report.records) == (20, 23)
+
+
+IDS = ("", "x", "a-bulk-0-x", "a-bulk-x-1", "a--1-1", "a-bulk-0-0", "a-bulk-0-99999999999999999999")
+
+
+@pytest.mark.parametrize("id", [*IDS, "a-bulk-65536-1", "-bulk-0-1"])
+def test_an_id_that_is_none_is_malformed(id: str) -> None:
+    records = whole_run()
+    records.insert(5, records[5] | {"id": id})
+    report = verified(records)
+    assert (report.malformed, report.events, report.ok) == (1, 20, True)
+
+
+def test_a_duplicate_of_a_loss_explains_nothing_more() -> None:
+    stream = Stream()
+    out = [stream.manifest(), stream.event(1), stream.event(5)]
+    loss = stream.loss("sink", 1, ("bulk", 0, 1, 5))
+    out += [loss, loss, stream.heartbeat(("bulk", 0, 5, 5), final=True)]
+    report = verified(out)
+    assert (report.unexplained, report.duplicates) == (2, 1)
+
+
+def test_hosts_runs_and_partitions_are_kept_apart() -> None:
+    """Two hosts in one partition, and a run whose events are in two, one read after the other."""
+    records = whole_run(200)
+    other = whole_run(50, Stream("aaaaaaaaaaaaaaaa", "node-2"))
+    ledger = Ledger()
+    ledger.feed(Chunk("t, partition 1", lines(records[100:] + other)))
+    ledger.feed(Chunk("t, partition 0", lines(records[:100])))
+    report = ledger.reported()
+    assert report.ok
+    assert [host.runs[0].events for host in report.hosts.values()] == [200, 50]
+    assert report.hosts["node-1"].runs[0].places[0].out_of_order == 0
+
+
+def test_memory_is_for_gaps_and_not_for_events() -> None:
+    stream = Stream()
+    ledger = Ledger()
+    for start in range(1, 100_001, 1000):
+        ledger.feed(Chunk("f", lines(stream.event(n) for n in range(start, start + 1000))))
+    (track,) = ledger._tracks.values()
+    track.sync()
+    assert (len(track.seen), track.seen.total) == (1, 100_000)
+
+
+# ---------------------------------------------------------------- files and the command
+
+
+def test_messagepack_is_cut_into_records() -> None:
+    values = [{"a": [1, -1, 2**40, 1.5, None, True], "b" * 40: "x" * 300, "c": b"y"}, [], "z", {}]
+    encoded = [msgspec.msgpack.encode(one) for one in values]
+    data = b"".join(encoded)
+    assert split_msgpack(data) == (encoded, len(data))
+    whole, end = split_msgpack(data[:-3])
+    assert (whole, end) == (encoded[:1] + encoded[1:2], len(encoded[0]) + 1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_a_file_with_those_that_it_was_rotated_to(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], encoding: str, packed: bool
+) -> None:
+    records = whole_run(3000)
+    codec: Any = msgspec.json if encoding == "json" else msgspec.msgpack
+    end = b"\n" if encoding == "json" else b""
+    parts = [records[:1000], records[1000:2500], records[2500:]]
+    old, before, now = (b"".join(codec.encode(r) + end for r in part) for part in parts)
+    path = tmp_path / "e.ndjson"
+    path.write_bytes(now)
+    (tmp_path / "e.ndjson.1").write_bytes(before)
+    (tmp_path / ("e.ndjson.2" + ".gz" * packed)).write_bytes(gzip.compress(old) if packed else old)
+    (tmp_path / "e.ndjson.old").write_bytes(b"nothing of ours")
+    assert main(["verify", str(path), str(tmp_path / "e.ndjson.1"), "--json"]) == 0
+    report = msgspec.json.decode(capfd.readouterr().out, type=VerifyReport)
+    assert (report.events, report.duplicates, report.malformed) == (3000, 0, 0)
+    assert len(report.sources) == 3
+    assert only_place(report).out_of_order == 0
+
+
+def test_exit_codes_and_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "e.ndjson"
+    records = whole_run()
+    path.write_bytes(lines(records))
+    assert main(["verify", str(path)]) == 0
+    assert capfd.readouterr().out.endswith("0 unexplained: all is explained\n")
+    del records[7]
+    path.write_bytes(lines(records))
+    assert main(["verify", str(path)]) == 1
+    out = capfd.readouterr().out
+    assert "unexplained: 7\n" in out
+    assert "WRONG: 1 missing and unexplained\n" in out
+    assert main(["verify", str(tmp_path / "none")]) == 2
+    assert main(["verify", "--from", "nowhere", str(path)]) == 2
+    assert main(["verify", "kafka://127.0.0.1:1/x"]) == 2
+    assert main(["verify", "mqtt://127.0.0.1:1/x"]) == 2
+
+
+def test_a_compressed_file_that_is_torn_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "e.gz"
+    path.write_bytes(gzip.compress(lines(whole_run()))[:-20])
+    assert main(["verify", str(path)]) == 2
+
+
+def test_from_an_offset_and_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    records = whole_run()
+    path = tmp_path / "e.ndjson"
+    path.write_bytes(lines(records))
+    offset = len(lines(records[:5]))
+    for text, events in ((str(offset), 16), (str(offset + 1), 15), ("end", 0), ("0", 20)):
+        assert main(["verify", str(path), "--from", text, "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)["events"] == events
+    start = parse_start("2030-01-01T00:00:00Z")
+    assert start.time_ns == 1_893_456_000 * SECOND
+    with pytest.raises(Exception, match="without a zone"):
+        parse_start("2030-01-01T00:00:00")
