@@ -64,6 +64,7 @@ class Ledger:
             self._refuse(bad)
         lane, tracks = chunk.lane, self._tracks
         last: Run | None = None
+        newest = None
         # Half a million events a second are to come through here.
         for index, line in enumerate(lines):
             key, _, number = line.id.rpartition("-")
@@ -87,13 +88,13 @@ class Ledger:
             if line.boot_ns < track.watermark_ns:
                 track.older += 1
             if run is not last:
-                if last is not None:
+                if last is not None and newest is not None:
                     last.saw(newest)
                 run.lanes.add(lane)
                 run.saw(line)
                 last = run
             newest = line
-        if last is not None:
+        if last is not None and newest is not None:
             last.saw(newest)
 
     def _refuse(self, bad: Malformed) -> None:
