@@ -40,6 +40,8 @@ class _Batch(NamedTuple):
 class _Batches(fetcher.PartitionRecords):  # type: ignore[misc]
     """Whole batches in place of records: an object around each record takes twice their time."""
 
+    next_fetch_offset: int
+
     def _unpack_records(self) -> Iterator[_Batch]:
         while self._records.has_next():
             batch = self._records.next_batch()

@@ -239,14 +239,14 @@ def test_known_gaps_are_found(data: st.DataObject) -> None:
     report = verified([out[0], *body, end])
     run = only_run(report)
     assert {(p.ring, p.cpu) for p in run.places} == {m[:2] for m in marks}
-    for place in run.places:
-        fates = expected[place.ring, place.cpu]
-        assert place.events == fates["there"] + fates["twice"]
-        assert place.duplicates == fates["twice"]
-        assert place.explained == ({"kernel": fates["kernel"]} if fates["kernel"] else {})
-        assert place.unexplained == fates["untold"]
-        gaps = [n for gap in place.gaps for n in range(gap.seq_from, gap.seq_to + 1)]
-        assert gaps == untold[place.ring, place.cpu]
+    for found in run.places:
+        known = expected[found.ring, found.cpu]
+        assert found.events == known["there"] + known["twice"]
+        assert found.duplicates == known["twice"]
+        assert found.explained == ({"kernel": known["kernel"]} if known["kernel"] else {})
+        assert found.unexplained == known["untold"]
+        gaps = [n for gap in found.gaps for n in range(gap.seq_from, gap.seq_to + 1)]
+        assert gaps == untold[found.ring, found.cpu]
     lost = sum(fates["untold"] for fates in expected.values())
     assert (report.unexplained, report.ok) == (lost, not lost)
     if read:
