@@ -33,7 +33,10 @@ def made(count: int) -> bytes:
     lines = []
     for number in range(count):
         cpu, seq = number % 2, number // 2 + 1
-        head = {"event": "net.connect", "id": f"0123456789abcdef-bulk-{cpu}-{seq}"}
+        head: dict[str, object] = {
+            "event": "net.connect",
+            "id": f"0123456789abcdef-bulk-{cpu}-{seq}",
+        }
         head |= {"time_ns": TIME_NS + number, "boot_ns": BOOT_NS + number}
         event = head | rest | {"ring": "bulk", "seq": seq, "cpu": cpu}
         lines.append(msgspec.json.encode(event))

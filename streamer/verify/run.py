@@ -265,7 +265,8 @@ def _first(track: Track, linear: bool) -> int:
     seen = track.seen.first
     if track.first_mark is None or not linear:
         return seen or (track.mark.seq + 1 if track.mark else 1)
-    return min(seen or track.first_mark.read + 1, track.first_mark.read + 1)
+    # Not from `read` on: what was lost behind it may have been told before the heartbeat.
+    return min(seen or track.first_mark.seq + 1, track.first_mark.seq + 1)
 
 
 def _most(track: Track) -> int:

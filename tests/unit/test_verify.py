@@ -334,6 +334,13 @@ def test_after_a_heartbeat_all_is_asked_for() -> None:
     assert [(g.seq_from, g.seq_to) for g in only_place(verified(records)).gaps] == [(8, 9)]
 
 
+def test_a_loss_that_was_told_before_the_start_is_not_asked_for() -> None:
+    """Behind what the reader had passed: no event came after it."""
+    stream = Stream()
+    stream.own = 7
+    assert verified([stream.heartbeat(("bulk", 0, 2000, 390), final=True)]).ok
+
+
 def test_a_gap_at_the_end_of_a_live_stream_is_no_verdict() -> None:
     stream = Stream()
     records = [
