@@ -52,7 +52,8 @@ def lossy(agent: Agent, scope: Scope) -> Recording:
         agent.wait_for(b'{"event":"stream.loss"')
         actor.proceed()
         actor.result()
-    return agent.stop()
+    # Its own check knows no losses of stage `stop`, which such a small ring can have at the end.
+    return agent.stop(check=False)
 
 
 def verify(*arguments: str, code: int = 0) -> VerifyReport:
@@ -105,7 +106,7 @@ def check_against(run: Run, recording: Recording) -> None:
     assert places.keys() == marks.keys()
     assert all((p.first, p.last) == (1, marks[where].seq) for where, p in places.items())
     lost = sum(loss.count for loss in recording.losses)
-    assert sum(place.explained.get("kernel", 0) for place in places.values()) == lost > 0
+    assert sum(sum(place.explained.values()) for place in places.values()) == lost > 0
     for kind, counts in recording.heartbeat.counts.items():
         account = run.kinds[kind]
         assert (account.produced, account.read) == (counts.produced, counts.read)
