@@ -73,9 +73,10 @@ class GapTracker:
 
     def tail(self, cpu: int, first: int, last: int, now_ns: int) -> None:
         """Numbers taken in the kernel, of which an empty ring showed no record."""
-        first = max(first, self._told.get(cpu, 0) + 1)
-        if not any(gap.tail for gap in self._gaps.get(cpu, ())):
-            self._open(cpu, first, last, now_ns, tail=True)
+        # What an earlier look found keeps its time to come; only what is behind it is new.
+        known = max((gap.last for gap in self._gaps.get(cpu, ()) if gap.tail), default=0)
+        first = max(first, self._told.get(cpu, 0) + 1, known + 1)
+        self._open(cpu, first, last, now_ns, tail=True)
 
     def expire(
         self,

@@ -148,9 +148,19 @@ def test_a_tail_that_grows() -> None:
     line = Line()
     line.tail(3)
     line.tail(7, now=10)
-    assert line.losses() == [loss(1, 3)]
+    assert line.losses() == [loss(1, 3), loss(4, 7)]
     line.tail(7, now=LATER)
-    assert line.losses(now=2 * LATER) == [loss(4, 7)]
+    assert line.losses(now=2 * LATER) == []
+
+
+def test_a_tail_behind_one_that_still_waits() -> None:
+    """At the end there is no other look: 5 to 9 are told with this one, or never."""
+    line = Line()
+    line.tail(3)
+    line.read(4)
+    line.tail(9)
+    found = sorted(line.losses(), key=lambda one: one.first)
+    assert found == [loss(1, 3), loss(5, 9)]
 
 
 def test_a_tail_that_came_after_all() -> None:
