@@ -3,7 +3,8 @@
 #
 #   tools/setup.sh run     Debian packages, virtual environment, kernel programs, C modules
 #   tools/setup.sh dev     the same, and the tools that check the code
-#   tools/setup.sh test    the same, and what the tests run: Kafka, Mosquitto, their clients, bpftrace, bcc
+#   tools/setup.sh test    the same, and what the tests run: Kafka, Mosquitto, Prometheus, their clients,
+#                          bpftrace, bcc
 #   tools/setup.sh bench   the same, and what the benchmarks compare with: auditd
 #
 # PYTHON names another interpreter than Debian's own. Prints a line for each thing that it does;
@@ -83,6 +84,7 @@ needed_to_test() {
     need kcat command -v kcat
     need mosquitto command -v mosquitto
     need mosquitto-clients command -v mosquitto_sub
+    need prometheus command -v prometheus
     need iproute2 command -v ip
     need openssl command -v openssl
     need bpftrace command -v bpftrace
@@ -100,10 +102,10 @@ needed_to_bench() {
 policy=/usr/sbin/policy-rc.d
 kept=$policy.before-streamer-setup
 
-# The tests start brokers of their own, and the benchmarks an auditd: Debian's services of these are
-# not to come up with their packages, nor at the next boot. Other services go on asking the policy
-# that was there.
-services=(mosquitto auditd)
+# The tests start brokers and a Prometheus of their own, and the benchmarks an auditd: Debian's services
+# of these are not to come up with their packages, nor at the next boot. Other services go on asking the
+# policy that was there.
+services=(mosquitto prometheus auditd)
 
 hold_services() {
     release_services

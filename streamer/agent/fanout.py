@@ -7,7 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from streamer.agent.losses import MOST_REASONS, OTHER_REASONS, OWN_RECORDS, LossLog, Lost, Owed
+from streamer.agent.losses import (
+    MOST_REASONS,
+    OTHER_REASONS,
+    OWN_RECORDS,
+    LossLog,
+    LossTotals,
+    Lost,
+    Owed,
+)
 from streamer.events.batch import Batch, Spans
 from streamer.events.kinds import KINDS
 from streamer.events.stream import StreamLoss, StreamRecord
@@ -53,6 +61,7 @@ class Fanout(Listener):
         self.stopping = False
         self.failures: list[str] = []
         self.log = LossLog()
+        self.lost = LossTotals()
         self.deserted = False
         """Whether every sink had failed or closed before they were stopped."""
         self._policies = dict(sinks)
@@ -260,6 +269,7 @@ class Fanout(Listener):
         if events:
             lost = Lost.of_sink(events, reason, spans)
             self._owed[sink].add(lost)
+            self.lost.add(lost, sink.name)
             if not self.ended_as_it_should(sink):
                 self.log.add([lost], sink.name)
             if self.ending and not sink.ends_quietly:

@@ -219,6 +219,24 @@ def _bridge(ranges: list[SeqRange], where: Container[int]) -> list[SeqRange]:
     return joined
 
 
+class LossTotals:
+    """All that was lost since the start, by stage, sink and kind.
+
+    The kind is empty where it is not known, and the sink where it was not at one.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was lost yet."""
+        self.counts: Counter[tuple[Stage, str, str]] = Counter()
+
+    def add(self, lost: Lost, sink: str = "") -> None:
+        """Count a loss."""
+        for kind, count in lost.kinds.items():
+            self.counts[lost.stage, sink, kind] += count
+        if unknown := lost.count - sum(lost.kinds.values()):
+            self.counts[lost.stage, sink, ""] += unknown
+
+
 class LossLog:
     """Turns losses into few lines of a log: the first at once, then what came since, as a rate."""
 

@@ -56,7 +56,7 @@ class Collector(Sink):
         self.stacks = +self.stacks
         if samples:
             self.lost += samples[0].lost  # of the period: each of its records says it
-        self._delivered(batch.kinds, 0)
+        self._delivered(batch.kinds, 0, 0)
 
     async def stop(self, grace: float) -> None:
         """Nothing is held."""

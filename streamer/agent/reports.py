@@ -17,6 +17,7 @@ from streamer.events.catalogue import SELECTABLE
 from streamer.events.envelope import Envelope
 from streamer.events.kinds import KINDS, TaskEvent
 from streamer.events.stream import (
+    CpuMark,
     KindCounts,
     KindReport,
     PreviousRun,
@@ -68,6 +69,31 @@ class Reporter:
         """Runs of programs that the kernel left out, as far as they were told."""
         return self._missed_told.total()
 
+    @property
+    def missed_by_program(self) -> dict[str, int]:
+        """The same, per program."""
+        return dict(self._missed_told)
+
+    def faults(self) -> dict[str, int]:
+        """What went wrong in the kernel apart from numbered losses."""
+        return faults(self._kernel.faults)
+
+    def marks(self) -> list[CpuMark]:
+        """How far the sequence of each ring and CPU has come."""
+        passed = {
+            (source.name, cpu): source.ring.next_seq(cpu) - 1
+            for source in self._reader.sources
+            for cpu in range(self._kernel.cpus)
+        }
+        return self._counters.marks(passed)
+
+    def programs(self) -> list[ProgramReport]:
+        """What became of each program."""
+        return [
+            ProgramReport(p.name, p.sensor, p.hook, p.way, p.kinds, p.status, p.reason)
+            for p in self._kernel.statuses
+        ]
+
     def manifest(
         self, kinds: Iterable[str], sinks: Iterable[Sink], previous: PreviousRun | None
     ) -> StreamManifest:
@@ -89,10 +115,7 @@ class Reporter:
                 kind: KindReport(state.status, state.reason, unseen_of(kind))
                 for kind, state in self._kernel.coverage(frozenset(kinds)).items()
             },
-            programs=[
-                ProgramReport(p.name, p.sensor, p.hook, p.way, p.kinds, p.status, p.reason)
-                for p in self._kernel.statuses
-            ],
+            programs=self.programs(),
             filters=filters_in_force(self._filters),
             sinks=[sink.name for sink in sinks],
             previous=previous,
@@ -103,19 +126,14 @@ class Reporter:
         self, read: Mapping[str, int], sinks: Iterable[Sink], *, final: bool = False
     ) -> StreamHeartbeat:
         """The account so far; `final`: nothing follows it."""
-        passed = {
-            (source.name, cpu): source.ring.next_seq(cpu) - 1
-            for source in self._reader.sources
-            for cpu in range(self._kernel.cpus)
-        }
         return self._envelope.record(
             StreamHeartbeat,
             uptime_seconds=round(self.uptime, 3),
             counts=self.counts(read),
-            marks=self._counters.marks(passed),
+            marks=self.marks(),
             sink_counts={sink.name: sink_counts(sink) for sink in sinks},
-            reader=self._reader_counts(),
-            faults=faults(self._kernel.faults),
+            reader=self.reader_counts(),
+            faults=self.faults(),
             missed=self._kernel.missed(),
             final=final,
         )
@@ -183,7 +201,7 @@ class Reporter:
             )
 
     def _undecodable(self) -> Iterator[Lost]:
-        counts = self._reader_counts()
+        counts = self.reader_counts()
         refused = counts.unknown_kind + counts.short_record
         if refused > self._undecodable_told:
             count, self._undecodable_told = refused - self._undecodable_told, refused
@@ -194,7 +212,8 @@ class Reporter:
                 reason="records of unknown kind, or shorter than their kind",
             )
 
-    def _reader_counts(self) -> ReaderCounts:
+    def reader_counts(self) -> ReaderCounts:
+        """What the reader met."""
         decoders = [source.decoder for source in self._reader.sources]
         return ReaderCounts(
             unknown_kind=sum(d.unknown_kind for d in decoders),

@@ -16,6 +16,7 @@ import uvloop
 
 from streamer.agent import signals
 from streamer.agent.allocator import keep_freed_memory
+from streamer.agent.answering import Listeners
 from streamer.agent.run_file import RunFile
 from streamer.agent.service import Outcome, Service
 from streamer.agent.timing_key import timing_of
@@ -94,9 +95,12 @@ def _split_and_run(
         if notes is not None:
             stack.callback(notes.close)
         timing = timing_of(settings)
-        split.drop()
+        # Who looks at the host for a moment, as `profile` does, is not asked.
+        listeners = Listeners.open(settings) if sink is None else Listeners()
+        stack.callback(listeners.close)
+        split.drop(answers=any(listeners))
         console.start()
-        given = Surroundings(line, split, kernel, terminal, notes, timing, sink)
+        given = Surroundings(line, split, kernel, terminal, notes, timing, sink, listeners)
         return run_loop(_run(settings, kinds, limits, given))
 
 
@@ -138,6 +142,8 @@ class Surroundings(NamedTuple):
     timing: Timing | None
     sink: Sink | None = None
     """In place of those of the settings."""
+    listeners: Listeners = Listeners()
+    """Where it is asked about itself."""
 
 
 async def _run(
@@ -151,7 +157,8 @@ async def _run(
         service = _service(settings, kinds, limits, sinks, given)
         _handle_signals(service, given)
         _watch_helper(service, given.split)
-        return await service.run()
+        with given.listeners.answering(service):
+            return await service.run()
     finally:
         given.split.client.unwatch(asyncio.get_running_loop())
 

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from streamer import __version__
 from streamer.agent.fanout import Fanout, policy_of
+from streamer.agent.looks import Looks
 from streamer.agent.losses import Lost
 from streamer.agent.reports import Reporter, account_line
 from streamer.agent.run_file import bounded
@@ -22,6 +23,7 @@ from streamer.events.stream import PreviousRun, StreamManifest, UntoldLoss
 from streamer.events.timing import Timing
 from streamer.kernel.flows import KIND, FlowWalk
 from streamer.kernel.state import KernelState, KindStatus
+from streamer.operation.look import Look, Phase
 from streamer.ring.reader import PerfSource, RingReader, open_sources
 from streamer.sinks.base import Sink
 from streamer.summaries.period import Summaries
@@ -130,6 +132,12 @@ class Service:
             closed=self.stop,
             loss_record=self._reporter.loss_record,
         )
+        self._phase: Phase = "starting"
+        self._looks = Looks(envelope, kernel, self.reader, self._reporter, self.fanout, self._read)
+
+    def look(self) -> Look:
+        """How things are now, as long as it runs."""
+        return self._looks.look(self._phase, self._coverage)
 
     @property
     def ended_quietly(self) -> bool:
@@ -176,10 +184,12 @@ class Service:
             await self._stop_sinks(0)
             raise
         self._leave_note(self._note())  # true if it is killed
+        self._phase = "streaming"
         try:
             await self._stream()
             quiet = self.ended_quietly
         finally:
+            self._phase = "stopping"
             self._end_observation()
             try:
                 await self._finish()
@@ -323,6 +333,7 @@ class Service:
         next_summary = time.monotonic() + self._settings.summary_seconds
         while True:
             await asyncio.sleep(1)
+            self._looks.tick()
             self.reader.refresh_clock()
             self._run_timed()
             self._find_losses()
@@ -448,9 +459,15 @@ class Service:
         more = self.reader.drain_once()
         if final or not (more or self.reader.paused or self.reader.done):
             self.reader.look_for_tails(seqs, final=final)
-        self._lose([*self._reporter.losses(final=final), *self._reporter.missed()])
+        self._lose(self._reporter.losses(final=final))
+        self._tell(self._reporter.missed())  # how many events these were is not known
 
     def _lose(self, lost: list[Lost]) -> None:
+        for one in lost:
+            self.fanout.lost.add(one)
+        self._tell(lost)
+
+    def _tell(self, lost: list[Lost]) -> None:
         """Every sink is owed these. What was left unread on purpose is no news for the log."""
         self.fanout.lose(lost)
         self.fanout.log.add(one for one in lost if one.stage != "stop")

@@ -20,6 +20,7 @@ from streamer.config.settings import (
     FileSink,
     Filters,
     KafkaSink,
+    MetricsSection,
     MqttSink,
     Sasl,
     Settings,
@@ -57,6 +58,7 @@ def problems(settings: Settings) -> Iterator[str]:
             yield mistake("kernel.sample", kind, ", ".join(sorted(KINDS)))
     yield from _syscalls(settings.kernel.syscalls)
     yield from _filters(settings.filters)
+    yield from _metrics(settings.metrics)
     for index, sink in enumerate(settings.sinks):
         yield from (f"sinks[{index}].{problem}" for problem in sink_problems(sink))
     yield from _same_destination(settings.sinks)
@@ -114,6 +116,26 @@ def is_host(text: str) -> bool:
         return bool(ipaddress.IPv6Address(text))
     except ValueError:
         return False
+
+
+def listen_address(text: str) -> tuple[str, int] | None:
+    """`metrics.listen` as (address, port); None when it is neither empty nor that."""
+    found = split_host_port(text)
+    try:
+        return found and (str(ipaddress.ip_address(found[0])), found[1])
+    except ValueError:
+        return None
+
+
+def _metrics(metrics: MetricsSection) -> Iterator[str]:
+    if not metrics.listen:
+        return
+    found = listen_address(metrics.listen)
+    if found is None:
+        yield mistake("metrics.listen", metrics.listen, "ADDRESS:PORT, with a port from 1 to 65535")
+    elif not (metrics.allow_remote or ipaddress.ip_address(found[0]).is_loopback):
+        wanted = "an address of this host alone, or allow_remote = true"
+        yield mistake("metrics.listen", metrics.listen, wanted)
 
 
 def _syscalls(names: tuple[str, ...]) -> Iterator[str]:

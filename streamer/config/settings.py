@@ -58,6 +58,15 @@ Text = Annotated[str, Meta(min_length=1)]
 StateFile = Annotated[
     str, Meta(max_length=4095), form("^(/|$)", "an absolute path, or empty for none")
 ]
+# struct sockaddr_un has room for 107 bytes and the NUL.
+SocketPath = Annotated[
+    str, Meta(max_length=107), form("^(/|$)", "an absolute path, or empty for none")
+]
+ListenAddress = Annotated[
+    str,
+    Meta(max_length=64),
+    form(r"^($|[0-9.]+:[0-9]+$|\[[0-9a-fA-F:.]+\]:[0-9]+$)", "ADDRESS:PORT, or empty for none"),
+]
 Headers = Annotated[
     str,
     Meta(max_length=4095),
@@ -573,6 +582,38 @@ class MqttSink(SinkCommon, tag="mqtt", frozen=True, kw_only=True):
 AnySink = StdoutSink | FileSink | KafkaSink | MqttSink
 
 
+class MetricsSection(Section, frozen=True, kw_only=True):
+    """Metrics for Prometheus, at `/metrics`, with `/healthz` and `/readyz`. See docs/operation.md.
+
+    Every user of the host can ask. What they learn is how many events of each kind there were.
+    """
+
+    listen: Annotated[
+        ListenAddress,
+        doc('Address and port, such as `"127.0.0.1:9464"` or `"[::1]:9464"`; empty: none.'),
+    ] = ""
+    allow_remote: Annotated[
+        bool,
+        doc(
+            "Whether `listen` may be an address that other hosts can reach, without encryption or "
+            "a password."
+        ),
+    ] = False
+
+
+class ControlSection(Section, frozen=True, kw_only=True):
+    """How `streamer status` and `streamer top` ask a running agent."""
+
+    socket: Annotated[
+        SocketPath,
+        doc(
+            "Socket that only root, and who started the agent, can ask at; its directory is made "
+            "if need be, and nobody else may write to it. Of several agents with one path the "
+            "first has it. Empty: none."
+        ),
+    ] = "/run/streamer/control.sock"
+
+
 class Settings(Section, frozen=True, kw_only=True):
     """The whole configuration. Every setting has a default."""
 
@@ -642,6 +683,12 @@ class Settings(Section, frozen=True, kw_only=True):
     )
     filters: Annotated[Filters, doc("Filters, applied in the kernel.")] = field(
         default_factory=Filters
+    )
+    metrics: Annotated[MetricsSection, doc("Metrics for Prometheus.")] = field(
+        default_factory=MetricsSection
+    )
+    control: Annotated[ControlSection, doc("How a running agent is asked.")] = field(
+        default_factory=ControlSection
     )
     sinks: Annotated[tuple[AnySink, ...], doc("Where events go. Without one, standard output.")] = (
         StdoutSink(),

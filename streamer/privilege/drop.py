@@ -40,8 +40,10 @@ def can_change_user() -> bool:
     return {capabilities.CAP_SETUID, capabilities.CAP_SETGID} <= capabilities.effective()
 
 
-def drop_privileges(account: Account | None) -> None:
+def drop_privileges(account: Account | None, *, answers: bool = False) -> None:
     """Become `account` (None: stay who it is) without capabilities, under the worker's filter.
+
+    If it `answers`, it takes connections of sockets that listen now.
 
     Where the kernel has Landlock, it also keeps the process from writing to files.
 
@@ -62,7 +64,7 @@ def drop_privileges(account: Account | None) -> None:
     capabilities.forgo_gains()
     capabilities.hide_memory()
     landlock.restrict()
-    seccomp.install(worker_filter(os.getpid(), os.uname().machine))
+    seccomp.install(worker_filter(os.getpid(), os.uname().machine, answers=answers))
 
 
 def _become(account: Account) -> None:

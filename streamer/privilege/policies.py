@@ -64,13 +64,16 @@ _THREADS: Rule = (
 )
 
 
-def worker_filter(pid: int, machine: str) -> bytes:
+def worker_filter(pid: int, machine: str, *, answers: bool = False) -> bytes:
     """The filter of the process that reads rings and talks to brokers, whose pid is `pid`.
 
-    It may open files that are there, be a client of networks, and start threads. It cannot make
+    It may open files that are there, be a client of networks, and start threads. If it `answers`
+    at sockets that listened before, it may take their connections. It cannot listen itself, make
     files, start processes, or touch another one.
     """
     allowed = _listed(_HOT) | _listed(_COMMON) | _listed(_WORKER) | _own(pid)
+    if answers:
+        allowed["accept4"] = ALWAYS
     new_file = _O_CREAT | _O_TMPFILE
     allowed |= {
         "open": ((Condition(1, (0,), new_file),),),

@@ -57,11 +57,11 @@ class Split:
             _log.warning("%s", said)
         self.client, self.loader, self.opener = with_helper(settings, kinds)
 
-    def drop(self) -> None:
-        """Give up every privilege of this process. Raises PrivilegeError."""
+    def drop(self, *, answers: bool = False) -> None:
+        """Give up every privilege of this process, see `drop_privileges`. Raises PrivilegeError."""
         if self._account is None and os.geteuid() == 0:
             _log.warning("without CAP_SETUID and CAP_SETGID the worker remains root's process")
-        drop.drop_privileges(self._account)
+        drop.drop_privileges(self._account, answers=answers)
 
     def close(self) -> None:
         """End the helper. Harmless when it has ended."""

@@ -12,6 +12,7 @@ Above it are calls that a newer C library may try first: it has to hear that the
 """
 
 _NUMBERS: dict[str, tuple[int | None, int | None]] = {
+    "accept4": (288, 242),
     "access": (21, None),
     "arch_prctl": (158, None),
     "bind": (49, 200),

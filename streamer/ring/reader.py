@@ -14,7 +14,7 @@ import os
 import select
 import struct
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 from streamer.events.batch import Batch, Event, Spans, join_spans
@@ -82,6 +82,20 @@ class Source:
         """Bytes that were ever read there."""
         raise NotImplementedError
 
+    def places(self) -> Collection[int]:
+        """CPUs, one for each buffer that there is now."""
+        raise NotImplementedError
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that are there and were not read."""
+        return sum(self.produced(cpu) - self.consumed(cpu) for cpu in self.places())
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that were ever read, from the buffers that there are now."""
+        return sum(map(self.consumed, self.places()))
+
 
 class RingSource(Source):
     """A ring buffer, which all CPUs share."""
@@ -103,6 +117,10 @@ class RingSource(Source):
     def consumed(self, cpu: int) -> int:
         """See `Source`."""
         return int(_POSITION.unpack_from(self._consumer)[0])
+
+    def places(self) -> Collection[int]:
+        """See `Source`."""
+        return (0,)
 
 
 class PerfSource(Source):
@@ -159,6 +177,10 @@ class PerfSource(Source):
     def consumed(self, cpu: int) -> int:
         """See `Source`."""
         return self.buffers.consumed(cpu)
+
+    def places(self) -> Collection[int]:
+        """See `Source`."""
+        return self._registered
 
 
 def open_sources(

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from streamer.events.batch import NO_SPANS, Batch, Spans
+from streamer.sinks.latency import LatencySamples
 
 Status = Literal["starting", "up", "down", "closed"]
 
@@ -107,6 +108,9 @@ class Sink(ABC):
         self.name = name
         self.account = SinkAccount()
         self.watermarks = Watermarks(budget_bytes)
+        self.latency = LatencySamples()
+        self.delivered_bytes = 0
+        """Of encoded events."""
         self.listener = Listener()
         self.status: Status = "starting"
 
@@ -142,17 +146,22 @@ class Sink(ABC):
 
     def _take(self, kinds: Mapping[str, int], size: int) -> None:
         self.account.received.update(kinds)
+        self.latency.taken(sum(kinds.values()))
         if self.watermarks.add(size):
             self.listener.sink_full(self)
 
-    def _delivered(self, kinds: Mapping[str, int], size: int) -> None:
+    def _delivered(self, kinds: Mapping[str, int], size: int, encoded: int) -> None:
+        """`size` bytes are no longer held for events whose encodings have `encoded` bytes."""
         self.account.delivered.update(kinds)
+        self.delivered_bytes += encoded
+        self.latency.settled(sum(kinds.values()))
         self._release(size)
 
     def _dropped(
         self, kinds: Mapping[str, int], size: int, reason: str, spans: Spans = NO_SPANS
     ) -> None:
         self.account.dropped.update(kinds)
+        self.latency.settled(sum(kinds.values()))
         self.listener.sink_dropped(self, kinds, reason, spans)
         self._release(size)
 

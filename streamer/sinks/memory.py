@@ -32,7 +32,8 @@ class MemorySink(Sink):
         held, self._held = self._held, []
         for batch in held:
             self.events.extend(batch.events)
-            self._delivered(batch.kinds, len(batch.lines("json")))
+            size = len(batch.lines("json"))
+            self._delivered(batch.kinds, size, size)
 
     async def stop(self, grace: float) -> None:
         """Deliver the rest, unless it is to be held, in which case it is dropped."""

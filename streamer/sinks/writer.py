@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import TypedDict, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 from streamer.events.batch import Batch, Spans
 from streamer.sinks.base import Sink, size_beside
@@ -250,13 +250,22 @@ class Callbacks(TypedDict):
     ended: Callable[[Exception | None], None]
 
 
+class _Held(NamedTuple):
+    """A batch that was handed over: `size` is what it counts for, `encoded` what is written."""
+
+    kinds: Mapping[str, int]
+    size: int
+    spans: Spans
+    encoded: int
+
+
 class WriterSink(Sink):
     """A sink that writes encoded batches one after the other to a descriptor."""
 
     def __init__(self, name: str, budget_bytes: int) -> None:
         """See `Sink`."""
         super().__init__(name, budget_bytes)
-        self._held: deque[tuple[Mapping[str, int], int, Spans]] = deque()
+        self._held: deque[_Held] = deque()
         self._thread: WriterThread | None = None
         self._ended: asyncio.Future[None] | None = None
         self._over = ""
@@ -314,15 +323,15 @@ class WriterSink(Sink):
         data = self._encode(batch)
         size = len(data) + size_beside(batch)
         self._take(batch.kinds, size)
-        self._held.append((batch.kinds, size, batch.spans))
+        self._held.append(_Held(batch.kinds, size, batch.spans, len(data)))
         self._thread.hand_over(data)
 
     def discard(self, reason: str) -> None:
         """Drop what no write has begun with."""
         count = 0 if self._over or self._thread is None else self._thread.take_back()
         dropped = [self._held.pop() for _ in range(count)]
-        for kinds, size, spans in reversed(dropped):
-            self._dropped(kinds, size, reason, spans)
+        for one in reversed(dropped):
+            self._dropped(one.kinds, one.size, reason, one.spans)
 
     async def stop(self, grace: float) -> None:
         """Write what is held within `grace` seconds and drop the rest.
@@ -345,8 +354,8 @@ class WriterSink(Sink):
         if self._over:
             return
         for _ in range(count):
-            kinds, size, _ = self._held.popleft()
-            self._delivered(kinds, size)
+            one = self._held.popleft()
+            self._delivered(one.kinds, one.size, one.encoded)
 
     def _on_failing(self, reason: str) -> None:
         if self._over:
@@ -379,6 +388,6 @@ class WriterSink(Sink):
         self._over = reason
         self._unwatch()
         while self._held:
-            kinds, size, spans = self._held.popleft()
-            self._dropped(kinds, size, reason, spans)
+            one = self._held.popleft()
+            self._dropped(one.kinds, one.size, reason, one.spans)
         self._set_status("closed", reason)

@@ -12,15 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "streamer"
 
 BELOW = {
-    "cli": {"agent", "verify", "terminal", "kernel", "config", "events"},
+    "cli": {"agent", "verify", "terminal", "operation", "kernel", "config", "events"},
     "agent": {
-        *("summaries", "profiles", "terminal", "sinks", "ring", "privilege", "kernel", "config"),
-        "events",
+        *("summaries", "profiles", "terminal", "operation", "sinks", "ring", "privilege"),
+        *("kernel", "config", "events"),
     },
     "verify": {"terminal", "sinks", "config", "events"},
     "summaries": {"kernel", "events"},
     "profiles": set[str](),
-    "terminal": {"kernel", "config", "events"},
+    "terminal": {"operation", "kernel", "config", "events"},
+    "operation": {"events"},
     "sinks": {"privilege", "config", "events"},
     "ring": {"kernel", "events"},
     "privilege": {"kernel", "config"},

@@ -364,6 +364,18 @@ def test_what_neither_may_do(who: str, machine: str, require: Require) -> None:
 
 
 @pytest.mark.parametrize("machine", MACHINES)
+def test_who_answers_may_take_connections_and_not_listen(machine: str, require: Require) -> None:
+    numbers = header_numbers(machine, require)
+    code = worker_filter(PID, machine, answers=True)
+    decided = {
+        name: run(code, ARCHITECTURES[machine], numbers[name])
+        for name in NEVER.split()
+        if name in numbers
+    }
+    assert {name for name, result in decided.items() if result == ALLOW} == {"accept4"}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_numbers_are_those_of_the_headers(machine: str, require: Require) -> None:
     numbers = header_numbers(machine, require)
     assert {name: number_of(name, machine) for name in names()} == {

@@ -395,7 +395,7 @@ class KafkaSink(Sink):
             topic.acked_at = now
             for batch in outcome.delivered:
                 topic.held -= batch.held
-                self._delivered(batch.kinds, batch.held)
+                self._delivered(batch.kinds, batch.held, batch.size)
             topic.failing_since = topic.error = None
             self._mended("", topic.name)
             for name in list(self._problems):

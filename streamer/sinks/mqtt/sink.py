@@ -424,7 +424,7 @@ class MqttSink(Sink):
             self._allowed = min(self._limit, self._allowed + 1)
             if not self._window.keep(position, message):
                 self._connect_failures = self._publish_failures = 0
-                self._delivered(message.batch.kinds, message.batch.held)
+                self._delivered(message.batch.kinds, message.batch.held, message.batch.size)
         if self._window.running_empty and not len(self._window):
             self._take_back()
             self._allowed = 1
@@ -509,7 +509,7 @@ class MqttSink(Sink):
         """Account for what will not be sent again: lost, unless an earlier copy was taken."""
         batch = message.batch
         if message.taken:
-            self._delivered(batch.kinds, batch.held)
+            self._delivered(batch.kinds, batch.held, batch.size)
         else:
             self._dropped(batch.kinds, batch.held, reason, batch.spans)
 
