@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from streamer.config.loading import Overrides
     from streamer.config.settings import Limits, Settings
 
+DEFAULT_CONFIG = Path("/etc/streamer/streamer.toml")
+"""Read where it is there and no other is named."""
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as of a program that SIGINT ended."""
 DEFECT = 1
@@ -138,7 +140,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         max_events=getattr(arguments, "max_events", None),
         status=not getattr(arguments, "no_status", False),
     )
-    where = "--events" if arguments.events else f"{arguments.config}: events"
+    where = "--events" if arguments.events else f"{_config_of(arguments)}: events"
     missing = without_target(settings.kernel)
     return Plan(settings, select(settings.events, SELECTABLE, where, missing), limits)
 
@@ -146,7 +148,12 @@ def plan(arguments: argparse.Namespace) -> Plan:
 def _settings(arguments: argparse.Namespace) -> Settings:
     from streamer.config.loading import load
 
-    return load(arguments.config, _overrides(arguments))
+    return load(_config_of(arguments), _overrides(arguments))
+
+
+def _config_of(arguments: argparse.Namespace) -> Path | None:
+    named: Path | None = arguments.config
+    return named if named is not None or not DEFAULT_CONFIG.exists() else DEFAULT_CONFIG
 
 
 def _overrides(arguments: argparse.Namespace) -> Overrides:
@@ -208,6 +215,47 @@ def _check(arguments: argparse.Namespace) -> int:
     return check_code(found)
 
 
+def _status(arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    from streamer.operation.control import ask
+    from streamer.operation.look import Look
+    from streamer.terminal.status import status_code, status_text
+    from streamer.terminal.tables import json_text
+
+    found = msgspec.json.decode(ask(_control_socket(arguments), "status"), type=Look)
+    print(json_text(found) if arguments.json else status_text(found))
+    return status_code(found)
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    if not (os.isatty(0) and os.isatty(1)):
+        raise ConfigError("streamer top needs a terminal; `streamer status` does not")
+    import msgspec
+
+    from streamer.kernel.cgroups import cgroup_root
+    from streamer.operation.control import ask
+    from streamer.operation.look import TopLook
+    from streamer.terminal.containers import Containers
+    from streamer.terminal.top import Top
+
+    path = _control_socket(arguments)
+    decoder = msgspec.json.Decoder(TopLook)
+    decoder.decode(ask(path, "top"))  # that there is none is said in a line, and not on a screen
+    app = Top(lambda: decoder.decode(ask(path, "top")), Containers(cgroup_root()))
+    app.run()
+    return app.return_code or 0
+
+
+def _control_socket(arguments: argparse.Namespace) -> str:
+    from streamer.config.loading import load
+
+    path: str = arguments.socket or load(_config_of(arguments)).control.socket
+    if not path:
+        raise ConfigError(f"{_config_of(arguments)}: control.socket is empty: there is none to ask")
+    return path
+
+
 def _events(arguments: argparse.Namespace) -> int:
     from streamer.events.catalogue import PUBLISHED
     from streamer.terminal import tables as text
@@ -241,6 +289,11 @@ def _schema(arguments: argparse.Namespace) -> int:
         from streamer.kernel.report import CheckReport
 
         print(text.json_text(of_kind("check", CheckReport)))
+        return 0
+    if arguments.name == "status":
+        from streamer.operation.look import Look
+
+        print(text.json_text(of_kind("status", Look)))
         return 0
     known = PUBLISHED
     chosen = [text.named(known, arguments.name)] if arguments.name else known.values()
@@ -278,6 +331,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_profile(commands)
+    _add_status(commands)
+    _add_top(commands)
     _add_check(commands)
     _add_events(commands)
     _add_schema(commands)
@@ -324,9 +379,7 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-c", "--config", type=Path, metavar="FILE", help="TOML file (docs/configuration.md)"
-    )
+    _add_config(parser)
     parser.add_argument(
         "--events",
         action="append",
@@ -393,9 +446,7 @@ def _add_profile(commands: Any) -> None:
     example = "sudo streamer profile --duration 10s --output profile.svg"
     text = "sample what runs on the CPUs, and write it as a flame graph"
     parser = _command(commands, "profile", _profile, text, example)
-    parser.add_argument(
-        "-c", "--config", type=Path, metavar="FILE", help="TOML file (docs/configuration.md)"
-    )
+    _add_config(parser)
     parser.add_argument(
         "--duration", type=_duration, default=10.0, metavar="TIME", help="10s unless given"
     )
@@ -414,6 +465,37 @@ def _add_profile(commands: Any) -> None:
         "unless given: folded stacks",
     )
     _add_filters(parser)
+
+
+def _add_status(commands: Any) -> None:
+    text = "say how the running agent is: rates, losses, rings, sinks, and what is observed"
+    codes = (
+        "exit codes: 0 it is ready, 1 it is not (it says why), 3 none answers,\n"
+        "  2 the configuration or command line is wrong (docs/operation.md)"
+    )
+    parser = _command(commands, "status", _status, text, f"sudo streamer status\n\n{codes}")
+    _add_socket(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_top(commands: Any) -> None:
+    text = "watch the running agent: events a second by kind, process and container"
+    _add_socket(_command(commands, "top", _top, text, "sudo streamer top"))
+
+
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--socket", metavar="PATH", help="where it listens (control.socket)")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"TOML file (docs/configuration.md); {DEFAULT_CONFIG} if that is there",
+    )
 
 
 def _add_check(commands: Any) -> None:
@@ -436,10 +518,12 @@ def _add_events(commands: Any) -> None:
 
 
 def _add_schema(commands: Any) -> None:
-    text = "print the JSON Schema of events, a kind, the configuration, `check` or `verify`"
+    text = (
+        "print the JSON Schema of events, a kind, the configuration, `check`, `status` or `verify`"
+    )
     parser = _command(commands, "schema", _schema, text, "streamer schema net.connect")
     parser.add_argument(
-        "name", nargs="?", metavar="KIND|config|check|verify", help="by default, any event"
+        "name", nargs="?", metavar="KIND|config|check|status|verify", help="by default, any event"
     )
 
 

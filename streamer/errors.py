@@ -6,7 +6,8 @@ StreamerError
 ├── KernelError        exit 3: no BPF, no BTF, an object that does not load
 │   ├── ContractError  exit 3: the object and `events/kinds.py` disagree
 │   └── HelperGone     exit 3: the process that holds the privileges has ended
-└── SinkError          exit 4: a sink that cannot go on
+├── SinkError          exit 4: a sink that cannot go on
+└── NoAnswer           exit 3: no agent answers about itself
 
 A run that ends in order, but could not deliver all that it had read, ends with exit code 5.
 
@@ -52,3 +53,9 @@ class SinkError(StreamerError):
     """A sink that no retry can mend, such as a file that cannot be opened."""
 
     exit_code = 4
+
+
+class NoAnswer(StreamerError):
+    """No agent is running that can be asked, or it does not answer."""
+
+    exit_code = 3

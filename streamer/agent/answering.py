@@ -11,6 +11,7 @@ from typing import NamedTuple
 from streamer.agent.service import Service
 from streamer.config.rules import listen_address
 from streamer.config.settings import Settings
+from streamer.operation.control import Listening
 
 _log = logging.getLogger("streamer")
 
@@ -19,6 +20,7 @@ class Listeners(NamedTuple):
     """The sockets that were opened."""
 
     metrics: socket.socket | None = None
+    control: Listening | None = None
 
     @classmethod
     def open(cls, settings: Settings) -> Listeners:
@@ -27,7 +29,7 @@ class Listeners(NamedTuple):
         Raises:
             ConfigError: the address of the metrics cannot be had.
         """
-        return cls(_metrics_listener(settings))
+        return cls(_metrics_listener(settings), _control_listener(settings.control.socket))
 
     def close(self) -> None:
         """Harmless when they are closed."""
@@ -43,6 +45,9 @@ class Listeners(NamedTuple):
                 from streamer.operation import http
 
                 stack.callback(http.serve(self.metrics, service.look).close)
+            if self.control is not None:
+                answers = {"status": service.look, "top": service.top}
+                stack.callback(self.control.serve(answers).close)
             yield
 
 
@@ -57,3 +62,14 @@ def _metrics_listener(settings: Settings) -> socket.socket | None:
     if not address.is_local:
         _log.warning("metrics are at %s, where other hosts can read them", settings.metrics.listen)
     return made
+
+
+def _control_listener(path: str) -> Listening | None:
+    """None, and a line in the log, if it cannot be had: events are worth more than looks."""
+    if not path:
+        return None
+    try:
+        return Listening(path)
+    except OSError as error:
+        _log.info("`streamer status` cannot ask this run: %s: %s", path, error.strerror)
+        return None

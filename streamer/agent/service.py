@@ -23,7 +23,8 @@ from streamer.events.stream import PreviousRun, StreamManifest, UntoldLoss
 from streamer.events.timing import Timing
 from streamer.kernel.flows import KIND, FlowWalk
 from streamer.kernel.state import KernelState, KindStatus
-from streamer.operation.look import Look, Phase
+from streamer.operation.activity import Watch
+from streamer.operation.look import Look, Phase, TopLook
 from streamer.ring.reader import PerfSource, RingReader, open_sources
 from streamer.sinks.base import Sink
 from streamer.summaries.period import Summaries
@@ -133,11 +134,16 @@ class Service:
             loss_record=self._reporter.loss_record,
         )
         self._phase: Phase = "starting"
+        self._watch = Watch()
         self._looks = Looks(envelope, kernel, self.reader, self._reporter, self.fanout, self._read)
 
     def look(self) -> Look:
         """How things are now, as long as it runs."""
         return self._looks.look(self._phase, self._coverage)
+
+    def top(self) -> TopLook:
+        """The same, and who the events come from."""
+        return TopLook(self.look(), self._watch.look())
 
     @property
     def ended_quietly(self) -> bool:
@@ -334,6 +340,7 @@ class Service:
         while True:
             await asyncio.sleep(1)
             self._looks.tick()
+            self._watch.roll()
             self.reader.refresh_clock()
             self._run_timed()
             self._find_losses()
@@ -384,6 +391,8 @@ class Service:
 
     def _on_batch(self, batch: Batch) -> None:
         self._read.update(batch.kinds)
+        if self._watch.watched:
+            self._watch.count(batch)
         self.fanout.submit(batch)
         if self.reader.done:
             self.stop()

@@ -218,7 +218,9 @@ class Agent:
         self.output = output or directory / "events.ndjson"
         self._pass_fds = pass_fds
         self._stderr = directory / "stderr"
-        note = f'state_file = "{directory / "run.json"}"\n'  # no setting of a table, so it is first
+        # No settings of a table, so they are first.
+        note = f'state_file = "{directory / "run.json"}"\n'
+        note += f'control = {{ socket = "{directory / "control.sock"}" }}\n'
         (directory / "streamer.toml").write_text(note + config)
         command = [*prefix, python, *program, "run", "--no-status"]
         command += ["--config", str(directory / "streamer.toml"), "--events", events]

@@ -41,7 +41,7 @@ class OneProcess:
     def __init__(self, settings: Settings, kinds: Collection[str]) -> None:
         self.client, self.loader, self.opener = Client(), None, DIRECT
 
-    def drop(self) -> None:
+    def drop(self, *, answers: bool = False) -> None:
         pass
 
     def close(self) -> None:

@@ -75,7 +75,8 @@ def configuration(directory: Path, more: str = "") -> str:
     path = directory / "streamer.toml"
     gate = directory / "gate"
     slow = f'btf = "{gate}"\n' if gate.exists() else ""
-    path.write_text(f'state_file = "{directory}/run.json"\n{slow}{more}\n')
+    own = f'state_file = "{directory}/run.json"\ncontrol = {{ socket = "{directory}/s" }}\n'
+    path.write_text(f"{own}{slow}{more}\n")
     return str(path)
 
 

@@ -56,6 +56,7 @@ def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
     from streamer.events.stream import STREAM_KINDS
     from streamer.events.summaries import SUMMARIES
     from streamer.kernel.report import CheckReport
+    from streamer.operation.look import Look
     from streamer.verify.report import VerifyReport
 
     numbered = {dotted(name) for name in summary_names(found[_CORE])}
@@ -66,6 +67,7 @@ def outputs(objects: Path, root: Path) -> Iterator[tuple[Path, str]]:
         yield root / "schemas" / name, text
     yield root / "schemas" / "config.schema.json", pretty(reference.schema())
     yield root / "schemas" / "check.schema.json", pretty(of_kind("check", CheckReport))
+    yield root / "schemas" / "status.schema.json", pretty(of_kind("status", Look))
     yield root / "schemas" / "verify.schema.json", pretty(of_kind("verify", VerifyReport))
     yield (
         root / "docs" / "events.md",
