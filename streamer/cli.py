@@ -187,6 +187,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
     signals.hold()  # before anything that takes long; `run_service` handles them
     chosen = plan(arguments)
+    if arguments.dry_run:
+        from streamer.agent.dry_run import dry_run
+
+        text, code = dry_run(chosen.settings, chosen.kinds)
+        print(text)
+        return code
     from streamer.agent.run import run_service
 
     return run_service(chosen.settings, chosen.kinds, chosen.limits)
@@ -374,6 +380,12 @@ def _add_run(commands: Any) -> None:
         help="end after N events (beside those of the stream itself)",
     )
     parser.add_argument("--host", metavar="NAME", help="name of this host in the events")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be attached and published, and end: 0 if all would be observed in "
+        "full, 1 if a part, 3 if nothing",
+    )
     levels = ("debug", "info", "warning", "error")
     parser.add_argument("--log-level", choices=levels, help="least severity that is logged")
 

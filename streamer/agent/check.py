@@ -50,7 +50,7 @@ def report(settings: Settings, kinds: frozenset[str], *, apart: bool = False) ->
     reason, no_functions, transport = "", "not tried", "not tried"
     kernel_types = _types(settings)
     try:
-        kernel = _loaded(settings, kinds)
+        kernel = loaded(settings, kinds)
     except StreamerError as error:
         reason = str(error)
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}
@@ -100,7 +100,8 @@ def report(settings: Settings, kinds: frozenset[str], *, apart: bool = False) ->
     return made
 
 
-def _loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
+def loaded(settings: Settings, kinds: frozenset[str]) -> state.KernelState:
+    """What `kinds` need, loaded through a helper that ends with it. Raises StreamerError."""
     capabilities.require()
     loader = with_helper(settings, kinds).loader
     try:

@@ -16,6 +16,7 @@ import uvloop
 
 from streamer.agent import signals
 from streamer.agent.allocator import keep_freed_memory
+from streamer.agent.announcing import announcing
 from streamer.agent.answering import Listeners
 from streamer.agent.run_file import RunFile
 from streamer.agent.service import Outcome, Service
@@ -30,6 +31,7 @@ from streamer.events.stream import PreviousRun
 from streamer.events.timing import Timing
 from streamer.kernel import capabilities, state
 from streamer.kernel.targets import in_vain
+from streamer.operation.notify import Notifier
 from streamer.privilege.named import exposed_secrets
 from streamer.privilege.split import Split
 from streamer.sinks.base import Sink
@@ -98,9 +100,14 @@ def _split_and_run(
         # Who looks at the host for a moment, as `profile` does, is not asked.
         listeners = Listeners.open(settings) if sink is None else Listeners()
         stack.callback(listeners.close)
+        notifier = Notifier.of(os.environ) if sink is None else None
+        if notifier is not None:
+            stack.callback(notifier.close)
         split.drop(answers=any(listeners))
         console.start()
-        given = Surroundings(line, split, kernel, terminal, notes, timing, sink, listeners)
+        given = Surroundings(
+            line, split, kernel, terminal, notes, timing, sink, listeners, notifier
+        )
         return run_loop(_run(settings, kinds, limits, given))
 
 
@@ -144,6 +151,8 @@ class Surroundings(NamedTuple):
     """In place of those of the settings."""
     listeners: Listeners = Listeners()
     """Where it is asked about itself."""
+    notifier: Notifier | None = None
+    """Where a service manager is told."""
 
 
 async def _run(
@@ -157,8 +166,9 @@ async def _run(
         service = _service(settings, kinds, limits, sinks, given)
         _handle_signals(service, given)
         _watch_helper(service, given.split)
-        with given.listeners.answering(service):
-            return await service.run()
+        async with announcing(service, given.notifier):
+            with given.listeners.answering(service):
+                return await service.run()
     finally:
         given.split.client.unwatch(asyncio.get_running_loop())
 

@@ -133,13 +133,16 @@ class Service:
             closed=self.stop,
             loss_record=self._reporter.loss_record,
         )
-        self._phase: Phase = "starting"
+        self.phase: Phase = "starting"
+        """Programs are attached while it is `streaming`."""
+        self.ticked = time.monotonic()
+        """When it last did what is done every second, by the monotonic clock."""
         self._watch = Watch()
         self._looks = Looks(envelope, kernel, self.reader, self._reporter, self.fanout, self._read)
 
     def look(self) -> Look:
         """How things are now, as long as it runs."""
-        return self._looks.look(self._phase, self._coverage)
+        return self._looks.look(self.phase, self._coverage)
 
     def top(self) -> TopLook:
         """The same, and who the events come from."""
@@ -190,12 +193,12 @@ class Service:
             await self._stop_sinks(0)
             raise
         self._leave_note(self._note())  # true if it is killed
-        self._phase = "streaming"
+        self.phase, self.ticked = "streaming", time.monotonic()
         try:
             await self._stream()
             quiet = self.ended_quietly
         finally:
-            self._phase = "stopping"
+            self.phase = "stopping"
             self._end_observation()
             try:
                 await self._finish()
@@ -339,6 +342,7 @@ class Service:
         next_summary = time.monotonic() + self._settings.summary_seconds
         while True:
             await asyncio.sleep(1)
+            self.ticked = time.monotonic()
             self._looks.tick()
             self._watch.roll()
             self.reader.refresh_clock()

@@ -44,8 +44,9 @@ _HEAD = f"""\
 # Configuration
 
 `streamer run -c FILE` reads a TOML file; without `-c`, `/etc/streamer/streamer.toml` if that is
-there. Every setting has a default, so that `streamer run` works without a file. A mistake is one line that names the file, the key, what was found and
-what is allowed, and ends with exit code 2. Sizes are bytes.
+there. Every setting has a default, so that `streamer run` works without a file. A mistake is one
+line that names the file, the key, what was found and what is allowed, and ends with exit code 2.
+Sizes are bytes.
 
 ```toml
 {EXAMPLE}```

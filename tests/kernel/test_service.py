@@ -135,3 +135,22 @@ def test_a_mistake_in_the_configuration(systemd: Systemd) -> None:
     assert (systemd.shown("ExecMainStatus"), systemd.shown("NRestarts")) == ("2", "0")
     (said,) = systemd.said.splitlines()
     assert "nothing.of.this.name" in said
+
+
+def test_systemd_is_told(systemd: Systemd) -> None:
+    """It is active when it streams, says how it is, and is started anew when it hangs."""
+    place = systemd.path(f"/run/systemd/system/{UNIT}.d/quick.conf")
+    place.write_text("[Service]\nWatchdogSec=3\nRestartSec=0\n")
+    systemd.ctl("daemon-reload")
+    systemd.ctl("start", UNIT)
+    assert systemd.of("stream.manifest")  # by then, because it waits for READY=1
+    assert systemd.shown("ActiveState") == "active"
+    time.sleep(seconds(6))  # twice the watchdog's time
+    assert systemd.shown("NRestarts") == "0"
+    assert systemd.shown("StatusText").startswith("ready; ")
+    os.kill(systemd.main_pid, signal.SIGSTOP)
+    systemd.wait_for("stream.manifest", 2)
+    assert systemd.shown("NRestarts") == "1"
+    assert systemd.of("stream.manifest")[1].previous.ended == "killed"
+    systemd.ctl("stop", UNIT)
+    assert systemd.shown("Result") == "success"
