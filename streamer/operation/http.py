@@ -67,9 +67,10 @@ class Pages:
 
     def __init__(self, look: Callable[[], Look], clock: Callable[[], float] = time.monotonic):
         """`look` looks at the agent."""
-        self._look = look
+        self._look_now = look
         self._clock = clock
-        self._kept: tuple[float, bytes] = (float("-inf"), b"")
+        self._kept: tuple[float, Look] | None = None
+        self._metrics: tuple[Look, bytes] | None = None
 
     def answer(self, request: bytes) -> bytes:
         """The whole answer to a request, which may be any bytes."""
@@ -88,7 +89,7 @@ class Pages:
     def _page_of(self, target: bytes) -> bytes:
         match target:
             case b"/metrics":
-                return self._metrics()
+                return self._metrics_page()
             case b"/healthz":
                 return _page(200, _TEXT, b"ok\n")  # answered on the loop that all else is done on
             case b"/readyz":
@@ -97,13 +98,17 @@ class Pages:
                 return _page(503 if why else 200, _TEXT, body.encode("utf-8", "replace"))
         return _page(404, _TEXT, b"there are /metrics, /healthz and /readyz\n")
 
-    def _metrics(self) -> bytes:
+    def _look(self) -> Look:
         now = self._clock()
-        made, page = self._kept
-        if now - made >= KEPT_SECONDS:
-            page = _page(200, CONTENT_TYPE, exposition(self._look()))
-            self._kept = (now, page)
-        return page
+        if self._kept is None or now - self._kept[0] >= KEPT_SECONDS:
+            self._kept = now, self._look_now()
+        return self._kept[1]
+
+    def _metrics_page(self) -> bytes:
+        look = self._look()
+        if self._metrics is None or self._metrics[0] is not look:
+            self._metrics = look, _page(200, CONTENT_TYPE, exposition(look))
+        return self._metrics[1]
 
 
 def serve(listener: socket.socket, look: Callable[[], Look]) -> Server:

@@ -27,7 +27,7 @@ class Bounds(NamedTuple):
     """How much others may cost.
 
     `connections` at a time, each for `seconds`, with a request of `request` bytes; `burst` are
-    taken at once, and then again after `pause` seconds.
+    taken in each `pause` seconds.
     """
 
     connections: int = 16
@@ -60,6 +60,8 @@ class Server:
         self._open: dict[_Connection, None] = {}  # the oldest first
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
+        self._period_ends = 0.0
+        self._in_period = 0
         self.taken = 0
         """Connections so far."""
         self._listen()
@@ -88,7 +90,10 @@ class Server:
         self._resume = self._loop.call_later(seconds, self._listen)
 
     def _accept(self) -> None:
-        for _ in range(self._bounds.burst):
+        now = self._loop.time()
+        if now >= self._period_ends:
+            self._period_ends, self._in_period = now + self._bounds.pause, 0
+        while self._in_period < self._bounds.burst:
             try:
                 peer, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -98,8 +103,9 @@ class Server:
                 self._rest(_NO_DESCRIPTOR_SECONDS)
                 return
             self.taken += 1
+            self._in_period += 1
             self._begin(peer)
-        self._rest(self._bounds.pause)
+        self._rest(max(self._period_ends - self._loop.time(), 0.001))
 
     def _begin(self, peer: socket.socket) -> None:
         if not self._protocol.admit(peer):

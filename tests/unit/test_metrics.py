@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,7 +120,7 @@ def total_by_place(losses: list[Any], sink: str) -> Values:
 async def test_what_is_ready(runs: Any) -> None:
     sink = MemorySink()
     run = runs(sink)
-    pages = http.Pages(run.service.look)
+    pages = http.Pages(run.service.look, itertools.count().__next__)
     ask = b"GET /readyz HTTP/1.1\r\n\r\n"
     assert pages.answer(ask).endswith(b"the agent is starting\nmemory: is starting\n")
     assert b" 503 " in pages.answer(ask)

@@ -110,6 +110,13 @@ async def test_not_more_than_so_many_are_taken_a_second(echo: Echo) -> None:
     assert echo.server.taken == 60
 
 
+async def test_nor_one_after_the_other(echo: Echo) -> None:
+    begun = time.monotonic()
+    for _ in range(60):
+        assert await echo.ask(b"\n") == b"an answer"
+    assert time.monotonic() - begun >= 18 * BOUNDS.pause
+
+
 async def test_who_may_not_ask_is_left_unread(echo: Echo) -> None:
     echo.admits = False
     with suppress(ConnectionResetError):  # if it was noticed before the request was sent
