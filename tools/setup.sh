@@ -57,7 +57,8 @@ need() {
     "$@" >/dev/null 2>&1 || missing+=("$package")
 }
 
-has_libbpf() { ldconfig -p | grep -q 'libbpf\.so\.1 '; }
+# Not grep -q, which does not read on: ldconfig would then fail now and then.
+has_libbpf() { ldconfig -p | grep 'libbpf\.so\.1 '; }
 has_venv() { "$python" -c 'import ensurepip, venv'; }
 has_python_headers() {
     "$python" -c 'import pathlib, sysconfig
