@@ -425,6 +425,9 @@ def test_the_agent_has_the_mounts_of_the_daemonset_and_no_others(composed: Compo
     assert ours.pop("/etc/streamer/streamer.toml")[1] is theirs.pop("/etc/streamer")[1] is True
     assert ours.pop("/var/lib/streamer") == ("streamer-state", False)
     assert theirs.pop("/var/lib/streamer") == ("/var/lib/streamer", False)
+    # In memory: where `streamer status` asks.
+    assert theirs.pop("/run/streamer") == (None, False)
+    assert composed.service("streamer")["tmpfs"] == ["/run/streamer:mode=0755,size=1m"]
     assert ours == theirs
 
 
