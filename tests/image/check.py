@@ -51,6 +51,7 @@ def service_options(directory: Path) -> Iterator[str]:
         yield from ("--read-only", "--read-only-tmpfs=false")
     for volume in service["volumes"]:
         yield from ("--volume", _volume(volume, directory))
+    yield from (word for place in service["tmpfs"] for word in ("--tmpfs", place))
 
 
 def _volume(volume: str | dict[str, Any], directory: Path) -> str:
