@@ -23,12 +23,13 @@ from streamer.events.catalogue import SELECTABLE
 from streamer.kernel.loader import CORE, PERF_BUFFERS, Loader, Targets, _is_copied, _Sensor
 from streamer.kernel.objects import SENSORS
 from streamer.kernel.state import options_of, wanting
+from streamer.kernel.system_calls import functions_of_calls
 from streamer.kernel.tags import ProgramInfo
 from tests.vm.suite import ROOT, RUNNER, releases
 
 PAGE = ROOT / "docs" / "verifier.md"
-FUNCTION = "__x64_sys_getppid" if os.uname().machine == "x86_64" else "__arm64_sys_getppid"
-TARGETS = Targets(interfaces=("lo",), cgroup="/sys/fs/cgroup", rate=1, functions=(FUNCTION,))
+FUNCTIONS = functions_of_calls(("getppid",), os.uname().machine)
+TARGETS = Targets(interfaces=("lo",), cgroup="/sys/fs/cgroup", rate=1, functions=FUNCTIONS)
 EVERYTHING = Kernel(
     interfaces=("lo",),
     open_latency=True,
@@ -140,10 +141,14 @@ def on(suite: str) -> list[Row]:
     """The rows of one of Debian's kernels, in a virtual machine."""
     command = [RUNNER, "run", suite, "--", sys.executable, "-m", "tests.vm.verifier", "--here"]
     environ = os.environ | {"KERNEL_SECONDS": "1800"}
-    output = subprocess.run(
-        command, cwd=ROOT, env=environ, check=True, capture_output=True, stdin=subprocess.DEVNULL
-    ).stdout
-    return read(output)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"{suite}: {(done.stdout + done.stderr)[-2000:].decode(errors='replace')}"
+        )
+    return read(done.stdout)
 
 
 def read(output: bytes) -> list[Row]:
