@@ -723,8 +723,7 @@ static __always_inline bool sent_again(const struct dns_key *key)
 	return true;
 }
 
-static __always_inline struct dns_query *make_query(const struct dns_key *key, __u32 index,
-						    const struct owner *owner)
+static __always_inline struct dns_query *make_query(const struct dns_key *key, __u32 index)
 {
 	struct dns_share *share = bpf_map_lookup_elem(&dns_shares, &index);
 	struct dns_query *query;
@@ -748,7 +747,6 @@ static __always_inline struct dns_query *make_query(const struct dns_key *key, _
 		return NULL;
 	}
 	__sync_fetch_and_add(&share->kept, 1);
-	query->owner = *owner;
 	query->share = index;
 	query->slot = slot;
 	return query;
@@ -762,7 +760,6 @@ static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet
 	__u32 length = (question >> 32) + DNS_HEADER, last;
 	struct dns_query *query;
 	struct dns_slot *place;
-	struct owner owner;
 	struct dns_key key;
 	__u64 now;
 
@@ -774,10 +771,10 @@ static __noinline void keep_query(struct __sk_buff *skb, const struct dns_packet
 	make_key(&key, packet, bpf_get_socket_cookie(skb), id, question);
 	if (sent_again(&key))
 		return;
-	owner_of_query(&owner, sk, packet->transport);
-	query = make_query(&key, packet->share, &owner);
+	query = make_query(&key, packet->share);
 	if (!query)
 		return;
+	owner_of_query(&query->owner, sk, packet->transport);
 	query->netns = netns_of(sk);
 	query->local_port = packet->local_port;
 	__builtin_memcpy(query->local_addr, packet->local_addr, 16);

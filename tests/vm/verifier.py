@@ -185,9 +185,10 @@ _HEAD = """\
 
 Written by `make verify ARGS=--write`. Every program, loaded alone and with all settings on:
 instructions that the verifier processed (of a million) / states / bytes of stack of all its
-functions together. A dash: the program is for other kernels, or another machine. *another*: this
-kernel has not what the program is made with, and another one at the same hook loads. *without*: nor
-is there another one, and events go without what it adds to them, as `streamer check` says there.
+functions together, of which never all are in use (512 at once are refused). A dash: the program is
+for other kernels, or another machine. *another*: this kernel has not what the program is made with,
+and another one at the same hook loads. *without*: nor is there another one, and events go without
+what it adds to them, as `streamer check` says there.
 
 """
 
