@@ -112,8 +112,10 @@ def _fill_standard_descriptors() -> None:
 def _failed(error: StreamerError) -> int:
     from streamer.terminal.console import say
     from streamer.terminal.lines import printable, shortened
+    from streamer.terminal.log import ERROR_IN_JOURNAL, is_journal
 
-    say(f"streamer: {printable(shortened(str(error)))}")
+    severity = ERROR_IN_JOURNAL if is_journal(2) else ""
+    say(f"{severity}streamer: {printable(shortened(str(error)))}")
     return error.exit_code
 
 

@@ -28,6 +28,8 @@ FORMAT = "%(asctime)s %(level)s streamer: %(message)s"
 # syslog(3), which journald reads at the beginning of a line: see sd-daemon(3).
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _DEBUG = 7
+ERROR_IN_JOURNAL = "<3>"
+"""What a line of an error begins with where journald reads it."""
 
 
 def is_journal(fd: int, named: str | None = None) -> bool:

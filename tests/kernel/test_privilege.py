@@ -232,7 +232,8 @@ def test_the_helper_is_killed(scope: Scope, tmp_path: Path) -> None:
             recording = agent.wait()
             opened = actor.result()
     assert recording.returncode == 3
-    account, last = recording.stderr.splitlines()[-2:]
+    logged, last = recording.stderr.splitlines()[-2:]
+    account = re.sub(r"^\S+Z info ", "", logged)
     assert last == (
         "streamer: the privileged helper was ended by SIGKILL: nothing is observed any more"
     )

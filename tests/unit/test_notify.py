@@ -216,3 +216,17 @@ def test_a_process_says_so_in_the_journal(tmp_path: Path, manager: Manager) -> N
     assert done.returncode == 0
     assert re.search(r"^<6>streaming .* Ctrl-C ends it$", log.read_text(), re.M)
     assert manager.without_status()[0] == "READY=1"
+
+
+def test_what_ends_a_process_is_an_error_in_the_journal(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        status = os.fstat(file.fileno())
+        done = subprocess.run(
+            [sys.executable, "-m", "streamer", "run", "--config", str(tmp_path / "none.toml")],
+            stderr=file,
+            env=os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+            timeout=30,
+        )
+    assert done.returncode == 2
+    assert log.read_text().startswith("<3>streamer: ")
