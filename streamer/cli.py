@@ -405,7 +405,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--interface",
         action="append",
         metavar="NAME",
-        help="network interface to count packets at (xdp.*); may be repeated",
+        help="network interface to observe (xdp.counters, net.flow); may be repeated",
     )
     parser.add_argument(
         "--syscall",
@@ -620,11 +620,12 @@ def _uid(text: str) -> int:
 
 def _cgroup(text: str) -> int:
     """A cgroup's id: that of the directory, whose inode number it is, or the number itself."""
-    if not text.startswith("/"):
+    if text.isdecimal():
         return _integer(text)
     # Version 1 has no such file, and its inode numbers are no cgroup ids.
     if not os.path.exists(os.path.join(text, "cgroup.controllers")):
+        found = repr(text) if os.path.exists(text) else f"{text!r}, which is not there"
         raise argparse.ArgumentTypeError(
-            f"found {text!r}, allowed: an id or the directory of a cgroup (v2)"
+            f"found {found}, allowed: an id or the directory of a cgroup (v2)"
         )
     return os.stat(text).st_ino

@@ -137,7 +137,7 @@ start() {
     start_mqtt
     cat <<END
 Kafka      $kafka_address       kcat -C -b $kafka_address -t kernel-events -o end
-Mosquitto  127.0.0.1:$mqtt_port       mosquitto_sub -p $mqtt_port -t 'kernel/#'
+Mosquitto  127.0.0.1:$mqtt_port       mosquitto_sub -p $mqtt_port -t 'kernel/#' -N
 END
 }
 

@@ -290,7 +290,8 @@ class Service:
                 raise ConfigError(f"{sink.name}: {error}") from None
         self._attach()
         names = ", ".join(sink.name for sink in self.fanout.sinks)
-        _log.info("streaming %s to %s; Ctrl-C ends it", ", ".join(sorted(self._kinds)), names)
+        kinds = [kind for kind in sorted(self._kinds) if self._coverage[kind].status != "missing"]
+        _log.info("streaming %s to %s; Ctrl-C ends it", ", ".join(kinds), names)
         self.fanout.publish(self._manifest())
         self.reader.start()
 

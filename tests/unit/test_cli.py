@@ -180,6 +180,11 @@ RUN_ERRORS = [
         "argument --cgroup: found '/dev/null', allowed: an id or the directory of a cgroup (v2) "
         "(see streamer run --help)",
     ),
+    (
+        ["--cgroup", "no-such-cgroup"],
+        "argument --cgroup: found 'no-such-cgroup', which is not there, allowed: an id or the "
+        "directory of a cgroup (v2) (see streamer run --help)",
+    ),
     *(
         (
             ["--duration", text],
