@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = Path("/etc/streamer/streamer.toml")
 """Read where it is there and no other is named."""
 INTERRUPTED = 130
+_JUDGES = ("check", "status", "verify")
+"""Commands whose exit code says whether all is well."""
 """Exit code of Ctrl-C, as of a program that SIGINT ended."""
 DEFECT = 1
 UNEXPLAINED = 1
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StreamerError as error:
         return _failed(error)
     except BrokenPipeError:
-        return _closed_pipe()
+        return _closed_pipe(arguments.named)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -119,10 +121,13 @@ def _failed(error: StreamerError) -> int:
     return error.exit_code
 
 
-def _closed_pipe() -> int:
-    """End quietly: nobody reads on, and Python's flush at exit must not complain either."""
+def _closed_pipe(command: str) -> int:
+    """End quietly: nobody reads on, and Python's flush at exit must not complain either.
+
+    With 1 where 0 would say that nothing is wrong, which was not said to the end.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return 1 if command in _JUDGES else 0
 
 
 def plan(arguments: argparse.Namespace) -> Plan:
@@ -359,7 +364,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # an option added later must not change what a script means
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, named=name)
     return parser
 
 
