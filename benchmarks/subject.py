@@ -24,6 +24,7 @@ from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
 from streamer.kernel.loader import Transport
 from streamer.kernel.state import Identity, KernelState, KindStatus, ProgramStatus
+from streamer.kernel.types import KernelTypes
 from streamer.ring.reader import RingReader, RingSource
 from streamer.sinks.base import Sink
 from streamer.sinks.factory import make_sink
@@ -46,6 +47,8 @@ class InheritedKernel(KernelState):
         self.faults = mapped.faults
         self.reader_state = mmap.mmap(shared.reader_fd, mmap.PAGESIZE)
         self.interfaces = {}
+        self.types = KernelTypes()
+        self.flows = None
 
     @property
     def statuses(self) -> list[ProgramStatus]:
@@ -61,6 +64,9 @@ class InheritedKernel(KernelState):
 
     def enable(self, kinds: Collection[str]) -> None:
         """The load decides what happens."""
+
+    def run_timed(self) -> None:
+        """Nothing has to be."""
 
     def follow_interfaces(self) -> bool:
         """There are none."""
