@@ -224,7 +224,9 @@ def test_periods(scope: Scope) -> None:
 def test_a_call_between_the_end_of_a_period_and_the_look(
     scope: Scope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes no longest call away from the period before."""
+    """It takes no longest call away from the period before, which is far longer than a busy machine
+    makes the others.
+    """
     with Timing(scope, "nanosleep") as timing:
         (source,) = timing.sources
         begin = source._count_in
@@ -233,14 +235,14 @@ def test_a_call_between_the_end_of_a_period_and_the_look(
             begin(period)
             scope.act(sleep_once, 1_000_000)
 
-        scope.act(sleep_once, 60_000_000)
+        scope.act(sleep_once, 1_000_000_000)
         monkeypatch.setattr(source, "_count_in", begin_and_sleep)
         first = timing.of_all()["nanosleep"]
         monkeypatch.setattr(source, "_count_in", begin)
         scope.act(sleep_once, 2_000_000)
         second = timing.of_all()["nanosleep"]
     assert (first.count, second.count) == (2, 1)
-    assert first.max_ns >= 60_000_000 > second.max_ns >= 2_000_000
+    assert first.max_ns >= 1_000_000_000 > second.max_ns >= 2_000_000
 
 
 def sleep_in_threads(threads: int, ns: int) -> None:
