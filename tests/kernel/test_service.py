@@ -26,7 +26,7 @@ from tests.kernel.test_capabilities import (
 )
 from tests.kernel.test_privilege import functions_load, status_of
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 EVENTS = 'events = ["process.*", "file.open", "net.connect", "net.accept"]\n'
 STOP_SECONDS = 30
@@ -43,6 +43,7 @@ def systemd(cgroups: Path, tmp_path: Path, scope: Scope, require: Require) -> It
         yield started
 
 
+@pytest.mark.every_kernel
 def test_the_service(systemd: Systemd, scope: Scope) -> None:
     """It starts, streams, is restarted, comes back after a crash, and stops in time."""
     systemd.ctl("start", UNIT)
