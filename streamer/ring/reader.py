@@ -13,6 +13,7 @@ import mmap
 import os
 import select
 import struct
+from abc import ABC, abstractmethod
 from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -41,7 +42,7 @@ _boot_ns = attrgetter("boot_ns")
 _POSITION = struct.Struct("<Q")
 
 
-class Source:
+class Source(ABC):
     """One ring: its consumer, its decoder and its gaps."""
 
     def __init__(
@@ -74,17 +75,17 @@ class Source:
                 spans = dict(join_spans(spans, {(self.name, cpu): (seq, seq)}))
         return spans
 
+    @abstractmethod
     def produced(self, cpu: int) -> int:
         """Bytes that were ever written where that CPU writes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def consumed(self, cpu: int) -> int:
         """Bytes that were ever read there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def places(self) -> Collection[int]:
         """CPUs, one for each buffer that there is now."""
-        raise NotImplementedError
 
     @property
     def used_bytes(self) -> int:
