@@ -52,19 +52,20 @@ static __always_inline __u32 append_argv(struct process_exec *record, struct mm_
 {
 	unsigned long from = READ(struct mm_struct, mm, arg_start);
 	unsigned long length = READ(struct mm_struct, mm, arg_end) - from;
+	__u32 most = most_of_argv();
 	__u8 *to = place(record->data, position, limit);
 	char ends[2] = {};
 
 	if (!to)
 		return 0;
-	if (length == ARGV_LEN + 1) {
+	if (length > ARGV_LEN + 1 || (most < ARGV_LEN && length > most)) {
+		cut(&record->base, EXEC_ARGV);
+		length = most < ARGV_LEN ? most : ARGV_LEN;
+	} else if (length == ARGV_LEN + 1) {
 		/* Its last byte is a NUL, which is not missed unless it is an argument: an empty one. */
 		if (bpf_probe_read_user(ends, sizeof(ends), (void *)(from + ARGV_LEN - 1)) ||
 		    !ends[0] || ends[1])
 			cut(&record->base, EXEC_ARGV);
-		length = ARGV_LEN;
-	} else if (length > ARGV_LEN) {
-		cut(&record->base, EXEC_ARGV);
 		length = ARGV_LEN;
 	}
 	if (bpf_probe_read_user(to, length, (void *)from)) {

@@ -117,6 +117,7 @@ class MemoryPrograms:
         self._make_map("kind_counters", size_of("kind_counters") * CPUS * KIND_END)
         self._make_map("faults", 8 * len(_FAULTS))
         self._make_map("reader", size_of("reader_state"))
+        self._make_map("pressure", size_of("pressure"))
         self._make_map("settings", size_of("settings"))
         self._make_map("kind_settings", size_of("kind_settings") * KIND_END)
         self._make_map("identities", size_of("identity"))

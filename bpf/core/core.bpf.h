@@ -147,6 +147,8 @@ static __always_inline void count_filtered(enum event_kind kind)
 	}
 }
 
+#include "fair.bpf.h"
+
 /* An event that is not reported by itself, to keep the rate down. */
 static __always_inline void count_shed(enum event_kind kind)
 {
@@ -322,7 +324,7 @@ static __always_inline void *begin(void *map, struct event_base *base, enum even
 
 	if (!counts)
 		return NULL;
-	record = base->seq ? reserve(map, base, size) : NULL;
+	record = base->seq && affords(map, ring, kind, size) ? reserve(map, base, size) : NULL;
 	if (!record) {
 		count(&counts->lost);
 		return NULL;
@@ -369,7 +371,8 @@ static __always_inline void output(void *ctx, void *map, struct event_base *reco
 		return;
 	}
 	flags = wakeup(map, ring, size);
-	if (record->seq && !bpf_ringbuf_output(map, record, size, flags))
+	if (record->seq && affords(map, ring, kind, size) &&
+	    !bpf_ringbuf_output(map, record, size, flags))
 		return;
 	count(&counts->lost);
 	if (flags == BPF_RB_FORCE_WAKEUP)
@@ -393,6 +396,8 @@ const struct {
 	enum fault fault;
 	enum wake wake;
 	enum perf_limits perf;
+	enum payer_kind payer;
+	enum paid paid;
 } *other_types __attribute__((unused));
 
 #endif

@@ -160,7 +160,14 @@ struct mnt_namespace {
 	struct ns_common ns;
 };
 
+struct user_namespace {
+	struct user_namespace *parent;
+	int level;
+	kuid_t owner;
+};
+
 struct pid_namespace {
+	struct user_namespace *user_ns;
 	struct ns_common ns;
 };
 
@@ -178,11 +185,24 @@ struct pid {
 	struct upid numbers[1];
 };
 
+struct kernfs_iattrs {
+	kuid_t ia_uid;
+};
+
 struct kernfs_node {
+	struct kernfs_iattrs *iattr; /* NULL: root's */
 	__u64 id;
 };
 
+struct cgroup;
+
+struct cgroup_subsys_state {
+	struct cgroup *cgroup;
+	struct cgroup_subsys_state *parent;
+};
+
 struct cgroup {
+	struct cgroup_subsys_state self;
 	struct kernfs_node *kn;
 };
 
@@ -204,6 +224,7 @@ struct cred {
 	kuid_t uid;
 	kgid_t gid;
 	kuid_t euid;
+	struct user_namespace *user_ns;
 };
 
 struct signal_struct {

@@ -86,7 +86,8 @@ enum fault {
 	FAULT_FRAGMENTS_FULL = 19,   /* the ports of a first fragment could not be kept for the others */
 	FAULT_PACKET_MALFORMED = 20, /* a packet is in no flow: its IP header is cut off, or contradicts itself */
 	FAULT_FLOWS_EVICTED = 21,    /* a flow that went on made way for another: it is told as `evicted` */
-	FAULT_END = 22,
+	FAULT_PAYERS_FULL = 22,      /* who pays for an event could not be kept: he was not kept back */
+	FAULT_END = 23,
 };
 
 /* When a program is to wake the reader. */
@@ -99,6 +100,46 @@ enum wake {
 /* Mapped: the reader asks for one wake-up for each ring, the program that gives it resets it. */
 struct reader_state {
 	__u32 wake[RING_END]; /* enum wake */
+};
+
+/* Mapped: from how many bytes in a ring on it is asked who pays for more, and whether it is so now. */
+struct pressure {
+	__u64 from[RING_END];
+	__u64 critical; /* 1: the critical ring holds so much; the programs' own */
+};
+
+/* By what it is known who pays for events: see core/fair.bpf.h. */
+enum payer_kind {
+	PAYER_USER = 1,      /* user id */
+	PAYER_CGROUP = 2,    /* cgroup id; 0: all those that are very deep */
+	PAYER_CONTAINER = 3, /* inode number of a pid namespace, where there are no cgroups */
+};
+
+/* The events that are paid for: those that happen in the task that does them. */
+enum paid {
+	PAID_PROCESS_EXEC = 0,
+	PAID_PROCESS_FORK = 1,
+	PAID_PROCESS_EXIT = 2,
+	PAID_FILE_OPEN = 3,
+	PAID_NET_ACCEPT = 4,
+	PAID_NET_LISTEN = 5,
+	PAID_NET_BIND = 6,
+	PAID_SYSCALL_SLOW = 7,
+	PAID_END = 8,
+};
+
+#define SPANS 8        /* of a ring, of which what is in it is counted by payer */
+#define PAYER_SPANS 16 /* that are kept: more than can be in use, and a power of two */
+
+struct payer_key {
+	__u64 id;
+	__u32 kind; /* enum payer_kind */
+	__u32 pad;
+};
+
+struct payer {
+	__u64 spans[RING_END * PAYER_SPANS]; /* number of the span << 32 | bytes */
+	__u64 refused[PAID_END];             /* events for which he had no room any more */
 };
 
 /* How the flows are to be walked through, and how far it has come. Mapped by the agent. */

@@ -89,6 +89,7 @@ _INCLUDES = (
     *("linux/mm_types.h", "linux/fs.h", "linux/fs_struct.h", "linux/fdtable.h", "linux/dcache.h"),
     *("linux/mount.h", "linux/path.h", "linux/binfmts.h", "linux/cred.h", "linux/nsproxy.h"),
     *("linux/pid_namespace.h", "linux/pid.h", "linux/cgroup-defs.h", "linux/kernfs.h"),
+    "linux/user_namespace.h",
     *("linux/ns_common.h", "linux/netdevice.h", "linux/skbuff.h", "linux/socket.h", "linux/net.h"),
     *("linux/tcp.h", "net/sock.h", "net/inet_sock.h", "net/inet_connection_sock.h", "net/tcp.h"),
     *("net/request_sock.h", "net/net_namespace.h", "net/dropreason.h", "net/dropreason-core.h"),

@@ -60,6 +60,9 @@ _OF_CONNECTIONS = ("net.connect", "net.accept", "net.close", "net.listen", "net.
 _OWNERS = "owners of connections, and those of the agent itself,"
 # The header that the kernel puts before each record, and the bytes that it never fills.
 _OVERHEAD = {"ring": 8 + 8, "perf": 12 + 8}
+PRESSED_FROM = 8
+"""A ring is shared out from this part of it on that holds something: see bpf/core/fair.bpf.h."""
+
 _MOST_OF_A_SAMPLE = 1 << 16
 """The length of a perf buffer's record, header included, is a u16 and a multiple of eight."""
 
@@ -486,11 +489,19 @@ class KernelState:
             self._kind_settings = self._map(
                 maps["kind_settings"], size_of("kind_settings") * KIND_END, writable=True
             )
+            self._pressure = self._map(maps["pressure"], size_of("pressure"), writable=True)
+            self._press_from(PRESSED_FROM)
             self.identity = self._read_identity(maps["identities"])
             self.set_filters(settings.filters)
         except BaseException:
             self.close()
             raise
+
+    def _press_from(self, part: int) -> None:
+        """Share the rings out to those who pay from so many parts of `part` on."""
+        sizes = (self.transport.sizes[ring] // part for ring in RINGS)
+        data = pack("pressure", {"from": tuple(sizes)})
+        self._pressure[: len(data)] = data
 
     @property
     def ring_bytes(self) -> dict[str, int]:
