@@ -247,6 +247,7 @@ static __always_inline bool is_refused(const struct payer *payer, enum event_rin
  * here: so it is verified once in each program, and not wherever it is called, in whatever state. */
 __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
 {
+	struct pressure *now = ONLY_ENTRY(pressure);
 	struct payer *payer;
 	struct fill fill;
 
@@ -263,8 +264,10 @@ __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
 		return true;
 	if (ring == RING_CRITICAL ? is_refused(payer, RING_CRITICAL, &fill, size) :
 				    is_refused(payer, RING_BULK, &fill, size)) {
-		if (paid < PAID_END)
+		if (now && paid < PAID_END) {
 			count(&payer->refused[paid]);
+			count(&now->refused[paid]);
+		}
 		return false;
 	}
 	if (ring == RING_CRITICAL)

@@ -102,12 +102,6 @@ struct reader_state {
 	__u32 wake[RING_END]; /* enum wake */
 };
 
-/* Mapped: from how many bytes in a ring on it is asked who pays for more, and whether it is so now. */
-struct pressure {
-	__u64 from[RING_END];
-	__u64 critical; /* 1: the critical ring holds so much; the programs' own */
-};
-
 /* By what it is known who pays for events: see core/fair.bpf.h. */
 enum payer_kind {
 	PAYER_USER = 1,      /* user id */
@@ -126,6 +120,14 @@ enum paid {
 	PAID_NET_BIND = 6,
 	PAID_SYSCALL_SLOW = 7,
 	PAID_END = 8,
+};
+
+/* Mapped: from how many bytes in a ring on it is asked who pays for more. The rest is the programs'. */
+struct pressure {
+	__u64 from[RING_END];
+	__u64 critical; /* 1: the critical ring holds so much */
+	__u64 pad[5];   /* what changes all the time is in another cache line */
+	__u64 refused[PAID_END]; /* of all who pay together */
 };
 
 #define SPANS 8        /* of a ring, of which what is in it is counted by payer */

@@ -12,6 +12,7 @@ import msgspec
 from streamer import __version__
 from streamer.agent.counters import KernelCounters, LossLedger, faults
 from streamer.agent.losses import Lost
+from streamer.agent.payers import Payers
 from streamer.config.settings import Filters
 from streamer.events.catalogue import SELECTABLE
 from streamer.events.envelope import Envelope
@@ -51,6 +52,7 @@ class Reporter:
         self._filters = filters
         self._counters = KernelCounters(kernel.counters, kernel.kind_counters, kernel.cpus)
         self._ledger = LossLedger(self._counters, {k: info.ring for k, info in KINDS.items()})
+        self._payers = Payers(kernel)
         self._undecodable_told = 0
         self._missed_told: Counter[str] = Counter()
         self._started = time.monotonic()
@@ -136,6 +138,7 @@ class Reporter:
             faults=self.faults(),
             missed=self._kernel.missed(),
             final=final,
+            refused=self._payers.refused(),
         )
 
     def seqs(self) -> dict[str, list[int]]:

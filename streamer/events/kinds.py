@@ -69,10 +69,10 @@ class ProcessExec(TaskEvent, tag="process.exec", gc=False):
     parent_exe_mntns: Annotated[int, Meta(ge=0, le=4294967295, description="the same of `parent_exe`")]
     euid: Annotated[int, Meta(ge=0, le=4294967295, description="effective user id after the exec")]
     auid: Annotated[int, Meta(ge=0, le=4294967295, description="audit (login) user id; 4294967295 when none was set")]
-    argc: Annotated[int, Meta(ge=0, le=4294967295, description="number of arguments, also when `argv` was cut")]
+    argc: Annotated[int, Meta(ge=0, le=4294967295, description="number of arguments, also when `argv` was cut: to 16384 bytes, or fewer when the ring fills up")]
     exe: Annotated[str, Meta(description="absolute path of the file that runs: the interpreter, for a script")]
     argv: Annotated[list[str], Meta(description="the arguments")]
-    cmdline: Annotated[str, Meta(description="the arguments joined by single spaces")]
+    cmdline: Annotated[str, Meta(description="the arguments joined by single spaces, as far as their first 4096 bytes go: `truncated` names it then, and `argv` has the rest")]
     cwd: Annotated[str, Meta(description="working directory")]
     parent_exe: Annotated[str, Meta(description="absolute path of the parent's executable; empty for a kernel thread")]
     filename: Annotated[str, Meta(description="path that was asked to be executed, as given: the script, for a script")]
@@ -718,10 +718,10 @@ KINDS: dict[str, KindInfo] = {
         FieldInfo("parent_exe_mntns", "integer", "the same of `parent_exe`"),
         FieldInfo("euid", "integer", "effective user id after the exec"),
         FieldInfo("auid", "integer", "audit (login) user id; 4294967295 when none was set"),
-        FieldInfo("argc", "integer", "number of arguments, also when `argv` was cut"),
+        FieldInfo("argc", "integer", "number of arguments, also when `argv` was cut: to 16384 bytes, or fewer when the ring fills up"),
         FieldInfo("exe", "string", "absolute path of the file that runs: the interpreter, for a script"),
         FieldInfo("argv", "array of strings", "the arguments"),
-        FieldInfo("cmdline", "string", "the arguments joined by single spaces"),
+        FieldInfo("cmdline", "string", "the arguments joined by single spaces, as far as their first 4096 bytes go: `truncated` names it then, and `argv` has the rest"),
         FieldInfo("cwd", "string", "working directory"),
         FieldInfo("parent_exe", "string", "absolute path of the parent's executable; empty for a kernel thread"),
         FieldInfo("filename", "string", "path that was asked to be executed, as given: the script, for a script"),

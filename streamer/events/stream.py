@@ -203,6 +203,27 @@ class ReaderCounts(Struct, gc=False):
     pauses: Annotated[Count, Meta(description="times that a full sink stopped the reading")]
 
 
+class Refused(Struct, gc=False):
+    """What one had no room for any more while a ring filled up, since the agent started."""
+
+    payer: Annotated[
+        Literal["user", "cgroup", "container", "others"],
+        Meta(
+            description="who did it: a user; root, or a container that root made, by cgroup; a "
+            "container by its pid namespace where there are no cgroups; others: those who are not "
+            "remembered any more, and those beyond the first 32"
+        ),
+    ]
+    id: Annotated[
+        Count,
+        Meta(
+            description="user id; cgroup id, 0: all those more than 32 levels deep; inode number "
+            "of the pid namespace; 0 of others"
+        ),
+    ]
+    kinds: Annotated[dict[str, Count], Meta(description="events per kind: they are in `lost`, too")]
+
+
 class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
     """The account so far. Per kind: produced = read + filtered + shed + lost + in flight."""
 
@@ -225,6 +246,13 @@ class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
     final: Annotated[
         bool, Meta(description="whether it is the account at the end: nothing of this run follows")
     ] = False
+    refused: Annotated[
+        list[Refused],
+        Meta(
+            description="whose events were lost because they had their share of a ring that "
+            "filled up, the most first"
+        ),
+    ] = field(default_factory=list)
 
 
 class StreamLoss(StreamRecord, tag="stream.loss", gc=False):

@@ -18,7 +18,7 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "kind_counters": (('produced', 0, 8), ('filtered', 8, 8), ('shed', 16, 8), ('lost', 24, 8)),
     "cpu_counters": (('seq', 0, 16), ('skipped', 16, 16), ('pad', 32, 32)),
     "reader_state": (('wake', 0, 8),),
-    "pressure": (('from', 0, 16), ('critical', 16, 8)),
+    "pressure": (('from', 0, 16), ('pressed', 16, 16), ('pad', 32, 32), ('refused', 64, 64)),
     "payer_key": (('id', 0, 8), ('kind', 8, 4), ('pad', 12, 4)),
     "payer": (('spans', 0, 256), ('refused', 256, 64)),
     "path_prefix": (('bits', 0, 4), ('path', 4, 256)),

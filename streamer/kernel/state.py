@@ -489,7 +489,7 @@ class KernelState:
             self._kind_settings = self._map(
                 maps["kind_settings"], size_of("kind_settings") * KIND_END, writable=True
             )
-            self._pressure = self._map(maps["pressure"], size_of("pressure"), writable=True)
+            self.pressure = self._map(maps["pressure"], size_of("pressure"), writable=True)
             self._press_from(PRESSED_FROM)
             self.identity = self._read_identity(maps["identities"])
             self.set_filters(settings.filters)
@@ -501,7 +501,7 @@ class KernelState:
         """Share the rings out to those who pay from so many parts of `part` on."""
         sizes = (self.transport.sizes[ring] // part for ring in RINGS)
         data = pack("pressure", {"from": tuple(sizes)})
-        self._pressure[: len(data)] = data
+        self.pressure[: len(data)] = data
 
     @property
     def ring_bytes(self) -> dict[str, int]:

@@ -130,15 +130,26 @@ class Recording:
         assert all(event.id == f"{event.run_id}-stream-{event.seq}" for event in own)
 
     def check_sequence(self) -> None:
-        """Delivered and lost numbers are disjoint, and together all that were taken."""
+        """Delivered and lost numbers are disjoint, and together all that were taken.
+
+        Where many gaps were joined, their ranges have delivered numbers as well, and their counts
+        say how many are lost.
+        """
         taken: dict[tuple[str, int], list[int]] = {}
         for event in self._published:
             if isinstance(event, StreamRecord):  # a summary
                 continue
             assert event.id.endswith(f"-{event.ring}-{event.cpu}-{event.seq}")
             taken.setdefault((event.ring, event.cpu), []).append(event.seq)
-        for place, lost in self._lost_numbers():
-            taken.setdefault(place, []).extend(lost)
+        lost: dict[tuple[str, int], set[int]] = {}
+        for place, numbers in self._lost_numbers():
+            lost.setdefault(place, set()).update(numbers)
+        for place, found in lost.items():
+            numbers = taken.setdefault(place, [])
+            count = sum(one.count for one in self.losses if (one.ring, one.cpu) == place)
+            gone = found.difference(numbers) if len(found) > count else found
+            assert len(gone) == count, place
+            numbers.extend(gone)
         marks = {(mark.ring, mark.cpu): mark for mark in self.heartbeat.marks}
         assert taken.keys() <= marks.keys()
         for place, mark in marks.items():

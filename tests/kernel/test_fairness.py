@@ -1,0 +1,313 @@
+"""Floods by one user or container: they cost him, and nobody else, and each event is accounted for.
+
+While nothing reads the rings their room is all there is, so that what becomes of each event does
+not depend on how fast anything is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernel.agent import Agent, Recording
+from tests.kernel.pace import repetitions
+from tests.kernel.roles import Role
+from tests.kernel.scope import Scope, checkpoint
+from tests.kernel.system import open_missing
+from tests.kernel.test_loss import stop_reading
+from tests.kernel.unprivileged import CLONE_NEWPID, UID, become, own_namespaces, unshare
+
+pytestmark = pytest.mark.kernel
+
+PROGRAM = "/bin/true"
+LARGE = "x" * 16_000
+PROCESSES = ("process.exec", "process.fork", "process.exit")
+FLOOD = repetitions(700, 250)
+"""Spawns of each of four processes: more than a ring of 1 MiB holds, though arguments are cut."""
+MINE = repetitions(120, 60)
+"""What root does beside it: for that there is room in what the flood leaves of such a ring."""
+RING = 1 << 20
+CONFIG = f"[rings]\ncritical_bytes = {RING}\nbulk_bytes = {RING}\n"
+USERS = 2300
+"""More than there is room to remember."""
+
+
+def spawn(word: str, argument: str, count: int) -> int:
+    """Execute `true` so often, one after the other. How often that was."""
+    for i in range(count):
+        os.waitpid(os.posix_spawn(PROGRAM, [word, str(i), argument], {}), 0)
+    return count
+
+
+def flood_as_user(argument: str, count: int) -> int:
+    become(UID)
+    return spawn("flood", argument, count)
+
+
+def flood_in_namespaces(argument: str, count: int) -> int:
+    """As root of user namespaces of his own, another within each."""
+    become(UID)
+    for _ in range(3):
+        own_namespaces(0)
+    return spawn("flood", argument, count)
+
+
+Flooder = Callable[[str, int], int]
+
+
+def flood(flooder: Flooder, argument: str, processes: int, count: int) -> int:
+    roles = [Role("flooder", flooder, argument, count) for _ in range(processes)]
+    return sum(role.result() for role in roles)
+
+
+def flood_and_work(flooder: Flooder, argument: str, processes: int, count: int) -> int:
+    """A flood, and root's own work while it goes on and after it. How many spawns the flood had."""
+    checkpoint()
+    roles = [Role("flooder", flooder, argument, count) for _ in range(processes)]
+    spawn("mine", "during", MINE // 2)
+    done = sum(role.result() for role in roles)
+    spawn("mine", "after", MINE - MINE // 2)
+    return done
+
+
+@contextmanager
+def unread(agent: Agent) -> Iterator[None]:
+    stop_reading(agent)
+    try:
+        yield
+    finally:
+        agent.send(signal.SIGCONT)
+
+
+def refused(recording: Recording) -> dict[tuple[str, int], Counter[str]]:
+    return {(one.payer, one.id): Counter(one.kinds) for one in recording.heartbeat.refused}
+
+
+def lost(recording: Recording) -> Counter[str]:
+    counts = recording.heartbeat.counts.items()
+    return Counter({kind: found.lost for kind, found in counts if found.lost})
+
+
+def words(recording: Recording, word: str) -> list[Any]:
+    return [event for event in recording.of("process.exec") if event.argv[0] == word]
+
+
+def assert_root_lost_nothing(recording: Recording, spawned: int) -> None:
+    """Of what root did all is there; the rest is delivered, or lost and accounted for."""
+    recording.check()
+    mine = words(recording, "mine")
+    assert [event.argv[1] for event in mine] == [
+        str(i) for i in (*range(MINE // 2), *range(MINE - MINE // 2))
+    ]
+    assert {event.argv[2] for event in mine} == {"during", "after"}
+    pids = {event.pid for event in mine}
+    assert pids == {e.pid for e in recording.of("process.exit") if e.pid in pids}
+    assert pids == {e.child_pid for e in recording.of("process.fork") if e.child_pid in pids}
+    execs = recording.heartbeat.counts["process.exec"]
+    assert execs.produced - execs.filtered == spawned + MINE
+
+
+@pytest.mark.parametrize("argument", [LARGE, ""], ids=["large", "small"])
+@pytest.mark.parametrize("flooder", [flood_as_user, flood_in_namespaces])
+def test_a_flood_while_nothing_is_read(
+    scope: Scope, tmp_path: Path, flooder: Flooder, argument: str
+) -> None:
+    """It fills its user's share, and all that is lost is his."""
+    with Agent(tmp_path, *scope.options, events="process.*", config=CONFIG) as agent:
+        with scope.start(flood_and_work, flooder, argument, 4, FLOOD) as actor:
+            actor.reached()
+            with unread(agent):
+                actor.proceed()
+                spawned = actor.result()
+        recording = agent.stop()
+    assert_root_lost_nothing(recording, spawned)
+    assert refused(recording) == {("user", UID): lost(recording)}
+    assert lost(recording).keys() == set(PROCESSES)
+    assert lost(recording)["process.exec"] > spawned // 10
+
+
+@pytest.mark.parametrize(
+    ("processes", "argument"), [(4, LARGE), (6, "")], ids=["four-large", "six-small"]
+)
+def test_a_flood_while_the_agent_reads(
+    scope: Scope, tmp_path: Path, processes: int, argument: str
+) -> None:
+    """With rings as they are by default, and a file, on a busy machine."""
+    with Agent(tmp_path, *scope.options, events="process.*") as agent:
+        with scope.start(flood_and_work, flood_as_user, argument, processes, FLOOD) as actor:
+            actor.reached()
+            actor.proceed()
+            spawned = actor.result()
+        recording = agent.stop()
+    assert_root_lost_nothing(recording, spawned)
+    assert refused(recording) == ({("user", UID): lost(recording)} if lost(recording) else {})
+
+
+# ---------------------------------------------------------------- containers
+
+
+def enter(cgroup: str) -> None:
+    Path(cgroup, "cgroup.procs").write_text("0")
+
+
+def flood_in_nested_cgroups(box: str, numbers: list[int], argument: str, count: int) -> int:
+    """As root, from a new cgroup within the container's for every few spawns."""
+    for i in range(0, count, 20):
+        inner = f"{box}/{os.getpid()}-{i}"
+        os.mkdir(inner)
+        enter(inner)
+        spawn("flood", argument, min(20, count - i))
+    enter(box)
+    return count
+
+
+def flood_as_many_users(box: str, numbers: list[int], argument: str, count: int) -> int:
+    """In a pid namespace, as a container has it: every few spawns as another user."""
+    enter(box)
+    unshare(CLONE_NEWPID)
+    if init := os.fork():
+        _, status = os.waitpid(init, 0)
+        return count if status == 0 else -1
+    for i in range(0, count, 20):
+        os.setresuid(UID + i, UID + i, 0)
+        spawn("flood", argument, min(20, count - i))
+        os.setresuid(0, 0, 0)
+    os._exit(0)
+
+
+def work_beside_container(box: str, flooder: Callable[..., int]) -> int:
+    checkpoint()
+    roles = [Role("flooder", flooder, box, [], LARGE, FLOOD) for _ in range(4)]
+    spawn("mine", "during", MINE // 2)
+    done = sum(role.result() for role in roles)
+    spawn("mine", "after", MINE - MINE // 2)
+    return done
+
+
+@pytest.mark.parametrize("flooder", [flood_in_nested_cgroups, flood_as_many_users])
+def test_a_flood_in_a_container(scope: Scope, tmp_path: Path, flooder: Callable[..., int]) -> None:
+    """It costs the container, whatever cgroups it makes in what it was given, or users it has."""
+    box = scope.path / "box"
+    box.mkdir()
+    try:
+        os.chown(box, UID, UID)
+        with Agent(tmp_path, *scope.options, events="process.*", config=CONFIG) as agent:
+            with scope.start(work_beside_container, str(box), flooder) as actor:
+                actor.reached()
+                with unread(agent):
+                    actor.proceed()
+                    spawned = actor.result()
+            recording = agent.stop()
+        assert_root_lost_nothing(recording, spawned)
+        assert refused(recording) == {("cgroup", box.stat().st_ino): lost(recording)}
+        assert lost(recording)["process.exec"] > spawned // 10
+    finally:
+        for inner in [*(path for path in box.iterdir() if path.is_dir()), box]:
+            inner.rmdir()
+
+
+# ---------------------------------------------------------------- what gives way first
+
+
+def flood_and_open() -> int:
+    """Execs, until its user has no room for them; then opens of his and of root."""
+    checkpoint()
+    spawned = flood(flood_as_user, "", 2, 2 * FLOOD)
+    Role("opener", as_user, open_missing, "/no/his/", 40).result()
+    open_missing("/no/mine/", 40)
+    return spawned
+
+
+def as_user(function: Callable[..., Any], *arguments: Any) -> None:
+    become(UID)
+    function(*arguments)
+
+
+def test_bulk_of_who_floods_gives_way_first(scope: Scope, tmp_path: Path) -> None:
+    """His opens are kept back although there is room for them: it is execs that he floods with."""
+    with Agent(tmp_path, *scope.options, events="process.*,file.open", config=CONFIG) as agent:
+        with scope.start(flood_and_open) as actor:
+            actor.reached()
+            with unread(agent):
+                actor.proceed()
+                actor.result()
+        recording = agent.stop()
+    recording.check()
+    paths = [event.path for event in recording.of("file.open")]
+    assert [path for path in paths if path.startswith("/no/mine/")] == [
+        f"/no/mine/{i}" for i in range(40)
+    ]
+    assert not [path for path in paths if path.startswith("/no/his/")]
+    assert refused(recording) == {("user", UID): lost(recording)}
+    assert lost(recording)["file.open"] >= 40
+
+
+def press_and_execute() -> None:
+    checkpoint()
+    flood(flood_as_user, LARGE, 1, 2 * FLOOD)
+    spawn("mine", LARGE, 5)
+
+
+def test_arguments_are_cut_shorter_in_a_ring_that_fills_up(scope: Scope, tmp_path: Path) -> None:
+    """And marked; whoever has not flooded loses none of his events by their size."""
+    with Agent(tmp_path, *scope.options, events="process.exec", config=CONFIG) as agent:
+        with scope.start(press_and_execute) as actor:
+            actor.reached()
+            with unread(agent):
+                actor.proceed()
+                actor.result()
+        scope.act(spawn, "calm", LARGE, 1)
+        recording = agent.stop()
+    recording.check()
+    mine = words(recording, "mine")
+    assert len(mine) == 5
+    for event in mine:
+        assert event.argc == 3
+        assert event.truncated == ("argv",) or list(event.truncated) == ["argv"]
+        assert 50 < len(event.argv[2]) < 5000
+    (calm,) = words(recording, "calm")
+    assert not calm.truncated
+    assert calm.argv[2] == LARGE
+    assert not words(recording, "flood")[0].truncated  # nor what came before it filled up
+
+
+# ---------------------------------------------------------------- more than are remembered
+
+
+def be_many() -> None:
+    """Somebody floods, then so many others that he is not remembered, then root does its work."""
+    checkpoint()
+    flood(flood_as_user, "", 2, 4 * FLOOD)
+    for uid in range(UID + 1, UID + 1 + USERS):
+        os.setresuid(uid, uid, 0)
+        if (pid := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        os.setresuid(0, 0, 0)
+    spawn("mine", "after", MINE)
+
+
+def test_more_who_pay_than_are_remembered(scope: Scope, tmp_path: Path) -> None:
+    """None of them is refused anything for it, and what was refused stays in the account."""
+    config = f"[rings]\ncritical_bytes = {4 * RING}\n"
+    with Agent(tmp_path, *scope.options, events="process.*", config=config) as agent:
+        with scope.start(be_many) as actor:
+            actor.reached()
+            with unread(agent):
+                actor.proceed()
+                actor.result()
+        recording = agent.stop()
+    recording.check()
+    assert len(words(recording, "mine")) == MINE
+    forks = Counter(event.uid for event in recording.of("process.fork"))
+    assert [forks[uid] for uid in range(UID + 1, UID + 1 + USERS)] == [1] * USERS
+    found = refused(recording)
+    assert found.keys() <= {("user", UID), ("others", 0)}
+    assert sum(found.values(), Counter()) == lost(recording)
