@@ -324,7 +324,8 @@ static __always_inline void *begin(void *map, struct event_base *base, enum even
 
 	if (!counts)
 		return NULL;
-	record = base->seq && affords(map, ring, kind, size) ? reserve(map, base, size) : NULL;
+	record = base->seq && affords(map, base, ring, kind, size) ?
+			 reserve(map, base, size) : NULL;
 	if (!record) {
 		count(&counts->lost);
 		return NULL;
@@ -371,7 +372,7 @@ static __always_inline void output(void *ctx, void *map, struct event_base *reco
 		return;
 	}
 	flags = wakeup(map, ring, size);
-	if (record->seq && affords(map, ring, kind, size) &&
+	if (record->seq && affords(map, record, ring, kind, size) &&
 	    !bpf_ringbuf_output(map, record, size, flags))
 		return;
 	count(&counts->lost);

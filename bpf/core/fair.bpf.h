@@ -19,6 +19,7 @@
 /* What is left of a ring at the last, as a part of it, is for records of no more than SMALL bytes. */
 #define LAST_PART 16
 #define SMALL 1024
+#define LOOK_EVERY 8
 
 MAPPED_ARRAY(pressure, 1, struct pressure);
 
@@ -277,9 +278,12 @@ __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
 	return true;
 }
 
-/* Whether an event of this kind, of which the record has `size` bytes, may have room in its ring. */
-static __always_inline bool affords(void *map, enum event_ring ring, enum event_kind kind,
-				    __u32 size)
+/*
+ * Whether a numbered event of this kind, of which the record has `size` bytes, may have room in its
+ * ring. To look how full one is costs 9 ns: for bulk one in LOOK_EVERY of each CPU does it for all.
+ */
+static __always_inline bool affords(void *map, const struct event_base *base, enum event_ring ring,
+				    enum event_kind kind, __u32 size)
 {
 	__u32 paid = paid_as(kind);
 	struct pressure *now;
@@ -290,10 +294,12 @@ static __always_inline bool affords(void *map, enum event_ring ring, enum event_
 	now = ONLY_ENTRY(pressure);
 	if (!now)
 		return true;
-	pressed = bpf_ringbuf_query(map, BPF_RB_AVAIL_DATA) >= now->from[ring];
-	if (ring == RING_CRITICAL && now->critical != pressed)
-		now->critical = pressed;
-	if (!pressed && (ring == RING_CRITICAL || !now->critical))
+	if (ring == RING_CRITICAL || base->seq % LOOK_EVERY == 0) {
+		pressed = bpf_ringbuf_query(map, BPF_RB_AVAIL_DATA) >= now->from[ring];
+		if (now->pressed[ring] != pressed)
+			now->pressed[ring] = pressed;
+	}
+	if (!now->pressed[ring] && (ring == RING_CRITICAL || !now->pressed[RING_CRITICAL]))
 		return true;
 	return has_share(ring, size, paid);
 }

@@ -125,8 +125,8 @@ enum paid {
 /* Mapped: from how many bytes in a ring on it is asked who pays for more. The rest is the programs'. */
 struct pressure {
 	__u64 from[RING_END];
-	__u64 critical; /* 1: the critical ring holds so much */
-	__u64 pad[5];   /* what changes all the time is in another cache line */
+	__u64 pressed[RING_END]; /* 1: the ring holds so much */
+	__u64 pad[4];            /* what changes all the time is in another cache line */
 	__u64 refused[PAID_END]; /* of all who pay together */
 };
 
