@@ -28,7 +28,7 @@
  *     names:A,B,...    an index, published as the string at that place
  *     str:NAME         bytes of string NAME in `data`
  *     argv:NAME,LINE   bytes of NUL-terminated strings in `data`, published as the array NAME
- *                      and, joined by spaces, as the string LINE
+ *                      and, joined by spaces, as the string LINE: of that the first 4096 bytes
  *     parsed:WHAT,NAME bytes in `data` that WHAT of streamer/events/parsed.py makes several fields
  *                      of, which are documented there; in `truncated` they are NAME
  *
@@ -178,9 +178,9 @@ struct process_exec {
 	__u32 parent_exe_mntns DOC("the same of `parent_exe`");
 	__u32 euid DOC("effective user id after the exec");
 	__u32 auid DOC("audit (login) user id; 4294967295 when none was set");
-	__u32 argc DOC("number of arguments, also when `argv` was cut");
+	__u32 argc DOC("number of arguments, also when `argv` was cut: to 16384 bytes, or fewer when the ring fills up");
 	__u16 exe_len AS("str:exe") DOC("absolute path of the file that runs: the interpreter, for a script");
-	__u16 argv_len AS("argv:argv,cmdline") DOC("the arguments|the arguments joined by single spaces");
+	__u16 argv_len AS("argv:argv,cmdline") DOC("the arguments|the arguments joined by single spaces, as far as their first 4096 bytes go: `truncated` names it then, and `argv` has the rest");
 	__u16 cwd_len AS("str:cwd") DOC("working directory");
 	__u16 parent_exe_len AS("str:parent_exe") DOC("absolute path of the parent's executable; empty for a kernel thread");
 	__u16 filename_len AS("str:filename") DOC("path that was asked to be executed, as given: the script, for a script");

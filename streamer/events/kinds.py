@@ -370,7 +370,7 @@ _END = (
 RECORDS: dict[int, RecordLayout] = {
     1: RecordLayout("process.exec", ProcessExec, 184, 37048, (
         *_BASE,
-        FieldLayout("truncated", "cut", 30, ('exe', 'argv', 'cwd', 'parent_exe', 'filename', 'interp')),
+        FieldLayout("truncated", "cut", 30, ('exe', 'argv', 'cwd', 'parent_exe', 'filename', 'interp', 'cmdline')),
         *_MARKS,
         *_TASK,
         FieldLayout("start_time_ns", "boottime", 96, None),

@@ -19,7 +19,8 @@ ip                 offset of the version  str; version 4: the first 4 bytes, 6: 
 names              tuple of str           str at that index (u8); the first, if out of range
 str                None                   str from `data`; u16 length in bytes at `offset`
 argv               None                   list of str from `data`; NUL-terminated strings
-line               None                   str: the record's argv joined by single spaces
+line               None                   str: the record's argv joined by single spaces, as far as
+                                          its first `MAX_LINE` bytes go
 parsed             function               first part of what the function makes of bytes from `data`
                                           (u16 length in bytes at `offset`): see `parsed.py`
 part               index                  another part of that
@@ -28,7 +29,8 @@ id                 None                   str: "{id_prefix}-{cpu}-{seq}"
 time               None                   int: the base's boot_ns plus the clock offset
 boottime           None                   int: u64 at `offset`, a start, plus the clock offset
 rfc3339            None                   str: what `time` is, in UTC with nine digits
-cut                names of the strings   tuple of str: those whose bit the u8 at `offset` has
+cut                names of the strings   tuple of str: those whose bit the u8 at `offset` has; behind
+                                          them that of a `line`, if it is made of a part of its argv
 flag               mask                   bool: whether the u8 at `offset` has that bit
 invalid_utf8       None                   bool: whether any string of the record was replaced
 =================  =====================  ===================================================
@@ -59,6 +61,9 @@ HEADER_FIELDS: dict[str, int] = {
 
 MAX_STRINGS = 8
 """Strings of a record: the base's `cut` has a bit for each."""
+
+MAX_LINE = 4096
+"""Bytes of an argv that a line is made of: what is longer is in the argv alone."""
 
 
 class FieldLayout(NamedTuple):

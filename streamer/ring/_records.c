@@ -44,6 +44,7 @@ enum {
 	IP_BITS = 10,
 	MAX_CACHED_STR = 256,
 	MAX_STRINGS = 8, /* of a record: the bits of `cut` */
+	MAX_LINE = 4096, /* bytes of an argv that a line is made of: MAX_LINE of layout.py */
 };
 #define BUSY_BIT (1u << 31)
 #define DISCARD_BIT (1u << 30)
@@ -316,6 +317,8 @@ struct plan {
 	struct op *ops;        /* `count` of them, by stage */
 	Py_ssize_t string_count;
 	uint32_t *strings;     /* offsets of the u16 lengths, in the order of the data */
+	uint32_t line;         /* where the length of the argv is that a line is made of */
+	uint8_t line_cut;      /* the bit that says that the line was cut; 0 without a line */
 	bool has_subject;      /* whose durations they are is at these offsets */
 	uint32_t cgroup, uid;
 	uint64_t decoded;      /* events since the last finished drain */
@@ -623,12 +626,13 @@ static void add_string(struct plan *plan, struct op *op)
 	plan->strings[plan->string_count++] = op->offset;
 }
 
-/* The names of a `cut` are those of the strings, one each. */
+/* The names of a `cut` are those of the strings, one each, and that of a line. */
 static int cuts_check(const struct plan *plan)
 {
+	uint32_t all = ((1u << plan->string_count) - 1) | plan->line_cut;
 	for (Py_ssize_t i = 0; i < plan->count; i++) {
 		const struct op *op = &plan->ops[i];
-		if (op->code == OP_CUT && op->argument != (1u << plan->string_count) - 1) {
+		if (op->code == OP_CUT && op->argument != all) {
 			PyErr_Format(PyExc_ValueError, "%U: a cut of %d names and %zd strings",
 				     plan->kind, __builtin_popcount(op->argument),
 				     plan->string_count);
@@ -650,6 +654,12 @@ static int strings_from(struct plan *plan)
 		parsed += op->code == OP_PARSED;
 		parts += op->code == OP_PART;
 	}
+	for (Py_ssize_t i = 0; lines > 0 && i < plan->count; i++) {
+		if (plan->ops[i].code == OP_ARGV)
+			plan->line = plan->ops[i].offset;
+	}
+	if (lines > 0)
+		plan->line_cut = (uint8_t)(1u << (plan->string_count & 31));
 	if (parts > 0 && parsed != 1) {
 		PyErr_Format(PyExc_ValueError, "%U: parts of %zd parsed", plan->kind, parsed);
 		return -1;
@@ -1009,6 +1019,7 @@ struct cursor {
 	PyObject *argv_list;  /* borrowed from the event */
 	PyObject *parsed;     /* a tuple, or NULL */
 	uint8_t cut;          /* a bit per string */
+	uint8_t line_cut;     /* the plan's, if the line was cut */
 };
 
 static uint8_t *put_digits(uint8_t *end, uint64_t number)
@@ -1085,9 +1096,20 @@ static PyObject *argv_of(struct caches *caches, const uint8_t *at, size_t size, 
 	return list;
 }
 
+static PyObject *cut_line_of(const Decoder *self, const struct cursor *cursor)
+{
+	bool told = false; /* of the argv */
+	PyObject *words = argv_of(self->caches, cursor->argv, MAX_LINE, true, &told);
+	PyObject *text = words == NULL ? NULL : PyUnicode_Join(self->space, words);
+	Py_XDECREF(words);
+	return text;
+}
+
 static PyObject *line_of(const Decoder *self, const struct cursor *cursor)
 {
 	size_t size = cursor->argv_size;
+	if (size > MAX_LINE)
+		return cut_line_of(self, cursor);
 	if (!is_ascii(cursor->argv, size))
 		return PyUnicode_Join(self->space, cursor->argv_list);
 	if (size > 0 && cursor->argv[size - 1] == 0)
@@ -1255,7 +1277,7 @@ static inline PyObject *op_value(Decoder *self, const struct op *op, struct curs
 	case OP_RFC3339:
 		return rfc3339_of(&self->second, event_moment(self, cursor) + clock);
 	case OP_CUT:
-		return cut_names(op, *at, outcome);
+		return cut_names(op, cursor->line_cut | (*at & ~cursor->plan->line_cut), outcome);
 	case OP_FLAG:
 		flag = (*at & op->argument) != 0;
 		outcome->incomplete |= flag;
@@ -1275,6 +1297,8 @@ static PyObject *build(Decoder *self, const struct plan *plan, const uint8_t *re
 		.data = record + plan->size,
 		.cut = record[self->header.cut],
 	};
+	if (plan->line_cut && load16(record + plan->line) > MAX_LINE)
+		cursor.line_cut = plan->line_cut;
 	PyObject *event = plan->type->tp_alloc(plan->type, 0);
 	if (event == NULL)
 		return NULL;

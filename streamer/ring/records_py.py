@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import msgspec
 
 from streamer.events.clock import rfc3339
-from streamer.events.layout import HEADER_FIELDS, MAX_STRINGS, FieldLayout, RecordLayout
+from streamer.events.layout import HEADER_FIELDS, MAX_LINE, MAX_STRINGS, FieldLayout, RecordLayout
 from streamer.events.timing import KEY_BYTES, Timing
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ class _Cursor:
     """What is carried from one field of a record to the next."""
 
     __slots__ = (
-        "argv", "clock", "cut", "incomplete", "invalid", "parsed", "position", "record",
-        "truncated",
+        "argv", "clock", "cut", "incomplete", "invalid", "line_bit", "line_cut", "parsed", "position",
+        "raw_argv", "record", "truncated",
     )  # fmt: skip
 
     def __init__(self, record: bytes, position: int, clock: int, cut: int) -> None:
@@ -131,6 +131,8 @@ class _Cursor:
         self.clock = clock
         self.cut = cut
         self.argv: list[str] = []
+        self.raw_argv = b""
+        self.line_bit = self.line_cut = 0
         self.parsed: Any = ()
         self.invalid = False
         self.truncated = False
@@ -156,11 +158,21 @@ class _Cursor:
     def take_argv(self, size: int, bit: int) -> list[str]:
         raw, cut = self.take(size), self.cut & bit != 0
         # The last argument, and only that, may have been cut, unless its NUL is there.
-        *whole, last = raw.split(b"\0")
-        self.argv = [self.text(part) for part in whole]
-        if last:
-            self.argv.append(self.text(last, not cut))
+        self.argv = self._words(raw, cut)
+        self.raw_argv = raw
         return self.argv
+
+    def _words(self, raw: bytes, cut: bool) -> list[str]:
+        *whole, last = raw.split(b"\0")
+        words = [self.text(part) for part in whole]
+        if last:
+            words.append(self.text(last, not cut))
+        return words
+
+    def line(self) -> str:
+        if len(self.raw_argv) <= MAX_LINE:
+            return " ".join(self.argv)
+        return " ".join(self._words(self.raw_argv[:MAX_LINE], cut=True))
 
     def take_parsed(self, parse: Callable[[bytes, bool], Any], size: int, bit: int) -> Any:
         self.parsed = parse(self.take(size), self.cut & bit != 0)
@@ -172,7 +184,7 @@ class _Cursor:
         return self.parsed[index]
 
     def mark_cut(self, choices: tuple[tuple[str, ...], ...], bits: int) -> tuple[str, ...]:
-        names = choices[bits & (len(choices) - 1)]
+        names = choices[(bits & ~self.line_bit | self.line_cut) & (len(choices) - 1)]
         self.truncated = self.truncated or bool(names)
         return names
 
@@ -249,7 +261,7 @@ def _read_part(index: int) -> Callable[[], _Read]:
 
 
 def _read_line() -> _Read:
-    return lambda words, cursor: " ".join(cursor.argv)
+    return lambda words, cursor: cursor.line()
 
 
 def _read_constant(value: object) -> Callable[[], _Read]:
@@ -486,7 +498,7 @@ def _check_strings(layout: RecordLayout) -> None:
     if count > MAX_STRINGS:
         raise ValueError(f"{layout.kind}: {count} strings, more than {MAX_STRINGS}")
     for field in layout.fields:
-        if field.op == "cut" and len(field.argument) != count:
+        if field.op == "cut" and len(field.argument) != count + ("line" in ops):
             names = len(field.argument)
             raise ValueError(f"{layout.kind}: a cut of {names} names and {count} strings")
 
@@ -528,6 +540,11 @@ class _Plan:
             for op, field in zip(ops, layout.fields, strict=True)
             if field.op in _STRINGS
         ]
+        # Where the length of the argv is that a line is made of, and the bit that says it was cut.
+        argvs = [op.words[0] for op, f in zip(ops, layout.fields, strict=True) if f.op == "argv"]
+        has_line = any(field.op == "line" for field in layout.fields)
+        self._line = index[argvs[0]] if has_line else None
+        self._line_bit = 1 << len(self._lengths)
         self._plain = [None if op.make else index[op.words[0]] for op in ops]
         readers = [
             (op.stage, slot, op.make(*(index[word] for word in op.words)))
@@ -543,6 +560,9 @@ class _Plan:
         if self.size + sum(words[at] for at in self._lengths) > len(record):
             return None
         cursor = _Cursor(record, self.size, clock, words[self._words.index[self._cut]])
+        if self._line is not None:
+            cursor.line_bit = self._line_bit
+            cursor.line_cut = self._line_bit if words[self._line] > MAX_LINE else 0
         values = [None if at is None else words[at] for at in self._plain]
         for slot, read in self._readers:
             values[slot] = read(words, cursor)

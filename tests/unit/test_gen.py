@@ -306,7 +306,8 @@ def test_the_strings_that_can_be_cut_are_those_of_the_record() -> None:
     for layout in events.RECORDS.values():
         (cut,) = [field for field in layout.fields if field.op == "cut"]
         strings = tuple(f.name for f in layout.fields if f.op in ("str", "argv", "parsed"))
-        assert (cut.name, cut.argument) == ("truncated", strings)
+        lines = tuple(field.name for field in layout.fields if field.op == "line")
+        assert (cut.name, cut.argument) == ("truncated", (*strings, *lines))
 
 
 # ---------------------------------------------------------------- objects.py

@@ -122,7 +122,7 @@ def test_what_the_program_did_is_there() -> None:
     assert script["argv"] == ["./golden", "-x", "./☃/golden", "argument"]
     assert (script["filename"], script["interp"]) == ("./☃/golden", "./golden")
     assert [e["truncated"] for e in (first, second, script)] == [[], [], []]
-    assert longest["truncated"] == ["argv"]
+    assert longest["truncated"] == ["argv", "cmdline"]
     exits = [(e["exit_code"], e["signal"], e["core_dumped"]) for e in of("process.exit")]
     ended = [(argc, 0, False) for argc in (2, 5, 4, 2)]
     assert exits == [*ended, (0, 15, False), (0, 0, False)]
@@ -143,11 +143,11 @@ def test_its_processes_can_be_joined() -> None:
 
 
 def test_a_cut_within_a_character_is_no_invalid_utf8() -> None:
-    """The limits, of 16,384 and 4,095 bytes, are within a character of two bytes."""
+    """The limits, of 16,384, 4,096 and 4,095 bytes, are within a character of two bytes."""
     argv, path = "xy" + "é" * ((16384 - 9) // 2), "/x" + "é" * ((4095 - 2) // 2)
     longest = of("process.exec")[-1]
     assert (longest["argv"], longest["argc"]) == (["golden", argv], 2)
-    assert longest["cmdline"] == f"golden {argv}"
+    assert longest["cmdline"] == "golden xy" + "é" * ((4096 - 9) // 2)
     (cut,) = [e for e in of("file.open") if e["path"].startswith("/x")]
     assert (cut["path"], cut["truncated"]) == (path, ["path"])
     assert not cut["invalid_utf8"] | longest["invalid_utf8"]

@@ -95,7 +95,7 @@ SAMPLE_FIELDS = (
     FieldLayout("boot_ns", "moment", 0, None),
     FieldLayout("cpu", "u16", 22, None),
     FieldLayout("seq", "serial", 8, None),
-    FieldLayout("truncated", "cut", 25, STRINGS),
+    FieldLayout("truncated", "cut", 25, (*STRINGS, "line")),
     FieldLayout("incomplete", "flag", 26, 4),
     FieldLayout("invalid_utf8", "invalid_utf8", 0, None),
     FieldLayout("line", "line", 0, None),
@@ -550,6 +550,29 @@ def test_an_argv_that_was_cut(decoder: Any, raw: bytes, argv: list[str], invalid
     event = decoder.decode(sample(argv=raw, cut=2))
     assert (event.argv, event.line, event.invalid_utf8) == (argv, " ".join(argv), invalid)
     assert event.truncated == ("argv",)
+
+
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        (b"a" * 4095 + b"\0", "a" * 4095),
+        (b"a" * 4096, "a" * 4096),
+        (b"a" * 4095 + b"\0b\0", "a" * 4095),
+        (b"a" * 4094 + b"\0bcd\0", "a" * 4094 + " b"),
+        (b"a\0" * 4000, "a " * 2047 + "a"),
+        (b"a" * 4095 + "\u00fc".encode() + b"\0", "a" * 4095),
+        ("\u00fc".encode() * 2047 + b"\0xyz\0", "\u00fc" * 2047 + " x"),
+        (b"x\xff" + b"a" * 5000, "x\ufffd" + "a" * 4094),
+    ],
+)
+def test_a_line_is_made_of_4096_bytes(decoder: Any, raw: bytes, line: str) -> None:
+    """The rest is in the argv alone, and the event says so."""
+    event = decoder.decode(sample(first=b"before", argv=raw, last=b"after"))
+    assert event.line == line
+    assert event.argv == raw.decode(errors="replace").removesuffix("\0").split("\0")
+    assert event.truncated == (("line",) if len(raw) > 4096 else ())
+    assert (event.first, event.last) == ("before", "after")
+    assert counters(decoder).get("truncated", 0) == (len(raw) > 4096)
 
 
 def test_a_name_in_a_fixed_field_is_never_taken_for_cut(decoder: Any) -> None:

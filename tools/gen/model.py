@@ -112,6 +112,12 @@ class Record(NamedTuple):
         """Names of the strings in `data`, in its order."""
         return tuple(field.name for field in self.fields if field.op in _STRINGS)
 
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """Names of what may be cut: the strings, and a line that is made of one."""
+        lines = (field.name for field in self.fields if field.op == "line")
+        return (*self.strings, *lines)
+
 
 class Model(NamedTuple):
     """All that is generated from. `header` is where the reader finds what it needs."""

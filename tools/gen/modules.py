@@ -148,7 +148,7 @@ def _record_layout(model: Model, record: Record) -> Iterator[str]:
     head = f'{record.number}: RecordLayout("{record.kind}", {record.class_name}'
     yield f"    {head}, {record.size}, {record.max_size}, ("
     yield "        *_BASE,"
-    yield f"        {_layout(model.base.cut._replace(argument=record.strings))}"
+    yield f"        {_layout(model.base.cut._replace(argument=record.cuts))}"
     yield "        *_MARKS,"
     if record.has_task:
         yield "        *_TASK,"
