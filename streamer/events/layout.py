@@ -29,8 +29,8 @@ id                 None                   str: "{id_prefix}-{cpu}-{seq}"
 time               None                   int: the base's boot_ns plus the clock offset
 boottime           None                   int: u64 at `offset`, a start, plus the clock offset
 rfc3339            None                   str: what `time` is, in UTC with nine digits
-cut                names of the strings   tuple of str: those whose bit the u8 at `offset` has; behind
-                                          them that of a `line`, if it is made of a part of its argv
+cut                names of the strings   tuple of str: those whose bit the u8 at `offset` has, then
+                                          that of a `line` that is made of a part of its argv
 flag               mask                   bool: whether the u8 at `offset` has that bit
 invalid_utf8       None                   bool: whether any string of the record was replaced
 =================  =====================  ===================================================

@@ -121,8 +121,8 @@ class _Cursor:
     """What is carried from one field of a record to the next."""
 
     __slots__ = (
-        "argv", "clock", "cut", "incomplete", "invalid", "line_bit", "line_cut", "parsed", "position",
-        "raw_argv", "record", "truncated",
+        "argv", "clock", "cut", "incomplete", "invalid", "line_bit", "line_cut", "parsed",
+        "position", "raw_argv", "record", "truncated",
     )  # fmt: skip
 
     def __init__(self, record: bytes, position: int, clock: int, cut: int) -> None:

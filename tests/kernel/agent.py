@@ -142,14 +142,14 @@ class Recording:
             assert event.id.endswith(f"-{event.ring}-{event.cpu}-{event.seq}")
             taken.setdefault((event.ring, event.cpu), []).append(event.seq)
         lost: dict[tuple[str, int], set[int]] = {}
-        for place, numbers in self._lost_numbers():
-            lost.setdefault(place, set()).update(numbers)
+        for place, span in self._lost_numbers():
+            lost.setdefault(place, set()).update(span)
         for place, found in lost.items():
-            numbers = taken.setdefault(place, [])
+            delivered = taken.setdefault(place, [])
             count = sum(one.count for one in self.losses if (one.ring, one.cpu) == place)
-            gone = found.difference(numbers) if len(found) > count else found
+            gone = found.difference(delivered) if len(found) > count else found
             assert len(gone) == count, place
-            numbers.extend(gone)
+            delivered.extend(gone)
         marks = {(mark.ring, mark.cpu): mark for mark in self.heartbeat.marks}
         assert taken.keys() <= marks.keys()
         for place, mark in marks.items():

@@ -64,7 +64,7 @@ Flooder = Callable[[str, int], int]
 
 def flood(flooder: Flooder, argument: str, processes: int, count: int) -> int:
     roles = [Role("flooder", flooder, argument, count) for _ in range(processes)]
-    return sum(role.result() for role in roles)
+    return sum(int(role.result()) for role in roles)
 
 
 def flood_and_work(flooder: Flooder, argument: str, processes: int, count: int) -> int:
@@ -72,7 +72,7 @@ def flood_and_work(flooder: Flooder, argument: str, processes: int, count: int) 
     checkpoint()
     roles = [Role("flooder", flooder, argument, count) for _ in range(processes)]
     spawn("mine", "during", MINE // 2)
-    done = sum(role.result() for role in roles)
+    done = sum(int(role.result()) for role in roles)
     spawn("mine", "after", MINE - MINE // 2)
     return done
 
@@ -186,7 +186,7 @@ def work_beside_container(box: str, flooder: Callable[..., int]) -> int:
     checkpoint()
     roles = [Role("flooder", flooder, box, [], LARGE, FLOOD) for _ in range(4)]
     spawn("mine", "during", MINE // 2)
-    done = sum(role.result() for role in roles)
+    done = sum(int(role.result()) for role in roles)
     spawn("mine", "after", MINE - MINE // 2)
     return done
 

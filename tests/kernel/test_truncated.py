@@ -206,7 +206,10 @@ def watched(
 
 @pytest.mark.parametrize("name", ARGVS)
 def test_arguments(watched: Watched, name: str) -> None:
-    """16,384 bytes have room, 4,096 in `cmdline`. A character that is cut is left out, and is no bad one."""
+    """16,384 bytes have room, 4,096 of them in `cmdline`.
+
+    A character that is cut is left out, and is no bad one.
+    """
     event, argv = watched.exec_of(watched.done.argvs[name]), ARGVS[name]
     assert event.argv == argv.told
     assert event.truncated == (("argv", "cmdline") if argv.cut else ("cmdline",))
