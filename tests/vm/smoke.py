@@ -28,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STREAMER = [sys.executable, "-m", "streamer"]
+LINE_LEN = 4096  # of the arguments, in `cmdline`
 SECONDS = 120  # an emulated machine is slow
 AT_FDCWD = -100
 KINDS = "process.*,file.*,net.connect,net.accept,net.close"
@@ -72,13 +73,18 @@ class Doer:
         self._expect("process.exit", child | _end(status))
 
     def _execution(self, argv: list[str]) -> Event:
+        area = b"".join(argument.encode() + b"\0" for argument in argv)
         return {
             "exe": os.path.realpath(argv[0]),
             "filename": argv[0],
             "interp": "",
             "argv": argv,
             "argc": len(argv),
-            "cmdline": " ".join(argv),
+            "cmdline": area[:LINE_LEN]
+            .decode(errors="ignore")
+            .removesuffix("\0")
+            .replace("\0", " "),
+            "truncated": ["cmdline"] if len(area) > LINE_LEN else [],
             "cwd": self.directory,
             "parent_comm": _comm(),
             "parent_exe": os.readlink("/proc/self/exe"),
