@@ -74,6 +74,7 @@ class Doer:
 
     def _execution(self, argv: list[str]) -> Event:
         area = b"".join(argument.encode() + b"\0" for argument in argv)
+        line = area[:LINE_LEN].decode(errors="ignore")
         return {
             "exe": os.path.realpath(argv[0]),
             "filename": argv[0],
