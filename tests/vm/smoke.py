@@ -81,10 +81,7 @@ class Doer:
             "interp": "",
             "argv": argv,
             "argc": len(argv),
-            "cmdline": area[:LINE_LEN]
-            .decode(errors="ignore")
-            .removesuffix("\0")
-            .replace("\0", " "),
+            "cmdline": line.removesuffix("\0").replace("\0", " "),
             "truncated": ["cmdline"] if len(area) > LINE_LEN else [],
             "cwd": self.directory,
             "parent_comm": _comm(),
