@@ -70,20 +70,20 @@ static __always_inline __u32 maker_of(struct user_namespace *ns)
 	int i;
 
 	for (i = 0; i < MOST_USER_NAMESPACES; i++) {
-		if (BPF_CORE_READ(ns, level) <= 1)
+		if (READ(struct user_namespace, ns, level) <= 1)
 			break;
-		ns = BPF_CORE_READ(ns, parent);
+		ns = READ(struct user_namespace, ns, parent);
 	}
-	return BPF_CORE_READ(ns, owner.val);
+	return READ(struct user_namespace, ns, owner.val);
 }
 
 /* The outermost pid namespace that it is in but the initial one; NULL if it is in that. */
 static __always_inline struct pid_namespace *outer_pidns(struct task_struct *task)
 {
-	struct pid *pid = BPF_CORE_READ(task, thread_pid);
+	struct pid *pid = READ(struct task_struct, task, thread_pid);
 	struct pid_namespace *ns = NULL;
 
-	if (!pid || !BPF_CORE_READ(pid, level))
+	if (!pid || !READ(struct pid, pid, level))
 		return NULL;
 	if (bpf_probe_read_kernel(&ns, sizeof(ns),
 				  (void *)pid + bpf_core_field_offset(struct pid, numbers) +
@@ -99,8 +99,8 @@ static __always_inline bool is_delegated(struct cgroup *cgroup)
 
 	if (!bpf_core_field_exists(struct kernfs_iattrs, ia_uid)) /* nobody knows */
 		return false;
-	attributes = BPF_CORE_READ(cgroup, kn, iattr);
-	return attributes && BPF_CORE_READ(attributes, ia_uid.val);
+	attributes = READ(struct cgroup, cgroup, kn, iattr);
+	return attributes && READ(struct kernfs_iattrs, attributes, ia_uid.val);
 }
 
 /*
@@ -110,19 +110,19 @@ static __always_inline bool is_delegated(struct cgroup *cgroup)
  */
 static __always_inline bool paying_cgroup(struct payer_key *key, struct task_struct *task)
 {
-	struct cgroup *cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp);
+	struct cgroup *cgroup = READ(struct task_struct, task, cgroups, dfl_cgrp);
 	struct cgroup_subsys_state *above;
 	int i;
 
 	key->kind = PAYER_CGROUP;
-	key->id = BPF_CORE_READ(cgroup, kn, id);
+	key->id = READ(struct cgroup, cgroup, kn, id);
 	for (i = 0; i < MOST_CGROUPS_UP; i++) {
-		above = BPF_CORE_READ(cgroup, self.parent);
+		above = READ(struct cgroup, cgroup, self.parent);
 		if (!above)
 			return i;
 		if (is_delegated(cgroup))
-			key->id = BPF_CORE_READ(cgroup, kn, id);
-		cgroup = BPF_CORE_READ(above, cgroup);
+			key->id = READ(struct cgroup, cgroup, kn, id);
+		cgroup = READ(struct cgroup_subsys_state, above, cgroup);
 	}
 	key->id = 0;
 	return true;
@@ -137,15 +137,15 @@ static __always_inline bool paying_cgroup(struct payer_key *key, struct task_str
 static __always_inline void find_payer(struct payer_key *key)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	struct user_namespace *ns = BPF_CORE_READ(task, cred, user_ns);
+	struct user_namespace *ns = READ(struct task_struct, task, cred, user_ns);
 	struct pid_namespace *pidns = outer_pidns(task);
-	bool contained = pidns && !maker_of(BPF_CORE_READ(pidns, user_ns));
-	__u32 user = BPF_CORE_READ(task, cred, uid.val), login = -1;
+	bool contained = pidns && !maker_of(READ(struct pid_namespace, pidns, user_ns));
+	__u32 user = READ(struct task_struct, task, cred, uid.val), login = -1;
 
-	if (BPF_CORE_READ(ns, level))
+	if (READ(struct user_namespace, ns, level))
 		user = maker_of(ns);
 	if (bpf_core_field_exists(task->loginuid))
-		login = BPF_CORE_READ(task, loginuid.val);
+		login = READ(struct task_struct, task, loginuid.val);
 	if (user && login && login != (__u32)-1)
 		user = login;
 	key->pad = 0;
@@ -154,7 +154,7 @@ static __always_inline void find_payer(struct payer_key *key)
 		key->id = user;
 	} else if (!paying_cgroup(key, task) && contained) {
 		key->kind = PAYER_CONTAINER;
-		key->id = BPF_CORE_READ(pidns, ns.inum);
+		key->id = READ(struct pid_namespace, pidns, ns.inum);
 	}
 }
 
@@ -236,12 +236,12 @@ static __always_inline bool bulk_stands_back(const struct payer *payer)
 	return 2 * held_by(payer, RING_CRITICAL, &fill) > SHARE * fill.free;
 }
 
-static __always_inline bool is_refused(const struct payer *payer, enum event_ring ring,
-				       const struct fill *fill, __u32 size)
+static __always_inline bool is_refused(const struct pressure *now, const struct payer *payer,
+				       enum event_ring ring, const struct fill *fill, __u32 size)
 {
 	if (held_by(payer, ring, fill) + size > SHARE * fill->free)
 		return true;
-	return ring == RING_BULK && bulk_stands_back(payer);
+	return ring == RING_BULK && now->pressed[RING_CRITICAL] && bulk_stands_back(payer);
 }
 
 /* Whether there is room for the current task's record in a ring that fills up. Not static, as others
@@ -252,7 +252,7 @@ __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
 	struct payer *payer;
 	struct fill fill;
 
-	if (perf_buffers)
+	if (perf_buffers || !now)
 		return true;
 	if (ring == RING_CRITICAL)
 		look_at(&fill, &critical);
@@ -263,9 +263,9 @@ __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
 	payer = current_payer();
 	if (!payer)
 		return true;
-	if (ring == RING_CRITICAL ? is_refused(payer, RING_CRITICAL, &fill, size) :
-				    is_refused(payer, RING_BULK, &fill, size)) {
-		if (now && paid < PAID_END) {
+	if (ring == RING_CRITICAL ? is_refused(now, payer, RING_CRITICAL, &fill, size) :
+				    is_refused(now, payer, RING_BULK, &fill, size)) {
+		if (paid < PAID_END) {
 			count(&payer->refused[paid]);
 			count(&now->refused[paid]);
 		}
