@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernel.agent import Agent, Recording
+from tests.kernel.agent import ROOT, Agent, Recording
 from tests.kernel.pace import repetitions
 from tests.kernel.roles import Role
 from tests.kernel.scope import Scope, checkpoint
@@ -95,6 +97,13 @@ def lost(recording: Recording) -> Counter[str]:
     return Counter({kind: found.lost for kind, found in counts if found.lost})
 
 
+def verified(agent: Agent) -> tuple[int, str]:
+    """Exit status and words of `streamer verify` for what was written."""
+    command = [sys.executable, "-m", "streamer", "verify", str(agent.output)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
 def words(recording: Recording, word: str) -> list[Any]:
     return [event for event in recording.of("process.exec") if event.argv[0] == word]
 
@@ -131,6 +140,8 @@ def test_a_flood_while_nothing_is_read(
     assert refused(recording) == {("user", UID): lost(recording)}
     assert lost(recording).keys() == set(PROCESSES)
     assert lost(recording)["process.exec"] > spawned // 10
+    status, said = verified(agent)
+    assert status == 0, said
 
 
 @pytest.mark.parametrize(
