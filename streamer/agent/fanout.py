@@ -146,6 +146,14 @@ class Fanout(Listener):
         # By these numbers the sink says which of them it gave up, if it has to.
         self._give(sink, Batch(records, spans={OWN_RECORDS: (records[0].seq, records[-1].seq)}))
 
+    def checkpoint(
+        self, complete: Mapping[tuple[str, int], int], taken: Mapping[tuple[str, int], int]
+    ) -> None:
+        """See `Sink`: told are those that are not owed anything."""
+        for sink in self.sinks:
+            if not self._owed[sink] and self.is_open(sink):
+                sink.checkpoint(complete, taken)
+
     def untold(self, sink: Sink) -> list[Lost]:
         """What the sink was never told, or never delivered."""
         return self._owed[sink].untold(_under_way(sink))
@@ -169,7 +177,7 @@ class Fanout(Listener):
     @property
     def pending(self) -> bool:
         """Whether any open sink still has something to deliver."""
-        return any(sink.account.pending for sink in self.sinks if self.is_open(sink))
+        return any(sink.waiting for sink in self.sinks if self.is_open(sink))
 
     def is_open(self, sink: Sink) -> bool:
         """Whether the sink still takes events."""
@@ -264,7 +272,8 @@ class Fanout(Listener):
         # A lost loss record must not make another one, for ever; the heartbeat counts it.
         if kinds.get("stream.loss"):
             first, last = spans.get(OWN_RECORDS, (0, _NEWEST))
-            self._owed[sink].dropped(kinds["stream.loss"], first, last)
+            if not _of_another_run(spans):  # which told it
+                self._owed[sink].dropped(kinds["stream.loss"], first, last)
         events = {kind: n for kind, n in kinds.items() if not kind.startswith("stream.")}
         if events:
             lost = Lost.of_sink(events, reason, spans)
@@ -290,4 +299,9 @@ def _under_way(sink: Sink) -> int:
         counts["stream.loss"]
         for counts in (sink.account.received, sink.account.delivered, sink.account.dropped)
     )
-    return received - delivered - dropped
+    return received - delivered - dropped - sink.kept.get("stream.loss", 0)
+
+
+def _of_another_run(spans: Spans) -> bool:
+    """Whether they are of events that another run read, and no others."""
+    return bool(spans) and all(len(place) == 3 for place in spans)

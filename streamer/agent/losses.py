@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from msgspec import UNSET
+
 from streamer.events.batch import Spans
 from streamer.events.stream import SeqRange
 
@@ -53,7 +55,9 @@ class Lost:
     def of_sink(cls, kinds: Mapping[str, int], reason: str, spans: Spans) -> Lost:
         """What a sink gave up."""
         ranges = tuple(
-            SeqRange(*place, *span) for place, span in spans.items() if place != OWN_RECORDS
+            SeqRange(place[0], place[1], *span, place[2] if len(place) == 3 else UNSET)
+            for place, span in spans.items()
+            if place[:2] != OWN_RECORDS
         )
         return cls("sink", reason[:MOST_REASON], sum(kinds.values()), kinds, ranges)
 
@@ -181,7 +185,7 @@ def merged(ranges: Iterable[SeqRange], most: int = MOST_RANGES) -> list[SeqRange
     At most `most` of them, or one for each ring and CPU if these are more.
     """
     joined: list[SeqRange] = []
-    for one in sorted(ranges, key=lambda r: (r.ring, r.cpu, r.seq_from)):
+    for one in sorted(ranges, key=lambda r: (*_place(r), r.seq_from)):
         if joined and _gap(joined[-1], one) <= 0:
             joined[-1] = _cover(joined[-1], one)
         else:
@@ -199,13 +203,17 @@ _ELSEWHERE = float("inf")
 
 def _gap(one: SeqRange, other: SeqRange) -> float:
     """How many numbers are between a range and a later one of the same ring and CPU."""
-    if (one.ring, one.cpu) != (other.ring, other.cpu):
+    if _place(one) != _place(other):
         return _ELSEWHERE
     return other.seq_from - one.seq_to - 1
 
 
 def _cover(one: SeqRange, other: SeqRange) -> SeqRange:
-    return SeqRange(one.ring, one.cpu, one.seq_from, max(one.seq_to, other.seq_to))
+    return SeqRange(one.ring, one.cpu, one.seq_from, max(one.seq_to, other.seq_to), one.run_id)
+
+
+def _place(one: SeqRange) -> tuple[str, int, str]:
+    return one.ring, one.cpu, "" if one.run_id is UNSET else one.run_id
 
 
 def _bridge(ranges: list[SeqRange], where: Container[int]) -> list[SeqRange]:

@@ -141,6 +141,16 @@ class Reporter:
             refused=self._payers.refused(),
         )
 
+    def complete(self) -> dict[tuple[str, int], int]:
+        """Per ring and CPU, the number up to which each event was read or is known to be lost."""
+        found = {}
+        for source in self._reader.sources:
+            for cpu in range(self._kernel.cpus):
+                passed = source.ring.next_seq(cpu) - 1
+                if passed:
+                    found[source.name, cpu] = source.gaps.complete(cpu, passed)
+        return found
+
     def seqs(self) -> dict[str, list[int]]:
         """Per ring, the last sequence number taken on each CPU."""
         return self._counters.seqs()
@@ -255,6 +265,8 @@ def sink_counts(sink: Sink) -> SinkCounts:
         pending=account.pending,
         pending_bytes=sink.watermarks.held,
         status=sink.status,
+        spooled=sink.spooled,
+        recovered=sink.recovered,
     )
 
 
@@ -275,7 +287,9 @@ def account_line(
             sum(n for kind, n in counter.items() if not kind.startswith("stream."))
             for counter in (sink.account.delivered, sink.account.dropped)
         )
-        parts.append(f"{sink.name} {delivered:,} delivered, {dropped:,} dropped")
+        kept = sum(n for kind, n in sink.kept.items() if not kind.startswith("stream."))
+        spooled = f", {kept:,} in the spool" if kept else ""
+        parts.append(f"{sink.name} {delivered:,} delivered, {dropped:,} dropped{spooled}")
     parts.append(f"{filtered:,} filtered, {lost:,} lost")
     if shed:
         parts.append(f"{shed:,} shed")

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
+import msgspec
 import uvloop
 
 from streamer.agent import signals
@@ -23,7 +24,14 @@ from streamer.agent.service import Outcome, Service
 from streamer.agent.timing_key import timing_of
 from streamer.config.cleartext import cleartext_passwords
 from streamer.config.rules import host_problems
-from streamer.config.settings import Limits, Settings, StdoutSink, with_budgets
+from streamer.config.settings import (
+    AnySink,
+    Limits,
+    Settings,
+    StdoutSink,
+    spool_mode,
+    with_budgets,
+)
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.batch import Batch
 from streamer.events.envelope import host_name
@@ -36,6 +44,7 @@ from streamer.privilege.named import exposed_secrets
 from streamer.privilege.split import Split
 from streamer.sinks.base import Sink
 from streamer.sinks.factory import Render, make_sink
+from streamer.spool.spool import SHARE, Before, Spool
 from streamer.terminal.console import Console
 from streamer.terminal.lines import Renderer, StatusLine, printable, same_terminal, wants_color
 from streamer.terminal.log import logging_to
@@ -46,6 +55,8 @@ CLOSE_SECONDS = 1.0
 """How long the last lines wait for somebody to read them."""
 
 T = TypeVar("T")
+
+NOTHING_BEFORE = Before()
 
 _log = logging.getLogger("streamer")
 
@@ -103,10 +114,14 @@ def _split_and_run(
         notifier = Notifier.of(os.environ) if sink is None else None
         if notifier is not None:
             stack.callback(notifier.close)
+        spool = _open_spool(settings, split) if sink is None else None
         split.drop(answers=any(listeners))
+        before = spool.before if spool is not None else NOTHING_BEFORE
+        if spool is not None and not spool.use():
+            spool = None
         console.start()
         given = Surroundings(
-            line, split, kernel, terminal, notes, timing, sink, listeners, notifier
+            line, split, kernel, terminal, notes, timing, sink, listeners, notifier, spool, before
         )
         return run_loop(_run(settings, kinds, limits, given))
 
@@ -153,6 +168,9 @@ class Surroundings(NamedTuple):
     """Where it is asked about itself."""
     notifier: Notifier | None = None
     """Where a service manager is told."""
+    spool: Spool | None = None
+    before: Before = NOTHING_BEFORE
+    """What the spool knows of the runs before."""
 
 
 async def _run(
@@ -171,6 +189,8 @@ async def _run(
                 return await service.run()
     finally:
         given.split.client.unwatch(asyncio.get_running_loop())
+        if given.spool is not None:
+            await given.spool.close()
 
 
 def _sinks(settings: Settings, given: Surroundings) -> list[Sink]:
@@ -181,7 +201,23 @@ def _sinks(settings: Settings, given: Surroundings) -> list[Sink]:
         raise ConfigError(problem)
     render = _render(settings, given.line)
     chosen = with_budgets(settings.sinks)
-    return [make_sink(one, host, render, given.split.opener) for one in chosen]
+    return [_sink(one, host, render, given) for one in chosen]
+
+
+def _sink(chosen: AnySink, host: str, render: Render | None, given: Surroundings) -> Sink:
+    mode = spool_mode(chosen)
+    if given.spool is None or mode == "off":
+        return make_sink(chosen, host, render, given.split.opener)
+    behind = msgspec.structs.replace(chosen, budget_bytes=chosen.budget // SHARE)
+    sink = make_sink(behind, host, render, given.split.opener)
+    return given.spool.in_front_of(sink, mode, chosen.budget)
+
+
+def _open_spool(settings: Settings, split: Split) -> Spool | None:
+    """The spool, if a sink has one."""
+    if all(spool_mode(one) == "off" for one in settings.sinks):
+        return None
+    return Spool.open(settings.spool, split.drop)
 
 
 def _service(
@@ -193,7 +229,9 @@ def _service(
 ) -> Service:
     noted: _Noted = {}
     if given.notes is not None:
-        noted = {"previous": given.notes.read(), "leave_note": given.notes.write}
+        noted = {"leave_note": given.notes.write}
+    note = given.notes.read() if given.notes is not None else None
+    noted["previous"] = given.before.told_by(note)
     try:
         return Service(
             settings,
@@ -203,6 +241,7 @@ def _service(
             given.kernel,
             status_line=given.line,
             timing=given.timing,
+            spool=given.spool,
             **noted,
         )
     except OSError as error:

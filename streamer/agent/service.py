@@ -27,6 +27,7 @@ from streamer.operation.activity import Watch
 from streamer.operation.look import Look, Phase, TopLook
 from streamer.ring.reader import PerfSource, RingReader, open_sources
 from streamer.sinks.base import Sink
+from streamer.spool.spool import Spool
 from streamer.summaries.period import Summaries
 from streamer.terminal.lines import Rates, StatusLine, status_text
 
@@ -75,11 +76,12 @@ class Service:
         timing: Timing | None = None,
         previous: PreviousRun | None = None,
         leave_note: Callable[[PreviousRun], None] = lambda note: None,
+        spool: Spool | None = None,
     ) -> None:
         """`kernel` is loaded and not attached; `sinks` are in the order of `settings.sinks`.
 
         `timing` makes times coarse. `previous` is the run before, for the manifest; `leave_note`
-        keeps a note for the next.
+        keeps a note for the next. `spool` is what some of the sinks use.
 
         Raises:
             OSError: a ring or a table cannot be mapped.
@@ -94,6 +96,7 @@ class Service:
         self._error: StreamerError | None = None
         self._previous = previous
         self._leave_note = leave_note
+        self._spool = spool
         self._untold: list[UntoldLoss] = []
         self._started_ns = time.time_ns()
         self._finished = False
@@ -192,7 +195,7 @@ class Service:
             self.fanout.stopping = True
             await self._stop_sinks(0)
             raise
-        self._leave_note(self._note())  # true if it is killed
+        self._keep_note()  # true if it is killed
         self.phase, self.ticked = "streaming", time.monotonic()
         try:
             await self._stream()
@@ -204,7 +207,7 @@ class Service:
                 await self._finish()
             finally:
                 self._untold = self._found_untold()
-                self._leave_note(self._note())
+                self._keep_note()
         if self._error is not None:
             _log.info(self._account())
             raise self._error
@@ -282,7 +285,17 @@ class Service:
         counts = reporter.counts(self._read)
         return account_line(counts, self.fanout.sinks, reporter.uptime, reporter.missed_runs)
 
+    def _keep_note(self) -> None:
+        note = self._note()
+        self._leave_note(note)
+        if self._spool is not None:
+            self._spool.note(note)
+
     async def _start(self) -> None:
+        if self._spool is not None:
+            note = self._note()
+            self._leave_note(note)  # first, because it has what the spool then forgets
+            self._spool.begin(note)
         for sink in self.fanout.sinks:
             try:
                 await sink.start()
@@ -348,8 +361,11 @@ class Service:
             self._watch.roll()
             self.reader.refresh_clock()
             self._run_timed()
+            taken = self._reporter.seqs()
             self._find_losses()
+            complete = self._reporter.complete()
             self.fanout.publish_owed()
+            self._checkpoint(complete, taken)
             self._log_losses()
             self._follow_interfaces()
             self._follow_cpus()
@@ -370,6 +386,16 @@ class Service:
             self._kernel.run_timed()
         except OSError as error:
             self.fail(KernelError(f"what is run every second cannot be: {error}"))
+
+    def _checkpoint(
+        self, complete: dict[tuple[str, int], int], taken: dict[str, list[int]]
+    ) -> None:
+        """Have the spool remember how far this run has come."""
+        if self._spool is None:
+            return
+        last = {(ring, cpu): n for ring, row in taken.items() for cpu, n in enumerate(row) if n}
+        self.fanout.checkpoint(complete, last)
+        self._spool.note()
 
     async def _walk_flows(self, flows: FlowWalk) -> None:
         while True:
@@ -497,7 +523,7 @@ class Service:
         self.fanout.ending = True
         self.reader.stop()
         try:
-            if any(sink.account.pending and sink.status != "up" for sink in self.fanout.sinks):
+            if any(sink.waiting and sink.status != "up" for sink in self.fanout.sinks):
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
             # Half for reading what is left, so that there is time to deliver it.
             await self._flush_flows(begun + grace / 4)

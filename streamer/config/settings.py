@@ -369,6 +369,24 @@ class TimingSection(Section, frozen=True, kw_only=True):
     ] = True
 
 
+class SpoolSection(Section, frozen=True, kw_only=True):
+    """The disk spool of the sinks that have `spool`: see docs/spool.md."""
+
+    directory: Annotated[
+        Text,
+        form("^/", "an absolute path"),
+        doc(
+            "Where it is. The directory is made with mode 0700, and has to belong to whoever "
+            "starts the agent; its parent, too, or to root."
+        ),
+    ] = "/var/lib/streamer/spool"
+    max_bytes: Annotated[
+        int,
+        Meta(ge=1 << 20, le=1 << 44),
+        doc("Most bytes on disk. What is over it makes way, the oldest of `bulk` first, as loss."),
+    ] = 1 << 30
+
+
 class Tls(Section, frozen=True, kw_only=True):
     """TLS towards a broker. Without `ca_file` the system's certificates are trusted."""
 
@@ -416,6 +434,13 @@ def with_budgets(sinks: tuple[AnySink, ...]) -> tuple[AnySink, ...]:
     return tuple(
         msgspec.structs.replace(sink, budget_bytes=sink.budget_bytes or share) for sink in sinks
     )
+
+
+SpoolMode = Literal["off", "spill", "wal"]
+SPOOL = doc(
+    "What goes to disk: nothing; with `spill` what is over the budget, and what is left at the "
+    "end; with `wal` everything, before it is sent."
+)
 
 
 class SinkCommon(Section, tag_field="type", omit_defaults=True, frozen=True, kw_only=True):
@@ -510,6 +535,7 @@ class KafkaSink(SinkCommon, tag="kafka", frozen=True, kw_only=True):
     `topic` may contain `{category}` (`process`, `file`, `net`, `stream`) for a topic each.
     """
 
+    spool: Annotated[SpoolMode, SPOOL] = "off"
     bootstrap: Annotated[
         tuple[Text, ...], Meta(min_length=1), doc("Brokers to begin with, each `host:port`.")
     ]
@@ -543,6 +569,7 @@ class MqttSink(SinkCommon, tag="mqtt", frozen=True, kw_only=True):
     `topic` may contain `{category}` and `{host}`.
     """
 
+    spool: Annotated[SpoolMode, SPOOL] = "off"
     host: Annotated[Text, doc("Host name or address of the broker.")]
     port: Annotated[Port, doc("Its port; 8883 is usual with TLS.")] = 1883
     topic: Annotated[
@@ -612,6 +639,11 @@ class ControlSection(Section, frozen=True, kw_only=True):
             "first has it. Empty: none."
         ),
     ] = "/run/streamer/control.sock"
+
+
+def spool_mode(sink: AnySink) -> SpoolMode:
+    """What of a sink goes to disk."""
+    return sink.spool if isinstance(sink, KafkaSink | MqttSink) else "off"
 
 
 class Settings(Section, frozen=True, kw_only=True):
@@ -690,6 +722,7 @@ class Settings(Section, frozen=True, kw_only=True):
     control: Annotated[ControlSection, doc("How a running agent is asked.")] = field(
         default_factory=ControlSection
     )
+    spool: Annotated[SpoolSection, doc("Disk spool.")] = field(default_factory=SpoolSection)
     sinks: Annotated[tuple[AnySink, ...], doc("Where events go. Without one, standard output.")] = (
         StdoutSink(),
     )

@@ -13,8 +13,13 @@ import msgspec
 Encoding = Literal["json", "msgpack"]
 Event = msgspec.Struct
 
-Spans = Mapping[tuple[str, int], tuple[int, int]]
-"""Per ring and CPU, the first and the last sequence number: events are somewhere between them."""
+Place = tuple[str, int] | tuple[str, int, str]
+
+Spans = Mapping[Place, tuple[int, int]]
+"""Per ring and CPU, the first and the last sequence number: events are somewhere between them.
+
+A place that has a third part is of the run of that id, and not of this one.
+"""
 NO_SPANS: Spans = MappingProxyType({})
 
 TRIMMED_BYTES = 64 << 10

@@ -12,7 +12,7 @@ _SECOND = 1_000_000_000
 
 
 class Timed(Struct, kw_only=True, gc=False):
-    """What has a time in words, where that is configured (`rfc3339_time`)."""
+    """What has a time in words, where that is configured (`rfc3339_time`), and may be replayed."""
 
     time: (
         Annotated[
@@ -21,6 +21,13 @@ class Timed(Struct, kw_only=True, gc=False):
                 pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z$",
                 description="the same as `time_ns`, in RFC 3339; with `rfc3339_time`",
             ),
+        ]
+        | UnsetType
+    ) = UNSET
+    replayed: (
+        Annotated[
+            bool,
+            Meta(description="true of what was in the spool before it was sent; else not there"),
         ]
         | UnsetType
     ) = UNSET

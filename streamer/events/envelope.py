@@ -64,6 +64,7 @@ class Envelope:
             "boot_id": self.boot_id,
             "ring": ring,
             "time": UNSET,
+            "replayed": UNSET,
         }
 
     def id_prefix(self, ring: str) -> str:

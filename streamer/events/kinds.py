@@ -365,6 +365,7 @@ _TASK = (
 
 _END = (
     FieldLayout("time", "const", 0, 'time'),
+    FieldLayout("replayed", "const", 0, 'replayed'),
 )
 
 RECORDS: dict[int, RecordLayout] = {
@@ -703,6 +704,7 @@ _TASK_INFO = (
 
 _END_INFO = (
     FieldInfo("time", "string", "at the end, with `rfc3339_time` alone: the same as `time_ns`, in RFC 3339"),
+    FieldInfo("replayed", "boolean", "at the end, and true, of what was in the spool before it was sent"),
 )
 
 KINDS: dict[str, KindInfo] = {

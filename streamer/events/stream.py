@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from streamer.events.clock import Timed
 from streamer.events.kinds import Ring
@@ -76,6 +76,35 @@ class SeqRange(Struct, gc=False):
     cpu: Annotated[Cpu, Meta(description="CPU")]
     seq_from: Annotated[Seq, Meta(description="first")]
     seq_to: Annotated[Seq, Meta(description="last")]
+    run_id: (
+        Annotated[str, Meta(description="run whose numbers these are, if not that of the record")]
+        | UnsetType
+    ) = UNSET
+
+
+class RunMark(Struct, gc=False):
+    """How far the run before had come for one sink, with the numbers of one ring and CPU.
+
+    Known where the sink has a spool. Of the numbers after `seq`, those that did not come are lost.
+    """
+
+    sink: Annotated[str, Meta(description="name of the sink")]
+    ring: Annotated[RingName, Meta(description="ring")]
+    cpu: Annotated[Cpu, Meta(description="CPU")]
+    seq: Annotated[
+        Count,
+        Meta(description="up to here each was delivered, is in the spool, or was told as lost"),
+    ]
+    last: Annotated[
+        Count,
+        Meta(
+            description="last that was in the spool or delivered; with `spill`, what was delivered "
+            "without it in the last second may have come after it"
+        ),
+    ]
+    taken: Annotated[
+        Count, Meta(description="last that the run knew to have been taken in the kernel")
+    ]
 
 
 class UntoldLoss(Struct, gc=False):
@@ -108,6 +137,10 @@ class PreviousRun(Struct, gc=False):
         list[UntoldLoss],
         Meta(description="losses that it could not tell, and those that it could not hand on"),
     ]
+    marks: Annotated[
+        list[RunMark],
+        Meta(description="how far it had come, for each sink with a spool, ring and CPU"),
+    ] = field(default_factory=list)
 
 
 class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
@@ -190,6 +223,12 @@ class SinkCounts(Struct, gc=False):
     pending: Annotated[Count, Meta(description="neither yet")]
     pending_bytes: Annotated[Count, Meta(description="bytes held")]
     status: Annotated[Status, Meta(description="of its broker or file")]
+    spooled: Annotated[
+        Count, Meta(description="of those pending, on disk and not given to the sink yet")
+    ] = 0
+    recovered: Annotated[
+        Count, Meta(description="of those received, found in the spool, from runs before")
+    ] = 0
 
 
 class ReaderCounts(Struct, gc=False):

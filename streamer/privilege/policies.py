@@ -51,7 +51,7 @@ restart_syscall membarrier arch_prctl statfs fstatfs capget getcpu
 
 _WORKER = """
 epoll_create1 epoll_ctl epoll_pwait2 eventfd2 connect bind getsockname getpeername getsockopt
-sendmmsg recvmmsg shutdown memfd_create ftruncate fsync fdatasync
+sendmmsg recvmmsg shutdown memfd_create ftruncate fsync fdatasync pwrite64
 """
 
 _HELPER = "bpf perf_event_open open openat rename renameat renameat2 unlink unlinkat fchmod"

@@ -124,7 +124,7 @@ def preload(settings: Settings) -> None:
     As another user it may not be able to read them: an installation below /root, for example.
     """
     kinds: Sequence[object] = [type(sink).__struct_config__.tag for sink in settings.sinks]
-    for name in (*_MODULES, *(f"streamer.sinks.{kind}" for kind in kinds)):
+    for name in (*_MODULES, *(f"streamer.sinks.{kind}" for kind in kinds), "isal.isal_zlib"):
         importlib.import_module(name)
     for name in _CODECS:
         codecs.lookup(name)

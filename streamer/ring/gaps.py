@@ -103,6 +103,11 @@ class GapTracker:
                     yield loss
             gaps[:] = waiting
 
+    def complete(self, cpu: int, passed: int) -> int:
+        """The last number, of those up to `passed`, before which none is still waited for."""
+        firsts = (gap.first - 1 for gap in self._gaps.get(cpu, ()))
+        return min((passed, *firsts))
+
     def _open(self, cpu: int, first: int, last: int, now_ns: int, tail: bool = False) -> None:
         if first > last:
             return

@@ -18,7 +18,7 @@ from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
-from streamer.events.batch import Batch, Event, Spans, join_spans
+from streamer.events.batch import Batch, Event, Place, Spans, join_spans
 from streamer.events.clock import clock_offset_ns
 from streamer.events.envelope import Envelope
 from streamer.events.kinds import HEADER, RECORDS
@@ -64,7 +64,7 @@ class Source(ABC):
 
     def passed(self, gaps: Iterable[Gap]) -> Spans:
         """The numbers of what was drained since the last time; `gaps` came with it."""
-        spans = {}
+        spans: dict[Place, tuple[int, int]] = {}
         for cpu, before in enumerate(self._next):
             after = self.ring.next_seq(cpu)
             if after > before:

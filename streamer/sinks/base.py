@@ -113,6 +113,10 @@ class Sink(ABC):
         """Of encoded events."""
         self.listener = Listener()
         self.status: Status = "starting"
+        self.ticket = 0
+        """A number for what is submitted next: see `oldest`."""
+        self.recovered = 0
+        """Events of earlier runs that it had when it started: they are `received`, too."""
 
     @abstractmethod
     async def start(self) -> None:
@@ -134,6 +138,36 @@ class Sink(ABC):
 
         Never hangs and never raises; calling it twice is harmless.
         """
+
+    def checkpoint(  # noqa: B027 - only a spool remembers
+        self, complete: Mapping[tuple[str, int], int], taken: Mapping[tuple[str, int], int]
+    ) -> None:
+        """Each number up to `complete`, of a ring and CPU, was submitted, or told as lost.
+
+        `taken` are the last that are known to have been taken in the kernel.
+        """
+
+    @property
+    def waiting(self) -> int:
+        """Events that the end has to wait for: those `pending` that are nowhere else."""
+        return self.account.pending
+
+    @property
+    def spooled(self) -> int:
+        """Of those `pending`, the events that are on disk and wait."""
+        return 0
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        """Of those `pending` when it has stopped, what the next run will deliver."""
+        return {}
+
+    def oldest(self) -> int | None:
+        """The least `ticket` of what is held, at which everything before is accounted for.
+
+        None: nothing is held. Only for sinks that a spool can be in front of.
+        """
+        raise NotImplementedError
 
     def discard(self, reason: str) -> None:  # noqa: B027 - what is delivered at once never waits
         """Drop what waits and has not begun to be delivered: there is no time left for it.

@@ -36,6 +36,11 @@ class TopicQueue:
         return bool(self._batches)
 
     @property
+    def first(self) -> EncodedBatch | None:
+        """What is taken next, or None."""
+        return self._batches[0] if self._batches else None
+
+    @property
     def number(self) -> int:
         """How many events are held."""
         return self._number

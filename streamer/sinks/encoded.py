@@ -44,7 +44,8 @@ class EncodedBatch(NamedTuple):
 
     The events themselves are not kept: while a broker is away they would hold several times
     the memory of their records. Their types are, for the counts of the parts. `size` is the bytes
-    of the records, without line ends. `spans` are those of the drained batch, also in its parts.
+    of the records, without line ends. `spans` are those of the drained batch, also in its parts;
+    `ticket` is its number to whoever submitted it, and of several in one that of the first.
     """
 
     data: Records
@@ -53,18 +54,19 @@ class EncodedBatch(NamedTuple):
     kinds: Mapping[str, int]
     size: int
     spans: Spans
+    ticket: int = 0
 
     @classmethod
-    def of(cls, batch: Batch, encoding: Encoding, marks: Marks) -> EncodedBatch:
+    def of(cls, batch: Batch, encoding: Encoding, marks: Marks, ticket: int = 0) -> EncodedBatch:
         """A whole batch, with what the format needs of each event."""
         types = list(map(type, batch.events))
         if encoding == "json":  # as one piece, which costs least, and other sinks share it
             lines = batch.lines("json")
             size = len(lines) - len(batch)
-            return EncodedBatch(lines, marks, types, batch.kinds, size, batch.spans)
+            return EncodedBatch(lines, marks, types, batch.kinds, size, batch.spans, ticket)
         records = batch.records(encoding)
         size = sum(map(len, records))
-        return EncodedBatch(records, marks, types, batch.kinds, size, batch.spans)
+        return EncodedBatch(records, marks, types, batch.kinds, size, batch.spans, ticket)
 
     @property
     def number(self) -> int:
@@ -137,7 +139,8 @@ class EncodedBatch(NamedTuple):
         counts = Counter(types)
         kinds = {str(cls.__struct_config__.tag): n for cls, n in counts.items()}
         size = len(data) - len(types) if isinstance(data, bytes) else sum(map(len, data))
-        return EncodedBatch(data, self.marks[start:stop], types, kinds, size, self.spans)
+        marks = self.marks[start:stop]
+        return EncodedBatch(data, marks, types, kinds, size, self.spans, self.ticket)
 
 
 def joined(batches: list[EncodedBatch]) -> EncodedBatch:
@@ -155,7 +158,7 @@ def joined(batches: list[EncodedBatch]) -> EncodedBatch:
     else:
         data = list(chain.from_iterable(b.data for b in batches if isinstance(b.data, list)))
     kinds, spans = kinds_of(batches), spans_of(batches)
-    return EncodedBatch(data, marks, types, kinds, size_of(batches), spans)
+    return EncodedBatch(data, marks, types, kinds, size_of(batches), spans, first.ticket)
 
 
 def _join_marks(parts: list[Marks]) -> Marks:

@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 def constants(ring: str) -> dict[str, object]:
     """What the decoder of a ring is given."""
-    return {**CONSTANTS, "ring": ring, "time": msgspec.UNSET}
+    return {**CONSTANTS, "ring": ring, "time": msgspec.UNSET, "replayed": msgspec.UNSET}
 
 
 def published(event: msgspec.Struct) -> dict[str, Any]:

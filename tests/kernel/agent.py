@@ -48,7 +48,8 @@ def decoded(line: bytes) -> Any:
     """The Struct of a line; it must have exactly the fields of its schema, of their types."""
     raw = json.loads(line)
     schema = schema_of(raw["event"])
-    assert raw.keys() | {"time"} == schema["properties"].keys() >= set(schema["required"])
+    optional = {"time", "replayed"}
+    assert raw.keys() | optional == schema["properties"].keys() >= set(schema["required"])
     event = DECODERS[raw["event"]].decode(line)
     assert inert(msgspec.json.encode(event)) == line
     return event

@@ -348,6 +348,7 @@ def _event(found: DnsMessage) -> dict[str, Any]:
     }
     zeros |= {"incomplete": False, "invalid_utf8": False, "owner_known": True}
     zeros.pop("time")
+    zeros.pop("replayed")
     parts = {**found._asdict(), "answers": [msgspec.to_builtins(a) for a in found.answers]}
     return {"event": "net.dns", **zeros, **parts}
 

@@ -9,7 +9,7 @@ import pytest
 
 from streamer.agent.fanout import Fanout, Policy, policy_of
 from streamer.agent.losses import MOST_RANGES, OWN_RECORDS, Lost
-from streamer.events.batch import Batch
+from streamer.events.batch import Batch, Spans
 from streamer.events.envelope import Envelope
 from streamer.events.stream import SeqRange, StreamLoss
 from streamer.sinks.base import Sink
@@ -294,7 +294,7 @@ async def test_loss_records_are_no_numbers_of_events() -> None:
     """Where they are dropped with events: their own numbers are those of the run."""
     sink = await opened("one", hold=True)
     fanout = Calls().fanout((sink, "pause"))
-    spans = {("bulk", 1): (4, 6), OWN_RECORDS: (7, 7)}
+    spans: Spans = {("bulk", 1): (4, 6), OWN_RECORDS: (7, 7)}
     fanout.sink_dropped(sink, {"file.open": 3, "stream.loss": 1}, "refused", spans)
     (lost,) = fanout.untold(sink)
     assert (lost.count, lost.ranges) == (3, (SeqRange("bulk", 1, 4, 6),))

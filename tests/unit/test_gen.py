@@ -89,7 +89,7 @@ def test_a_field_more_is_one_line_and_one_command(with_answer: Variant) -> None:
     """It is in the Struct, the layout table, the schema and the documentation."""
     module = generated(with_answer)
     doc = 'the answer, in units of "one"'
-    assert module.ProcessExit.__struct_fields__[-2:] == ("answer", "time")
+    assert module.ProcessExit.__struct_fields__[-3:] == ("answer", "time", "replayed")
     assert module.ProcessExit.__annotations__["answer"].startswith("Annotated[int,")
     number, old = next((n, r) for n, r in events.RECORDS.items() if r.kind == "process.exit")
     layout = module.RECORDS[number]
@@ -127,7 +127,9 @@ def test_what_is_bounded_is_so_in_the_schema(variant: Make) -> None:
         "version": {"enum": [4, 6], "description": "d"},
     }
     assert sorted(schema["properties"]["way"]["enum"]) == ["in", "out", "unknown"]
-    assert set(schema["properties"]) - set(schema["required"]) == {"share", "way", "time"}
+    assert set(schema["properties"]) - set(schema["required"]) == {
+        *("share", "way", "time", "replayed")
+    }
     assert schema["additionalProperties"] is False
     page = (made.root / "docs" / "events.md").read_text()
     assert "| `level` | integer from -20 to 19 | b |\n| `port` | integer | c |\n" in page
@@ -222,7 +224,9 @@ def test_generated_schemas_are_of_every_kind() -> None:
     for kind in events.KINDS:
         schema = json.loads((ROOT / "schemas" / f"{kind}.json").read_text())
         properties = schema["properties"]
-        assert schema["required"] == [name for name in properties if name != "time"]
+        assert schema["required"] == [
+            name for name in properties if name not in ("time", "replayed")
+        ]
         assert properties["event"] == {"enum": [kind]}
         assert all(p["description"] for name, p in properties.items() if name != "event")
 
@@ -263,10 +267,11 @@ def test_a_kind_without_a_task_has_no_fields_of_one(with_packet: ModuleType) -> 
     module, layout = with_packet, with_packet.RECORDS[63]
     assert module.XdpDrop.__mro__[1] is module.Event
     assert module.XdpDrop.__struct_fields__ == (
-        *module.Event.__struct_fields__[:-1],
+        *module.Event.__struct_fields__[:-2],
         "interface",
         "name",
         "time",
+        "replayed",
     )
     assert (layout.size, layout.max_size) == (40, 40 + 256)
     info = module.KINDS["xdp.drop"]
@@ -285,14 +290,14 @@ def test_a_record_without_a_task_is_decoded(with_packet: ModuleType, reader: Mod
 
 
 def test_what_every_event_begins_with() -> None:
-    """The order is published, and consumers may rely on it. `time` is last, where configured."""
+    """The order is published, and consumers may rely on it. What need not be there is last."""
     assert events.Event.__struct_fields__ == (
         "schema", "id", "time_ns", "boot_ns", "host", "boot_id", "ring", "seq", "cpu", "weight",
-        "truncated", "incomplete", "invalid_utf8", "time",
+        "truncated", "incomplete", "invalid_utf8", "time", "replayed",
     )  # fmt: skip
     task = [name for name, _, _ in objects.CONTRACT["event_task"] if name != "pad"]
-    own = events.TaskEvent.__struct_fields__[len(events.Event.__struct_fields__) - 1 :]
-    assert list(own) == [*task, "time"]
+    own = events.TaskEvent.__struct_fields__[len(events.Event.__struct_fields__) - 2 :]
+    assert list(own) == [*task, "time", "replayed"]
     for layout in events.RECORDS.values():
         members = objects.CONTRACT[layout.kind.replace(".", "_")]
         has_task = any(name == "task" for name, _, _ in members)

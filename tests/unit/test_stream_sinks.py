@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from streamer.config import settings
 from streamer.errors import SinkError
-from streamer.events.batch import Batch
+from streamer.events.batch import Batch, Spans
 from streamer.privilege.files import AppendFile, AppendTarget, DirectOpener, Packing
 from streamer.sinks.base import Sink, size_beside
 from streamer.sinks.file import FileSink, Rotation
@@ -277,7 +277,10 @@ async def test_the_budget_bounds_the_memory(encoding: Any, each: int) -> None:
         number = 10**6
         while not sink.watermarks.full:
             number += each
-            spans = {("bulk", 0): (number, number + 1), ("critical", 1): (number + 2, number + 3)}
+            spans: Spans = {
+                ("bulk", 0): (number, number + 1),
+                ("critical", 1): (number + 2, number + 3),
+            }
             sink.submit(Batch(execs(each, number, pad=300).events, spans=spans))
         held, _ = tracemalloc.get_traced_memory()
     finally:

@@ -34,7 +34,7 @@ def events_page(
     model: Model, summaries: Iterable[KindInfo], stream_kinds: Iterable[KindInfo]
 ) -> str:
     """The text of `docs/events.md`."""
-    lines = [_HEAD, *_table((*model.base.fields, model.base.time))]
+    lines = [_HEAD, *_table((*model.base.fields, *model.base.end))]
     lines += ["", "Then, where the event has a task, who it was:", "", *_table(model.task)]
     for record in model.records:
         lines += _section(record)

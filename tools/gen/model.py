@@ -67,13 +67,13 @@ class Field(NamedTuple):
 class Base(NamedTuple):
     """What every event begins with: `head`, then `cut` with the record's strings, then `marks`.
 
-    `time` is what it ends with, where that is configured.
+    `end` is what it can end with: none of it is there as a rule.
     """
 
     head: tuple[Field, ...]
     cut: Field
     marks: tuple[Field, ...]
-    time: Field
+    end: tuple[Field, ...]
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -192,7 +192,10 @@ def _base(btf: Btf) -> Base:
     doc = "whether bytes that are not UTF-8 were replaced by U+FFFD"
     marks = (incomplete, Field("invalid_utf8", "invalid_utf8", 0, None, doc))
     doc = "at the end, with `rfc3339_time` alone: the same as `time_ns`, in RFC 3339"
-    return Base(head, cut, marks, Field("time", "const", 0, "time", doc))
+    time = Field("time", "const", 0, "time", doc)
+    doc = "at the end, and true, of what was in the spool before it was sent"
+    replayed = Field("replayed", "const", 0, "replayed", doc, made="bool")
+    return Base(head, cut, marks, (time, replayed))
 
 
 def _task(btf: Btf) -> tuple[Field, ...]:
@@ -225,7 +228,7 @@ def _record(btf: Btf, name: str, number: int, base: Base, task: tuple[Field, ...
     _check_padding(btf, struct)
     own = struct.members[2 if has_task else 1 :]
     fields = tuple(f for m in own for f in _fields(btf, type_id, m))
-    given = (*base.fields, base.time, *(task if has_task else ()))
+    given = (*base.fields, *base.end, *(task if has_task else ()))
     _check_names(name, [f.name for f in (*given, *fields)])
     unseen = btf.tag(type_id, "unseen")
     missing = tuple(unseen.split("|")) if unseen else ()

@@ -128,14 +128,14 @@ def _tables(model: Model) -> Iterator[str]:
     yield f"HEADER: dict[str, int] = {json.dumps(model.header)}"
     yield '"""Where the reader finds what it needs of a record, in its base."""\n'
     base = model.base
-    blocks = {"_BASE": base.head, "_MARKS": base.marks, "_TASK": model.task, "_END": (base.time,)}
+    blocks = {"_BASE": base.head, "_MARKS": base.marks, "_TASK": model.task, "_END": base.end}
     for name, fields in blocks.items():
         yield from (f"{name} = (", *(f"    {_layout(field)}" for field in fields), ")\n")
     yield "RECORDS: dict[int, RecordLayout] = {"
     for record in model.records:
         yield from _record_layout(model, record)
     yield from ("}", '"""The layout of each kind\'s records, by number."""\n')
-    blocks = {"_BASE_INFO": base.fields, "_TASK_INFO": model.task, "_END_INFO": (base.time,)}
+    blocks = {"_BASE_INFO": base.fields, "_TASK_INFO": model.task, "_END_INFO": base.end}
     for name, fields in blocks.items():
         yield from (f"{name} = (", *(f"    {_info(field)}" for field in fields), ")\n")
     yield "KINDS: dict[str, KindInfo] = {"

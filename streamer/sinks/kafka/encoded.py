@@ -11,9 +11,9 @@ from streamer.sinks.encoded import EncodedBatch, Records
 _time_ns = attrgetter("time_ns")
 
 
-def encode(batch: Batch, encoding: Encoding) -> EncodedBatch:
-    """A whole batch."""
-    return EncodedBatch.of(batch, encoding, array("q", map(_time_ns, batch.events)))
+def encode(batch: Batch, encoding: Encoding, ticket: int = 0) -> EncodedBatch:
+    """A whole batch; `ticket` as in `EncodedBatch`."""
+    return EncodedBatch.of(batch, encoding, array("q", map(_time_ns, batch.events)), ticket)
 
 
 def timed(batch: EncodedBatch) -> tuple[Records, array[int]]:

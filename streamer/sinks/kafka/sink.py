@@ -22,7 +22,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from streamer.config.settings import KafkaSink as Settings
@@ -102,6 +102,13 @@ class _Topic:
         """Whether anything is held."""
         return bool(self.queue or self.window)
 
+    def oldest(self) -> Iterator[int]:
+        """Tickets, of which the least is the oldest that is held."""
+        if (first := self.queue.first) is not None:
+            yield first.ticket
+        for entry in self.window.entries:
+            yield from (batch.ticket for batch in entry.batches)
+
     @property
     def begun(self) -> int | None:
         """The partition where what goes next was sent before, and may be written already."""
@@ -150,7 +157,7 @@ class KafkaSink(Sink):
     def submit(self, batch: Batch) -> None:
         """Encode and queue. Records over the size limit are dropped, and counted, at once."""
         for name, part in self._parts(batch):
-            encoded = encode(part, self._settings.encoding)
+            encoded = encode(part, self._settings.encoding, self.ticket)
             self._take(encoded.kinds, encoded.held)
             if self.status == "closed":
                 self._dropped(encoded.kinds, encoded.held, "closed", encoded.spans)
@@ -163,6 +170,11 @@ class KafkaSink(Sink):
             batches = topic.window.clear_unsent() + topic.queue.clear()
             self._count_payloads(topic)
             self._drop(topic, batches, self._with_error(topic, reason))
+
+    def oldest(self) -> int | None:
+        """See `Sink`."""
+        held = (first for topic in self._topics.values() for first in topic.oldest())
+        return min(held, default=None)
 
     async def stop(self, grace: float) -> None:
         """Flush for up to `grace` seconds, drop the rest, and release everything.

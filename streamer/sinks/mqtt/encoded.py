@@ -10,9 +10,9 @@ from streamer.sinks.encoded import EncodedBatch
 _id = attrgetter("id")
 
 
-def encode(batch: Batch, encoding: Encoding) -> EncodedBatch:
-    """A whole batch."""
-    return EncodedBatch.of(batch, encoding, list(map(_id, batch.events)))
+def encode(batch: Batch, encoding: Encoding, ticket: int = 0) -> EncodedBatch:
+    """A whole batch; `ticket` as in `EncodedBatch`."""
+    return EncodedBatch.of(batch, encoding, list(map(_id, batch.events)), ticket)
 
 
 def first_and_last(batch: EncodedBatch) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from streamer.sinks.batching import TopicQueue
 from streamer.sinks.encoded import EncodedBatch, Extent, joined
@@ -61,6 +61,11 @@ class Outbox:
     def push_front(self, messages: Iterable[Message]) -> None:
         """Put messages before everything else, in the order given."""
         self._messages.extendleft(reversed(list(messages)))
+
+    def first(self) -> Iterator[EncodedBatch]:
+        """What waits, of which the oldest is a part: messages, and of each queue its first."""
+        yield from (message.batch for message in self._messages)
+        yield from filter(None, (queue.first for queue in self._queues.values()))
 
     def hurry(self) -> None:
         """Let nothing wait for more events, from now on."""

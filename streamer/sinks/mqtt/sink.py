@@ -181,7 +181,7 @@ class MqttSink(Sink):
         start = 0
         while start < len(batch):
             stop = start + self._outbox.lacks(topic)
-            encoded = encode(piece(batch, start, stop), self._settings.encoding)
+            encoded = encode(piece(batch, start, stop), self._settings.encoding, self.ticket)
             self._outbox.put(topic, encoded, now)
             self._take(encoded.kinds, encoded.held)
             start = stop
@@ -191,6 +191,11 @@ class MqttSink(Sink):
         for message in self._outbox.clear():
             self._finish(message, reason)
         self._settle()
+
+    def oldest(self) -> int | None:
+        """See `Sink`."""
+        held = (*self._window.held(), *self._outbox.first())
+        return min((batch.ticket for batch in held), default=None)
 
     async def stop(self, grace: float) -> None:
         """Publish what is held within `grace` seconds, drop the rest, disconnect.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from streamer.sinks.encoded import EncodedBatch, Extent, halves
 
@@ -74,6 +74,11 @@ class Window:
     def oldest(self) -> Message | None:
         """The message in flight that waits longest for its answer."""
         return next(iter(self._sent.values()))[1] if self._sent else None
+
+    def held(self) -> Iterator[EncodedBatch]:
+        """All that is not accounted for."""
+        yield from (message.batch for _, message in self._sent.values())
+        yield from (message.batch for again in self._again.values() for message in again)
 
     def lone(self) -> tuple[int, int, Message] | None:
         """The only message in flight: its number, position and content."""

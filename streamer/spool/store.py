@@ -1,0 +1,455 @@
+"""What is on disk: a SQLite database with a row for each batch.
+
+Synchronous, and for one thread at a time. Nothing here knows of sinks but their names.
+
+The database is in WAL mode with exclusive locking, so that both its files are open from the start
+and no third one is needed: the process that uses it may neither open files for writing nor make
+any. Before privileges are given up only the header is read (`Store.open`), which a statement that
+needs no schema does; whatever else is in a file is looked at without privileges.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple, get_args
+
+import msgspec
+from isal import isal_zlib
+
+from streamer.events.batch import NO_SPANS, Spans
+from streamer.events.kinds import Ring
+
+PAGE_BYTES = 4096
+APPLICATION_ID = 0x73747270
+"""In the header of the file: "strp"."""
+FORMAT = 1
+"""Of the tables: what another version wrote is not read."""
+
+MOST_RESERVE = 8 << 20
+"""Bytes of the limit, or a quarter of it, that are left for the log in front of the database."""
+BATCH_BYTES = 64 << 20
+"""The most that a batch has: more is nothing that was written here."""
+_CHAIN_BYTES = PAGE_BYTES - 4
+"""What a page takes of a long row: the rest says which page is next."""
+_PAGES_BESIDE = 4
+_LEVEL = 1
+RINGS = frozenset(get_args(Ring))
+
+SCHEMA = (
+    "CREATE TABLE batch (n INTEGER PRIMARY KEY, sink TEXT NOT NULL, run TEXT NOT NULL, "
+    "critical INTEGER NOT NULL, number INTEGER NOT NULL, kinds TEXT NOT NULL, "
+    "spans TEXT NOT NULL, size INTEGER NOT NULL, checksum INTEGER NOT NULL, data BLOB NOT NULL)",
+    "CREATE TABLE given_up (n INTEGER PRIMARY KEY, sink TEXT NOT NULL, run TEXT NOT NULL, "
+    "kinds TEXT NOT NULL, spans TEXT NOT NULL)",
+    "CREATE TABLE mark (sink TEXT NOT NULL, ring TEXT NOT NULL, cpu INTEGER NOT NULL, "
+    "seq INTEGER NOT NULL, last INTEGER NOT NULL, taken INTEGER NOT NULL, "
+    "UNIQUE (sink, ring, cpu))",
+    "CREATE TABLE run (id INTEGER PRIMARY KEY, state TEXT NOT NULL)",
+    "CREATE INDEX batch_order ON batch (sink, n)",
+    "CREATE INDEX batch_worth ON batch (critical, n)",
+)
+"""The whole of it, as `sqlite_master` has it. A database with more or less is not used."""
+
+
+class SpoolError(Exception):
+    """The disk does not do its part, in words. `lasting`: what is in the spool is out of reach."""
+
+    def __init__(self, reason: str, *, lasting: bool = False) -> None:
+        """See the class."""
+        super().__init__(reason)
+        self.reason = reason
+        self.lasting = lasting
+
+
+class Item(NamedTuple):
+    """A batch for one sink: `number` events in `data`, which is NDJSON.
+
+    `n` says in which order the batches of a sink come, of all runs. `run` is the one that read the
+    events. `fed`: the sink gets them from memory as soon as they are on disk.
+    """
+
+    n: int
+    sink: str
+    run: str
+    critical: bool
+    number: int
+    kinds: Mapping[str, int]
+    spans: Spans
+    data: bytes
+    fed: bool = False
+
+
+class GivenUp(NamedTuple):
+    """A batch that made way for others; its events are lost."""
+
+    n: int
+    sink: str
+    run: str
+    kinds: Mapping[str, int]
+    spans: Spans
+
+
+class Unreadable(NamedTuple):
+    """A row that is not what was written, and what it says of itself."""
+
+    n: int
+    kinds: Mapping[str, int]
+    spans: Spans
+    run: str
+
+
+class Mark(NamedTuple):
+    """How far a sink has come with the numbers of a ring and CPU.
+
+    Up to `seq` each is on disk, was delivered, or told as lost. None after `last` was ready in
+    either way; and `taken` is known to have been taken in the kernel.
+    """
+
+    sink: str
+    ring: str
+    cpu: int
+    seq: int = 0
+    last: int = 0
+    taken: int = 0
+
+
+class Found(NamedTuple):
+    """What the runs before left for a sink."""
+
+    number: int
+    kinds: Counter[str]
+    batches: int
+
+
+class Store:
+    """The database. Every method raises SpoolError; what failed has then changed nothing."""
+
+    def __init__(self, path: str, most_bytes: int, *, new: bool) -> None:
+        """Open the database at `path`, or make it if it is `new`; of at most about `most_bytes`.
+
+        Of one that is there, no more than the header is read, and both files are held open.
+        """
+        reserve = min(MOST_RESERVE, most_bytes // 4)
+        self._limit = max((most_bytes - reserve) // PAGE_BYTES, 16)
+        self._fed: dict[str, int] = {}
+        with _worded():
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._open(max(reserve // 2 // PAGE_BYTES, 8), new=new)
+
+    def _open(self, log_pages: int, *, new: bool) -> None:
+        """None of these statements needs the schema, but those that make it."""
+        run = self._db.execute
+        run("PRAGMA locking_mode = EXCLUSIVE")
+        run("PRAGMA trusted_schema = OFF")
+        run("PRAGMA cell_size_check = ON")
+        run("PRAGMA temp_store = MEMORY")
+        run("PRAGMA mmap_size = 0")
+        (known,) = run("PRAGMA application_id").fetchone()  # opens the log as well
+        if new:
+            run(f"PRAGMA page_size = {PAGE_BYTES}")
+            run("PRAGMA journal_mode = WAL")
+            run("BEGIN IMMEDIATE")
+            for statement in SCHEMA:
+                run(statement)
+            run(f"PRAGMA application_id = {APPLICATION_ID}")
+            run(f"PRAGMA user_version = {FORMAT}")
+            run("COMMIT")
+        elif known != APPLICATION_ID:
+            raise SpoolError("it is another program's", lasting=True)
+        run(f"PRAGMA wal_autocheckpoint = {log_pages}")
+        run(f"PRAGMA journal_size_limit = {log_pages * PAGE_BYTES}")
+
+    def check(self) -> None:
+        """Look at all of it: that it has our tables and no others, and its pages make sense."""
+        with _worded():
+            found = {row[0] for row in self._db.execute("SELECT sql FROM sqlite_master") if row[0]}
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if found != set(SCHEMA) or version != FORMAT:
+                raise SpoolError("it has other tables than this version makes", lasting=True)
+            (said,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+            if said != "ok":
+                raise SpoolError("its pages make no sense", lasting=True)
+
+    def use(self) -> None:
+        """Before anything below: without privileges, because the schema is read.
+
+        SQLite itself is to refuse more pages than the limit, a few for its own needs apart.
+        """
+        with _worded():
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute(f"PRAGMA cache_size = -{2 << 10}")
+            self._db.execute(f"PRAGMA max_page_count = {self._limit + 16}")
+
+    def found(self) -> dict[str, Found]:
+        """What there is for each sink."""
+        found: dict[str, Found] = {}
+        with _worded():
+            rows = self._db.execute("SELECT sink, number, kinds FROM batch")
+            for sink, number, kinds in rows:
+                before = found.get(sink, Found(0, Counter(), 0))
+                before.kinds.update(_kinds(kinds))
+                found[sink] = Found(before.number + number, before.kinds, before.batches + 1)
+        return found
+
+    def last(self) -> int:
+        """The greatest `n` that was given to any batch."""
+        with _worded():
+            rows = self._db.execute("SELECT max(n) FROM (SELECT n FROM batch UNION ALL "
+                                    "SELECT n FROM given_up)")  # fmt: skip
+            return int(rows.fetchone()[0] or 0)
+
+    def marks(self) -> list[Mark]:
+        """The marks, of the run that wrote here last."""
+        with _worded():
+            rows = self._db.execute("SELECT * FROM mark ORDER BY sink, ring, cpu")
+            return [Mark(str(s), str(r), *map(int, numbers)) for s, r, *numbers in rows]
+
+    def given_up(self) -> list[GivenUp]:
+        """What made way, and no record that is on disk or was delivered tells of it."""
+        with _worded():
+            rows = self._db.execute("SELECT n, sink, run, kinds, spans FROM given_up ORDER BY n")
+            return [GivenUp(n, s, r, _kinds(k), _spans(p)) for n, s, r, k, p in rows]
+
+    def state(self) -> bytes:
+        """What the last run noted of itself; empty for none."""
+        with _worded():
+            row = self._db.execute("SELECT state FROM run WHERE id = 1").fetchone()
+            return b"" if row is None else str(row[0]).encode()
+
+    def begin(self, state: bytes) -> None:
+        """A run begins: what the marks and what is given up say of the one before is not kept."""
+        with self._transaction():
+            self._db.execute("DELETE FROM mark")
+            self._db.execute("DELETE FROM given_up")
+            self._note(state)
+
+    def _note(self, state: bytes) -> None:
+        self._db.execute("INSERT OR REPLACE INTO run VALUES (1, ?)", (state.decode(),))
+
+    def _mark(self, marks: Iterable[Mark]) -> None:
+        self._db.executemany(_MARK, marks)
+
+    def write(
+        self,
+        items: Iterable[Item],
+        *,
+        done: Mapping[str, int] | None = None,
+        told: Mapping[str, int] | None = None,
+        marks: Iterable[Mark] = (),
+        state: bytes | None = None,
+    ) -> list[GivenUp]:
+        """Write batches, and wait for the disk. Forget, per sink, what is `done` up to there.
+
+        With them goes how far a sink's losses are `told`, and what a run says of itself: how far
+        it has come (`marks`), and its `state`. What made way for the batches, the
+        oldest of what is not critical first, is the result: a batch of `items` may be among it.
+        """
+        packed = [(item, isal_zlib.compress(item.data, _LEVEL)) for item in items]
+        gone: list[GivenUp] = []
+        fed = self._fed.copy()
+        try:
+            with self._transaction():
+                for sink, n in (done or {}).items():
+                    self._db.execute("DELETE FROM batch WHERE sink = ? AND n <= ?", (sink, n))
+                for sink, n in (told or {}).items():
+                    self._db.execute("DELETE FROM given_up WHERE sink = ? AND n <= ?", (sink, n))
+                for item, data in packed:
+                    gone += self._make_room(len(data))
+                    self._put(item, data)
+                self._mark(_lasts([item for item, _ in packed]))
+                self._mark(marks)
+                if state is not None:
+                    self._note(state)
+        except BaseException:
+            self._fed = fed
+            raise
+        return gone
+
+    def _put(self, item: Item, data: bytes) -> None:
+        self._db.execute(
+            "INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (item.n, item.sink, item.run, int(item.critical), item.number,
+             _text(item.kinds), _text([(*place, *span) for place, span in item.spans.items()]),
+             len(item.data), zlib.crc32(item.data), data),
+        )  # fmt: skip
+        if item.fed:
+            self._fed[item.sink] = item.n
+
+    def _make_room(self, size: int) -> Iterator[GivenUp]:
+        wanted = size // _CHAIN_BYTES + _PAGES_BESIDE
+        while self.pages + wanted > self._limit:
+            victim = self._oldest(critical=False) or self._oldest(critical=True)
+            if victim is None:
+                raise SpoolError("no room: what is in the spool is being sent")
+            self._db.execute("DELETE FROM batch WHERE n = ?", (victim.n,))
+            self._db.execute(
+                "INSERT INTO given_up SELECT ?, ?, ?, ?, ?",
+                (victim.n, victim.sink, victim.run, _text(victim.kinds),
+                 _text([(*place, *span) for place, span in victim.spans.items()])),
+            )  # fmt: skip
+            yield victim
+
+    def _oldest(self, *, critical: bool) -> GivenUp | None:
+        """The oldest batch that no sink has been given."""
+        rows = self._db.execute(
+            "SELECT n, sink, run, kinds, spans FROM batch WHERE critical = ? ORDER BY n",
+            (int(critical),),
+        )
+        for n, sink, run, kinds, spans in rows:
+            if n > self._fed.get(sink, 0):
+                return GivenUp(n, sink, run, _kinds(kinds), _spans(spans))
+        return None
+
+    @property
+    def pages(self) -> int:
+        """Pages of the database that are used."""
+        (pages,) = self._db.execute("PRAGMA page_count").fetchone()
+        (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
+        return int(pages) - int(free)
+
+    def next(self, sink: str, most: int) -> list[Item | Unreadable]:
+        """The next batches for a sink, of about `most` bytes in all; they are its own then."""
+        found: list[Item | Unreadable] = []
+        size = 0
+        after = self._fed.get(sink, 0)
+        with _worded():
+            rows = self._db.execute(
+                "SELECT n, run, critical, number, kinds, spans, size, checksum, data FROM batch "
+                "WHERE sink = ? AND n > ? ORDER BY n",
+                (sink, after),
+            )
+            for row in rows:
+                item = _item(sink, row)
+                found.append(item)
+                size += len(item.data) if isinstance(item, Item) else 0
+                if size >= most:
+                    break
+            rows.close()
+        if found:
+            self._fed[sink] = found[-1].n
+        return found
+
+    def close(self) -> None:
+        """Let go of the files. What cannot be tidied up on the way is left as it is."""
+        with suppress(sqlite3.Error):
+            self._db.close()
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._db)
+
+
+class _Worded:
+    """Says as a SpoolError what SQLite says."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, sqlite3.Error | UnicodeError | msgspec.MsgspecError | TypeError
+                      | ValueError | OverflowError):  # fmt: skip
+            raise _error_of(error) from error
+
+
+def _worded() -> _Worded:
+    return _Worded()
+
+
+class _Transaction(_Worded):
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        with _worded():
+            self._db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            try:
+                self._db.execute("COMMIT")
+            except sqlite3.Error as failure:
+                error = failure
+        if error is not None:
+            self._undo()
+            super().__exit__(kind, error, trace)
+            if kind is None:
+                raise error
+
+    def _undo(self) -> None:
+        if self._db.in_transaction:  # else SQLite has undone it
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+
+
+_LASTING = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISUSE,
+            sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
+
+
+def _error_of(error: BaseException) -> SpoolError:
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # what is there has another form than what is written here
+        return SpoolError("what is in it makes no sense", lasting=True)
+    if code & 0xFF == sqlite3.SQLITE_FULL:
+        return SpoolError("the disk is full")
+    return SpoolError(str(error)[:200], lasting=code & 0xFF in _LASTING)
+
+
+_MARK = (
+    "INSERT INTO mark VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (sink, ring, cpu) DO UPDATE SET "
+    "seq = max(seq, excluded.seq), last = max(last, excluded.last), "
+    "taken = max(taken, excluded.taken)"
+)
+
+
+def _lasts(items: Iterable[Item]) -> Iterator[Mark]:
+    """The last numbers that are in `items`, of the rings of the kernel."""
+    lasts: dict[tuple[str, str, int], int] = {}
+    for item in items:
+        for place, (_, last) in item.spans.items():
+            key = item.sink, place[0], place[1]
+            lasts[key] = max(last, lasts.get(key, 0))
+    for (sink, ring, cpu), last in lasts.items():
+        if ring in RINGS:
+            yield Mark(sink, ring, cpu, last=last)
+
+
+def _text(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+_KINDS = msgspec.json.Decoder(dict[str, int])
+_PLACES = msgspec.json.Decoder(list[tuple[str, int, int, int]])
+
+
+def _kinds(text: str) -> dict[str, int]:
+    return _KINDS.decode(text)
+
+
+def _spans(text: str) -> Spans:
+    return {(ring, cpu): (first, last) for ring, cpu, first, last in _PLACES.decode(text)}
+
+
+def _item(sink: str, row: tuple[Any, ...]) -> Item | Unreadable:
+    n, run, critical, number, kinds, spans, size, checksum, data = row
+    try:
+        counts, places = _kinds(kinds), _spans(spans)
+    except (msgspec.MsgspecError, TypeError):
+        return Unreadable(n, {}, NO_SPANS, str(run))
+    plain = unpacked(data, size)
+    if plain is None or zlib.crc32(plain) != checksum:
+        return Unreadable(n, counts, places, str(run))
+    return Item(n, sink, run, bool(critical), number, counts, places, plain)
+
+
+def unpacked(data: Any, size: Any) -> bytes | None:
+    """`data` as it was, which has `size` bytes; None where that is not so."""
+    if not isinstance(data, bytes) or not isinstance(size, int) or not 0 < size <= BATCH_BYTES:
+        return None
+    try:
+        plain: bytes = isal_zlib.decompressobj().decompress(data, size + 1)
+    except isal_zlib.error:  # type: ignore[misc]
+        return None
+    return plain if len(plain) == size else None

@@ -1,0 +1,202 @@
+"""The one thread that works on the database, and what it is asked for.
+
+Whoever asks never waits: answers are calls on the event loop. What came meanwhile is written
+together, in one transaction, so that there are no more waits for the disk than it can do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from streamer.events.batch import Batch
+from streamer.spool.records import batch_of
+from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store, Unreadable
+
+TRANSACTION_BYTES = 4 << 20
+"""Bytes of batches, before they are compressed, at which no more go into a transaction."""
+
+Wrote = Callable[[Sequence[Item], SpoolError | None], None]
+"""Called with batches that are on disk, or that are not and why."""
+
+
+class Fed(NamedTuple):
+    """A batch out of the spool; without events and with a reason where it cannot be read."""
+
+    n: int
+    batch: Batch
+    reason: str = ""
+
+
+class _Put(NamedTuple):
+    item: Item
+    wrote: Wrote
+
+
+class _Next(NamedTuple):
+    sink: str
+    most: int
+    read: Callable[[list[Fed], SpoolError | None], None]
+
+
+class _Forget(NamedTuple):
+    table: str
+    sink: str
+    n: int
+
+
+class _Again(NamedTuple):
+    sink: str
+
+
+class _Note(NamedTuple):
+    state: bytes
+    marks: tuple[Mark, ...]
+
+
+class Writer:
+    """Works on the database in a thread of its own, one request after the other."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        """`store` is in use already. Events of other runs than `run_id` have it in their spans."""
+        self._store = store
+        self._run_id = run_id
+        self._asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._forget: dict[str, dict[str, int]] = {"done": {}, "told": {}}
+        self._note: _Note | None = None
+        self._refused: dict[str, SpoolError] = {}
+        self.gave_up: Callable[[GivenUp], None] = lambda one: None
+        self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Item, wrote: Wrote) -> None:
+        """Write a batch."""
+        self._asked.put(_Put(item, wrote))
+
+    def again(self, sink: str) -> None:
+        """Write what is put from now on, after something could not be written.
+
+        What was put meanwhile is behind that, and is refused as well: order is kept.
+        """
+        self._asked.put(_Again(sink))
+
+    def done(self, sink: str, n: int) -> None:
+        """Forget the batches of a sink up to this one."""
+        self._asked.put(_Forget("done", sink, n))
+
+    def told(self, sink: str, n: int) -> None:
+        """Of what made way up to `n`, the next batch of the sink that is put tells."""
+        self._asked.put(_Forget("told", sink, n))
+
+    def note(self, state: bytes, marks: Iterable[Mark]) -> None:
+        """Keep how far the run has come."""
+        self._asked.put(_Note(state, tuple(marks)))
+
+    def next(
+        self, sink: str, most: int, read: Callable[[list[Fed], SpoolError | None], None]
+    ) -> None:
+        """Read the next batches of a sink, of about `most` bytes."""
+        self._asked.put(_Next(sink, most, read))
+
+    async def close(self, seconds: float) -> bool:
+        """Do all that was asked for, and let go of the database. Whether there was time for it."""
+        self._asked.put(None)
+        deadline = self._loop.time() + seconds
+        while self._thread.is_alive() and self._loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        return not self._thread.is_alive()
+
+    # In the thread
+
+    def _work(self) -> None:
+        over = False
+        while not over:
+            asked, over = self._gather()
+            puts = []
+            for one in asked:
+                if isinstance(one, _Put):
+                    refused = self._refused.get(one.item.sink)
+                    if refused is None:
+                        puts.append(one)
+                    else:
+                        self._call(one.wrote, [one.item], refused)
+                elif isinstance(one, _Again):
+                    self._refused.pop(one.sink, None)
+                elif isinstance(one, _Forget):
+                    self._forget[one.table][one.sink] = one.n
+                elif isinstance(one, _Note):
+                    self._note = one
+            self._write(puts)
+            for one in asked:
+                if isinstance(one, _Next):
+                    self._read(one)
+        self._store.close()
+
+    def _gather(self) -> tuple[list[Any], bool]:
+        """What was asked for meanwhile, at least one thing; and whether it was the last."""
+        asked: list[Any] = []
+        size = 0
+        one = self._asked.get()
+        while one is not None:
+            asked.append(one)
+            size += len(one.item.data) if isinstance(one, _Put) else 0
+            if size >= TRANSACTION_BYTES:
+                return asked, False
+            try:
+                one = self._asked.get_nowait()
+            except queue.Empty:
+                return asked, False
+        return asked, True
+
+    def _write(self, puts: list[_Put]) -> None:
+        error: SpoolError | None = None
+        gone: list[GivenUp] = []
+        note = self._note
+        if puts or self._forget["done"] or self._forget["told"] or note:
+            try:
+                gone = self._store.write(
+                    [one.item for one in puts],
+                    done=self._forget["done"],
+                    told=self._forget["told"],
+                    marks=note.marks if note is not None else (),
+                    state=note.state if note is not None else None,
+                )
+            except SpoolError as failure:  # what is to be forgotten is, with the next
+                error = failure
+                self._refused |= {one.item.sink: failure for one in puts}
+            else:
+                self._forget = {"done": {}, "told": {}}
+                self._note = None
+        for victim in gone:
+            self._call(self.gave_up, victim)
+        made_way = {victim.n for victim in gone}
+        for wrote, items in _by_sink(puts):
+            left = [item for item in items if item.n not in made_way]
+            self._call(wrote, left, error)
+
+    def _read(self, asked: _Next) -> None:
+        try:
+            found = [self._fed(one) for one in self._store.next(asked.sink, asked.most)]
+        except SpoolError as error:
+            self._call(asked.read, [], error)
+        else:
+            self._call(asked.read, found, None)
+
+    def _fed(self, one: Item | Unreadable) -> Fed:
+        return Fed(one.n, *batch_of(one, self._run_id))
+
+    def _call(self, back: Callable[..., None], *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody is there to know
+            self._loop.call_soon_threadsafe(back, *arguments)
+
+
+def _by_sink(puts: list[_Put]) -> Iterable[tuple[Wrote, list[Item]]]:
+    found: dict[str, tuple[Wrote, list[Item]]] = {}
+    for one in puts:
+        found.setdefault(one.item.sink, (one.wrote, []))[1].append(one.item)
+    return found.values()
