@@ -14,7 +14,7 @@ class MemorySink(Sink):
         super().__init__(name, budget_bytes)
         self.events: list[Event] = []
         self.hold = False
-        self._held: list[Batch] = []
+        self._held: list[tuple[int, Batch]] = []
 
     async def start(self) -> None:
         """Nothing to open."""
@@ -22,7 +22,7 @@ class MemorySink(Sink):
 
     def submit(self, batch: Batch) -> None:
         """Take a batch; its size is that of its NDJSON."""
-        self._held.append(batch)
+        self._held.append((self.ticket, batch))
         self._take(batch.kinds, len(batch.lines("json")))
         if not self.hold:
             self.release()
@@ -30,10 +30,14 @@ class MemorySink(Sink):
     def release(self) -> None:
         """Deliver everything held."""
         held, self._held = self._held, []
-        for batch in held:
+        for _, batch in held:
             self.events.extend(batch.events)
             size = len(batch.lines("json"))
             self._delivered(batch.kinds, size, size)
+
+    def oldest(self) -> int | None:
+        """See `Sink`."""
+        return self._held[0][0] if self._held else None
 
     async def stop(self, grace: float) -> None:
         """Deliver the rest, unless it is to be held, in which case it is dropped."""
@@ -45,5 +49,5 @@ class MemorySink(Sink):
     def discard(self, reason: str) -> None:
         """Drop everything held."""
         held, self._held = self._held, []
-        for batch in held:
+        for _, batch in held:
             self._dropped(batch.kinds, len(batch.lines("json")), reason, batch.spans)

@@ -33,6 +33,8 @@ _HEAD_BYTES = 100
 _MAGIC = b"SQLite format 3\0"
 _WAL = b"\x02\x02"
 
+_GOOD, _SPOILED, _NOT_NOW = "good", "spoiled", "not-now"
+
 _log = logging.getLogger("streamer")
 
 
@@ -153,7 +155,10 @@ def _is_head(head: bytes) -> bool:
 
 
 def _look_without_privileges(database: str, give_up: Callable[[], None]) -> str:
-    """What is wrong with the tables, as a child finds it. Empty: nothing."""
+    """What is wrong with the tables, as a child finds it; empty: nothing.
+
+    Raises SpoolError: nobody can say, because the files cannot be had.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:  # nothing of the parent's is run on the way out, and nothing is raised
@@ -174,20 +179,23 @@ def _look_without_privileges(database: str, give_up: Callable[[], None]) -> str:
         said = ""
     finally:
         os.close(reader)
-    return "" if said == "ok" else said or "looking at it took too long, or failed"
+    verdict, _, reason = said.partition(" ")
+    if verdict == _NOT_NOW:
+        raise SpoolError(reason)
+    return "" if verdict == _GOOD else reason or "looking at it took too long, or failed"
 
 
 def _look(database: str, give_up: Callable[[], None], writer: int) -> None:
-    said = "looking at it failed"
+    said = _SPOILED
     try:
         store = Store(database, 1 << 40, new=False)
         give_up()
         store.check()
-        said = "ok"
+        said = _GOOD
     except SpoolError as error:
-        said = error.reason
+        said = f"{_SPOILED if error.lasting else _NOT_NOW} {error.reason}"
     except BaseException as error:
-        said = f"looking at it failed: {type(error).__name__}"
+        said = f"{_SPOILED} looking at it failed: {type(error).__name__}"
     finally:
         os.write(writer, said.encode(errors="replace")[:400])
         os._exit(0)  # and not by closing the database, which would be written to

@@ -82,6 +82,7 @@ class SpooledSink(Sink, Listener):
         self._disk = 0  # batches on disk that the sink has not been given
         self._disk_kinds: Counter[str] = Counter()
         self._reading = False
+        self._feeding = False  # what comes next is at hand already
         self._settled = 0
         self._forgotten = 0
         self._forget_at = 0.0
@@ -168,10 +169,10 @@ class SpooledSink(Sink, Listener):
             return
         direct = direct and self.mode == "wal" and all(h.batch is not None for h in self._writing)
         item = self._item(self._n, batch, fed=direct)
-        if self._failed and not self._may_retry():
+        if self._failed and not self._writing and not self._may_retry():
             self._remember(item)
         else:
-            if self._failed:
+            if self._failed and self._may_retry():
                 self._retry()
             held = _Held(item, batch if direct else None)
             self._hold(held.size)
@@ -200,6 +201,7 @@ class SpooledSink(Sink, Listener):
     def _wrote(self, items: Sequence[Item], error: SpoolError | None) -> None:
         """These are on disk, or none of them is."""
         known = {item.n for item in items}
+        self._feeding = True
         while self._writing and self._writing[0].item.n in known:
             held = self._writing.popleft()
             self._release(held.size)
@@ -212,6 +214,7 @@ class SpooledSink(Sink, Listener):
             else:
                 self._disk += 1
                 self._disk_kinds.update(held.item.kinds)
+        self._feeding = False
         if error is not None:
             self._fail(error)
         elif self._failed and items:
@@ -240,7 +243,9 @@ class SpooledSink(Sink, Listener):
         self._memory.append(held)
 
     def _may_retry(self) -> bool:
-        return not self._lasting and asyncio.get_running_loop().time() >= self._retry_at
+        """Not while something is on its way, which is behind what waits in memory."""
+        late = asyncio.get_running_loop().time() >= self._retry_at
+        return late and not self._lasting and not self._writing
 
     def _retry(self) -> None:
         """Put what waits in memory on disk after all."""
@@ -279,7 +284,7 @@ class SpooledSink(Sink, Listener):
 
     def _feed(self) -> None:
         """Give the sink what comes next, as long as it has room."""
-        if self._reading or self._keeps or self.inner.status == "closed":
+        if self._reading or self._feeding or self._keeps or self.inner.status == "closed":
             return
         if self._disk and self._writer is not None:
             # At the end the rest is left to the next run.
@@ -288,11 +293,12 @@ class SpooledSink(Sink, Listener):
                 self._reading = True
                 self._writer.next(self.name, READ_BYTES, self._read)
             return
+        self._feeding = True
         while self._memory and not self.inner.watermarks.full:
             held = self._memory.popleft()
-            batch = held.batch or self._batch_of(held.item)
             self._release(held.size)
-            self._give(held.item.n, batch, held.item)
+            self._give(held.item.n, self._batch_of(held.item), held.item)
+        self._feeding = False
 
     @staticmethod
     def _batch_of(item: Item) -> Batch:
@@ -307,6 +313,7 @@ class SpooledSink(Sink, Listener):
             self._fail(error)
             self._read_at = self._retry_at
             return
+        self._feeding = True
         if not found:  # all that is not there any more was told
             self._disk = 0
         for n, batch, reason in found:
@@ -318,6 +325,7 @@ class SpooledSink(Sink, Listener):
                 self.listener.sink_dropped(self, batch.kinds, reason, batch.spans)
             else:
                 self._give(n, batch, None)
+        self._feeding = False
         self._feed()
 
     def _settle(self) -> None:

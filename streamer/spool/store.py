@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import msgspec
 from isal import isal_zlib
@@ -173,6 +173,7 @@ class Store:
             (said,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if said != "ok":
                 raise SpoolError("its pages make no sense", lasting=True)
+        self.found(), self.last(), self.marks(), self.given_up(), self.state()
 
     def use(self) -> None:
         """Before anything below: without privileges, because the schema is read.
@@ -190,6 +191,8 @@ class Store:
         with _worded():
             rows = self._db.execute("SELECT sink, number, kinds FROM batch")
             for sink, number, kinds in rows:
+                if not isinstance(sink, str) or not 0 < number <= BATCH_BYTES:
+                    raise SpoolError("what is in it makes no sense", lasting=True)
                 before = found.get(sink, Found(0, Counter(), 0))
                 before.kinds.update(_kinds(kinds))
                 found[sink] = Found(before.number + number, before.kinds, before.batches + 1)
@@ -420,7 +423,7 @@ def _text(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-_KINDS = msgspec.json.Decoder(dict[str, int])
+_KINDS = msgspec.json.Decoder(dict[str, Annotated[int, msgspec.Meta(ge=1, le=BATCH_BYTES)]])
 _PLACES = msgspec.json.Decoder(list[tuple[str, int, int, int]])
 
 

@@ -1,0 +1,558 @@
+"""The spool: what is on disk comes back in order and once, and what does not is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from streamer.config.settings import SpoolSection
+from streamer.events.batch import NO_SPANS, Batch
+from streamer.spool.place import BAD, LOG, NAME
+from streamer.spool.sink import MADE_WAY
+from streamer.spool.spool import Spool
+from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store
+from tests.unit.spooled import RUN, Run, batch, ids
+
+ROW = b'{"x": 1}\n'
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "spool"
+
+
+def item(n: int, critical: bool = False, size: int = 100, sink: str = "a") -> Item:
+    kind = "process.exec" if critical else "file.open"
+    data = random.Random(n).randbytes(size)
+    return Item(n, sink, RUN, critical, 1, {kind: 1}, {("bulk", 0): (n, n)}, data)
+
+
+def opened(path: Path, most: int = 1 << 20) -> Store:
+    made = Store(str(path), most, new=not path.exists())
+    made.use()
+    return made
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def test_what_was_written_is_read_in_order_of_each_sink(tmp_path: Path) -> None:
+    store = opened(tmp_path / "db")
+    written = [item(n, sink="ab"[n % 2]) for n in range(1, 41)]
+    for start in range(0, 40, 7):
+        store.write(written[start : start + 7])
+    store.close()
+    again = opened(tmp_path / "db")
+    found = [again.next("a", 500) for _ in range(20)]
+    assert [one for part in found for one in part] == [one for one in written if one.sink == "a"]
+    assert all(len(part) <= 5 for part in found)
+    assert {sink: one.number for sink, one in again.found().items()} == {"a": 20, "b": 20}
+    again.write([], done={"a": 40, "b": 20})
+    assert again.found()["b"].batches == 10
+    assert again.last() == 39
+
+
+def test_marks_are_what_is_on_disk_and_was_said(tmp_path: Path) -> None:
+    store = opened(tmp_path / "db")
+    store.begin(b"{}")
+    store.write([item(3), item(7)])
+    store.write([item(5)], marks=[Mark("a", "bulk", 0, 4, 0, 9), Mark("a", "critical", 1, 1, 1, 1)])
+    assert store.marks() == [Mark("a", "bulk", 0, 4, 7, 9), Mark("a", "critical", 1, 1, 1, 1)]
+    store.begin(b"{}")
+    assert store.marks() == []
+
+
+def test_the_oldest_bulk_makes_way_and_then_the_oldest_critical(tmp_path: Path) -> None:
+    store = opened(tmp_path / "db", 1 << 20)
+    kept: list[Item] = []
+    gone: list[GivenUp] = []
+    for n in range(1, 300):
+        one = item(n, critical=n % 3 == 0, size=9000)
+        victims = store.write([one])
+        gone += victims
+        for victim in victims:
+            bulk = [each for each in kept if not each.critical]
+            expected = (bulk or kept)[0]
+            assert (victim.n, victim.kinds) == (expected.n, expected.kinds)
+            kept.remove(expected)
+        kept.append(one)
+    assert gone
+    assert any(victim.kinds == {"process.exec": 1} for victim in gone)
+    assert store.next("a", 1 << 30) == kept
+    assert store.given_up() == sorted(gone, key=lambda one: one.n)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1 << 20
+    store.write([], told={"a": gone[3].n})
+    assert store.given_up() == [
+        one for one in sorted(gone, key=lambda each: each.n) if one.n > gone[3].n
+    ]
+
+
+def test_what_a_sink_was_given_does_not_make_way(tmp_path: Path) -> None:
+    store = opened(tmp_path / "db")
+    store.write([item(n, size=9000) for n in range(1, 60)])
+    given = [one.n for one in store.next("a", 200_000)]
+    gone = [victim for n in range(60, 90) for victim in store.write([item(n, size=50_000)])]
+    assert [one.n for one in gone] == list(range(given[-1] + 1, gone[-1].n + 1))
+    store.next("a", 1 << 40)
+    before = store.found()
+    with pytest.raises(SpoolError, match="no room"):
+        store.write([item(91, size=400_000)])
+    assert store.found() == before
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_kill_costs_nothing_that_was_written(tmp_path: Path, seed: int) -> None:
+    """Whatever `write` has returned for is there after a SIGKILL, and nothing in part."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        store = opened(tmp_path / "db", 1 << 30)
+        for n in range(1, 10**6, 3):
+            store.write([item(n, size=20_000), item(n + 1), item(n + 2)])
+            os.write(writer, b"%d\n" % (n + 2))
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        for _ in range(random.Random(seed).randrange(1, 60)):
+            said = pipe.readline()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        said = [said, *pipe.read().split()][-1]
+    found = [one.n for one in opened(tmp_path / "db", 1 << 30).next("a", 1 << 40)]
+    assert found == list(range(1, len(found) + 1))
+    assert len(found) in (int(said), int(said) + 3)
+
+
+# ---------------------------------------------------------------- the place
+
+
+def spool(directory: Path, most: int = 1 << 20) -> Spool | None:
+    return Spool.open(SpoolSection(directory=str(directory), max_bytes=most), lambda: None)
+
+
+def test_nobody_else_gets_in(directory: Path) -> None:
+    assert spool(directory) is not None
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in directory.iterdir()} == {NAME, LOG}
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in directory.iterdir())
+
+
+def test_two_agents_do_not_share_it(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = spool(directory)
+    assert first is not None
+    assert spool(directory) is None
+    assert "another agent on this host has it" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o750, 0o701])
+def test_a_directory_of_others_is_refused(
+    directory: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory.mkdir()
+    directory.chmod(mode)
+    assert spool(directory) is None
+    assert "others own it" in caplog.text
+
+
+def test_a_link_is_not_followed(tmp_path: Path, directory: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(0o700)
+    directory.symlink_to(tmp_path / "elsewhere")
+    assert spool(directory) is None
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def filled(directory: Path) -> None:
+    async def fill() -> None:
+        run = Run(directory, "wal")
+        await run.start(hold=True)
+        run.sink.submit(batch("file.open", 1, 300))
+        await run.until(lambda: run.inner.account.pending == 300)
+        await run.stop()
+
+    asyncio.run(fill())
+
+
+@contextmanager
+def edited(directory: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(directory / NAME)) as db, db:
+        yield db
+
+
+def plant_link(directory: Path) -> None:
+    target = directory.parent / "target"
+    (directory / NAME).rename(target)
+    (directory / NAME).symlink_to(target)
+
+
+def plant_second_name(directory: Path) -> None:
+    os.link(directory / NAME, directory.parent / "second")
+
+
+def plant_garbage(directory: Path) -> None:
+    (directory / NAME).write_bytes(os.urandom(10_000))
+
+
+def plant_trigger(directory: Path) -> None:
+    with edited(directory) as db:
+        db.execute("CREATE TRIGGER t AFTER INSERT ON batch BEGIN DELETE FROM batch; END")
+
+
+def plant_view(directory: Path) -> None:
+    with edited(directory) as db:
+        db.execute("DROP TABLE run")
+        db.execute("CREATE VIEW run AS SELECT 1 AS id, 'x' AS state")
+
+
+def plant_bad_pages(directory: Path) -> None:
+    data = bytearray((directory / NAME).read_bytes())
+    data[4096:] = os.urandom(len(data) - 4096)
+    (directory / NAME).write_bytes(data)
+
+
+def plant_other_program(directory: Path) -> None:
+    with edited(directory) as db:
+        db.execute("PRAGMA application_id = 7")
+
+
+def plant_directory(directory: Path) -> None:
+    (directory / NAME).unlink()
+    (directory / NAME).mkdir()
+
+
+PLANTS = [plant_link, plant_second_name, plant_garbage, plant_trigger, plant_view,
+          plant_bad_pages, plant_other_program, plant_directory]  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_bad_database_is_put_aside_and_told(
+    directory: Path, plant: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The agent starts, with a new spool that works; the next manifest says that it was so."""
+    filled(directory)
+    plant(directory)  # type: ignore[operator]
+    caplog.clear()
+
+    async def go() -> None:
+        run = Run(directory, "wal", run="fedcba9876543210")
+        told = run.spool.before.told_by(run.note)
+        assert told is not None
+        (untold,) = told.untold
+        assert "the spool could not be read" in untold.reason
+        await run.start()
+        sent = batch("file.open", 1, 10)
+        run.sink.submit(sent)
+        await run.until(lambda: run.delivered == ids(sent))
+        await run.stop()
+
+    asyncio.run(go())
+    assert caplog.text.count("the spool cannot be read and was put aside") == 1
+    assert os.path.lexists(directory / f"{NAME}{BAD}")
+
+
+@pytest.mark.parametrize("column, value", [
+    ("data", b"\0" * 50), ("data", 7), ("checksum", 1), ("size", 1 << 40), ("size", -1),
+    ("kinds", '{"file.open": 7}'),
+])  # fmt: skip
+def test_a_row_that_makes_no_sense_is_a_loss(directory: Path, column: str, value: object) -> None:
+    """Of as many as it says of itself; the rows beside it are delivered."""
+    filled(directory)
+    with edited(directory) as db:
+        db.execute("INSERT INTO batch SELECT n + 1, sink, run, critical, number, kinds, spans, "
+                   "size, checksum, data FROM batch")  # fmt: skip
+        db.execute(f"UPDATE batch SET {column} = ? WHERE n = 1", (value,))
+
+    async def go() -> None:
+        run = Run(directory, "wal", run="fedcba9876543210")
+        await run.start()
+        await run.until(lambda: run.sink.account.pending == 0)
+        assert len(run.delivered) == 300
+        lost = {"file.open": 7 if column == "kinds" else 300}
+        assert run.recorder.drops == [(lost, "what the spool had of them cannot be read")]
+        assert run.recorder.spans == [{("bulk", 0, RUN): (1, 300)}]
+        await run.stop()
+        assert Run(directory, "wal").spool._found == {}
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("column, value", [("kinds", "x"), ("kinds", '{"a": -1}'), ("number", "x"),
+                                           ("sink", b"\xff")])  # fmt: skip
+def test_a_row_that_cannot_be_counted_spoils_the_spool(
+    directory: Path, column: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The agent starts without one; the next one puts it aside, with the same words."""
+    filled(directory)
+    with edited(directory) as db:
+        db.execute(f"UPDATE batch SET {column} = ?", (value,))
+    run = Run(directory, "wal", run="fedcba9876543210")
+    told = run.spool.before.told_by(run.note)
+    assert told is not None
+    assert "the spool could not be read" in told.untold[0].reason
+    assert "put aside" in caplog.text
+
+
+# ---------------------------------------------------------------- in front of a sink
+
+
+async def test_without_trouble_nothing_is_replayed_and_little_is_written(directory: Path) -> None:
+    run = Run(directory)
+    await run.start()
+    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(20)]
+    for one in sent:
+        run.sink.submit(one)
+    assert run.delivered == ids(*sent)
+    assert run.inner.events == [event for one in sent for event in one.events]
+    await run.stop()
+    run.check()
+    assert Store(str(directory / NAME), 1 << 20, new=False).found() == {}
+
+
+async def test_what_is_over_the_budget_comes_back_in_order_and_says_so(directory: Path) -> None:
+    run = Run(directory, budget=1 << 18)
+    await run.start(hold=True)
+    sent = [batch("process.exec" if n % 3 else "file.open", 1 + 10 * n, 10) for n in range(200)]
+    for one in sent:
+        run.sink.submit(one)
+        await asyncio.sleep(0)
+    await run.until(lambda: not run.sink._writing)
+    assert run.sink.spooled > 1000
+    assert "full" not in run.recorder.marks
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert run.delivered == ids(*sent)
+    replayed = [getattr(one, "replayed") is True for one in run.inner.events]  # noqa: B009
+    first = replayed.index(True)
+    assert 0 < first < 1000
+    assert all(replayed[first:])
+    for one, original in zip(run.inner.events, (e for b in sent for e in b.events), strict=True):
+        one.replayed = msgspec.UNSET  # type: ignore[attr-defined]
+        assert one == original
+    later = batch("file.open", 9000, 10)
+    run.sink.submit(later)
+    assert run.delivered[-10:] == ids(later)
+    assert run.inner.events[-1].replayed is msgspec.UNSET  # type: ignore[attr-defined]
+    await run.stop()
+
+
+@pytest.mark.parametrize("mode", ["spill", "wal"])
+async def test_what_is_not_delivered_at_the_end_is_delivered_by_the_next_run(
+    directory: Path, mode: str
+) -> None:
+    run = Run(directory, mode, budget=1 << 18)  # type: ignore[arg-type]
+    await run.start(hold=True)
+    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(100)]
+    for one in sent:
+        run.sink.submit(one)
+        await asyncio.sleep(0)
+    run.sink.discard("not delivered when the agent stopped")
+    await run.stop()
+    assert run.recorder.drops == []
+    assert run.sink.kept == {"file.open": 1000}
+    run.check()
+    again = Run(directory, mode, run="fedcba9876543210")  # type: ignore[arg-type]
+    await again.start()
+    assert again.sink.recovered == 1000
+    later = batch("file.open", 1, 5, "fedcba9876543210")
+    again.sink.submit(later)
+    await again.until(lambda: again.sink.account.pending == 0)
+    assert again.delivered == ids(*sent, later)
+    await again.stop()
+    assert Store(str(directory / NAME), 1 << 20, new=False).found() == {}
+
+
+async def test_everything_is_on_disk_before_the_sink_has_it(directory: Path) -> None:
+    run = Run(directory, "wal")
+    await run.start(hold=True)
+    for n in range(50):
+        run.sink.submit(batch("file.open", 1 + 10 * n, 10))
+        given = run.inner.account.received.total()
+        await asyncio.sleep(0.001)
+        del given
+    await run.until(lambda: run.inner.account.received.total() == 500)
+    await run.spool.close()
+    store = Store(str(directory / NAME), 1 << 20, new=False)
+    assert store.found()["memory:"].number == 500
+    assert store.marks() == [Mark("memory:", "bulk", 0, 0, 500, 0)]
+
+
+async def test_the_cap_costs_bulk_first_and_each_loss_is_told(directory: Path) -> None:
+    run = Run(directory, budget=1 << 18, most=1 << 20)
+    await run.start(hold=True)
+    sent: Counter[str] = Counter()
+    for n in range(400):
+        kind = "process.exec" if n % 25 == 0 else "file.open"
+        # Random, so that it takes the room on disk that it has.
+        one = batch(kind, 1 + 10 * n, 10, comm=os.urandom(7).hex(), host=os.urandom(2000).hex())
+        sent.update(one.kinds)
+        run.sink.submit(one)
+        await run.until(lambda: len(run.sink._writing) < 10)
+    await run.until(lambda: not run.sink._writing)
+    lost: Counter[str] = Counter()
+    for kinds, reason in run.recorder.drops:
+        assert reason == MADE_WAY
+        lost.update(kinds)
+    assert lost["file.open"] > 0
+    assert lost["process.exec"] == 0
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.account.pending == 0)
+    got = Counter(one.__struct_config__.tag for one in run.inner.events)
+    assert got + lost == sent
+    numbers = {one.seq for one in run.inner.events}  # type: ignore[attr-defined]
+    told = {n for spans in run.recorder.spans for first, last in spans.values()
+            for n in range(first, last + 1)}  # fmt: skip
+    assert numbers | told == set(range(1, 4001))
+    assert not numbers & told
+    assert sum(path.stat().st_size for path in directory.iterdir()) <= 1 << 20
+    await run.stop()
+
+
+async def test_what_made_way_and_was_not_told_is_told_by_the_next_run(directory: Path) -> None:
+    run = Run(directory, budget=1 << 18, most=1 << 20)
+    await run.start(hold=True)
+    for n in range(300):
+        run.sink.submit(batch("file.open", 1 + 10 * n, 10, host=os.urandom(2000).hex()))
+        await run.until(lambda: len(run.sink._writing) < 10)
+    await run.until(lambda: not run.sink._writing)
+    lost = run.sink.account.dropped.total()
+    assert lost
+    await run.spool.close()  # and no more: it was killed
+    again = Run(directory, run="fedcba9876543210")
+    before = again.spool.before.told_by(None)
+    assert before is not None
+    assert before.run_id == RUN
+    assert sum(one.count for one in before.untold) == lost
+    await again.start()
+    await again.until(lambda: again.sink.account.pending == 0)
+    assert not again.spool._store.given_up()
+    await again.stop()
+
+
+class Failing:
+    """Makes the disk fail for a while: what SQLite answers, and nothing else."""
+
+    def __init__(self, run: Run) -> None:
+        self.code: int | None = None
+        self._write = run.spool._store.write
+        run.spool._store.write = self.write  # type: ignore[method-assign]
+
+    def write(self, items: object, **others: object) -> list[GivenUp]:
+        if self.code is not None:
+            raise SpoolError("the disk is full", lasting=self.code == sqlite3.SQLITE_CORRUPT)
+        return self._write(items, **others)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["spill", "wal"])
+async def test_a_disk_that_fails_costs_no_event_while_there_is_memory(
+    directory: Path,
+    mode: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streamer.spool.sink.RETRY_SECONDS", 0.1)
+    caplog.set_level("INFO")
+    run = Run(directory, mode, budget=1 << 22)  # type: ignore[arg-type]
+    await run.start(hold=True)
+    failing = Failing(run)
+    sent: list[Batch] = []
+    for n in range(200):
+        failing.code = sqlite3.SQLITE_FULL if n // 50 % 2 else None
+        one = batch("process.exec" if n % 3 else "file.open", 1 + 10 * n, 10)
+        sent.append(one)
+        run.sink.submit(one)
+        await asyncio.sleep(0.004)
+        if n == 120:
+            run.inner.hold = False
+            run.inner.release()
+    failing.code = None
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert run.delivered == ids(*sent)
+    assert run.recorder.drops == []
+    warned = caplog.text.count("the spool is not used for now")
+    assert warned <= 2
+    if mode == "wal":
+        assert warned == caplog.text.count("the spool is used again") == 2
+    await run.stop()
+
+
+async def test_a_full_disk_and_a_full_memory_pause_the_reading(directory: Path) -> None:
+    run = Run(directory, "wal", budget=1 << 18)
+    await run.start(hold=True)
+    Failing(run).code = sqlite3.SQLITE_FULL
+    n = 0
+    while not run.sink.watermarks.full:
+        n += 1
+        run.sink.submit(batch("file.open", 10 * n, 10))
+        await asyncio.sleep(0)
+    assert run.recorder.marks[-1] == "full"
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.recorder.marks[-1] == "room")
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert len(run.delivered) == 10 * n
+    await run.stop()
+
+
+async def test_a_spool_that_breaks_is_a_loss_of_what_it_had(directory: Path) -> None:
+    run = Run(directory, budget=1 << 18)
+    await run.start(hold=True)
+    for n in range(100):
+        run.sink.submit(batch("file.open", 1 + 10 * n, 10))
+        await asyncio.sleep(0)
+    await run.until(lambda: not run.sink._writing)
+    spooled = run.sink.spooled
+    assert spooled
+    Failing(run).code = sqlite3.SQLITE_CORRUPT
+    run.sink.submit(batch("file.open", 1001, 10))
+    await run.until(lambda: run.recorder.drops)
+    assert run.recorder.drops == [
+        ({"file.open": spooled}, "the spool cannot be read: the disk is full")
+    ]
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert len(run.delivered) == 1010 - spooled
+    await run.stop()
+
+
+async def test_marks_are_safe_and_no_further(directory: Path) -> None:
+    """With `spill`, what is in memory alone holds the mark back."""
+    run = Run(directory, budget=1 << 18)
+    await run.start(hold=True)
+    run.sink.submit(batch("file.open", 1, 10))
+    run.sink.checkpoint({("bulk", 0): 10}, {("bulk", 0): 11})
+    run.sink.submit(batch("file.open", 11, 10))
+    run.sink.checkpoint({("bulk", 0): 20}, {("bulk", 0): 22})
+    assert run.sink.marks() == []
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.safe() == 2)
+    assert run.sink.marks() == [Mark("memory:", "bulk", 0, 20, 20, 22)]
+    assert run.sink.marks() == []
+    await run.stop()
+
+
+async def test_losses_of_another_runs_events_name_it(directory: Path) -> None:
+    run = Run(directory, "wal")
+    await run.start(hold=True)
+    run.sink.submit(batch("file.open", 5, 10))
+    await run.stop()
+    again = Run(directory, "wal", run="fedcba9876543210")
+    await again.start(hold=True)
+    await again.until(lambda: again.inner.account.received.total() == 10)
+    again.inner.discard("refused")
+    assert again.recorder.spans == [{("bulk", 0, RUN): (5, 14)}]
+    await again.until(lambda: again.sink.account.pending == 0)
+    await again.stop()
+    assert NO_SPANS == {}
