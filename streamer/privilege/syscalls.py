@@ -94,6 +94,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "ppoll": (271, 73),
     "prctl": (157, 167),
     "pread64": (17, 67),
+    "pwrite64": (18, 68),
     "prlimit64": (302, 261),
     "pselect6": (270, 72),
     "read": (0, 63),

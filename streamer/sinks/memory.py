@@ -14,7 +14,8 @@ class MemorySink(Sink):
         super().__init__(name, budget_bytes)
         self.events: list[Event] = []
         self.hold = False
-        self._held: list[tuple[int, Batch]] = []
+        self._held: list[Batch] = []
+        self._tickets: list[int] = []
 
     async def start(self) -> None:
         """Nothing to open."""
@@ -22,22 +23,23 @@ class MemorySink(Sink):
 
     def submit(self, batch: Batch) -> None:
         """Take a batch; its size is that of its NDJSON."""
-        self._held.append((self.ticket, batch))
+        self._held.append(batch)
+        self._tickets.append(self.ticket)
         self._take(batch.kinds, len(batch.lines("json")))
         if not self.hold:
             self.release()
 
     def release(self) -> None:
         """Deliver everything held."""
-        held, self._held = self._held, []
-        for _, batch in held:
+        held, self._held, self._tickets = self._held, [], []
+        for batch in held:
             self.events.extend(batch.events)
             size = len(batch.lines("json"))
             self._delivered(batch.kinds, size, size)
 
     def oldest(self) -> int | None:
         """See `Sink`."""
-        return self._held[0][0] if self._held else None
+        return self._tickets[0] if self._held else None
 
     async def stop(self, grace: float) -> None:
         """Deliver the rest, unless it is to be held, in which case it is dropped."""
@@ -48,6 +50,6 @@ class MemorySink(Sink):
 
     def discard(self, reason: str) -> None:
         """Drop everything held."""
-        held, self._held = self._held, []
-        for _, batch in held:
+        held, self._held, self._tickets = self._held, [], []
+        for batch in held:
             self._dropped(batch.kinds, len(batch.lines("json")), reason, batch.spans)
