@@ -273,11 +273,11 @@ class SpooledSink(Sink, Listener):
     # To the sink
 
     def _give(self, n: int, batch: Batch, item: Item | None) -> None:
-        """Give the sink a batch, and keep `item` until it has accounted for it."""
-        held = None
-        if item is not None:
-            held = _Held(item, None)
-            self._hold(held.size)
+        """Give the sink a batch, and keep `item` until it has accounted for it.
+
+        It is not counted: the sink counts it, and as a rule it is the same memory.
+        """
+        held = _Held(item, None) if item is not None else None
         self._sent.append((n, held, batch.spans))
         self.inner.ticket = n
         self.inner.submit(batch)
@@ -335,7 +335,6 @@ class SpooledSink(Sink, Listener):
             n, held, spans = self._sent.popleft()
             self._settled = max(n, self._settled)
             if held is not None:
-                self._release(held.size)
                 self._note_last(spans)
         self._forget()
 

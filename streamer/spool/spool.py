@@ -19,7 +19,10 @@ from streamer.spool.store import Found, GivenUp, Mark, SpoolError
 from streamer.spool.writer import Writer
 
 SHARE = 4
-"""A sink with a spool has one of so many parts of the budget itself; the rest is for the way."""
+"""A sink with a spool has one of so many parts of the budget itself.
+
+As much again is for what goes to disk at the end, and the rest for what is on its way there.
+"""
 
 CLOSE_SECONDS = 5.0
 
@@ -110,8 +113,7 @@ class Spool:
 
     def in_front_of(self, inner: Sink, mode: Mode, budget_bytes: int) -> SpooledSink:
         """`inner` with this spool. Both together are to hold at most `budget_bytes`."""
-        sink = SpooledSink(inner, mode, budget_bytes - budget_bytes // SHARE)
-        sink.watermarks.low = budget_bytes // 2
+        sink = SpooledSink(inner, mode, budget_bytes // 2)
         self._sinks[sink.name] = sink
         return sink
 

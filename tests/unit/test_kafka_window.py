@@ -296,6 +296,24 @@ def test_one_event_that_is_not_taken_costs_no_other() -> None:
     assert run.sent < 45  # two for each halving, and the way down
 
 
+def test_refused_times_are_replaced_once_in_all_that_is_on_its_way() -> None:
+    """And not what they are times of: nothing is dropped for it."""
+    window = Window(lambda: 1.0)
+    window.identify(1)
+    window.add(events(0, 10))
+    entry = window.entries[0]
+    entry.payload = object()  # type: ignore[assignment]
+    window.sent(entry, 1.0)
+    outcome = window.answered(entry, Answer.of_code(TIME), 2.0)
+    assert (outcome.dropped, outcome.divided, outcome.failed) == ([], None, None)
+    assert (entry.as_now, entry.payload, entry.sequence) == (True, None, 0)
+    assert window.may_send(2.0)
+    window.sent(entry, 2.0)
+    outcome = window.answered(entry, Answer.of_code(TIME), 3.0)
+    assert outcome.divided is entry
+    assert all(part.as_now for part in window.entries)
+
+
 def test_events_that_the_broker_names_are_dropped_at_once() -> None:
     broker = Broker(bad=frozenset(range(0, 1000, 2)))
     broker.names_bad = True
@@ -303,7 +321,7 @@ def test_events_that_the_broker_names_are_dropped_at_once() -> None:
     run.window.add(events(0, 1000))
     run.settle()
     assert broker.log == list(range(1, 1000, 2))
-    assert run.sent == 2
+    assert run.sent == 3  # once with the time of sending, which is not why here
     assert run.dropped == [(number, f"no {number}") for number in range(0, 1000, 2)]
 
 

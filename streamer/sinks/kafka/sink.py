@@ -9,8 +9,9 @@ written and not acknowledged. Such copies have the same `id`: a consumer that ne
 them.
 
 A broker forgets the numbers of a producer whose newest record bears a time of more than a day
-ago (`producer.id.expiration.ms`, 24 hours), whenever it was written. A broker that is killed
-while it is sent events as old as that can therefore store the repetition as well.
+ago (`producer.id.expiration.ms`, 24 hours), whenever it was written, and would then store a
+repetition as well. So records of events older than half of that bear the time of their sending
+(`encoded.sendable`); and so do those whose times the broker refuses.
 
 Each topic has its own queue, window and task, and its trouble is its own: where others go on, it
 holds no more than its share of the budget, and what comes on top is dropped with the reason.
@@ -22,6 +23,7 @@ import asyncio
 import logging
 import os
 import random
+import time
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,7 +41,7 @@ from streamer.sinks.kafka.client import (
     silence_aiokafka,
 )
 from streamer.sinks.kafka.codecs import CODECS
-from streamer.sinks.kafka.encoded import encode, timed
+from streamer.sinks.kafka.encoded import encode, sendable
 from streamer.sinks.kafka.errors import (
     TOO_LARGE,
     DeliveryError,
@@ -364,7 +366,9 @@ class KafkaSink(Sink):
             raise DeliveryError(reason, grace=LEADER_SECONDS) from None
 
     async def _compress(self, entry: Numbered) -> Payload:
-        laid = lay_out([timed(batch) for batch in entry.batches], self._key)
+        now_ns = time.time_ns()
+        pieces = [sendable(batch, now_ns, as_now=entry.as_now) for batch in entry.batches]
+        laid = lay_out(pieces, self._key)
         if self._compressor is None or len(laid[0]) < THREAD_BYTES:
             return compress(laid, self._codec)
         loop = asyncio.get_running_loop()

@@ -16,6 +16,7 @@ What keeps the order, and each event in the log once:
   not written, nor is any behind it: what is left of them is numbered anew from there.
 - A request without an answer may still lie before the broker, and be taken at any time that its
   numbers fit. So they are not given to others: what has to be numbered anew then gets an epoch.
+- A batch whose times are refused is sent again with the time of that in their place, once.
 - When a broker does not know the numbers, the epoch is raised and numbers begin at 0. Only then
   can an event be written twice: one that was written and whose acknowledgement was lost.
 """
@@ -26,7 +27,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from streamer.sinks.encoded import EncodedBatch, halves, number_of, size_of, take_out
-from streamer.sinks.kafka.errors import NETWORK, Verdict, reason_of_code, verdict_of
+from streamer.sinks.kafka.errors import INVALID_TIME, NETWORK, Verdict, reason_of_code, verdict_of
 from streamer.sinks.kafka.record_batch import Payload
 
 MOST_IN_FLIGHT = 5
@@ -79,8 +80,8 @@ class Answer(NamedTuple):
 class Numbered:
     """A record batch in the window. `sequence` is the number of its first record."""
 
-    __slots__ = ("answer", "batches", "count", "in_flight", "lost", "overtaken", "payload",
-                 "sent_at", "sequence", "tries")  # fmt: skip
+    __slots__ = ("answer", "as_now", "batches", "count", "in_flight", "lost", "overtaken",
+                 "payload", "sent_at", "sequence", "tries")  # fmt: skip
 
     def __init__(self, batches: list[EncodedBatch], sequence: int) -> None:
         """Not sent yet. `payload` is set by whoever compresses it."""
@@ -91,6 +92,7 @@ class Numbered:
         self.in_flight = False
         self.answer: Answer | None = None
         self.overtaken = False
+        self.as_now = False  # its own times were refused: it bears that of its sending
         self.lost = False  # a request with these numbers was never answered
         self.sent_at = 0.0
         self.tries = 0
@@ -285,6 +287,10 @@ class Window:
                 self.fail(False, now)
             self._raise_epoch()
             return outcome._replace(failed=answer)
+        if answer.code == INVALID_TIME and not first.as_now:
+            for entry in self.entries:
+                entry.as_now, entry.payload = True, None
+            return outcome
         if verdict is Verdict.REFUSED:
             return self._refuse(first, answer, outcome)
         self.fail(verdict is Verdict.DENIED, now)
@@ -335,4 +341,5 @@ def _tried_as(whole: Numbered, part: Numbered) -> Numbered:
     """
     part.tries = min(whole.tries, UNKNOWN_TRIES - 2)
     part.lost = whole.lost
+    part.as_now = whole.as_now
     return part
