@@ -26,6 +26,7 @@ from streamer.config.cleartext import cleartext_passwords
 from streamer.config.rules import host_problems
 from streamer.config.settings import (
     AnySink,
+    KafkaSink,
     Limits,
     Settings,
     StdoutSink,
@@ -53,6 +54,9 @@ INTERRUPTED = 130
 UNDELIVERED = 5
 CLOSE_SECONDS = 1.0
 """How long the last lines wait for somebody to read them."""
+
+KAFKA_SHARES = 8
+"""As `sinks/kafka` has it, which is imported only where it is used."""
 
 T = TypeVar("T")
 
@@ -208,9 +212,19 @@ def _sink(chosen: AnySink, host: str, render: Render | None, given: Surroundings
     mode = spool_mode(chosen)
     if given.spool is None or mode == "off":
         return make_sink(chosen, host, render, given.split.opener)
-    behind = msgspec.structs.replace(chosen, budget_bytes=chosen.budget // SHARE)
+    behind = behind_spool(chosen)
     sink = make_sink(behind, host, render, given.split.opener)
     return given.spool.in_front_of(sink, mode, chosen.budget)
+
+
+def behind_spool(chosen: AnySink) -> AnySink:
+    """The settings of a sink that has a spool: with its share of the budget."""
+    budget = chosen.budget // SHARE
+    behind = msgspec.structs.replace(chosen, budget_bytes=budget)
+    if isinstance(behind, KafkaSink):  # which sends no more at once than a share of that again
+        most = max(1024, min(behind.batch_bytes, budget // KAFKA_SHARES))
+        return msgspec.structs.replace(behind, batch_bytes=most)
+    return behind
 
 
 def _open_spool(settings: Settings, split: Split) -> Spool | None:

@@ -453,10 +453,14 @@ class SpooledSink(Sink, Listener):
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            self._settle()
-            if self._failed and self._memory and self._may_retry():
-                self._retry()
-            self._feed()
+            try:
+                self._settle()
+                if self._failed and self._memory and self._may_retry():
+                    self._retry()
+                self._feed()
+            except Exception:  # a defect: it is seen, and what waits goes on
+                self._feeding = False
+                _log.exception("%s: the spool goes on after an error", self.name)
 
     # What the sink says
 

@@ -105,7 +105,7 @@ def heartbeats(running: Agent) -> list[bytes]:
 
 def wait_until_empty(running: Agent) -> None:
     """Until the sink for Kafka has all that it was given."""
-    deadline = time.monotonic() + seconds(90)
+    deadline = time.monotonic() + seconds(60)
     before = len(heartbeats(running))
     while time.monotonic() < deadline:
         time.sleep(0.3)
@@ -115,7 +115,7 @@ def wait_until_empty(running: Agent) -> None:
             for name, counts in decoded(beats[-1]).sink_counts.items()
         ):
             return
-    raise AssertionError(f"the spool is not emptied: {running.stderr}")
+    raise AssertionError(f"not emptied: {decoded(beats[-1]).sink_counts}: {running.stderr}")
 
 
 def check_order(events: list[Any]) -> None:

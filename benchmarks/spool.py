@@ -1,0 +1,175 @@
+"""What a spool costs a Kafka sink: `python -m benchmarks.spool [DIRECTORY]`, as root.
+
+The benchmark's own mix of events, decoded already, through a sink to a real broker as fast as it
+goes: without a spool, with one that is not needed, and with everything on disk before it is sent.
+The modes take turns, all in one run; the median of several. Further, an outage: everything to disk,
+and all of it out again. Prints the tables of docs/spool.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, Union
+
+import msgspec
+import uvloop
+
+from benchmarks.report import as_markdown
+from benchmarks.runs import Machine, write_lines
+from streamer.config.settings import KafkaSink as Settings
+from streamer.config.settings import SpoolSection
+from streamer.events.batch import Batch
+from streamer.events.catalogue import PUBLISHED
+from streamer.events.stream import PreviousRun
+from streamer.sinks.base import Sink
+from streamer.sinks.kafka.sink import KafkaSink
+from streamer.sinks.memory import MemorySink
+from streamer.spool.sink import Mode
+from streamer.spool.spool import SHARE, Spool
+from tests.brokers import KafkaBroker
+
+EVENTS = 200_000
+DRAIN = 512
+TURNS = 5
+WARM_TURNS = 2
+BUDGET = 32 << 20
+MODES: tuple[Mode | None, ...] = (None, "spill", "wal")
+NAMES = {None: "off", "spill": "spill, not needed", "wal": "wal"}
+NOTE = PreviousRun("0123456789abcdef", "boot", "0", 1, "killed", [])
+
+
+class Turn(NamedTuple):
+    """Events in a second, and CPU time per event in ns, of this process."""
+
+    rate: float
+    cpu_ns: float
+
+
+def batches_of(path: Path) -> list[list[Any]]:
+    """The events as the reader gives them."""
+    structs = tuple(info.struct for info in PUBLISHED.values())
+    decoder = msgspec.json.Decoder(Union[structs])  # noqa: UP007
+    events = decoder.decode_lines(path.read_bytes())
+    now = time.time_ns()
+    for event in events:
+        event.time_ns = now
+    return [events[start : start + DRAIN] for start in range(0, len(events), DRAIN)]
+
+
+def opened(directory: Path) -> Spool:
+    """A spool in a directory."""
+    settings = SpoolSection(directory=str(directory), max_bytes=1 << 32)
+    spool = Spool.open(settings, lambda: None)
+    assert spool is not None
+    assert spool.use()
+    return spool
+
+
+async def push(sink: Sink, events: list[list[Any]]) -> Turn:
+    """All events through the sink."""
+    await sink.start()
+    begun, cpu = time.monotonic(), time.process_time_ns()
+    for one in events:
+        while sink.watermarks.full:  # noqa: ASYNC110
+            await asyncio.sleep(0.0005)
+        sink.submit(Batch(one))
+        await asyncio.sleep(0)
+    while sink.account.pending:  # noqa: ASYNC110
+        await asyncio.sleep(0.0005)
+    seconds, cpu = time.monotonic() - begun, time.process_time_ns() - cpu
+    assert not sink.account.dropped
+    await sink.stop(1)
+    count = sink.account.delivered.total()
+    return Turn(count / seconds, cpu / count)
+
+
+async def take_turn(
+    mode: Mode | None, address: str, topic: str, directory: Path, events: list[list[Any]]
+) -> Turn:
+    """One mode, with a topic and a spool of its own."""
+    budget = BUDGET // SHARE if mode else BUDGET
+    settings = Settings(bootstrap=(address,), topic=topic, budget_bytes=budget)
+    inner = KafkaSink(settings, host="bench-host")
+    if mode is None:
+        return await push(inner, events)
+    spool = opened(directory)
+    sink = spool.in_front_of(inner, mode, BUDGET)
+    spool.begin(NOTE)
+    turn = await push(sink, events)
+    await spool.close()
+    return turn
+
+
+async def outage(directory: Path, events: list[list[Any]]) -> tuple[float, float, float]:
+    """Events/s to disk and out again, and bytes on disk per event, with a sink in memory."""
+    spool = opened(directory)
+    inner = MemorySink("memory:", BUDGET // SHARE)
+    sink = spool.in_front_of(inner, "spill", BUDGET)
+    spool.begin(NOTE)
+    inner.hold = True
+    await sink.start()
+    begun = time.monotonic()
+    for one in events:
+        while sink.watermarks.full:  # noqa: ASYNC110
+            await asyncio.sleep(0.0005)
+        sink.submit(Batch(one))
+        await asyncio.sleep(0)
+    while sink._writing:  # noqa: ASYNC110
+        await asyncio.sleep(0.0005)
+    written, stored = time.monotonic() - begun, sink.spooled
+    size = sum(path.stat().st_size for path in directory.iterdir())  # noqa: ASYNC240
+    begun = time.monotonic()
+    inner.hold = False
+    inner.release()
+    while sink.account.pending:  # noqa: ASYNC110
+        await asyncio.sleep(0.0005)
+    read = time.monotonic() - begun
+    await sink.stop(1)
+    await spool.close()
+    return stored / written, stored / read, size / stored
+
+
+def measure(directory: Path, place: Path) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The rows of both tables; spools are below `place`."""
+    path = directory / "events.ndjson"
+    write_lines(path, EVENTS, Machine.split())
+    events = batches_of(path)
+    found: dict[Mode | None, list[Turn]] = {mode: [] for mode in MODES}
+    with KafkaBroker(directory / "kafka") as broker:
+        for turn in range(-WARM_TURNS, TURNS):
+            for mode in MODES:
+                name = f"spool-{mode}-{turn}"
+                one = uvloop.run(take_turn(mode, broker.address, name, place / name, events))
+                if turn >= 0:
+                    found[mode].append(one)
+    rows: list[tuple[str, ...]] = [("spool", "events/s", "CPU, ns per event")]
+    for mode, turns in found.items():
+        rate, cpu = (statistics.median(column) for column in zip(*turns, strict=True))
+        rows.append((NAMES[mode], f"{rate:,.0f}", f"{cpu:,.0f}"))
+    outages = [uvloop.run(outage(place / f"outage-{n}", events)) for n in range(TURNS)]
+    to_disk, out, size = (statistics.median(column) for column in zip(*outages, strict=True))
+    other: list[tuple[str, ...]] = [
+        ("to disk, events/s", "out again, events/s", "bytes on disk per event"),
+        (f"{to_disk:,.0f}", f"{out:,.0f}", f"{size:,.1f}"),
+    ]
+    return rows, other
+
+
+def main() -> None:
+    """Measure and print."""
+    where = sys.argv[1] if len(sys.argv) > 1 else None
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as directory,
+        tempfile.TemporaryDirectory(prefix="spool-", dir=where) as place,
+    ):
+        for table in measure(Path(directory), Path(place)):
+            print(as_markdown(table))
+
+
+if __name__ == "__main__":
+    main()
