@@ -1,6 +1,6 @@
 """What a spool costs a Kafka sink: `python -m benchmarks.spool [DIRECTORY]`, as root.
 
-The benchmark's own mix of events, decoded already, through a sink to a real broker as fast as it
+Opens and closed connections, decoded already, through a sink to a real broker as fast as it
 goes: without a spool, with one that is not needed, and with everything on disk before it is sent.
 The modes take turns, all in one run; the median of several. Further, an outage: everything to disk,
 and all of it out again. Prints the tables of docs/spool.md.
@@ -9,18 +9,19 @@ and all of it out again. Prints the tables of docs/spool.md.
 from __future__ import annotations
 
 import asyncio
+import random
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import msgspec
 import uvloop
 
+from benchmarks.load import COMMS, KINDS, PATHS
 from benchmarks.report import as_markdown
-from benchmarks.runs import Machine, write_lines
 from streamer.config.settings import KafkaSink as Settings
 from streamer.config.settings import SpoolSection
 from streamer.events.batch import Batch
@@ -32,6 +33,7 @@ from streamer.sinks.memory import MemorySink
 from streamer.spool.sink import Mode
 from streamer.spool.spool import SHARE, Spool
 from tests.brokers import KafkaBroker
+from tests.golden.cases import load
 
 EVENTS = 200_000
 DRAIN = 512
@@ -50,15 +52,22 @@ class Turn(NamedTuple):
     cpu_ns: float
 
 
-def batches_of(path: Path) -> list[list[Any]]:
-    """The events as the reader gives them."""
-    structs = tuple(info.struct for info in PUBLISHED.values())
-    decoder = msgspec.json.Decoder(Union[structs])  # noqa: UP007
-    events = decoder.decode_lines(path.read_bytes())
-    now = time.time_ns()
-    for event in events:
-        event.time_ns = now
-    return [events[start : start + DRAIN] for start in range(0, len(events), DRAIN)]
+def made_events() -> list[list[Any]]:
+    """Opens and closed connections in turn, no two alike, as the reader gives them."""
+    structs = {kind: info.struct for kind, info in PUBLISHED.items()}
+    samples = {case.event["event"]: case.event for case in load()}
+    chance, now = random.Random(7), time.time_ns()
+    events: list[Any] = []
+    for number in range(EVENTS):
+        kind = KINDS[number % len(KINDS)]
+        event: Any = msgspec.convert(samples[kind], structs[kind])
+        event.id, event.seq = f"{NOTE.run_id}-bulk-0-{number}", number + 1
+        event.time_ns, event.boot_ns = now, number * 1009
+        event.pid, event.comm = chance.randrange(1 << 16), chance.choice(COMMS)[:15]
+        if kind == "file.open":
+            event.path = chance.choice(PATHS).format(chance.randrange(10_000))
+        events.append(event)
+    return [events[start : start + DRAIN] for start in range(0, EVENTS, DRAIN)]
 
 
 def opened(directory: Path) -> Spool:
@@ -136,9 +145,7 @@ async def outage(directory: Path, events: list[list[Any]]) -> tuple[float, float
 
 def measure(directory: Path, place: Path) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """The rows of both tables; spools are below `place`."""
-    path = directory / "events.ndjson"
-    write_lines(path, EVENTS, Machine.split())
-    events = batches_of(path)
+    events = made_events()
     found: dict[Mode | None, list[Turn]] = {mode: [] for mode in MODES}
     with KafkaBroker(directory / "kafka") as broker:
         for turn in range(-WARM_TURNS, TURNS):

@@ -14,14 +14,15 @@ PACKAGE = ROOT / "streamer"
 BELOW = {
     "cli": {"agent", "verify", "terminal", "operation", "kernel", "config", "events"},
     "agent": {
-        *("summaries", "profiles", "terminal", "operation", "sinks", "ring", "privilege"),
-        *("kernel", "config", "events"),
+        *("summaries", "profiles", "terminal", "operation", "spool", "sinks", "ring"),
+        *("privilege", "kernel", "config", "events"),
     },
     "verify": {"terminal", "sinks", "config", "events"},
     "summaries": {"kernel", "events"},
     "profiles": set[str](),
     "terminal": {"operation", "kernel", "config", "events"},
     "operation": {"events"},
+    "spool": {"sinks", "config", "events"},
     "sinks": {"privilege", "config", "events"},
     "ring": {"kernel", "events"},
     "privilege": {"kernel", "config"},
