@@ -35,7 +35,7 @@ from streamer.events import kinds as events
 KINDS = ("process.exec", "process.fork", "process.exit", "file.open", "net.connect", "net.close")
 ROOT_KEYS = (
     "btf, control, events, filters, grace_seconds, heartbeat_seconds, host, kernel, "
-    "log_level, metrics, nice, oom_score_adj, rfc3339_time, rings, sinks, state_file, "
+    "log_level, metrics, nice, oom_score_adj, rfc3339_time, rings, sinks, spool, state_file, "
     "summary_seconds, timing, user"
 )
 SINKS = '"stdout", "file", "kafka", "mqtt"'
