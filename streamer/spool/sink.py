@@ -74,6 +74,7 @@ class SpooledSink(Sink, Listener):
         self.ends_quietly = inner.ends_quietly
         inner.listener = self
         self.account.delivered = inner.account.delivered
+        self.latency = inner.latency  # of the sink itself: what waits on disk is late anyway
         self._writer: Writer | None = None
         self._n = 0
         self._writing: deque[_Held] = deque()  # in order of n, as all of these
@@ -330,6 +331,7 @@ class SpooledSink(Sink, Listener):
 
     def _settle(self) -> None:
         """Forget what the sink has accounted for."""
+        self.delivered_bytes = self.inner.delivered_bytes
         oldest = self.inner.oldest() if self._sent else None
         while self._sent and (oldest is None or self._sent[0][0] < oldest):
             n, held, spans = self._sent.popleft()
@@ -406,7 +408,9 @@ class SpooledSink(Sink, Listener):
     def _drop_memory(self, reason: str) -> None:
         while self._memory:
             held = self._memory.popleft()
-            self._dropped(held.item.kinds, held.size, reason, held.item.spans)
+            self._release(held.size)
+            self.account.dropped.update(held.item.kinds)
+            self.listener.sink_dropped(self, held.item.kinds, reason, held.item.spans)
 
     async def stop(self, grace: float) -> None:
         """See `Sink`. What is not delivered within `grace` is kept for the next run."""

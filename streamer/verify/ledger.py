@@ -6,7 +6,7 @@ Memory grows with hosts, runs, CPUs, gaps and losses told, and not with events.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from streamer import __version__
 from streamer.verify import report
@@ -32,6 +32,22 @@ MOST_RUNS = 100_000
 
 _TIMES = 3
 _CPUS = 65536
+
+
+def by_run(loss: Loss) -> Iterator[tuple[str, Loss]]:
+    """A loss, of each run whose numbers it names; "" is the one that tells it.
+
+    Out of its spool a run can lose what one before it had read. Where it names several runs, how
+    many were lost of which is not said: each may have been as many as it has numbers.
+    """
+    runs = {one.run_id for one in loss.ranges} or {""}
+    if len(runs) == 1:
+        yield runs.pop(), loss
+        return
+    for run_id in sorted(runs):
+        ranges = [one for one in loss.ranges if one.run_id == run_id]
+        count = min(loss.count, sum(one.seq_to - one.seq_from + 1 for one in ranges))
+        yield run_id, Loss(loss.stage, count, {}, ranges, loss.sink)
 
 
 class Ledger:
@@ -140,7 +156,11 @@ class Ledger:
         elif isinstance(record, Heartbeat):
             run.take_heartbeat(record, line.boot_ns, lane)
         elif isinstance(record, Loss):
-            run.take_loss(record)
+            for run_id, part in by_run(record):
+                if run_id:
+                    self._untold.append((run_id, part))
+                else:
+                    run.take_loss(part)
         run.settle()
 
     def _take_previous(self, run: Run, previous: Previous) -> None:

@@ -78,6 +78,7 @@ class Range(Struct, gc=False):
     cpu: int
     seq_from: Number
     seq_to: Number
+    run_id: str = ""
 
 
 class Loss(Struct, gc=False):
