@@ -135,6 +135,8 @@ class Store:
         """
         reserve = min(MOST_RESERVE, most_bytes // 4)
         self._limit = max((most_bytes - reserve) // PAGE_BYTES, 16)
+        self.transaction_bytes = reserve // 4
+        """What goes into a transaction, so that the log does not get larger than its share."""
         self._fed: dict[str, int] = {}
         with _worded():
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)

@@ -323,12 +323,12 @@ async def test_without_trouble_nothing_is_replayed_and_little_is_written(directo
 
 
 async def test_what_is_over_the_budget_comes_back_in_order_and_says_so(directory: Path) -> None:
-    run = Run(directory, budget=1 << 18)
+    run = Run(directory, budget=1 << 19)
     await run.start(hold=True)
-    sent = [batch("process.exec" if n % 3 else "file.open", 1 + 10 * n, 10) for n in range(200)]
+    sent = [batch("process.exit" if n % 3 else "file.open", 1 + 10 * n, 10) for n in range(200)]
     for one in sent:
         run.sink.submit(one)
-        await run.until(lambda: len(run.sink._writing) < 5)
+        await run.until(lambda: len(run.sink._writing) < 2)
     await run.until(lambda: not run.sink._writing)
     assert run.sink.spooled > 1000
     assert "full" not in run.recorder.marks
