@@ -37,6 +37,8 @@ READ_BYTES = 1 << 20
 """Bytes of batches that are read at once."""
 RETRY_SECONDS = 5.0
 """How long the disk is left alone after it did not take something."""
+WARN_SECONDS = 600.0
+"""How often at most it is said that the disk fails."""
 TICK_SECONDS = 0.02
 """How often one looks at what the sink has delivered."""
 FORGET_SECONDS = 0.5
@@ -90,6 +92,7 @@ class SpooledSink(Sink, Listener):
         self._failed = ""
         self._lasting = False
         self._retry_at = 0.0
+        self._warn_at = 0.0
         self._gave_up = 0  # the n of the last that made way
         self._telling = (0, 0)  # the n of a batch that tells of what made way, and up to which n
         self._on_disk = False  # whether anything may be there that can be forgotten
@@ -224,9 +227,11 @@ class SpooledSink(Sink, Listener):
         self._feed()
 
     def _fail(self, error: SpoolError) -> None:
-        self._retry_at = asyncio.get_running_loop().time() + RETRY_SECONDS
-        if not self._failed:
-            self._failed = error.reason
+        now = asyncio.get_running_loop().time()
+        self._retry_at = now + RETRY_SECONDS
+        self._failed = self._failed or error.reason
+        if now >= self._warn_at:  # a disk that is full fails again and again
+            self._warn_at = now + WARN_SECONDS
             _log.warning("%s: the spool is not used for now, and events wait in memory: %s",
                          self.name, error.reason)  # fmt: skip
         if error.lasting and not self._lasting:

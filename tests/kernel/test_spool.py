@@ -148,9 +148,9 @@ def test_an_outage_costs_nothing_and_what_comes_late_says_so(
         recording = running.stop(check=False)
         got = by_kcat(kafka)
     check_order(got)
-    assert [plain(event) for event in numbered(recording.all)] == [
-        plain(event) for event in dict((event.id, event) for event in numbered(got)).values()
-    ]
+    first = {event.id: plain(event) for event in reversed(numbered(got))}
+    there = [first.get(event.id) == plain(event) for event in numbered(recording.all)]
+    assert all(there)  # not as lists: what is said of a difference would take minutes
     assert len(numbered(recording.all)) == FLOOD + 2000
     replayed = Counter(
         event.path.split("/")[1] for event in numbered(got) if event.replayed is True
@@ -318,7 +318,8 @@ def test_a_full_disk_costs_nothing_while_memory_does(
         subprocess.run(["umount", str(place)], check=True)
     check_order(got)
     ids = {event.id for event in numbered(got)}
-    assert {event.id for event in numbered(recording.all)} == ids
+    read = {event.id for event in numbered(recording.all)}
+    assert (len(read - ids), len(ids - read)) == (0, 0)
     lost = sum(event.count for event in recording.all if isinstance(event, StreamLoss))
     counts = recording.heartbeat.counts["file.open"]
     assert counts.read + counts.lost == 100 + 3 * FLOOD == len(ids) + lost
