@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from streamer.events.kinds import RECORDS
 from streamer.events.stream import CpuMark, KindCounts
@@ -65,15 +65,21 @@ class KernelCounters:
                 found[kind] = KindCounts(made, filtered=0, shed=0, lost=0, read=made)
         return found
 
-    def marks(self, passed: Mapping[tuple[str, int], int]) -> list[CpuMark]:
-        """Sequence per ring and CPU that has any; `passed` is the reader's."""
+    def marks(
+        self, passed: Mapping[tuple[str, int], int], watermark: Callable[[str, int], int]
+    ) -> list[CpuMark]:
+        """Sequence per ring and CPU that has any; `passed` is the reader's.
+
+        `watermark` gives the time that nothing older follows of a ring and CPU, or 0.
+        """
         marks = []
         for cpu in range(self.cpus):
             seqs, skipped = self._rings(cpu, "seq"), self._rings(cpu, "skipped")
             for i, ring in enumerate(RINGS):
                 if seqs[i]:
                     read = passed.get((ring, cpu), 0)
-                    marks.append(CpuMark(ring, cpu, seqs[i], read, skipped[i]))
+                    mark = CpuMark(ring, cpu, seqs[i], read, skipped[i], watermark(ring, cpu))
+                    marks.append(mark)
         return marks
 
     def seqs(self) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ from streamer import __version__
 from streamer.agent.counters import KernelCounters, LossLedger, faults
 from streamer.agent.losses import Lost
 from streamer.agent.payers import Payers
+from streamer.agent.watermarks import Watermarks
 from streamer.config.settings import Filters
 from streamer.events.catalogue import SELECTABLE
 from streamer.events.envelope import Envelope
@@ -31,6 +32,7 @@ from streamer.events.stream import (
     StreamManifest,
 )
 from streamer.kernel.cgroups import what_is_unseen as cgroups_unseen
+from streamer.kernel.grace_period import wait_for_programs
 from streamer.kernel.state import KernelState
 from streamer.ring.gaps import Loss
 from streamer.ring.reader import RingReader
@@ -53,6 +55,7 @@ class Reporter:
         self._counters = KernelCounters(kernel.counters, kernel.kind_counters, kernel.cpus)
         self._ledger = LossLedger(self._counters, {k: info.ring for k, info in KINDS.items()})
         self._payers = Payers(kernel)
+        self.watermarks = Watermarks(self.seqs, wait_for_programs)
         self._undecodable_told = 0
         self._missed_told: Counter[str] = Counter()
         self._started = time.monotonic()
@@ -87,7 +90,11 @@ class Reporter:
             for source in self._reader.sources
             for cpu in range(self._kernel.cpus)
         }
-        return self._counters.marks(passed)
+        return self._counters.marks(passed, self._watermark)
+
+    def _watermark(self, ring: str, cpu: int) -> int:
+        exact, timing = self.watermarks.of(ring, cpu), self._envelope.timing
+        return exact if timing is None else timing.moment(exact)
 
     def programs(self) -> list[ProgramReport]:
         """What became of each program."""
@@ -146,9 +153,9 @@ class Reporter:
         found = {}
         for source in self._reader.sources:
             for cpu in range(self._kernel.cpus):
-                passed = source.ring.next_seq(cpu) - 1
-                if passed:
-                    found[source.name, cpu] = source.gaps.complete(cpu, passed)
+                number = source.gaps.complete(cpu, source.ring.next_seq(cpu) - 1)
+                if number:
+                    found[source.name, cpu] = number
         return found
 
     def seqs(self) -> dict[str, list[int]]:

@@ -212,6 +212,14 @@ class CpuMark(Struct, gc=False):
     seq: Annotated[Count, Meta(description="last sequence number taken in the kernel")]
     read: Annotated[Count, Meta(description="last sequence number that the reader has passed")]
     skipped: Annotated[Count, Meta(description="sequence numbers given up unused")]
+    watermark_ns: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="nothing that is older, by `boot_ns`, follows of this ring and CPU in this"
+            " run, where order is kept; 0: not known",
+        ),
+    ] = 0
 
 
 class SinkCounts(Struct, gc=False):

@@ -104,9 +104,12 @@ class GapTracker:
             gaps[:] = waiting
 
     def complete(self, cpu: int, passed: int) -> int:
-        """The last number, of those up to `passed`, before which none is still waited for."""
+        """The last number before which none is still waited for.
+
+        `passed` is the last that the ring has passed; behind it may be some that were told as lost.
+        """
         firsts = (gap.first - 1 for gap in self._gaps.get(cpu, ()))
-        return min((passed, *firsts))
+        return min((max(passed, self._told.get(cpu, 0)), *firsts))
 
     def _open(self, cpu: int, first: int, last: int, now_ns: int, tail: bool = False) -> None:
         if first > last:

@@ -101,7 +101,7 @@ class Ledger:
             run.kinds[line.event] += 1
             if line.time_ns - line.boot_ns != run.offset:
                 run.set_clock(line)
-            if line.boot_ns < track.watermark_ns:
+            if line.boot_ns < track.bound_ns:
                 track.older += 1
             if run is not last:
                 if last is not None and newest is not None:

@@ -35,6 +35,7 @@ class Track:
 
     __slots__ = (
         "_end",
+        "bound_ns",
         "duplicates",
         "first_mark",
         "lane",
@@ -64,6 +65,7 @@ class Track:
         self.duplicates = self.out_of_order = self.late = self.older = 0
         self.passed = 0
         self.watermark_ns = 0
+        self.bound_ns = 0
         self.first_mark: Mark | None = None
         self.mark: Mark | None = None
 
@@ -78,6 +80,7 @@ class Track:
             return False
         if lane != self.lane:
             self.split = True  # no order is promised across partitions and topics
+            self.bound_ns = 0
         if not self.split:
             self.out_of_order += number < highest
             self.late += number <= self.passed
@@ -89,13 +92,18 @@ class Track:
         if self.next > 0:
             self.seen.extend_to(self.next)
 
-    def pass_mark(self, mark: Mark) -> None:
-        """A heartbeat says how far this ring and CPU have come."""
+    def pass_mark(self, mark: Mark, lane: str) -> None:
+        """A heartbeat says how far this ring and CPU have come.
+
+        Its watermark binds what follows in the same lane alone.
+        """
         self.sync()
         self.first_mark = self.first_mark or mark
         self.mark = mark
         self.passed = mark.read
         self.watermark_ns = max(self.watermark_ns, mark.watermark_ns)
+        if lane == self.lane and not self.split:
+            self.bound_ns = self.watermark_ns
         self._follow()
 
     def _follow(self) -> None:

@@ -104,7 +104,7 @@ class Run:
             return  # from another lane, and older
         self.last = beat
         for mark in beat.marks:
-            self._track(mark, lane).pass_mark(mark)
+            self._track(mark, lane).pass_mark(mark, lane)
         if self._base is None:
             self._base = beat, dict(self.kinds), self.given_up.copy()
         if beat.final and self.end == "open":

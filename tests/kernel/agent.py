@@ -122,7 +122,17 @@ class Recording:
         """Nothing is missing, nothing is twice, and every event is in the account."""
         self._check_ids()
         self.check_sequence()
+        self.check_watermarks()
         self._check_account()
+
+    def check_watermarks(self) -> None:
+        """No event is older than what a heartbeat before it has said of its ring and CPU."""
+        marks: dict[tuple[str, int], int] = {}
+        for event in self.all:
+            if isinstance(event, StreamHeartbeat):
+                marks = {(mark.ring, mark.cpu): mark.watermark_ns for mark in event.marks}
+            elif not isinstance(event, StreamRecord):
+                assert event.boot_ns >= marks.get((event.ring, event.cpu), 0), event.id
 
     def _check_ids(self) -> None:
         assert len({event.id for event in self.all}) == len(self.all)

@@ -93,9 +93,10 @@ def test_marks_are_of_the_rings_and_cpus_that_were_used() -> None:
     memory.rings(2, "seq", {"critical": 0, "bulk": 9})
     memory.rings(2, "skipped", {"critical": 0, "bulk": 2})
     counters = memory.counters()
-    assert counters.marks({("critical", 0): 4}) == [
-        CpuMark("critical", 0, seq=5, read=4, skipped=0),
-        CpuMark("bulk", 2, seq=9, read=0, skipped=2),
+    watermarks = {("bulk", 2): 77}
+    assert counters.marks({("critical", 0): 4}, lambda *of: watermarks.get(of, 0)) == [
+        CpuMark("critical", 0, seq=5, read=4, skipped=0, watermark_ns=0),
+        CpuMark("bulk", 2, seq=9, read=0, skipped=2, watermark_ns=77),
     ]
 
 

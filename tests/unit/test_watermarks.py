@@ -1,0 +1,124 @@
+"""Times that nothing older follows: taken when programs have ended, told when all of theirs has come."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from streamer.agent.watermarks import Watermarks
+from streamer.kernel.grace_period import wait_for_programs
+
+
+class Numbers:
+    """What the kernel has numbered, of a ring on two CPUs; programs end when they are let."""
+
+    def __init__(self) -> None:
+        self.taken = [0, 0]
+        self.ended = threading.Event()
+        self.asked = 0
+
+    def read(self) -> Mapping[str, Sequence[int]]:
+        return {"bulk": list(self.taken)}
+
+    def wait(self) -> None:
+        self.asked += 1
+        assert self.ended.wait(30)
+
+
+def now() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+async def noted(marks: Watermarks, numbers: Numbers) -> tuple[int, int]:
+    """Note a time, and between which times that was."""
+    numbers.ended.set()
+    before, asked = now(), numbers.asked
+    marks.tick()
+    async with asyncio.timeout(30):
+        while marks.noting or numbers.asked == asked:
+            await asyncio.sleep(0.001)
+    return before, now()
+
+
+async def test_the_time_is_of_before_the_programs_ended_and_the_numbers_of_after() -> None:
+    numbers = Numbers()
+    marks = Watermarks(numbers.read, numbers.wait)
+    before = now()
+    marks.tick()
+    await asyncio.sleep(0.02)
+    meanwhile = now()
+    numbers.taken = [3, 0]  # of programs that had begun
+    marks.advance({("bulk", 0): 3})
+    assert marks.of("bulk", 0) == 0  # they have not ended
+    numbers.ended.set()
+    async with asyncio.timeout(30):
+        while marks.noting:
+            await asyncio.sleep(0.001)
+    marks.advance({("bulk", 0): 2})
+    assert marks.of("bulk", 0) == 0  # the third has not come
+    assert before < marks.of("bulk", 1) < meanwhile  # nothing was numbered there
+    marks.advance({("bulk", 0): 3})
+    assert before < marks.of("bulk", 0) < meanwhile
+
+
+async def test_the_newest_time_of_which_all_has_come() -> None:
+    numbers = Numbers()
+    marks = Watermarks(numbers.read, numbers.wait)
+    times = []
+    for taken in (5, 7, 9):
+        numbers.taken = [taken, 0]
+        times.append(await noted(marks, numbers))
+    marks.advance({("bulk", 0): 8})
+    assert times[1][0] <= marks.of("bulk", 0) <= times[1][1]
+    assert times[2][0] <= marks.of("bulk", 1) <= times[2][1]
+    marks.advance({("bulk", 0): 9})
+    assert times[2][0] <= marks.of("bulk", 0) <= times[2][1]
+
+
+async def test_one_is_noted_at_a_time() -> None:
+    numbers = Numbers()
+    marks = Watermarks(numbers.read, numbers.wait)
+    marks.tick()
+    await asyncio.sleep(0.02)
+    marks.tick()
+    numbers.ended.set()
+    async with asyncio.timeout(30):
+        while marks.noting:
+            await asyncio.sleep(0.001)
+    assert numbers.asked == 1
+
+
+async def test_at_the_end_of_all_that_has_come() -> None:
+    numbers = Numbers()
+    marks = Watermarks(numbers.read, numbers.wait)
+    numbers.taken = [5, 6]
+    before = now()
+    marks.end({("bulk", 0): 5, ("bulk", 1): 5})
+    assert (before < marks.of("bulk", 0) < now(), marks.of("bulk", 1)) == (True, 0)
+
+
+async def test_a_kernel_that_cannot_tell_is_asked_once(caplog: pytest.LogCaptureFixture) -> None:
+    asked = 0
+
+    def refuse() -> None:
+        nonlocal asked
+        asked += 1
+        raise OSError(errno.EINVAL, "")
+
+    marks = Watermarks(lambda: {"bulk": [1]}, refuse)
+    for _ in range(3):
+        marks.tick()
+        await asyncio.sleep(0.02)
+        marks.advance({("bulk", 0): 1})
+    assert (asked, marks.of("bulk", 0)) == (1, 0)
+    assert "no watermarks" in caplog.text
+    assert "EINVAL" in caplog.text
+
+
+def test_the_kernel_waits() -> None:
+    wait_for_programs()
