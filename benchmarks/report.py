@@ -311,7 +311,8 @@ that the measured process leaves, and bound it as well.
 
 **In the kernel** is the best of several runs of 8,192 events, the empty loop taken off. The first
 lines are the price of a record with the identity of its task; the hook of `openat()` does all that
-it does at a real call, the walk up the path included. What an observed program pays is measured
+it does at a real call, the walk up the path included. Ring and perf buffers
+([20](adr/0020-perf-buffers.md)) take turns in one run. What an observed program pays is measured
 on a program that opens and closes a file, with the hooks attached and without. What timing system
 calls costs is measured on a program that makes `getppid()`, in the fastest of twenty parts: timed,
 beside another call that is, and the same with a histogram of bpftrace (`benchmarks/syscalls.py`).
@@ -342,6 +343,11 @@ to it a state that changes late in a softirq is another user's. With the default
 recorded together with the fork before and the exit after it.
 
 **A system call that nobody observes** is `getppid()`, in the fastest of twenty parts of each turn.
+What the streamer takes from it is the price of tracepoints of system calls: once one of them is in
+use, every call of every process takes the slow way through the kernel. It uses them for results
+of `connect()`, `accept()`, `bind()`, `listen()` and opens, where programs at functions do not
+load, as on the kernel of this table (`streamer check`: rung 2 of 2). Stock kernels take them, and
+then nothing pays but the observed call ([10](adr/0010-several-ways-to-a-hook.md)).
 Nothing and all others but auditd are measured on tasks that audit exempts: once enabled, it makes
 every new task slower until the next boot, even when it is disabled again. For that reason the
 benchmark leaves the rule `task,never` behind where audit was off; `auditctl -d task,never` removes

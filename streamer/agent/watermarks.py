@@ -2,10 +2,10 @@
 
 An event gets its time first and its number after that, and its program can be interrupted between
 the two, or before its record is in the ring. So a number that the reader has passed says nothing
-about the times of those behind it. But every program that had a time by some moment has ended when a
-grace period of the kernel has passed since then (`kernel/grace_period.py`), and has taken its number.
-So: note the time, wait for a grace period, read how many numbers were taken; once all of these were
-read or are known to be lost, nothing older than that time is left. It costs no event anything.
+about the times of those behind it. But every program that had a time by some moment has ended when
+a grace period of the kernel has passed since then (`kernel/grace_period.py`), and has taken its
+number. So: note the time, wait for a grace period, read how many numbers were taken; once all of
+these were read or are known to be lost, nothing older than that time is left. No event pays.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Watermarks:
             await asyncio.to_thread(self._wait)
         except OSError as error:
             self._impossible = True
-            _log.warning("heartbeats have no watermarks: this kernel does not tell when programs "
-                         "have ended: %s", errno.errorcode.get(error.errno or 0, error))  # fmt: skip
+            what = errno.errorcode.get(error.errno or 0, error)
+            _log.warning("no watermarks: the kernel does not tell when programs ended: %s", what)
             return
         self._noted.append(_Noted(boot_ns, self._taken()))
 

@@ -23,6 +23,7 @@ def wait_for_programs() -> None:
     """
     number = _NUMBERS[platform.machine()]
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(ctypes.c_long(number), ctypes.c_int(_GLOBAL), ctypes.c_uint(0), ctypes.c_int(0)):
+    words = (ctypes.c_long(one) for one in (number, _GLOBAL, 0, 0))
+    if libc.syscall(*words):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

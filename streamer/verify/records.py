@@ -40,7 +40,7 @@ class Mark(Struct, gc=False):
     read: Number
     skipped: Number = 0
     watermark_ns: Number = 0
-    """No event of the ring and CPU that follows is older, in ns since boot; 0 where it is not known."""
+    """No event of the ring and CPU that follows is older, in ns since boot; 0: not known."""
 
 
 class Counts(Struct, gc=False):

@@ -94,8 +94,8 @@ def test_a_field_more_is_one_line_and_one_command(with_answer: Variant) -> None:
     number, old = next((n, r) for n, r in events.RECORDS.items() if r.kind == "process.exit")
     layout = module.RECORDS[number]
     assert (layout.size, layout.max_size) == (old.size + 8, old.max_size + 8)
-    assert layout.fields[-2] == ("answer", "u64", old.size, None)
-    assert module.KINDS["process.exit"].fields[-2] == ("answer", "integer", doc)
+    assert layout.fields[-3] == ("answer", "u64", old.size, None)
+    assert module.KINDS["process.exit"].fields[-3] == ("answer", "integer", doc)
     contract = generated(with_answer, "streamer/kernel/objects.py").CONTRACT
     assert contract["process_exit"][-1] == ("answer", old.size, 8)
     schema = json.loads((with_answer.root / "schemas" / "process.exit.json").read_text())

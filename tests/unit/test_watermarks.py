@@ -1,4 +1,4 @@
-"""Times that nothing older follows: taken when programs have ended, told when all of theirs has come."""
+"""Times that nothing older follows: taken before programs ended, told when all theirs has come."""
 
 from __future__ import annotations
 
@@ -34,14 +34,19 @@ def now() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+async def until_noted(marks: Watermarks) -> None:
+    async with asyncio.timeout(30):
+        while marks.noting:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 async def noted(marks: Watermarks, numbers: Numbers) -> tuple[int, int]:
     """Note a time, and between which times that was."""
     numbers.ended.set()
     before, asked = now(), numbers.asked
     marks.tick()
-    async with asyncio.timeout(30):
-        while marks.noting or numbers.asked == asked:
-            await asyncio.sleep(0.001)
+    await until_noted(marks)
+    assert numbers.asked == asked + 1
     return before, now()
 
 
@@ -56,9 +61,7 @@ async def test_the_time_is_of_before_the_programs_ended_and_the_numbers_of_after
     marks.advance({("bulk", 0): 3})
     assert marks.of("bulk", 0) == 0  # they have not ended
     numbers.ended.set()
-    async with asyncio.timeout(30):
-        while marks.noting:
-            await asyncio.sleep(0.001)
+    await until_noted(marks)
     marks.advance({("bulk", 0): 2})
     assert marks.of("bulk", 0) == 0  # the third has not come
     assert before < marks.of("bulk", 1) < meanwhile  # nothing was numbered there
@@ -87,9 +90,7 @@ async def test_one_is_noted_at_a_time() -> None:
     await asyncio.sleep(0.02)
     marks.tick()
     numbers.ended.set()
-    async with asyncio.timeout(30):
-        while marks.noting:
-            await asyncio.sleep(0.001)
+    await until_noted(marks)
     assert numbers.asked == 1
 
 
