@@ -108,10 +108,11 @@ class Count:
 async def decoded(task: Task) -> Result:
     """The rings drained to Structs, which are counted and let go."""
     count, rings, envelope = Count(), Rings(), Envelope()
+    transport = Transport("ring", {name: size for name, (_, size) in task.shared.rings.items()})
     reader = RingReader(
         [
-            RingSource(name, fd, size, envelope, task.shared.cpus)
-            for name, (fd, size) in task.shared.rings.items()
+            RingSource(name, fd, transport, envelope, task.shared.cpus)
+            for name, (fd, _) in task.shared.rings.items()
         ],
         mmap.mmap(task.shared.reader_fd, mmap.PAGESIZE),
         on_batch=count.add,

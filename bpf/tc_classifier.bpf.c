@@ -1089,10 +1089,13 @@ static __always_inline __u32 due(const struct flow_state *flow, const struct flo
 
 static __always_inline bool has_room(void)
 {
+	void *buffer;
+
 	if (perf_buffers) /* how full they are cannot be asked: what is lost there is counted */
 		return true;
-	return bpf_ringbuf_query(&bulk, BPF_RB_AVAIL_DATA) <
-	       bpf_ringbuf_query(&bulk, BPF_RB_RING_SIZE) / 2;
+	buffer = buffer_of(&bulk, RING_BULK, bpf_get_smp_processor_id());
+	return buffer && bpf_ringbuf_query(buffer, BPF_RB_AVAIL_DATA) <
+				 bpf_ringbuf_query(buffer, BPF_RB_RING_SIZE) / 2;
 }
 
 /* Whether the flow in the slot was looked at: not if it has to be reported, and the ring has other

@@ -29,6 +29,24 @@ struct {
 	__uint(max_entries, 4096);
 } bulk SEC(".maps") SHARED;
 
+/*
+ * CPUs that write to one ring buffer wait for each other. With many, there are several for what is
+ * bulk: CPU n has number (n >> bulk_shift) % bulk_rings, a power of two. Each CPU keeps to its own, so
+ * that what it does stays in order. bulk_rings is 0 where there is `bulk` alone.
+ */
+OPTION(bulk_rings);
+OPTION(bulk_shift);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, MOST_BULK_RINGS);
+	__type(key, __u32);
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_RINGBUF);
+		__uint(max_entries, 4096);
+	});
+} bulk_of_cpus SEC(".maps") SHARED NEEDS("option:bulk_rings");
+
 /* Mapped by the agent, so that reading and changing them costs no system call and needs no
  * capability. What is kept by CPU is in arrays by CPU: per-CPU arrays cannot be mapped. */
 #define MAPPED_ARRAY(name, entries, value_type)        \
@@ -147,6 +165,24 @@ static __always_inline void count_filtered(enum event_kind kind)
 	}
 }
 
+/* Which of the ring buffers for bulk a CPU writes to; 0 for another ring. */
+static __always_inline __u32 bulk_number(enum event_ring ring, __u32 cpu)
+{
+	if (ring != RING_BULK || !bulk_rings)
+		return 0;
+	return cpu >> bulk_shift & (bulk_rings - 1) & (MOST_BULK_RINGS - 1);
+}
+
+/* The ring buffer that a CPU writes to, where the ring as a whole is `map`. NULL: there is none. */
+static __always_inline void *buffer_of(void *map, enum event_ring ring, __u32 cpu)
+{
+	__u32 number = bulk_number(ring, cpu);
+
+	if (ring != RING_BULK || !bulk_rings)
+		return map;
+	return bpf_map_lookup_elem(&bulk_of_cpus, &number);
+}
+
 #include "fair.bpf.h"
 
 /* An event that is not reported by itself, to keep the rate down. */
@@ -231,30 +267,31 @@ static __always_inline struct kind_counters *number(struct event_base *base, enu
 
 /*
  * Wakes the reader only when it asked for it: a wake-up for each record costs thirty times the
- * record. Otherwise the reader's timer finds the records. `size` is of a record that is not
- * reserved yet.
+ * record. Otherwise the reader's timer finds the records. `buffer` is the one that `cpu` writes to,
+ * and `size` is of a record that is not reserved yet.
  */
-static __always_inline __u64 wakeup(void *map, enum event_ring ring, __u64 size)
+static __always_inline __u64 wakeup(void *buffer, enum event_ring ring, __u32 cpu, __u64 size)
 {
 	struct reader_state *state = ONLY_ENTRY(reader);
 	struct settings *wanted = ONLY_ENTRY(settings);
+	__u32 number = ring + bulk_number(ring, cpu);
 
-	if (!state || !wanted || state->wake[ring] == WAKE_NEVER)
+	if (!state || !wanted || !buffer || state->wake[number] == WAKE_NEVER)
 		return BPF_RB_NO_WAKEUP;
-	if (state->wake[ring] == WAKE_FULL &&
-	    bpf_ringbuf_query(map, BPF_RB_AVAIL_DATA) + size < wanted->wakeup_bytes[ring])
+	if (state->wake[number] == WAKE_FULL &&
+	    bpf_ringbuf_query(buffer, BPF_RB_AVAIL_DATA) + size < wanted->wakeup_bytes[ring])
 		return BPF_RB_NO_WAKEUP;
-	state->wake[ring] = WAKE_NEVER;
+	state->wake[number] = WAKE_NEVER;
 	return BPF_RB_FORCE_WAKEUP;
 }
 
 /* A wake-up that was not given after all: the next record is to give it. */
-static __always_inline void wake_later(enum event_ring ring)
+static __always_inline void wake_later(enum event_ring ring, __u32 cpu)
 {
 	struct reader_state *state = ONLY_ENTRY(reader);
 
 	if (state)
-		state->wake[ring] = WAKE_ANY;
+		state->wake[ring + bulk_number(ring, cpu)] = WAKE_ANY;
 }
 
 /*
@@ -275,7 +312,7 @@ static __always_inline long perf_output(void *ctx, void *map, enum event_ring ri
 		state->wake[ring] = WAKE_NEVER;
 	result = bpf_perf_event_output(ctx, map, 2 * record->cpu + wakes, record, size);
 	if (result && wakes)
-		wake_later(ring);
+		wake_later(ring, 0);
 	return result;
 }
 
@@ -304,12 +341,12 @@ static __always_inline struct perf_slot *take_slot(__u32 cpu)
 	return NULL;
 }
 
-static __always_inline void *reserve(void *map, struct event_base *base, const __u32 size)
+static __always_inline void *reserve(void *buffer, struct event_base *base, const __u32 size)
 {
 	struct perf_slot *slot;
 
 	if (!perf_buffers)
-		return bpf_ringbuf_reserve(map, size, 0);
+		return buffer ? bpf_ringbuf_reserve(buffer, size, 0) : NULL;
 	slot = take_slot(base->cpu);
 	return slot ? slot->record : NULL;
 }
@@ -320,12 +357,13 @@ static __always_inline void *begin(void *map, struct event_base *base, enum even
 				   enum event_ring ring, const __u32 size)
 {
 	struct kind_counters *counts = number(base, kind, ring, size);
-	void *record;
+	void *record, *buffer;
 
 	if (!counts)
 		return NULL;
-	record = base->seq && affords(map, base, ring, kind, size) ?
-			 reserve(map, base, size) : NULL;
+	buffer = buffer_of(map, ring, base->cpu);
+	record = base->seq && affords(buffer, base, ring, kind, size) ?
+			 reserve(buffer, base, size) : NULL;
 	if (!record) {
 		count(&counts->lost);
 		return NULL;
@@ -341,7 +379,8 @@ static __always_inline void submit_of_size(void *ctx, void *map, enum event_ring
 	struct kind_counters *counts;
 
 	if (!perf_buffers) {
-		bpf_ringbuf_submit(record, wakeup(map, ring, 0));
+		map = buffer_of(map, ring, record->cpu);
+		bpf_ringbuf_submit(record, wakeup(map, ring, record->cpu, 0));
 		return;
 	}
 	if (perf_output(ctx, map, ring, record, size)) {
@@ -371,13 +410,14 @@ static __always_inline void output(void *ctx, void *map, struct event_base *reco
 			count(&counts->lost);
 		return;
 	}
-	flags = wakeup(map, ring, size);
-	if (record->seq && affords(map, record, ring, kind, size) &&
+	map = buffer_of(map, ring, record->cpu);
+	flags = wakeup(map, ring, record->cpu, size);
+	if (record->seq && map && affords(map, record, ring, kind, size) &&
 	    !bpf_ringbuf_output(map, record, size, flags))
 		return;
 	count(&counts->lost);
 	if (flags == BPF_RB_FORCE_WAKEUP)
-		wake_later(ring);
+		wake_later(ring, record->cpu);
 }
 
 /* Makes the compiler keep the types of the contract in the BTF, which generator and loader read. */

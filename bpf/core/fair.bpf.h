@@ -26,10 +26,10 @@ MAPPED_ARRAY(pressure, 1, struct pressure);
 /* What is known of who pays. Of those that did nothing for longest one makes way when it is full. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 2048);
+	__uint(max_entries, 2048); /* for each ring buffer for bulk */
 	__type(key, struct payer_key);
 	__type(value, struct payer);
-} payers SEC(".maps") SHARED;
+} payers SEC(".maps") SHARED SIZED("bulk_rings");
 
 static const struct payer new_payer;
 
@@ -148,7 +148,7 @@ static __always_inline void find_payer(struct payer_key *key)
 		login = READ(struct task_struct, task, loginuid.val);
 	if (user && login && login != (__u32)-1)
 		user = login;
-	key->pad = 0;
+	key->bulk = 0;
 	if (!contained && user) {
 		key->kind = PAYER_USER;
 		key->id = user;
@@ -159,17 +159,14 @@ static __always_inline void find_payer(struct payer_key *key)
 }
 
 /* NULL: there is no room to keep it. Then it is let through as long as there is room in the ring. */
-static __always_inline struct payer *current_payer(void)
+static __always_inline struct payer *payer_of(const struct payer_key *key)
 {
-	struct payer_key key;
-	struct payer *found;
+	struct payer *found = bpf_map_lookup_elem(&payers, key);
 
-	find_payer(&key);
-	found = bpf_map_lookup_elem(&payers, &key);
 	if (found)
 		return found;
-	bpf_map_update_elem(&payers, &key, &new_payer, BPF_NOEXIST); /* or another CPU did just now */
-	found = bpf_map_lookup_elem(&payers, &key);
+	bpf_map_update_elem(&payers, key, &new_payer, BPF_NOEXIST); /* or another CPU did just now */
+	found = bpf_map_lookup_elem(&payers, key);
 	if (!found)
 		count_fault(FAULT_PAYERS_FULL);
 	return found;
@@ -228,43 +225,57 @@ static __always_inline void charge(struct payer *payer, enum event_ring ring,
 }
 
 /* Whether he has so much in the ring of what matters that his bulk has to stand back. */
-static __always_inline bool bulk_stands_back(const struct payer *payer)
+static __always_inline bool bulk_stands_back(struct payer_key *key)
 {
+	struct payer *payer;
 	struct fill fill;
 
+	key->bulk = 0; /* where that is kept */
+	payer = bpf_map_lookup_elem(&payers, key);
 	look_at(&fill, &critical);
-	return 2 * held_by(payer, RING_CRITICAL, &fill) > SHARE * fill.free;
+	return payer && 2 * held_by(payer, RING_CRITICAL, &fill) > SHARE * fill.free;
 }
 
 static __always_inline bool is_refused(const struct pressure *now, const struct payer *payer,
-				       enum event_ring ring, const struct fill *fill, __u32 size)
+				       struct payer_key *key, enum event_ring ring,
+				       const struct fill *fill, __u32 size)
 {
 	if (held_by(payer, ring, fill) + size > SHARE * fill->free)
 		return true;
-	return ring == RING_BULK && now->pressed[RING_CRITICAL] && bulk_stands_back(payer);
+	return ring == RING_BULK && now->pressed[RING_CRITICAL] && bulk_stands_back(key);
 }
 
 /* Whether there is room for the current task's record in a ring that fills up. Not static, as others
  * here: so it is verified once in each program, and not wherever it is called, in whatever state. */
 __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
 {
+	__u32 cpu = bpf_get_smp_processor_id();
 	struct pressure *now = ONLY_ENTRY(pressure);
+	struct payer_key key;
 	struct payer *payer;
 	struct fill fill;
+	void *buffer;
 
 	if (perf_buffers || !now)
 		return true;
-	if (ring == RING_CRITICAL)
+	if (ring == RING_CRITICAL) {
 		look_at(&fill, &critical);
-	else
-		look_at(&fill, &bulk);
+	} else {
+		buffer = buffer_of(&bulk, RING_BULK, cpu);
+		if (!buffer)
+			return false;
+		look_at(&fill, buffer);
+	}
 	if (size > SMALL && fill.free < fill.size / LAST_PART + size)
 		return false;
-	payer = current_payer();
+	find_payer(&key);
+	if (ring != RING_CRITICAL)
+		key.bulk = bulk_number(RING_BULK, cpu);
+	payer = payer_of(&key);
 	if (!payer)
 		return true;
-	if (ring == RING_CRITICAL ? is_refused(now, payer, RING_CRITICAL, &fill, size) :
-				    is_refused(now, payer, RING_BULK, &fill, size)) {
+	if (ring == RING_CRITICAL ? is_refused(now, payer, &key, RING_CRITICAL, &fill, size) :
+				    is_refused(now, payer, &key, RING_BULK, &fill, size)) {
 		if (paid < PAID_END) {
 			count(&payer->refused[paid]);
 			count(&now->refused[paid]);
@@ -282,24 +293,24 @@ __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
  * Whether a numbered event of this kind, of which the record has `size` bytes, may have room in its
  * ring. To look how full one is costs 9 ns: for bulk one in LOOK_EVERY of each CPU does it for all.
  */
-static __always_inline bool affords(void *map, const struct event_base *base, enum event_ring ring,
-				    enum event_kind kind, __u32 size)
+static __always_inline bool affords(void *buffer, const struct event_base *base,
+				    enum event_ring ring, enum event_kind kind, __u32 size)
 {
-	__u32 paid = paid_as(kind);
+	__u32 paid = paid_as(kind), number = ring + bulk_number(ring, base->cpu);
 	struct pressure *now;
 	bool pressed;
 
 	if (perf_buffers || paid == PAID_END)
 		return true;
 	now = ONLY_ENTRY(pressure);
-	if (!now)
-		return true;
+	if (!now || !buffer)
+		return true; /* where there is no buffer it is lost */
 	if (ring == RING_CRITICAL || base->seq % LOOK_EVERY == 0) {
-		pressed = bpf_ringbuf_query(map, BPF_RB_AVAIL_DATA) >= now->from[ring];
-		if (now->pressed[ring] != pressed)
-			now->pressed[ring] = pressed;
+		pressed = bpf_ringbuf_query(buffer, BPF_RB_AVAIL_DATA) >= now->from[ring];
+		if (now->pressed[number] != pressed)
+			now->pressed[number] = pressed;
 	}
-	if (!now->pressed[ring] && (ring == RING_CRITICAL || !now->pressed[RING_CRITICAL]))
+	if (!now->pressed[number] && (ring == RING_CRITICAL || !now->pressed[RING_CRITICAL]))
 		return true;
 	return has_share(ring, size, paid);
 }
@@ -309,6 +320,7 @@ static __always_inline bool affords(void *map, const struct event_base *base, en
 __noinline int most_of_argv(void)
 {
 	struct pressure *now = ONLY_ENTRY(pressure);
+	struct payer_key key;
 	struct payer *payer;
 	struct fill fill;
 	__u64 left, held;
@@ -318,7 +330,8 @@ __noinline int most_of_argv(void)
 		return ARGV_LEN;
 	look_at(&fill, &critical);
 	left = fill.free;
-	payer = current_payer();
+	find_payer(&key);
+	payer = payer_of(&key);
 	if (payer) {
 		held = held_by(payer, RING_CRITICAL, &fill);
 		left = held < SHARE * fill.free ? SHARE * fill.free - held : 0;

@@ -97,9 +97,14 @@ enum wake {
 	WAKE_ANY = 2,   /* at the next record: the reader sleeps */
 };
 
-/* Mapped: the reader asks for one wake-up for each ring, the program that gives it resets it. */
+/* There can be several ring buffers for what is bulk, each for some of the CPUs; one is a single one. */
+#define MOST_BULK_RINGS 64
+/* A number for each ring buffer: RING_CRITICAL, RING_BULK, and on. */
+#define MOST_RINGS (RING_BULK + MOST_BULK_RINGS)
+
+/* Mapped: the reader asks for one wake-up for each ring buffer, the program that gives it resets it. */
 struct reader_state {
-	__u32 wake[RING_END]; /* enum wake */
+	__u32 wake[MOST_RINGS]; /* enum wake */
 };
 
 /* By what it is known who pays for events: see core/fair.bpf.h. */
@@ -125,8 +130,8 @@ enum paid {
 /* Mapped: from how many bytes in a ring on it is asked who pays for more. The rest is the programs'. */
 struct pressure {
 	__u64 from[RING_END];
-	__u64 pressed[RING_END]; /* 1: the ring holds so much */
-	__u64 pad[4];            /* what changes all the time is in another cache line */
+	__u64 pressed[MOST_RINGS]; /* 1: this ring buffer holds so much */
+	__u64 pad[5];              /* what changes all the time is in another cache line */
 	__u64 refused[PAID_END]; /* of all who pay together */
 };
 
@@ -136,7 +141,7 @@ struct pressure {
 struct payer_key {
 	__u64 id;
 	__u32 kind; /* enum payer_kind */
-	__u32 pad;
+	__u32 bulk; /* of which ring buffer for bulk its spans are, from 0 */
 };
 
 struct payer {

@@ -34,6 +34,7 @@
  *   SIZED("cpus,kinds")  an entry for each kind on each of them
  *   SIZED("cpus,slots")  PERF_SLOTS entries for each of them
  *   SIZED("cpus,interfaces")  an entry for each interface that it attaches to on each of them
+ *   SIZED("bulk_rings")  its own number, for each ring buffer for bulk
  *   SIZED("table:NAME")  as many entries as the configuration says
  *   SIZED("cpus,table:NAME")  as many on each CPU that may come up
  *   NEEDS("...")       as on a program: not made where that is not given

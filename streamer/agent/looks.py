@@ -26,7 +26,7 @@ from streamer.operation.look import (
     SinkLook,
     TableLook,
 )
-from streamer.ring.reader import RingReader
+from streamer.ring.reader import RingReader, Source
 from streamer.sinks.base import Sink
 from streamer.sinks.latency import BOUNDS
 
@@ -101,17 +101,26 @@ class Looks:
         }
 
     def _rings(self) -> dict[str, RingLook]:
-        sizes = self._kernel.ring_bytes
-        return {
-            one.name: RingLook(sizes[one.name], one.used_bytes, one.read_bytes)
-            for one in self._reader.sources
-        }
+        found = {}
+        for ring, size in self._kernel.ring_bytes.items():
+            buffers = [one for one in self._reader.sources if one.name == ring]
+            used, read = (sum(map(of, buffers)) for of in (_used_bytes, _read_bytes))
+            found[ring] = RingLook(size, used, read)
+        return found
 
     def _tables(self) -> dict[str, TableLook]:
         flows = self._kernel.flows
         if flows is None:
             return {}
         return {"flows": TableLook(flows.live, self._kernel.kernel_settings.flows)}
+
+
+def _used_bytes(source: Source) -> int:
+    return source.used_bytes
+
+
+def _read_bytes(source: Source) -> int:
+    return source.read_bytes
 
 
 def _sink(sink: Sink) -> SinkLook:

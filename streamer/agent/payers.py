@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 
 from streamer.errors import KernelError
 from streamer.events.stream import Refused
@@ -21,7 +22,7 @@ _KINDS = tuple(
 _PAYERS = {
     number: name.removeprefix("PAYER_").lower() for name, number, _ in CONTRACT["enum payer_kind"]
 }
-_KEY = struct.Struct("<QII")  # struct payer_key: id, kind, padding
+_KEY = struct.Struct("<QII")  # struct payer_key: id, kind, ring buffer
 _COUNTS = struct.Struct(f"<{len(_KINDS)}Q")
 _AT = {
     name: {field: offset for field, offset, _ in CONTRACT[name]} for name in ("pressure", "payer")
@@ -60,7 +61,7 @@ def told(totals: tuple[int, ...], entries: list[tuple[bytes, bytes]]) -> list[Re
     What is in the totals and in no entry is of those whose entries have made way.
     """
     rest = Counter(dict(zip(_KINDS, totals, strict=True)))
-    known = [one for one in map(_decoded, entries) if one.kinds]
+    known = list(_by_payer(entries))
     known.sort(key=lambda one: -sum(one.kinds.values()))
     for one in known[:MOST_PAYERS]:
         rest.subtract(one.kinds)
@@ -68,9 +69,13 @@ def told(totals: tuple[int, ...], entries: list[tuple[bytes, bytes]]) -> list[Re
     return [*known[:MOST_PAYERS], *([Refused("others", 0, others)] if others else ())]
 
 
-def _decoded(entry: tuple[bytes, bytes]) -> Refused:
-    key, value = entry
-    number, kind, _ = _KEY.unpack(key)
-    counts = _COUNTS.unpack_from(value, _AT["payer"]["refused"])
-    kinds = {name: count for name, count in zip(_KINDS, counts, strict=True) if count}
-    return Refused(_PAYERS[kind], number, kinds)  # type: ignore[arg-type]
+def _by_payer(entries: Iterable[tuple[bytes, bytes]]) -> Iterator[Refused]:
+    """Those who were refused anything. Each has an entry for each ring buffer that he writes to."""
+    found: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
+    for key, value in entries:
+        number, kind, _ = _KEY.unpack(key)
+        counts = _COUNTS.unpack_from(value, _AT["payer"]["refused"])
+        found[kind, number].update(dict(zip(_KINDS, counts, strict=True)))
+    for (kind, number), kinds in found.items():
+        if refused := {name: count for name, count in kinds.items() if count}:
+            yield Refused(_PAYERS[kind], number, refused)  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ class Reporter:
         passed = {
             (source.name, cpu): source.ring.next_seq(cpu) - 1
             for source in self._reader.sources
-            for cpu in range(self._kernel.cpus)
+            for cpu in source.cpus
         }
         return self._counters.marks(passed, self._watermark)
 
@@ -152,7 +152,7 @@ class Reporter:
         """Per ring and CPU, the number up to which each event was read or is known to be lost."""
         found = {}
         for source in self._reader.sources:
-            for cpu in range(self._kernel.cpus):
+            for cpu in source.cpus:
                 number = source.gaps.complete(cpu, source.ring.next_seq(cpu) - 1)
                 if number:
                     found[source.name, cpu] = number

@@ -102,6 +102,15 @@ class Rings(Section, frozen=True, kw_only=True):
         RingBytes,
         doc("Ring of `file.*`, `net.*`, `syscall.*`: so, too. It fills while a sink is down."),
     ] = 16 << 20
+    bulk_rings: Annotated[
+        int,
+        Meta(ge=0, le=64),
+        doc(
+            "Ring buffers that `bulk_bytes` are divided among, each for some of the CPUs, as CPUs "
+            "wait for each other where they share one; rounded up to a power of two. 0: one for "
+            "each eight CPUs. Of less than 64 KiB there are none."
+        ),
+    ] = 0
     poll_interval_ms: Annotated[
         int, Meta(ge=1, le=1000), doc("How often the rings are looked at between wake-ups.")
     ] = 10

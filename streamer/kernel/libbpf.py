@@ -35,6 +35,7 @@ _BTF_KIND_ENUM, _BTF_KIND_FUNC = 6, 12
 _MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 _BPF_XDP = 37  # enum bpf_attach_type
 PERF_EVENT_ARRAY = 4  # BPF_MAP_TYPE_PERF_EVENT_ARRAY
+_RINGBUF = 27  # BPF_MAP_TYPE_RINGBUF
 _BPF_TCX = {"tcx/ingress": 46, "tcx/egress": 47}
 _BPF_F_BEFORE = 1 << 3
 _SCHED_CLS = 3  # enum bpf_prog_type
@@ -163,6 +164,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bpf_program__fd": (c_int, [c_void_p]),
     "bpf_program__attach": (c_void_p, [c_void_p]),
     "bpf_link__destroy": (c_int, [c_void_p]),
+    "bpf_map_create": (c_int, [c_int, c_char_p, u32, u32, u32, c_void_p]),
     "bpf_map__name": (c_char_p, [c_void_p]),
     "bpf_map__fd": (c_int, [c_void_p]),
     "bpf_map__set_max_entries": (c_int, [c_void_p, u32]),
@@ -577,6 +579,12 @@ class DescriptorLink:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
+
+
+def make_ring(name: str, size: int) -> int:
+    """Make a ring buffer of `size` bytes: a descriptor, the caller's. Raises OSError."""
+    text = name.replace(".", "_").encode()
+    return _check(_library().bpf_map_create(_RINGBUF, text, 0, 0, size, None))
 
 
 class Map:

@@ -11,12 +11,13 @@ import ctypes
 import errno
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 from streamer.errors import KernelError
-from streamer.kernel import capabilities, obstacles, types
+from streamer.kernel import bulk_rings, capabilities, obstacles, types
 from streamer.kernel.libbpf import (
     XDP_MODES,
     DescriptorLink,
@@ -25,6 +26,7 @@ from streamer.kernel.libbpf import (
     Object,
     Program,
     functions_of,
+    make_ring,
     names_of_enum,
 )
 from streamer.kernel.objects import CONTRACT, KIND_END, SENSORS
@@ -40,6 +42,8 @@ _LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
 _TRY_RINGS = "try_rings"
 PERF_BUFFERS = "perf_buffers"
 """The option by which programs write to perf buffers."""
+_BULK_RINGS, _BULK_SHIFT = "bulk_rings", "bulk_shift"
+_BULK_OF_CPUS = "bulk_of_cpus"
 _PERF_SLOTS = CONTRACT["enum perf_limits"][0][1]
 _LEAST_RING = 4096
 _AT_FUNCTION = ("fentry/", "fexit/")
@@ -72,12 +76,20 @@ class ProgramState(NamedTuple):
 class Transport(NamedTuple):
     """How records come: `ring` (buffers), or `perf` (buffers) and why so.
 
-    `sizes` are the bytes of a buffer, by ring: of a ring buffer all, of a perf buffer a CPU's.
+    `sizes` are the bytes of a buffer, by ring: of a perf buffer a CPU's; of ring buffers by their
+    names, as there can be several for bulk (`bulk_rings.py`), `bulk_rings` of them, for CPUs by
+    `bulk_shift`.
     """
 
     name: str
     sizes: Mapping[str, int]
     reason: str = ""
+    bulk_shift: int = 0
+
+    @property
+    def bulk_rings(self) -> int:
+        """How many ring buffers there are for bulk."""
+        return sum(bulk_rings.ring_of(name) == bulk_rings.BULK for name in self.sizes)
 
 
 class Loaded(NamedTuple):
@@ -222,6 +234,7 @@ class Loader:
         """Why programs at functions (fentry, fexit) do not load; empty where they do."""
         self.transport = Transport("ring", {})
         self._buffers: PerfBuffers | None = None
+        self._more_rings: dict[str, int] = {}  # descriptors of ring buffers that no object has
         self._sensors: dict[str, _Sensor] = {}
         # Made here, while a socket can be opened.
         at_interfaces = any(one.interfaces for one in targets.values())
@@ -266,9 +279,10 @@ class Loader:
     ) -> dict[str, int]:
         """Create what all sensors share, with rings of the sizes given in bytes.
 
-        `btf` is a BTF file to use in place of the kernel's. With a `transport` of `perf` the rings
-        are perf buffers, and with `auto` where the kernel refuses ring buffers. Returns the
-        descriptors of the maps.
+        Further ones for bulk are named as in `bulk_rings.py`. `btf` is a BTF file to use in place
+        of the kernel's. With a `transport` of `perf` the rings are perf buffers, which have no
+        further ones, and with `auto` where the kernel refuses ring buffers. Returns the
+        descriptors of the maps, and of further ring buffers.
 
         Raises:
             KernelError: no BPF, not such a file, or the core object does not load.
@@ -277,34 +291,67 @@ class Loader:
             self.types = types.of_file(btf)
         elif not self._prepared:
             self.prepare("auto")
-        self.transport = Transport("perf" if transport == "perf" else "ring", rings)
+        self.transport = self._by_perf(rings) if transport == "perf" else self._by_rings(rings)
         try:
             core = self._load_core_object(rings)
         except OSError as error:
             refused = "" if transport == "perf" else self._refuses_rings()
             if not refused:
                 raise _core_error(error) from error
-            self.transport = Transport("perf", rings, refused)
+            self.transport = self._by_perf(rings, refused)
             try:
                 core = self._load_core_object(rings)
             except OSError:  # then it is not for the sake of the rings
                 raise _core_error(error) from error
         try:
             if self.transport.name == "perf":
-                self._make_buffers(core, rings)
+                self._make_buffers(core, self.transport.sizes)
+            else:
+                self._make_more_rings(core)
             self._find_out_who(core)
             self._functions = self._known_functions()
             self.no_functions = self._try_function()
         except OSError as error:
-            core.close()
+            self._close_core(core)
             raise _core_error(error) from error
         except KernelError:
-            core.close()
+            self._close_core(core)
             raise
         made = self._core_maps()
         self._shared = {name: one for name, one in _named(core.maps).items() if made(name)}
         self._core = core
-        return {name: found.fd for name, found in self._shared.items()}
+        return {name: found.fd for name, found in self._shared.items()} | self._more_rings
+
+    @staticmethod
+    def _by_rings(rings: Mapping[str, int]) -> Transport:
+        made = Transport("ring", rings)
+        cpus = max(present_cpus(), default=0) + 1
+        return made._replace(bulk_shift=bulk_rings.shift_of(made.bulk_rings, cpus))
+
+    @staticmethod
+    def _by_perf(rings: Mapping[str, int], reason: str = "") -> Transport:
+        """With what all ring buffers of a ring were to have together."""
+        total: Counter[str] = Counter()
+        for name, size in rings.items():
+            total[bulk_rings.ring_of(name)] += size
+        return Transport("perf", dict(total), reason)
+
+    def _make_more_rings(self, core: Object) -> None:
+        """Those for bulk behind the first, and where programs find all of them."""
+        if self.transport.bulk_rings <= 1:
+            return
+        of_cpus = core.maps[_BULK_OF_CPUS]
+        for number, name in enumerate(bulk_rings.named(self.transport.bulk_rings)):
+            fd = core.maps[name].fd if number == 0 else make_ring(name, self.transport.sizes[name])
+            if number:
+                self._more_rings[name] = fd
+            of_cpus.update(number.to_bytes(4, "little"), fd.to_bytes(4, "little"))
+
+    def _close_core(self, core: Object) -> None:
+        core.close()
+        for fd in self._more_rings.values():
+            os.close(fd)
+        self._more_rings = {}
 
     def _core_maps(self) -> Callable[[str], bool]:
         """Whether a map of the core is made."""
@@ -314,7 +361,12 @@ class Loader:
 
     def _own_options(self) -> dict[str, int]:
         """What programs are told that no configuration says."""
-        return {PERF_BUFFERS: int(self.transport.name == "perf")}
+        perf, rings = self.transport.name == "perf", self.transport.bulk_rings
+        return {
+            PERF_BUFFERS: int(perf),
+            _BULK_RINGS: rings if rings > 1 and not perf else 0,
+            _BULK_SHIFT: self.transport.bulk_shift,
+        }
 
     def _load_core_object(self, rings: Mapping[str, int]) -> Object:
         """Load it for the transport as it is. Raises OSError."""
@@ -324,10 +376,13 @@ class Loader:
             for one in core.maps.values():
                 if one.name.endswith(_VARIABLES) or not made(one.name):
                     one.leave_out()
-                elif one.name == _OPTION_SECTION + PERF_BUFFERS:
-                    one.write_initial(self._own_options()[PERF_BUFFERS].to_bytes(8, "little"))
+                elif one.name.startswith(_OPTION_SECTION):
+                    value = self._own_options().get(one.name.removeprefix(_OPTION_SECTION), 0)
+                    one.write_initial(value.to_bytes(8, "little"))
             for map_info in self._catalogue[CORE].maps:
                 size = self._entries(map_info.sized, {}, Targets())
+                if map_info.sized == _BULK_RINGS:
+                    size = core.maps[map_info.name].max_entries * max(self.transport.bulk_rings, 1)
                 if size:
                     core.maps[map_info.name].resize(size)
             for ring in RINGS:
@@ -346,7 +401,8 @@ class Loader:
     def _refuses_rings(self) -> str:
         """Why the kernel has no ring buffers for us, however small; empty: it has."""
         try:
-            self._load_core_object(dict.fromkeys(RINGS, _LEAST_RING)).close()
+            self.transport = Transport("ring", dict.fromkeys(RINGS, _LEAST_RING))
+            self._load_core_object(self.transport.sizes).close()
         except OSError as error:
             return f"ring buffers are refused: {error.strerror}"
         return ""
@@ -855,7 +911,7 @@ class Loader:
             self._buffers.close()
             self._buffers = None
         if self._core is not None:
-            self._core.close()
+            self._close_core(self._core)
             self._core, self._shared = None, {}
         if self._filters is not None:
             self._filters.close()

@@ -24,7 +24,7 @@ import msgspec
 from streamer.config.settings import Filters, Kernel, Rings, Settings
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.kinds import KINDS, RECORDS
-from streamer.kernel import capabilities, flows, obstacles
+from streamer.kernel import bulk_rings, capabilities, flows, obstacles
 from streamer.kernel.cgroups import cgroup_root
 from streamer.kernel.contract import check_object
 from streamer.kernel.flows import FlowWalk
@@ -40,6 +40,7 @@ from streamer.kernel.loader import (
     ProgramState,
     Transport,
     online_cpus,
+    present_cpus,
 )
 from streamer.kernel.loading import LoaderLike
 from streamer.kernel.misses import missed_runs
@@ -91,6 +92,13 @@ class KindStatus(msgspec.Struct):
 _PROFILE, _MISSING = "profile.sample", KindStatus("missing")
 
 # ---------------------------------------------------------------- what is to be loaded
+
+
+def ring_buffers(rings: Rings, cpus: int) -> dict[str, int]:
+    """Names and bytes of the ring buffers for a host that has so many CPUs."""
+    count = bulk_rings.count_of(rings.bulk_rings, cpus, rings.bulk_bytes)
+    each = rings.bulk_bytes // count
+    return {"critical": rings.critical_bytes} | dict.fromkeys(bulk_rings.named(count), each)
 
 
 def sensors_of(kinds: Collection[str]) -> list[str]:
@@ -275,8 +283,11 @@ def filter_mode(keep: Collection[object], drop: Collection[object]) -> int:
     return _MODES["EXCLUDE" if drop else "OFF"]
 
 
-def settings_bytes(rings: Rings, filters: Filters) -> bytes:
-    """`struct settings` for the programs: when to wake the reader, which filters are in use."""
+def settings_bytes(sizes: Mapping[str, int], filters: Filters) -> bytes:
+    """`struct settings` for the programs: when to wake the reader, which filters are in use.
+
+    `sizes` are those of ring buffers.
+    """
     modes = {
         "filter_pid": filter_mode(filters.pids, filters.exclude_pids),
         "filter_uid": filter_mode(filters.uids, filters.exclude_uids),
@@ -287,8 +298,8 @@ def settings_bytes(rings: Rings, filters: Filters) -> bytes:
     return pack(
         "settings",
         {
-            # A quarter of a ring may fill before its reader is woken ahead of its timer.
-            "wakeup_bytes": (rings.critical_bytes // 4, rings.bulk_bytes // 4),
+            # A quarter of a ring buffer may fill before its reader is woken ahead of its timer.
+            "wakeup_bytes": tuple(sizes[ring] // 4 for ring in RINGS),
             **modes,
             "task_filters": int(any(modes.values())),
             "filter_port": filter_mode(filters.ports, filters.exclude_ports),
@@ -438,7 +449,6 @@ class KernelState:
         self._resolution_us = settings.timing.resolution_us
         self.flows: FlowWalk | None = None
         """The walk through the flows, from the moment at which their sensor is loaded."""
-        self._rings = settings.rings
         self._filters = Filters()
         self._kinds: frozenset[str] = frozenset()
         self._sample = settings.kernel.sample
@@ -464,9 +474,7 @@ class KernelState:
         """What they are relocated against."""
         self.no_functions = "not tried"
         """Why programs at functions (fentry, fexit) do not load; empty where they do."""
-        asked = dict(
-            zip(RINGS, (settings.rings.critical_bytes, settings.rings.bulk_bytes), strict=True)
-        )
+        asked = ring_buffers(settings.rings, len(present_cpus()))
         self._check_contract(CORE)
         maps = loader.load_core(asked, settings.btf, settings.rings.transport)
         self.no_functions, self.types = loader.no_functions, loader.types
@@ -478,7 +486,8 @@ class KernelState:
             if self.transport.name == "perf":
                 allow_descriptors()
             self._open_buffers(online_cpus())
-            self.ring_fds = {name: maps[name] for name in RINGS}
+            self.ring_fds = {name: maps[name] for name in self.transport.sizes}
+            """Descriptors of the ring buffers (or maps of perf events), by name."""
             self.counters = self._map(maps["counters"], size_of("cpu_counters") * self.cpus)
             self.kind_counters = self._map(
                 maps["kind_counters"], size_of("kind_counters") * self.cpus * KIND_END
@@ -499,15 +508,18 @@ class KernelState:
 
     def _press_from(self, part: int) -> None:
         """Share the rings out to those who pay from so many parts of `part` on."""
-        sizes = (self.transport.sizes[ring] // part for ring in RINGS)
+        sizes = (self.transport.sizes[ring] // part for ring in RINGS)  # those of a ring are alike
         data = pack("pressure", {"from": tuple(sizes)})
         self.pressure[: len(data)] = data
 
     @property
     def ring_bytes(self) -> dict[str, int]:
-        """Bytes of each ring: of perf buffers, of those of all CPUs together."""
+        """Bytes of each ring: of all its ring buffers, or perf buffers, together."""
         count = len(self.buffers) if self.transport.name == "perf" else 1
-        return {ring: size * count for ring, size in self.transport.sizes.items()}
+        total: Counter[str] = Counter()
+        for name, size in self.transport.sizes.items():
+            total[bulk_rings.ring_of(name)] += size * count
+        return dict(total)
 
     def _open_buffers(self, cpus: Iterable[int]) -> dict[int, dict[str, int]]:
         """Those of all of them, or of none. Raises KernelError."""
@@ -577,7 +589,7 @@ class KernelState:
         self._judge_by(filters)
 
     def _judge_by(self, filters: Filters) -> None:
-        data = settings_bytes(self._rings, filters)
+        data = settings_bytes(self.transport.sizes, filters)
         self._settings[: len(data)] = data
         self._filters = filters
 

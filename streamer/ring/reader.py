@@ -15,6 +15,7 @@ import select
 import struct
 from abc import ABC, abstractmethod
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
@@ -24,6 +25,7 @@ from streamer.events.envelope import Envelope
 from streamer.events.kinds import HEADER, RECORDS
 from streamer.events.layout import with_time
 from streamer.events.parsed import hiding
+from streamer.kernel import bulk_rings
 from streamer.kernel.loader import Transport
 from streamer.kernel.objects import CONTRACT
 from streamer.kernel.tags import RINGS
@@ -34,7 +36,7 @@ LOOKS_IN_VAIN = 5
 """Looks at empty rings before the reader goes to sleep: at moderate rates it had better not."""
 
 _WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}
-_WAKE_WORD = struct.Struct("<I")  # struct reader_state is one for each ring
+_WAKE_WORD = struct.Struct("<I")  # struct reader_state is one for each ring buffer
 _FOREVER = 1 << 64
 _FEW = 16
 _CRITICAL = "critical"
@@ -43,14 +45,28 @@ _POSITION = struct.Struct("<Q")
 
 
 class Source(ABC):
-    """One ring: its consumer, its decoder and its gaps."""
+    """A ring, or one of its ring buffers: its consumer, its decoder and its gaps."""
 
     def __init__(
-        self, name: str, fd: int, ring: Ring | PerfBuffers, envelope: Envelope, cpus: int
+        self,
+        name: str,
+        fd: int,
+        ring: Ring | PerfBuffers,
+        envelope: Envelope,
+        cpus: int,
+        *,
+        own: Collection[int] | None = None,
+        wake_index: int | None = None,
     ) -> None:
-        """`fd` is readable when there are records and the reader is to be woken for them."""
+        """`fd` is readable when there are records and the reader is to be woken for them.
+
+        `name` is the ring's; `own` are those of `cpus` that write here, all unless given, and
+        `wake_index` is the place in `struct reader_state`, the ring's unless given.
+        """
         self.name = name
         self.fd = fd
+        self.cpus = range(cpus) if own is None else own
+        self.wake_index = RINGS.index(name) if wake_index is None else wake_index
         self.ring = ring
         constants, prefix = envelope.constants(name), envelope.id_prefix(name)
         layouts = with_time(RECORDS) if envelope.rfc3339_time else RECORDS
@@ -99,17 +115,29 @@ class Source(ABC):
 
 
 class RingSource(Source):
-    """A ring buffer, which all CPUs share."""
+    """A ring buffer, which CPUs share."""
 
-    def __init__(self, name: str, fd: int, size: int, envelope: Envelope, cpus: int) -> None:
-        """Map the ring `fd` with a data area of `size` bytes; `cpus` may write to it."""
+    def __init__(
+        self, name: str, fd: int, transport: Transport, envelope: Envelope, cpus: int
+    ) -> None:
+        """Map the ring buffer `fd` that `transport` has by that name; there can be `cpus`."""
+        size = transport.sizes[name]
         page = mmap.PAGESIZE
         self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._producer = mmap.mmap(
             fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
         )
         ring = Ring(self._consumer, self._producer, page)
-        super().__init__(name, fd, ring, envelope, cpus)
+        own = bulk_rings.cpus_of(name, transport.bulk_rings, transport.bulk_shift, cpus)
+        super().__init__(
+            bulk_rings.ring_of(name),
+            fd,
+            ring,
+            envelope,
+            cpus,
+            own=own,
+            wake_index=bulk_rings.wake_index(name),
+        )
 
     def produced(self, cpu: int) -> int:
         """See `Source`."""
@@ -197,10 +225,7 @@ def open_sources(
         OSError: one cannot be mapped.
     """
     if transport.name == "ring":
-        return [
-            RingSource(name, fd, transport.sizes[name], envelope, cpus)
-            for name, fd in ring_fds.items()
-        ]
+        return [RingSource(name, fd, transport, envelope, cpus) for name, fd in ring_fds.items()]
     sources = [PerfSource(name, transport.sizes[name], envelope, cpus) for name in ring_fds]
     for cpu, fds in buffers.items():
         for source in sources:
@@ -404,7 +429,7 @@ class RingReader:
             self._loop.remove_reader(source.fd)
 
     def _ask(self, source: Source, wake: int) -> None:
-        _WAKE_WORD.pack_into(self._state, _WAKE_WORD.size * RINGS.index(source.name), wake)
+        _WAKE_WORD.pack_into(self._state, _WAKE_WORD.size * source.wake_index, wake)
 
     def refresh_clock(self) -> None:
         """Use the offset between the clocks as it is now."""
@@ -422,7 +447,9 @@ class RingReader:
         for source in self.sources:
             if source.ring.pending and not final:
                 continue
-            for cpu, taken in enumerate(kernel_seqs[source.name]):
+            numbers = kernel_seqs[source.name]
+            for cpu in source.cpus:
+                taken = numbers[cpu]
                 expected = source.ring.next_seq(cpu)
                 if expected <= taken:
                     source.gaps.tail(cpu, expected, taken, now)
@@ -448,11 +475,11 @@ def _everything(cpu: int) -> int:
 def in_time_order(batches: list[Batch]) -> Batch:
     """One batch of what was found in one look at all rings, by the time of the events.
 
-    Those of one ring stay in their order, which is that of their numbers on each CPU.
+    Those of one ring buffer stay in their order, which is that of their numbers on each CPU.
     """
     first, *others = batches
     for other in others:
-        kinds = first.kinds | other.kinds  # a kind has one ring
+        kinds = dict(Counter(first.kinds) + Counter(other.kinds))
         events = _merge(first.events, other.events)
         first = Batch(events, kinds, join_spans(first.spans, other.spans))
     return first

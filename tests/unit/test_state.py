@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from streamer.config.settings import Filters, Kernel, Rings, Settings
+from streamer.config.settings import Filters, Kernel, Settings
 from streamer.errors import ConfigError, KernelError, PrivilegeError
 from streamer.events.kinds import KINDS
 from streamer.kernel import capabilities, state
@@ -61,7 +61,7 @@ def test_what_the_programs_are_told_of_the_filters(programs: MemoryPrograms) -> 
 
 
 def test_the_reader_is_woken_when_a_quarter_of_a_ring_is_full() -> None:
-    packed = settings_bytes(Rings(critical_bytes=4096, bulk_bytes=8192), Filters())
+    packed = settings_bytes({"critical": 4096, "bulk": 8192, "bulk.1": 8192}, Filters())
     assert struct.unpack_from("<2Q", packed, AT["wakeup_bytes"]) == (1024, 2048)
 
 

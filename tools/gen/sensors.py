@@ -14,7 +14,7 @@ _PLAIN_NEEDS = (
     *("interface", "cgroup", "rate", "functions"),
 )
 _GIVEN_BY = ("function:", "no function:", "option:")
-_SIZES = ("cpus", "cpus,kinds", "cpus,slots", "cpus,interfaces")
+_SIZES = ("cpus", "cpus,kinds", "cpus,slots", "cpus,interfaces", "bulk_rings")
 _TABLES = ("table:", "cpus,table:")
 _CORE, _SENSORS = "core", "sensors"
 _PROGRAM_TAGS = ("emits", "completes", "keeps", "lacks", "hook", "needs")
