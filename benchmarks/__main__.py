@@ -135,6 +135,7 @@ def measure(only: frozenset[str], quick: bool, machine: Machine) -> Measured:
         show("emission in the kernel")
         measured.emission = kernel.emission(10 if quick else 40)
         measured.emission += kernel.transports(10 if quick else 40)
+        measured.emission += kernel.contention(10 if quick else 40)
         measured.emission += kernel.packets(3 if quick else 10)
         measured.emission += flows.packets(3 if quick else 10)
         measured.emission += syscalls.taxes(2 if quick else 5)

@@ -6,10 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from benchmarks.load import OBJECT, Load, Ring
@@ -100,6 +104,55 @@ def transports(rounds: int) -> list[Cost]:
         for (what, name), ns in sorted(best.items())
         if what != "nothing"
     ]
+
+
+def contention(rounds: int) -> list[Cost]:
+    """What an event costs on one CPU, on two that share a ring buffer, and on two with one each.
+
+    They take turns; the median of all. The loop around it is taken off.
+    """
+    size = _EVENTS * 8 * 256 * 2
+    shared, apart = (Load(Rings(bulk_rings=rings, bulk_bytes=2 * size)) for rings in (1, 2))
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    setups = {
+        "on one CPU": (shared, cpus[:1]),
+        "on two CPUs, into one ring buffer": (shared, cpus),
+        "on two CPUs, into one each": (apart, cpus),
+    }
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    try:
+        for _ in range(rounds):
+            for where, (load, used) in setups.items():
+                for what in ("nothing", *_EMITTED.values()):
+                    times[what, where] += _at_once(load, what, used)
+    finally:
+        shared.close()
+        apart.close()
+    return [
+        Cost(f"{what}, {where}", median(times[program, where]) - median(times["nothing", where]))
+        for what, program in _EMITTED.items()
+        for where in setups
+    ]
+
+
+def _at_once(load: Load, program: str, cpus: list[int]) -> list[float]:
+    """Nanoseconds for each event, on each of the CPUs, which begin together."""
+    for name in load.rings:
+        load.discard(name)
+    began = threading.Barrier(len(cpus))
+
+    def emit(cpu: int) -> float:
+        os.sched_setaffinity(0, {cpu})  # of this thread
+        began.wait()
+        start = time.perf_counter_ns()
+        load.run(program, _EVENTS * 8)
+        return (time.perf_counter_ns() - start) / (_EVENTS * 8)
+
+    with ThreadPoolExecutor(len(cpus)) as pool:
+        times = list(pool.map(emit, cpus))
+    if load.lost():
+        raise RuntimeError("a ring overflowed, so the cost is not that of an event")
+    return times
 
 
 def _of_all_cpus(size: int) -> int:

@@ -15,7 +15,7 @@ from streamer.config.settings import Rings, Settings
 from streamer.events.envelope import Envelope
 from streamer.kernel.contract import check_object
 from streamer.kernel.libbpf import Object
-from streamer.kernel.loader import PERF_BUFFERS, Loader
+from streamer.kernel.loader import Loader
 from streamer.kernel.objects import CONTRACT, KIND_END, SENSORS
 from streamer.kernel.state import KernelState, pack, size_of
 from streamer.ring.reader import Source, open_sources
@@ -29,6 +29,7 @@ _REQUEST = struct.Struct("<2Q")  # struct bench_request
 _PROCESS = struct.Struct("<QIIII16s")  # struct bench_process
 _PATH = struct.Struct("<I64s")  # struct bench_path
 _WAIT = 0.0003
+_OPTION = ".rodata."
 _PERF_POSITIONS = 1024  # in struct perf_event_mmap_page: data_head and data_tail
 
 Mix = Literal["open", "close", "mixed"]
@@ -98,6 +99,11 @@ class _Core(Loader):
         self.descriptors = super().load_core(rings, btf, transport)
         return self.descriptors
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What programs are told of the rings."""
+        return self._own_options()
+
 
 class Load:
     """The loaded programs, with the rings and counters that they write: those of the agent."""
@@ -159,13 +165,15 @@ class Load:
         self._core.update("identities", bytes(4), pack("identity", initial))
 
     def _prepare(self) -> None:
-        own = {info.name: info for info in SENSORS["file"].maps}
+        core, own = ({info.name: info for info in SENSORS[name].maps} for name in ("core", "file"))
         for name, one in self._object.maps.items():
             if name in self._core.descriptors:
                 one.reuse(self._core.descriptors[name])
-            elif name == f".rodata.{PERF_BUFFERS}":
-                perf = self._state.transport.name == "perf"
-                one.write_initial(int(perf).to_bytes(8, "little"))
+            elif name.startswith(_OPTION):
+                value = self._core.options.get(name.removeprefix(_OPTION), 0)
+                one.write_initial(value.to_bytes(8, "little"))
+            elif name in core and core[name].needs:
+                one.leave_out()  # or it would be among the descriptors
             elif name in own and own[name].needs:
                 one.leave_out()  # an option, which is off
             elif name in own and own[name].sized == "cpus":

@@ -79,7 +79,8 @@ MISTAKES = [
     (
         "rings.bulk_size = 1",
         "rings.bulk_size: unknown key (did you mean bulk_bytes?), "
-        "allowed: bulk_bytes, critical_bytes, drain_records, poll_interval_ms, transport",
+        "allowed: bulk_bytes, bulk_rings, critical_bytes, drain_records, poll_interval_ms, "
+        "transport",
     ),
     ("zzz = 1", f"zzz: unknown key, allowed: {ROOT_KEYS}"),
     (f"{'k' * 100_000} = 1", f'"{"k" * 57}...": unknown key, allowed: {ROOT_KEYS}'),

@@ -14,12 +14,15 @@ PAID = sum(name != "PAID_END" for name, _, _ in CONTRACT["enum paid"])
 SPANS = next(size for name, _, size in CONTRACT["payer"] if name == "spans")
 
 
-def entry(kind: int, number: int, *counts: int) -> tuple[bytes, bytes]:
-    """Key and value of a payer who was refused so many of the first kinds."""
+def entry(kind: int, number: int, *counts: int, bulk: int = 0) -> tuple[bytes, bytes]:
+    """Key and value of a payer who was refused so many of the first kinds.
+
+    `bulk` is the number of the ring buffer for bulk.
+    """
     refused = struct.pack(f"<{PAID}Q", *counts, *[0] * (PAID - len(counts)))
     value = b"\xff" * SPANS + refused
     assert len(value) == size_of("payer")
-    return struct.pack("<QII", number, kind, 0), value
+    return struct.pack("<QII", number, kind, bulk), value
 
 
 def totals(*counts: int) -> tuple[int, ...]:
@@ -29,6 +32,14 @@ def totals(*counts: int) -> tuple[int, ...]:
 def test_nobody() -> None:
     assert told(totals(), []) == []
     assert told(totals(), [entry(USER, 1000)]) == []
+
+
+def test_one_who_writes_to_several_ring_buffers_is_one() -> None:
+    entries = [entry(USER, 7, 1, 2), entry(USER, 7, 0, 3, bulk=1), entry(CGROUP, 7, 1, bulk=1)]
+    assert told(totals(2, 5), entries) == [
+        Refused("user", 7, {"process.exec": 1, "process.fork": 5}),
+        Refused("cgroup", 7, {"process.exec": 1}),
+    ]
 
 
 def test_each_by_what_he_is_known_by_the_most_first() -> None:

@@ -61,6 +61,8 @@ class Source:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.wake_index = ("critical", "bulk").index(name)
+        self.cpus = range(1)
         self.ring = ScriptedRing()
         self.decoder = None
         self.gaps = GapTracker()
