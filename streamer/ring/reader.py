@@ -15,7 +15,6 @@ import select
 import struct
 from abc import ABC, abstractmethod
 from bisect import bisect
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
@@ -479,7 +478,9 @@ def in_time_order(batches: list[Batch]) -> Batch:
     """
     first, *others = batches
     for other in others:
-        kinds = dict(Counter(first.kinds) + Counter(other.kinds))
+        kinds = dict(first.kinds)
+        for kind, count in other.kinds.items():
+            kinds[kind] = kinds.get(kind, 0) + count
         events = _merge(first.events, other.events)
         first = Batch(events, kinds, join_spans(first.spans, other.spans))
     return first

@@ -77,8 +77,8 @@ MISTAKES = [
     (MQTT + "tls = 1", "sinks[0].tls: found 1 (integer), allowed: a table"),
     # unknown and missing keys
     (
-        "rings.bulk_size = 1",
-        "rings.bulk_size: unknown key (did you mean bulk_bytes?), "
+        "rings.bulk_byte = 1",
+        "rings.bulk_byte: unknown key (did you mean bulk_bytes?), "
         "allowed: bulk_bytes, bulk_rings, critical_bytes, drain_records, poll_interval_ms, "
         "transport",
     ),

@@ -41,6 +41,20 @@ def test_two_rings_are_merged_by_time(one: list[int], other: list[int]) -> None:
     assert merged.spans == {("critical", 0): (1, 9), ("bulk", 0): (5, 7)}
 
 
+@given(TIMES, TIMES, TIMES)
+def test_ring_buffers_of_one_ring_have_kinds_in_common(
+    one: list[int], other: list[int], third: list[int]
+) -> None:
+    batches = []
+    for cpu, times in enumerate((one, other, third)):
+        opens = [Open(time, number) for number, time in enumerate(sorted(times))]
+        batches.append(Batch(opens, {"file.open": len(opens)}, {("bulk", cpu): (1, 7)}))
+    merged = in_time_order(batches)
+    assert [event.boot_ns for event in merged.events] == sorted(one + other + third)
+    assert merged.kinds == {"file.open": len(merged.events)}
+    assert merged.spans == {("bulk", cpu): (1, 7) for cpu in range(3)}
+
+
 @given(TIMES, TIMES)
 def test_a_ring_keeps_its_order_also_where_times_do_not_rise(
     one: list[int], other: list[int]
