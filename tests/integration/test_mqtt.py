@@ -25,8 +25,9 @@ from streamer.config import settings
 from streamer.errors import ConfigError
 from streamer.events.batch import Batch
 from streamer.sinks.base import Sink
+from streamer.sinks.mqtt import sink as mqtt_sink
 from streamer.sinks.mqtt.encoded import encode
-from streamer.sinks.mqtt.sink import MqttSink
+from streamer.sinks.mqtt.sink import MAX_TRIES, MqttSink
 from tests.brokers import MosquittoBroker, free_port
 from tests.recorder import Recorder
 
@@ -734,6 +735,52 @@ async def test_a_broker_that_closes_the_connection_over_a_topic_gets_the_others(
     assert sink.account.delivered == {"process.exec": 100}
     assert sink.account.dropped == {"file.open": 100}
     assert recorder.reasons == {"publishing to kernel/web1/file refused: Not authorized (0x87)"}
+
+
+@pytest.mark.parametrize("code", [0x8B, 0x8E, 0x98])
+async def test_a_connection_that_ends_for_another_reason_is_not_held_against_the_message(
+    start_sink: StartSink, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shutting down, taken over, an administrator's doing, more often than a message is tried."""
+    monkeypatch.setattr(mqtt_sink, "RETRY_MOST", 0.05)
+    async with ScriptedBroker(lambda n: 0) as broker:
+        ends = MAX_TRIES + 2
+
+        def ended(topic: str, payload: bytes) -> bool:
+            return broker.connections <= ends
+
+        broker.closes, broker.goodbye = ended, bytes([0xE0, 2, code, 0])
+        sink, recorder = await start_sink(broker.port)
+        sink.submit(execs(100))
+        await until(lambda: account(sink) == (100, 0, 0))
+        assert broker.connections == ends + 1
+        assert {len(ids(payload)) for payload in broker.payloads} == {100}
+        await sink.stop(GRACE)
+    assert recorder.reasons == set()
+
+
+async def test_a_session_that_is_taken_over_again_and_again_loses_nothing(
+    start_broker: StartBroker,
+    start_sink: StartSink,
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By somebody of the same identifier: another agent of that configuration, or a thief."""
+    monkeypatch.setattr(mqtt_sink, "RETRY_MOST", 0.05)
+    broker = start_broker()
+    witness = await watch(broker, "kernel/#")
+    sink, recorder = await start_sink(broker.port, client_id="agent")
+    thief = Witness(broker, "none", name="agent")  # comes back every time
+    try:
+        for turn in range(3):
+            await until(lambda: broker.log.count("Sending SUBACK to agent") > turn)  # noqa: B023
+            sink.submit(execs(100, 100 * turn))
+    finally:
+        thief.close()
+    await sink.stop(GRACE)
+    assert account(sink) == (300, 0, 0)
+    await until(lambda: len(set(ids(witness.data))) == 300)
+    assert ("down", "connection lost") in recorder.statuses  # this Mosquitto does not say why
 
 
 async def test_a_broker_without_qos_1_is_a_clear_reason(start_sink: StartSink) -> None:

@@ -80,6 +80,9 @@ Verdict = Literal["delivered", "later", "cut", "dropped"]
 _PASSING = frozenset({0x80, 0x83, 0x91})
 _OF_THE_TOPIC = frozenset({0x87, 0x90})
 _OF_THE_MESSAGE = _OF_THE_TOPIC | {0x95, 0x99}
+_OF_NO_MESSAGE = frozenset({0x89, 0x8B, 0x8D, 0x8E, 0x96, 0x97, 0x98, 0x9C, 0x9D, 0x9F, 0xA0})
+"""Busy, shutting down, keep alive, taken over, rate, quota, an administrator, another server,
+moved, connections, their time: MQTT 5.0, 3.14.2.1."""
 _PACKET_TOO_LARGE, _QUOTA_EXCEEDED = 0x95, 0x97
 
 
@@ -475,10 +478,13 @@ class MqttSink(Sink):
     def _suspect(self, connection: Connection) -> None:
         """The connection ended: perhaps over the only message that was in flight.
 
-        A DISCONNECT that says why is the answer to that message. Without one it may be a
-        broker that was restarted: the second time the message is cut, because small ones may
-        get through, and an event by itself is given up after as many times as others.
+        A DISCONNECT that says why is the answer to that message, unless it is about something
+        else. Without one it may be a broker that was restarted: the second time the message is
+        cut, because small ones may get through, and an event by itself is given up after as many
+        times as others.
         """
+        if connection.closing_code in _OF_NO_MESSAGE:
+            return
         self._suspicious = connection.closed_by_broker and len(self._window) > 0
         lone = self._window.lone() if connection.closed_by_broker else None
         if lone is None:
