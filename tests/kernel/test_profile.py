@@ -396,9 +396,12 @@ def folded(text: str) -> Counter[tuple[str, ...]]:
 
 
 def check_hot(stacks: Counter[tuple[str, ...]]) -> None:
+    """On a slow machine names of some are not found in time, which leaves enough."""
     of_it = Counter({k: n for k, n in stacks.items() if k[0] == "profiled"})
-    hot = sum(n for stack, n in of_it.items() if "profiled`hot" in stack)
-    assert hot > of_it.total() / 3
+    named = Counter({k: n for k, n in of_it.items() if {*k[1:]} != {"[unknown]"}})
+    hot = sum(n for stack, n in named.items() if "profiled`hot" in stack)
+    assert hot > named.total() / 3
+    assert named.total() > of_it.total() / 4
 
 
 def test_folded_stacks(scope: Scope, profiled: Path) -> None:
