@@ -34,6 +34,7 @@ PROCESSES = ("process.exec", "process.fork", "process.exit")
 FLOOD = repetitions(500, 250)
 """Spawns of each of four processes: twice what the ring holds, though arguments are cut."""
 MINE = 60
+SPAWNED = {"during": MINE // 2, "after": MINE - MINE // 2}
 """What root does beside it: for that there is room in what the flood leaves of the ring."""
 RING = 1 << 19
 CONFIG = f"[rings]\ncritical_bytes = {RING}\nbulk_bytes = {RING}\n"
@@ -109,18 +110,23 @@ def words(recording: Recording, word: str) -> list[Any]:
 
 
 def assert_root_lost_nothing(recording: Recording, spawned: int) -> None:
-    """Of what root did all is there; the rest is delivered, or lost and accounted for."""
+    """Of what root did all is there; the rest is delivered, or lost and accounted for.
+
+    From 7.0 on a program is left out while a task is preempted at the end of it: that is told, too.
+    """
     recording.check()
     mine = words(recording, "mine")
-    assert [event.argv[1] for event in mine] == [
-        str(i) for i in (*range(MINE // 2), *range(MINE - MINE // 2))
-    ]
-    assert {event.argv[2] for event in mine} == {"during", "after"}
+    expected = [(word, str(i)) for word, n in SPAWNED.items() for i in range(n)]
+    found = [(event.argv[2], event.argv[1]) for event in mine]
+    not_run = recording.heartbeat.missed.get("on_exec", 0)
+    assert found == [one for one in expected if one in found]
+    assert MINE - len(found) <= not_run
     pids = {event.pid for event in mine}
-    assert pids == {e.pid for e in recording.of("process.exit") if e.pid in pids}
-    assert pids == {e.child_pid for e in recording.of("process.fork") if e.child_pid in pids}
+    ends = {e.pid for e in recording.of("process.exit")}
+    assert len(pids - ends) <= recording.heartbeat.missed.get("on_exit", 0)
+    forks = {e.child_pid for e in recording.of("process.fork")}
+    assert len(pids - forks) <= recording.heartbeat.missed.get("on_fork", 0)
     execs = recording.heartbeat.counts["process.exec"]
-    not_run = recording.heartbeat.missed.get("on_exec", 0)  # told, of a CPU that was running it
     assert execs.produced - execs.filtered + not_run == spawned + MINE
 
 
