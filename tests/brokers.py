@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ COMMON = ROOT / "tools" / "kafka.properties"
 # Quick to start and small: a test's broker does not live long enough for a better compiler.
 JAVA_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
 MOSQUITTO_LOGS = ("error", "warning", "notice", "information", "subscribe")
+_PARTITION = re.compile(r" *partition (\d+), leader (-?\d+), .*isrs: ([\d,]*)")
 FORMAT = ("kafka.tools.StorageTool", "format", "-t", "c3RyZWFtZXItdGVzdHMtMQ")
 
 
@@ -267,8 +269,8 @@ class KafkaBroker(Broker):
 class KafkaCluster:
     """Three nodes of Apache Kafka, each broker and controller. Topics have three replicas."""
 
-    def __init__(self, directory: Path) -> None:
-        """`directory` holds a directory for each node."""
+    def __init__(self, directory: Path, listeners: Mapping[str, str] | None = None) -> None:
+        """`directory` holds a directory for each node; `listeners`: see `KafkaBroker`."""
         config = (
             "default.replication.factor=3",
             "min.insync.replicas=2",
@@ -276,7 +278,8 @@ class KafkaCluster:
             "transaction.state.log.replication.factor=3",
         )
         self.nodes = [
-            KafkaBroker(directory / f"node-{number}", config, node=number) for number in (1, 2, 3)
+            KafkaBroker(directory / f"node-{number}", config, listeners, node=number)
+            for number in (1, 2, 3)
         ]
         voters = ",".join(node.voters for node in self.nodes)
         for node in self.nodes:
@@ -288,18 +291,25 @@ class KafkaCluster:
         return ",".join(node.address for node in self.nodes)
 
     def leader(self, topic: str, partition: int) -> int:
-        """The number of the node that leads a partition."""
+        """The number of the node that leads a partition; -1: none does."""
+        return self.partitions(topic)[partition][0]
+
+    def partitions(self, topic: str) -> dict[int, tuple[int, int]]:
+        """Of each partition the number of its leader, and how many replicas are in sync."""
         asked = subprocess.run(
             ["kcat", "-b", self.address, "-L", "-t", topic, "-m", "10"],
             capture_output=True,
             text=True,
             check=True,
         )
+        found = {}
         for line in asked.stdout.splitlines():
-            words = line.replace(",", "").split()
-            if words[:2] == ["partition", str(partition)]:
-                return int(words[words.index("leader") + 1])
-        raise RuntimeError(f"no partition {partition} of {topic}: {asked.stdout}")
+            if match := _PARTITION.match(line):
+                number, leader, replicas = match.groups()
+                found[int(number)] = int(leader), len(replicas.split(","))
+        if not found:
+            raise RuntimeError(f"no partitions of {topic}: {asked.stdout}")
+        return found
 
     def __enter__(self) -> Self:
         # All at once: one alone has no majority, and answers nobody.

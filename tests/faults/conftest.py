@@ -1,0 +1,158 @@
+"""What the tests of faults share: a cluster behind proxies, and the table that they make."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamer.sinks.kafka.client import partition_of
+from tests.brokers import KafkaCluster, free_port
+from tests.faults import table
+from tests.faults.consumers import KafkaFollower, by_kcat
+from tests.faults.experiment import Experiment, configured
+from tests.faults.proxy import Proxy
+from tests.faults.table import Row
+from tests.kafka_helpers import create
+from tests.kernel.scope import Scope, cgroup_mount
+
+ROWS = pytest.StashKey[dict[str, Row]]()
+_topics = (f"faults-{number}" for number in itertools.count())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write", action="store_true", help="put what came of it into the table")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    config = terminalreporter.config
+    rows = config.stash[ROWS]
+    terminalreporter.section("what came of the faults")
+    for line in ("| " + " | ".join(table.HEAD) + " |", *(row.line for row in rows.values())):
+        terminalreporter.line(line)
+    if config.getoption("--write"):
+        table.PAGE.write_text(table.written(table.PAGE.read_text(), rows))
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
+    """Keeps what came of a fault."""
+    rows = request.config.stash[ROWS]
+
+    def keep(row: Row) -> None:
+        rows[row.fault] = row
+
+    return keep
+
+
+@pytest.fixture
+def scope() -> Iterator[Scope]:
+    mount = cgroup_mount()
+    assert mount is not None, "no cgroup v2 hierarchy is mounted"
+    with Scope(mount) as made:
+        yield made
+
+
+class Cluster(KafkaCluster):
+    """Three nodes; each can also be reached through a proxy of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, {"PROXIED": "PLAINTEXT"})
+        self.proxies = []
+        for node in self.nodes:
+            proxy = Proxy(free_port(), int(node.addresses["PROXIED"].rpartition(":")[2]))
+            advertised = f"PLAINTEXT://{node.address},PROXIED://{proxy.address}"
+            node.config += (f"advertised.listeners={advertised}",)
+            self.proxies.append(proxy)
+
+    @property
+    def proxied(self) -> str:
+        """The proxies of all nodes."""
+        return ",".join(proxy.address for proxy in self.proxies)
+
+    def busy(self, topic: str) -> int:
+        """The number of the node that leads the partition of this host's events."""
+        partitions = self.partitions(topic)
+        return partitions[partition_of(os.uname().nodename.encode(), len(partitions))][0]
+
+    def wait_until_whole(self, topic: str, timeout: float = 60) -> None:
+        """Until each partition can be written to, as the brokers say: there the fault ends."""
+        deadline = time.monotonic() + timeout
+        while True:
+            with contextlib.suppress(subprocess.CalledProcessError, RuntimeError):
+                found = self.partitions(topic).values()
+                if all(leader > 0 and replicas >= 2 for leader, replicas in found):
+                    return
+            assert time.monotonic() < deadline, "the cluster does not come back"
+            time.sleep(0.1)
+
+    def revive(self) -> None:
+        """Start what does not run, and continue what was stopped."""
+        for node in self.nodes:
+            try:
+                os.kill(node.pid, signal.SIGCONT)
+            except RuntimeError:
+                node.start()
+
+
+@pytest.fixture(scope="session")
+def cluster_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+        for proxy in cluster.proxies:
+            stack.enter_context(proxy)
+        yield stack.enter_context(cluster)
+
+
+@pytest.fixture
+def cluster(cluster_once: Cluster) -> Iterator[Cluster]:
+    """Whole at the beginning of each test, whatever the one before left."""
+    yield cluster_once
+    for proxy in cluster_once.proxies:
+        proxy.heal()
+    cluster_once.revive()
+
+
+Faults = Callable[..., Experiment]
+
+
+@pytest.fixture
+def kafka_fault(cluster: Cluster, scope: Scope, tmp_path: Path) -> Faults:
+    """Makes an experiment with the cluster; `proxied`: the agent reaches it by the proxies."""
+
+    def make(
+        fault: str, *, proxied: bool = False, rate: int | None = None, **options: Any
+    ) -> Experiment:
+        topic = next(_topics)
+        asyncio.run(create(cluster, topic, 3))
+        address = cluster.proxied if proxied else cluster.address
+        bootstrap = ", ".join(f'"{one}"' for one in address.split(","))
+        sink = f'type = "kafka"\nbootstrap = [{bootstrap}]\ntopic = "{topic}"'
+        agent = configured(scope, tmp_path / "agent", sink, **options)
+        made = Experiment(
+            fault,
+            agent,
+            scope,
+            lambda: KafkaFollower(cluster.address, topic, tmp_path),
+            lambda: by_kcat(cluster.address, topic),
+            lambda: f"kafka://{cluster.address}/{topic}",
+            **({} if rate is None else {"rate": rate}),
+        )
+        made.topic = topic
+        return made
+
+    return make

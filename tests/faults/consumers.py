@@ -1,0 +1,194 @@
+"""Independent clients: how fast events arrive meanwhile, and what is there in the end.
+
+`kcat` (librdkafka) and `mosquitto_sub`: neither shares code with the agent.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from tests.brokers import MosquittoBroker, subscribed
+from tests.faults.load import Counts
+
+LOOK_SECONDS = 0.05
+QUICK = (
+    *("-X", "reconnect.backoff.ms=50", "-X", "reconnect.backoff.max.ms=200"),
+    *("-X", "fetch.wait.max.ms=50", "-X", "fetch.error.backoff.ms=50"),
+    *("-X", "topic.metadata.refresh.interval.ms=500", "-X", "session.timeout.ms=6000"),
+    *("-X", "socket.timeout.ms=2000", "-X", "topic.metadata.refresh.fast.interval.ms=100"),
+)
+"""That it is back at once, and what is measured is the agent and not kcat."""
+
+
+class Arrivals:
+    """How many lines a file had when: it is looked at 20 times a second, until `end`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._points = [(time.monotonic(), 0)]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        with self._path.open("rb") as file:
+            lines = 0
+            while not self._ended.wait(LOOK_SECONDS):
+                while data := file.read(1 << 20):
+                    lines += data.count(b"\n")
+                self._points.append((time.monotonic(), lines))
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join(30)
+
+    @property
+    def lines(self) -> int:
+        return self._points[-1][1]
+
+    def at_rate_after(self, moment: float, rate: float, span: float = 1.0) -> float | None:
+        """Seconds from `moment` on until the first second begins in which lines come at `rate`."""
+        points = [point for point in self._points if point[0] >= moment]
+        last = 0
+        for at, lines in points:
+            while last < len(points) and points[last][0] < at + span:
+                last += 1
+            if last == len(points):
+                return None
+            later, more = points[last]
+            if more - lines >= rate * (later - at):
+                return at - moment
+        return None
+
+    def longest_pause(self, since: float) -> float:
+        """Seconds without a line, at most."""
+        grown = [since]
+        points = [point for point in self._points if point[0] >= since]
+        grown += [after[0] for before, after in pairwise(points) if after[1] > before[1]]
+        return max((after - before for before, after in pairwise(grown)), default=0.0)
+
+
+class KafkaFollower:
+    """kcat, which reads a topic from its beginning as it is written: a line for each record."""
+
+    def __init__(self, address: str, topic: str, directory: Path) -> None:
+        path = directory / "arrived"
+        command = ["kcat", "-C", "-E", "-b", address, "-t", topic, "-o", "beginning", "-q", "-u"]
+        with path.open("wb") as file, (directory / "kcat.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, *QUICK, "-f", r"%T\n"], stdout=file, stderr=log
+            )
+        self.arrivals = Arrivals(path)
+
+    def end(self) -> None:
+        self.arrivals.end()
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+
+class MosquittoFollower:
+    """mosquitto_sub, whose session outlives the broker: what it gets is in `path`."""
+
+    def __init__(self, broker: MosquittoBroker, topic: str, directory: Path) -> None:
+        self.path = directory / "arrived"
+        # At QoS 0, which the broker keeps for the session as well: see the test of test_mqtt.py.
+        self._running = subscribed(broker, topic, self.path, "-q", "0", "-c", "-x", "86400")
+        self._running.__enter__()
+        self.arrivals = Arrivals(self.path)
+
+    def end(self) -> None:
+        self.arrivals.end()
+        self._running.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+
+# ---------------------------------------------------------------- what is there
+
+
+class Seen(msgspec.Struct, gc=False):
+    """The fields of a record that the tests count by."""
+
+    event: str
+    id: str
+    uid: int = -1
+    argv: list[str] = []
+    stage: str = ""
+    count: int = 0
+    kinds: dict[str, int] = {}
+    sink: str | None = None
+    refused: list[dict[str, Any]] = []
+    final: bool = False
+    previous: dict[str, Any] | None = None
+
+
+class Found(msgspec.Struct):
+    """What a topic holds."""
+
+    records: int = 0
+    delivered: Counts = msgspec.field(default_factory=Counter)
+    """Events per kind, each id once."""
+    duplicates: int = 0
+    told: Counts = msgspec.field(default_factory=Counter)
+    """Events per kind in records of losses."""
+    stages: Counts = msgspec.field(default_factory=Counter)
+    """Events told as lost, per stage."""
+    named: dict[str, list[int]] = msgspec.field(default_factory=dict)
+    """The numbers of the execs of each word of `load.c spawns`."""
+    refused: Counts = msgspec.field(default_factory=Counter)
+    """Events per kind that somebody was refused for having his share, by the last account."""
+    payers: set[tuple[str, int]] = msgspec.field(default_factory=set)
+
+
+def count(lines: Iterable[bytes], words: Iterable[str]) -> Found:
+    """Count records, of which any may come twice."""
+    found = Found()
+    wanted = frozenset(words)
+    decode = msgspec.json.Decoder(Seen).decode
+    known: set[str] = set()
+    for line in lines:
+        seen = decode(line)
+        found.records += 1
+        if seen.id in known:
+            found.duplicates += 1
+            continue
+        known.add(seen.id)
+        if not seen.event.startswith("stream."):
+            found.delivered[seen.event] += 1
+            if seen.event == "process.exec" and seen.argv[:1] and seen.argv[0] in wanted:
+                found.named.setdefault(seen.argv[0], []).append(int(seen.argv[1]))
+        elif seen.event == "stream.loss":
+            found.told.update(seen.kinds)
+            found.stages[seen.stage] += seen.count
+        elif seen.final:
+            found.refused = sum((Counter(one["kinds"]) for one in seen.refused), Counter())
+            found.payers = {(one["payer"], one["id"]) for one in seen.refused}
+    return found
+
+
+def by_kcat(address: str, topic: str) -> Iterator[bytes]:
+    """All records of a topic."""
+    command = ["kcat", "-C", "-b", address, "-t", topic, "-o", "beginning", "-e", "-q"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    assert process.returncode == 0

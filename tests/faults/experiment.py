@@ -1,0 +1,297 @@
+"""One fault: the agent under a steady load, what happens to it, and what has to hold after it.
+
+What is the same for all faults is checked here: `streamer verify` explains everything, an
+independent client's count agrees with what the test did, nothing critical is lost but of who
+floods, memory, and how soon events arrive at the full rate again.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from streamer.operation.control import NoAnswer, ask
+from streamer.operation.look import Look
+from streamer.verify.report import VerifyReport
+from tests.faults import consumers
+from tests.faults.consumers import Arrivals, Found
+from tests.faults.load import Counts, Load, build
+from tests.faults.table import Row
+from tests.kernel.agent import ROOT, START_SECONDS, Agent
+from tests.kernel.scope import Scope
+
+RATE = 5_000
+"""Opens a second of the load that is always there."""
+SPAWNS = 20
+"""Its processes a second: what is critical."""
+MINE = "mine"
+CRITICAL = ("process.exec", "process.fork", "process.exit")
+EVENTS = "process.*,file.open"
+MOST_MB = 150.0
+MOST_RECOVERY = 5.0
+LEAST_RATE = 0.9
+"""Of the offered rate, as what counts as the full one: both are of a second at a time."""
+DRAIN_SECONDS = 120.0
+
+
+class Memory:
+    """The most memory of some processes together, looked at ten times a second."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._pids = tuple(pids)
+        self._most = dict.fromkeys(self._pids, 0)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.1):
+            self.note()
+
+    def note(self) -> None:
+        """Look: the kernel keeps the most itself (VmHWM), until the process ends."""
+        for pid in self._pids:
+            try:
+                status = Path(f"/proc/{pid}/status").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            for line in status.splitlines():
+                if line.startswith("VmHWM:"):
+                    self._most[pid] = max(self._most[pid], int(line.split()[1]))
+
+    def end(self) -> float:
+        """Megabytes (of 10^6 bytes)."""
+        self._ended.set()
+        self._thread.join(5)
+        return sum(self._most.values()) * 1024 / 1e6
+
+
+class Faulty(Agent):
+    """The agent with one sink, a broker; its control socket says how it is."""
+
+    def start(self) -> Self:
+        """Start it, and wait until it has attached and says so."""
+        with self._stderr.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                self._command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=stderr
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while " streaming " not in self.stderr:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"the agent does not start: {self.stderr}")
+            time.sleep(0.02)
+        return self
+
+    def look(self) -> Look:
+        """What `streamer status` would say. Raises NoAnswer."""
+        path = str(self.output.parent / "control.sock")
+        return msgspec.json.decode(ask(path, "status", 30), type=Look)
+
+    def drain(self, timeout: float = DRAIN_SECONDS) -> None:
+        """Wait until its sink has delivered, or given up, all that was read."""
+        deadline = time.monotonic() + timeout
+        while True:
+            assert self.process.poll() is None, f"the agent ended: {self.stderr}"
+            try:
+                look = self.look()
+            except NoAnswer as error:
+                found = str(error)
+            else:
+                (sink,) = look.sinks.values()
+                # Its own records, of which there is one now and then, are among them.
+                if sink.pending <= 5 and not any(ring.used_bytes for ring in look.rings.values()):
+                    return
+                found = f"{sink}"
+            assert time.monotonic() < deadline, f"not delivered: {found}: {self.stderr}"
+            time.sleep(0.1)
+
+
+def configured(
+    scope: Scope,
+    directory: Path,
+    sink: str,
+    *,
+    spool: str = "spill",
+    place: Path | None = None,
+    top: str = "",
+    more: str = "",
+    events: str = EVENTS,
+    prefix: tuple[str, ...] = (),
+) -> Faulty:
+    """An agent that observes the scope alone. `sink` are its lines of TOML; `place`: see spool."""
+    config = f"""heartbeat_seconds = 1
+grace_seconds = 10
+{top}
+[spool]
+directory = "{place or directory / "state" / "spool"}"
+[[sinks]]
+{sink}
+spool = "{spool}"
+{more}
+"""
+    return Faulty(
+        directory, *scope.options, events=events, config=config, sinks=None, prefix=prefix
+    )
+
+
+class Experiment:
+    """Load, agent and witness from the beginning of the block on; `finish` checks and says."""
+
+    def __init__(
+        self,
+        fault: str,
+        agent: Faulty,
+        scope: Scope,
+        follow: Callable[[], Any],
+        read: Callable[[], Iterable[bytes]],
+        source: Callable[[], str],
+        *,
+        rate: int = RATE,
+    ) -> None:
+        """`follow` starts a follower, `read` gives all that is at the broker, `source` is what
+        `streamer verify` is to read.
+        """
+        self.fault = fault
+        self.agent = agent
+        self.scope = scope
+        self.rate = rate
+        self._follow, self._read, self._source = follow, read, source
+        self._stack = ExitStack()
+        self._loads: list[Load] = []
+        self.healed: float | None = None
+        self.follower: Any = None
+        self.topic = ""
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self.follower = stack.enter_context(self._follow())
+            stack.enter_context(self.agent)
+            self.memory = Memory((self.agent.pid, self.agent.helper_pid))
+            stack.callback(self.memory.end)
+            self._stack = stack
+            if self.rate:
+                self.load("opens", "/no/steady/", str(self.rate))
+            self.load("spawns", MINE, "0", str(SPAWNS))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def load(self, *arguments: str, uid: int | None = None) -> Load:
+        """More that is offered, until the end at most."""
+        made = self._stack.enter_context(Load(build(), self.scope, *arguments, uid=uid))
+        self._loads.append(made)
+        return made
+
+    @property
+    def arrivals(self) -> Arrivals:
+        return self.follower.arrivals  # type: ignore[no-any-return]
+
+    def steady(self, seconds: float = 2.0) -> None:
+        """Let it run, with all arriving at the rate at which it is offered."""
+        begun = time.monotonic()
+        deadline = begun + seconds + 20
+        time.sleep(seconds)
+        while self.arrivals.at_rate_after(begun, LEAST_RATE * self.rate) is None:
+            assert time.monotonic() < deadline, f"nothing arrives: {self.agent.stderr}"
+            time.sleep(0.1)
+
+    def heal(self) -> None:
+        """The fault ends now."""
+        self.healed = time.monotonic()
+
+    def finish(
+        self,
+        *,
+        flooder: int | None = None,
+        after: float = 6.0,
+        note: str = "",
+        recovers: bool = True,
+    ) -> Row:
+        """What came of it, all of which is checked. `flooder` is a user whose own events may be
+        lost; `after`: for so long the load goes on after the fault.
+        """
+        if self.healed is None:
+            self.heal()
+        assert self.healed is not None
+        time.sleep(after)
+        for load in self._loads:
+            load.stop()
+        self.agent.drain()
+        self.memory.note()
+        self.agent.process.terminate()
+        assert self.agent.process.wait(60) == 0, self.agent.stderr
+        peak = self.memory.end()
+        found = self.settled()
+        self.follower.end()
+        report = verify(self._source(), found.records)
+        offered = sum((load.expected for load in self._loads), Counts())
+        recovery = self.arrivals.at_rate_after(self.healed, LEAST_RATE * self.rate)
+        self.check(found, report, offered, flooder)
+        row = Row(
+            self.fault,
+            offered.total(),
+            found.delivered.total(),
+            found.duplicates,
+            found.told.total(),
+            report.unexplained,
+            peak,
+            recovery if recovers else None,
+            note,
+        )
+        print(row.line, flush=True)
+        assert peak <= MOST_MB, row.line
+        if recovers:
+            assert recovery is not None, row.line
+            assert recovery <= MOST_RECOVERY, row.line
+        return row
+
+    def settled(self) -> Found:
+        """What is there. Of a follower that is the only reader, what has come by now."""
+        return consumers.count(self._read(), [MINE])
+
+    def check(
+        self, found: Found, report: VerifyReport, offered: Counts, flooder: int | None
+    ) -> None:
+        """All is there or told, by the client's count and by `streamer verify`."""
+        assert found.delivered + found.told == offered, (
+            f"offered {offered}, delivered {found.delivered}, told {found.told} {found.stages}"
+        )
+        assert report.ok, report
+        assert (report.unexplained, report.malformed) == (0, 0), report
+        assert report.events == found.delivered.total()
+        assert report.duplicates == found.duplicates
+        mine = next(load.done for load in self._loads if load.word == MINE)
+        assert found.named[MINE] == list(range(mine))
+        lost = Counts({kind: found.told[kind] for kind in CRITICAL if found.told[kind]})
+        if flooder is None:
+            assert not lost, f"critical events were lost: {found.told} {found.stages}"
+        else:
+            assert found.payers <= {("user", flooder)}
+            assert lost <= found.refused, f"{lost} were lost, and {found.refused} refused"
+
+
+def verify(source: str, records: int) -> VerifyReport:
+    """The report of the real command."""
+    command = [sys.executable, "-m", "streamer", "verify", "--json", "--ended", source]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout, done.stderr
+    report = msgspec.json.decode(done.stdout, type=VerifyReport)
+    assert report.records == records
+    return report
+
+
+def signal_all(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
