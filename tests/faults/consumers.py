@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import msgspec
 
-from tests.brokers import MosquittoBroker, subscribed
+from tests.brokers import MosquittoBroker
 from tests.faults.load import Counts
 
 LOOK_SECONDS = 0.05
@@ -106,14 +106,22 @@ class MosquittoFollower:
 
     def __init__(self, broker: MosquittoBroker, topic: str, directory: Path) -> None:
         self.path = directory / "arrived"
-        # At QoS 0, which the broker keeps for the session as well: see the test of test_mqtt.py.
-        self._running = subscribed(broker, topic, self.path, "-q", "0", "-c", "-x", "86400")
-        self._running.__enter__()
+        # At QoS 0, which the broker keeps for the session as well: see tests/integration/test_mqtt.
+        name = f"witness-{time.monotonic_ns()}"
+        command = ["mosquitto_sub", "-V", "mqttv5", "-h", "127.0.0.1", "-p", str(broker.port)]
+        command += ["-q", "0", "-c", "-x", "86400", "-i", name, "-t", topic, "-N"]
+        with self.path.open("wb") as file:
+            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while f"{name} 0 {topic}" not in broker.log:
+            assert time.monotonic() < deadline, broker.log
+            time.sleep(0.05)
         self.arrivals = Arrivals(self.path)
 
     def end(self) -> None:
         self.arrivals.end()
-        self._running.__exit__(None, None, None)
+        self._process.kill()
+        self._process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -192,3 +200,13 @@ def by_kcat(address: str, topic: str) -> Iterator[bytes]:
         assert process.stdout is not None
         yield from process.stdout
     assert process.returncode == 0
+
+
+def by_mosquitto(path: Path, quiet: float = 2.0) -> list[bytes]:
+    """All that a subscriber has written to `path`, once nothing has come for `quiet` seconds."""
+    size, since = -1, time.monotonic()
+    while time.monotonic() < since + quiet:
+        if (now := path.stat().st_size) != size:
+            size, since = now, time.monotonic()
+        time.sleep(0.1)
+    return path.read_bytes().splitlines()

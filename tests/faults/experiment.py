@@ -43,6 +43,10 @@ LEAST_RATE = 0.9
 DRAIN_SECONDS = 120.0
 
 
+def log(what: str) -> None:
+    print(f"{time.monotonic():.1f} {what}", flush=True)
+
+
 class Memory:
     """The most memory of some processes together, looked at ten times a second."""
 
@@ -225,17 +229,22 @@ class Experiment:
         if self.healed is None:
             self.heal()
         assert self.healed is not None
+        log("healed")
         time.sleep(after)
         for load in self._loads:
             load.stop()
+        log("loads stopped")
         self.agent.drain()
+        log("drained")
         self.memory.note()
         self.agent.process.terminate()
         assert self.agent.process.wait(60) == 0, self.agent.stderr
         peak = self.memory.end()
         found = self.settled()
         self.follower.end()
+        log("counted")
         report = verify(self._source(), found.records)
+        log("verified")
         offered = sum((load.expected for load in self._loads), Counts())
         recovery = self.arrivals.at_rate_after(self.healed, LEAST_RATE * self.rate)
         self.check(found, report, offered, flooder)

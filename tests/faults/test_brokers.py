@@ -1,4 +1,6 @@
-"""Brokers that are killed and that are stopped: one, two, or all three of them."""
+"""Brokers that are killed, stopped or started anew: of three of Kafka one, two or all, and one of
+Mosquitto.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.brokers import KafkaBroker
+from tests.brokers import KafkaBroker, MosquittoBroker
 from tests.faults.conftest import Cluster, Faults
 from tests.faults.table import Row
 
-pytestmark = [pytest.mark.faults, pytest.mark.kernel, pytest.mark.kafka]
+pytestmark = [pytest.mark.faults, pytest.mark.kernel]
 
 SECONDS = 6.0
 NAMES = {1: "the leader", 2: "two of three brokers", 3: "all three brokers"}
@@ -23,10 +25,11 @@ slow = pytest.mark.slow
 
 def chosen(cluster: Cluster, topic: str, count: int) -> list[KafkaBroker]:
     """So many nodes: the one that has the events first."""
-    leader = cluster.busy(topic) - 1
+    leader = cluster.of_host(topic)[0] - 1
     return [cluster.nodes[(leader + i) % 3] for i in range(count)]
 
 
+@pytest.mark.kafka
 @pytest.mark.parametrize("count", [pytest.param(1, marks=slow), pytest.param(2, marks=slow), 3])
 def test_killed(
     cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None], count: int
@@ -38,12 +41,15 @@ def test_killed(
             node.kill()
         time.sleep(SECONDS)
         with ThreadPoolExecutor(count) as pool:
-            list(pool.map(KafkaBroker.start, nodes))
-        cluster.wait_until_whole(experiment.topic)
-        experiment.heal()
+            starting = [pool.submit(node.start) for node in nodes]
+            cluster.wait_until_writable()
+            experiment.heal()
+            for one in starting:
+                one.result()
         record(experiment.finish())
 
 
+@pytest.mark.kafka
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=slow), pytest.param(3, marks=slow)])
 def test_stopped(
     cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None], count: int
@@ -56,6 +62,46 @@ def test_stopped(
         time.sleep(SECONDS)
         for node in nodes:
             os.kill(node.pid, signal.SIGCONT)
-        cluster.wait_until_whole(experiment.topic)
+        cluster.wait_until_writable()
+        experiment.heal()
+        record(experiment.finish())
+
+
+@pytest.mark.mqtt
+def test_mosquitto_killed(
+    mosquitto: MosquittoBroker, mqtt_fault: Faults, record: Callable[[Row], None]
+) -> None:
+    with mqtt_fault("SIGKILL of Mosquitto") as experiment:
+        experiment.steady()
+        mosquitto.kill()
+        time.sleep(SECONDS)
+        mosquitto.start()
+        experiment.heal()
+        record(experiment.finish())
+
+
+@slow
+@pytest.mark.mqtt
+def test_mosquitto_stopped(
+    mosquitto: MosquittoBroker, mqtt_fault: Faults, record: Callable[[Row], None]
+) -> None:
+    with mqtt_fault("SIGSTOP of Mosquitto") as experiment:
+        experiment.steady()
+        os.kill(mosquitto.pid, signal.SIGSTOP)
+        time.sleep(SECONDS)
+        os.kill(mosquitto.pid, signal.SIGCONT)
+        experiment.heal()
+        record(experiment.finish())
+
+
+@slow
+@pytest.mark.mqtt
+def test_mosquitto_restarted(
+    mosquitto: MosquittoBroker, mqtt_fault: Faults, record: Callable[[Row], None]
+) -> None:
+    with mqtt_fault("Mosquitto stopped and started") as experiment:
+        experiment.steady()
+        mosquitto.stop()
+        mosquitto.start()
         experiment.heal()
         record(experiment.finish())
