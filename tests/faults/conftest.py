@@ -95,10 +95,20 @@ class Cluster(KafkaCluster):
 
         Not what a broker says of itself: one that has no controller says what was true before.
         """
-        for partition in self.partitions(PROBED):
+        deadline = time.monotonic() + timeout
+        for partition in range(len(self.nodes)):
             command = ["kcat", "-P", "-b", self.address, "-t", PROBED, "-p", str(partition), *QUICK]
-            command += ["-X", "acks=all", "-X", f"message.timeout.ms={round(timeout * 1000)}"]
-            subprocess.run([*command, "-X", "retry.backoff.ms=50"], input=b"x", check=True)
+            command += ["-X", "acks=all", "-X", "message.timeout.ms=2000"]
+            while subprocess.run(command, input=b"x", stderr=subprocess.DEVNULL).returncode:
+                assert time.monotonic() < deadline, "the cluster does not come back"
+
+    def create(self, topic: str) -> None:
+        """A topic of three partitions, which every node knows by then."""
+        asyncio.run(create(self, topic, 3))
+        for node in self.nodes:
+            command = ["kcat", "-L", "-b", node.address, "-t", topic]
+            while subprocess.run(command, capture_output=True).stdout.count(b"isrs: ") < 3:
+                time.sleep(0.1)
 
     def revive(self) -> None:
         """Start what does not run, and continue what was stopped."""
@@ -116,7 +126,7 @@ def cluster_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for proxy in cluster.proxies:
             stack.enter_context(proxy)
         stack.enter_context(cluster)
-        asyncio.run(create(cluster, PROBED, 3))
+        cluster.create(PROBED)
         yield cluster
 
 
@@ -140,7 +150,7 @@ def kafka_fault(cluster: Cluster, scope: Scope, tmp_path: Path) -> Faults:
         fault: str, *, proxied: bool = False, rate: int | None = None, **options: Any
     ) -> Experiment:
         topic = next(_topics)
-        asyncio.run(create(cluster, topic, 3))
+        cluster.create(topic)
         address = cluster.proxied if proxied else cluster.address
         bootstrap = ", ".join(f'"{one}"' for one in address.split(","))
         sink = f'type = "kafka"\nbootstrap = [{bootstrap}]\ntopic = "{topic}"'

@@ -208,7 +208,8 @@ class Experiment:
         deadline = begun + seconds + 20
         time.sleep(seconds)
         while self.arrivals.at_rate_after(begun, LEAST_RATE * self.rate) is None:
-            assert time.monotonic() < deadline, f"nothing arrives: {self.agent.stderr}"
+            arrived = self.arrivals.lines
+            assert time.monotonic() < deadline, f"{arrived} have arrived: {self.agent.stderr}"
             time.sleep(0.1)
 
     def heal(self) -> None:

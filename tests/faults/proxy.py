@@ -1,13 +1,17 @@
 """A network that is slow, cut or silent: between the agent and a broker, on loopback.
 
 One proxy stands before one broker. It works in a thread of its own; every method may be called
-from the test's.
+from the test's. Packets are really lost where it is silent: a socket filter drops what comes, so
+that the kernel confirms nothing, and the agent's sends it again, each time after twice as long.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import socket
+import struct
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Self
@@ -15,6 +19,22 @@ from typing import Any, Self
 CHUNK = 1 << 16
 WAITING = 64
 """Chunks under way in one direction, before the sender has to wait."""
+
+
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
+_RETURN_0 = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0), 8)
+_DROP_ALL = struct.pack("HxxxxxxP", 1, ctypes.addressof(_RETURN_0))
+
+
+def deafen(sock: Any) -> None:
+    """Have the kernel drop every packet that comes for a socket, as if it were lost before it."""
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, _DROP_ALL)
+
+
+def hear(sock: Any) -> None:
+    """Let packets in again; harmless where there was nothing to end."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
 class _Pair:
@@ -64,6 +84,11 @@ class _Pair:
             target.write(data)
             await target.drain()
 
+    @property
+    def socket(self) -> Any:
+        """That of the agent's connection."""
+        return self.client[1].get_extra_info("socket")
+
     def half_close(self) -> None:
         """Tell the client that nothing more comes, and still take what it sends."""
         with contextlib.suppress(OSError):
@@ -71,6 +96,7 @@ class _Pair:
 
     def cut(self) -> None:
         """Both ends see a reset."""
+        hear(self.socket)  # else the end would be lost, too
         for _, writer in (self.client, self.broker):
             writer.transport.abort()
 
@@ -107,20 +133,29 @@ class Proxy:
         self.flowing.set()
         if self._server is None:
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        for sock in (*self._server.sockets, *(p.socket for p in self._pairs if not p.forgotten)):
+            hear(sock)
 
     def silence(self) -> None:
-        """Packets go nowhere: connections stay, can even be made, and nothing comes through."""
-        self._call(self.flowing.clear)
+        """Packets are lost, in both directions: no connection ends, and none can be made."""
+        self._call(self._silence)
+
+    def _silence(self) -> None:
+        self.flowing.clear()
+        listening = self._server.sockets if self._server is not None else ()
+        for sock in (*listening, *(pair.socket for pair in self._pairs)):
+            deafen(sock)
 
     def forget(self) -> None:
-        """Nothing comes through the connections that are there, for good, and no end either: as
-        where a firewall has forgotten them. New ones work.
+        """Packets of the connections that are there are lost for good, as where a firewall has
+        forgotten them. New connections work.
         """
         self._call(self._forget)
 
     def _forget(self) -> None:
         for pair in self._pairs:
             pair.forgotten = True
+            deafen(pair.socket)
 
     def cut(self) -> None:
         """Reset all connections, and refuse new ones."""
