@@ -183,10 +183,11 @@ def mosquitto(tmp_path: Path) -> Iterator[MosquittoBroker]:
 
 @pytest.fixture
 def mqtt_fault(mosquitto: MosquittoBroker, scope: Scope, tmp_path: Path) -> Faults:
-    """Makes an experiment with Mosquitto."""
+    """Makes an experiment with Mosquitto; the agent may be given another `port`: a proxy's."""
 
-    def make(fault: str, **options: Any) -> Experiment:
-        sink = f'type = "mqtt"\nhost = "127.0.0.1"\nport = {mosquitto.port}\ntopic = "kernel"'
+    def make(fault: str, *, port: int | None = None, **options: Any) -> Experiment:
+        port = port or mosquitto.port
+        sink = f'type = "mqtt"\nhost = "127.0.0.1"\nport = {port}\ntopic = "kernel"'
         agent = configured(scope, tmp_path / "agent", sink, **options)
         return Experiment(
             fault,

@@ -1,4 +1,4 @@
-"""A network that is cut, silent, slow or forgetful, between the agent and Kafka."""
+"""A network that is cut, silent, slow or forgetful, between the agent and its broker."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.brokers import MosquittoBroker, free_port
 from tests.faults.conftest import Cluster, Faults
+from tests.faults.proxy import Proxy
 from tests.faults.table import Row
 
-pytestmark = [pytest.mark.faults, pytest.mark.kernel, pytest.mark.kafka]
+pytestmark = [pytest.mark.faults, pytest.mark.kernel]
 
 SECONDS = 6.0
 slow = pytest.mark.slow
 
 
+@pytest.mark.kafka
 def test_cut(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]) -> None:
     """Connections are reset, and new ones refused."""
     with kafka_fault("network cut: resets, and refusals", proxied=True) as experiment:
@@ -29,12 +32,16 @@ def test_cut(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None
         record(experiment.finish())
 
 
-@pytest.mark.parametrize("count", [1, 3])
 @slow
+@pytest.mark.kafka
+@pytest.mark.parametrize("count", [1, 3])
 def test_partition(
     cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None], count: int
 ) -> None:
-    """Nothing comes through for a while, and nobody is told."""
+    """Nothing comes through for a while, and nobody is told.
+
+    For 7 s: TCP alone would try again after 6 s the last time, and then after 12 s.
+    """
     of = {1: "the leader", 3: "all brokers"}[count]
     with kafka_fault(f"network silent towards {of}", proxied=True) as experiment:
         experiment.steady()
@@ -42,16 +49,17 @@ def test_partition(
         proxies = [cluster.proxies[(leader + i) % 3] for i in range(count)]
         for proxy in proxies:
             proxy.silence()
-        time.sleep(SECONDS)
+        time.sleep(7)
         for proxy in proxies:
             proxy.heal()
         experiment.heal()
         record(experiment.finish())
 
 
+@pytest.mark.kafka
 def test_forgotten(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]) -> None:
     """Connections that were there carry nothing any more, for good; new ones do."""
-    with kafka_fault("connections that a firewall has forgotten", proxied=True) as experiment:
+    with kafka_fault("connections to Kafka that a firewall has forgotten", proxied=True) as experiment:
         experiment.steady()
         for proxy in cluster.proxies:
             proxy.forget()
@@ -60,6 +68,7 @@ def test_forgotten(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row]
 
 
 @slow
+@pytest.mark.kafka
 def test_half_closed(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]) -> None:
     with kafka_fault("connections half-closed by the network", proxied=True) as experiment:
         experiment.steady()
@@ -70,6 +79,7 @@ def test_half_closed(cluster: Cluster, kafka_fault: Faults, record: Callable[[Ro
 
 
 @slow
+@pytest.mark.kafka
 def test_slow(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]) -> None:
     """It takes 200 ms there and 200 ms back, and lets less through than is offered."""
     with kafka_fault("network slow: 0.4 s there and back, 50 kB/s", proxied=True) as experiment:
@@ -81,3 +91,20 @@ def test_slow(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], Non
             proxy.heal()
         experiment.heal()
         record(experiment.finish())
+
+
+@slow
+@pytest.mark.mqtt
+def test_forgotten_by_mosquitto(
+    mosquitto: MosquittoBroker, mqtt_fault: Faults, record: Callable[[Row], None]
+) -> None:
+    with (
+        Proxy(free_port(), mosquitto.port) as proxy,
+        mqtt_fault(
+            "connection to Mosquitto that a firewall has forgotten", port=proxy.port
+        ) as experiment,
+    ):
+        experiment.steady()
+        proxy.forget()
+        experiment.heal()
+        record(experiment.finish(after=10))

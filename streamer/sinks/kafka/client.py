@@ -43,6 +43,7 @@ from streamer.sinks.kafka.errors import (
     reason_of_code,
 )
 from streamer.sinks.kafka.window import Answer
+from streamer.sinks.sockets import REPLACE_SECONDS, unheard_seconds
 
 CONNECT_SECONDS = 10.0
 TOPIC_SECONDS = 5.0
@@ -201,10 +202,12 @@ class Connection:
         self._transport = transport
 
     @classmethod
-    async def open(cls, address: Address, options: dict[str, Any]) -> Self:
-        """Connect. Raises what aiokafka, a socket or TLS raises."""
+    async def open(
+        cls, address: Address, options: dict[str, Any], seconds: float = CONNECT_SECONDS
+    ) -> Self:
+        """Connect within `seconds`. Raises what aiokafka, a socket or TLS raises."""
         connection = AIOKafkaConnection(*address, **options)
-        async with asyncio.timeout(CONNECT_SECONDS):
+        async with asyncio.timeout(seconds):
             reader, writer = await connection.connect()
         reader.readexactly = _bounded(reader.readexactly)
         return cls(connection, writer.transport)
@@ -213,6 +216,11 @@ class Connection:
     def open_still(self) -> bool:
         """Whether requests can be sent."""
         return bool(self._connection.connected())
+
+    @property
+    def unheard_seconds(self) -> float:
+        """How long the broker's kernel has confirmed nothing of what it was sent: see `sockets`."""
+        return unheard_seconds(self._transport.get_extra_info("socket"))
 
     def send(self, request: Any) -> Awaitable[Any]:
         """Send at once, and wait for the answer. Raises KafkaError, or TimeoutError."""
@@ -286,6 +294,31 @@ class Client:
         # What answers may be no Kafka at all, and aiokafka then fails in any way.
         except Exception as error:
             raise delivery_error_of(error, _name(address)) from None
+
+    async def replace_unheard(self, seconds: float) -> None:
+        """Give up connections of which nothing was confirmed for so long, if new ones can be made.
+
+        Where packets were lost for a while, TCP waits for as long again before it sends the next;
+        and what a firewall has forgotten never comes through. A broker that is slow, or does not
+        read, has its kernel confirm what it gets: it is not meant.
+        """
+        found = [
+            (address, connection)
+            for address, connection in self._connections.items()
+            if connection.open_still and connection.unheard_seconds >= seconds
+        ]
+        await asyncio.gather(*(self._replace(*one) for one in found))
+
+    async def _replace(self, address: Address, old: Connection) -> None:
+        try:
+            new = await Connection.open(address, self._options(), REPLACE_SECONDS)
+        except Exception:  # then it is not for the connection that nothing comes through
+            return
+        if self._connections.get(address) is old:
+            self._connections[address] = new
+        else:
+            await new.abort()
+        await old.abort()
 
     async def close(self) -> None:
         """Release all connections, whatever has not been answered."""

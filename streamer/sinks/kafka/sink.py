@@ -51,6 +51,7 @@ from streamer.sinks.kafka.errors import (
 )
 from streamer.sinks.kafka.record_batch import Payload, compress, lay_out, record_batch
 from streamer.sinks.kafka.window import Answer, Numbered, Outcome, Window, backoff
+from streamer.sinks.sockets import UNHEARD_SECONDS
 
 STALL_SECONDS = 3.0
 """How long an ack may take before the brokers are asked whether they are there."""
@@ -153,6 +154,7 @@ class KafkaSink(Sink):
             self._compressor = ThreadPoolExecutor(1, "kafka-compress")
         self._spawn(self._connect(client))
         self._spawn(self._watch(client))
+        self._spawn(self._watch_connections(client))
         for topic in self._topics.values():
             self._spawn(self._deliver(topic, client))
 
@@ -505,6 +507,12 @@ class KafkaSink(Sink):
                 self._problem("", error)
             else:
                 self._mended("")
+
+    async def _watch_connections(self, client: Client) -> None:
+        """Look for connections that nothing comes through, beside `_watch`, which may wait."""
+        while True:
+            await asyncio.sleep(UNHEARD_SECONDS / 4)
+            await client.replace_unheard(UNHEARD_SECONDS)
 
     # Stopping
 

@@ -30,6 +30,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from streamer.config import settings as config
+from streamer.sinks.sockets import REPLACE_SECONDS, unheard_seconds
 
 ALL_PACKETS = 268_435_460
 """The most bytes that any MQTT packet can have."""
@@ -200,6 +201,23 @@ class Connection(aiomqtt.Client):
             return None
         error = self._disconnected.exception()
         return self._ending or f"connection lost: {error}"
+
+    @property
+    def unheard_seconds(self) -> float:
+        """How long the broker's kernel has confirmed nothing of what it was sent: see `sockets`."""
+        return unheard_seconds(cast("socket.socket | None", self._client.socket()))
+
+    async def another_can_be_made(self) -> bool:
+        """Whether somebody accepts a connection where this one leads to."""
+
+        def connect() -> None:
+            socket.create_connection((self._hostname, self._port), REPLACE_SECONDS).close()
+
+        try:
+            await _in_daemon_thread(connect)
+        except OSError:
+            return False
+        return True
 
     def publish_nowait(
         self, topic: str, payload: bytes, properties: PackedProperties

@@ -41,6 +41,7 @@ from streamer.sinks.mqtt.connection import (
 from streamer.sinks.mqtt.encoded import encode, first_and_last, piece
 from streamer.sinks.mqtt.outbox import Outbox
 from streamer.sinks.mqtt.window import Message, Window
+from streamer.sinks.sockets import UNHEARD_SECONDS
 
 CONTENT_TYPES = {"json": "application/x-ndjson", "msgpack": "application/vnd.msgpack"}
 """NDJSON has no registered type, this one is common; MessagePack's is registered with IANA."""
@@ -287,9 +288,9 @@ class MqttSink(Sink):
         self._allowed = 1 if self._suspicious else self._limit
         self._connection = connection
         self._pump()
-        check = min(1.0, self._settings.timeout_seconds / 4)
+        check = min(UNHEARD_SECONDS / 4, self._settings.timeout_seconds / 4)
         while True:
-            reason = await connection.lost(check) or self._overdue()
+            reason = await connection.lost(check) or self._overdue() or await _unheard(connection)
             if reason:
                 return reason
 
@@ -556,3 +557,11 @@ class MqttSink(Sink):
             self._finish(message, reason)
         self._drained.set()
         self._set_status("closed", reason)
+
+
+async def _unheard(connection: Connection) -> str:
+    """Why a connection is given up of which nothing was confirmed, though another can be made."""
+    seconds = connection.unheard_seconds
+    if seconds < UNHEARD_SECONDS or not await connection.another_can_be_made():
+        return ""
+    return f"connection lost: nothing of what was sent was confirmed within {seconds:.0f} s"

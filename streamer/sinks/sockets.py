@@ -1,0 +1,43 @@
+"""What the kernel says of a connection: `struct tcp_info` of linux/tcp.h."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Protocol
+
+_INFO = struct.Struct("=2xB53xI")
+"""`tcpi_retransmits`, how often in a row it was sent again, and `tcpi_last_ack_recv`, in ms."""
+LEAST_RETRANSMITS = 2
+"""Once can happen to any packet, and an idle connection has heard nothing for long."""
+
+
+UNHEARD_SECONDS = 2.0
+"""How long a connection may confirm nothing of what was sent before another is tried."""
+REPLACE_SECONDS = 2.5
+"""How long the connection may take to be made that would stand for a silent one."""
+
+
+class HasOptions(Protocol):
+    """A socket, or what asyncio gives in its place."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes:
+        """An option of `buflen` bytes."""
+
+
+def unheard_seconds(sock: HasOptions | None) -> float:
+    """How long the peer's kernel has confirmed nothing, if it was sent the same again and again.
+
+    0 otherwise. A peer that is alive confirms what it gets, however slow the program there is, and
+    whether or not it reads.
+    """
+    if sock is None:
+        return 0.0
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+    except OSError:
+        return 0.0
+    if len(info) < _INFO.size:
+        return 0.0
+    retransmits, last_ack_ms = _INFO.unpack(info)
+    return last_ack_ms / 1000 if retransmits >= LEAST_RETRANSMITS else 0.0
