@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import threading
 import time
@@ -55,26 +56,33 @@ class Arrivals:
     def lines(self) -> int:
         return self._points[-1][1]
 
-    def at_rate_after(self, moment: float, rate: float, span: float = 1.0) -> float | None:
-        """Seconds from `moment` on until the first second begins in which lines come at `rate`."""
+    def by_second(self, zero: float) -> dict[int, int]:
+        """Lines in each second, counted from the moment `zero`: to see what happened."""
+        found: dict[int, int] = {}
+        for (_, before), (at, lines) in pairwise(self._points):
+            second = math.floor(at - zero)
+            found[second] = found.get(second, 0) + lines - before
+        return found
+
+    def at_rate_after(self, moment: float, rate: float) -> float | None:
+        """Seconds from `moment` on until a second begins in which lines come at `rate`, and at half
+        of it in its first quarter; None: there is none.
+        """
         points = [point for point in self._points if point[0] >= moment]
-        last = 0
+        last = quarter = 0
         for at, lines in points:
-            while last < len(points) and points[last][0] < at + span:
+            while last < len(points) and points[last][0] < at + 1:
                 last += 1
             if last == len(points):
                 return None
+            while points[quarter][0] < at + 0.25:
+                quarter += 1
             later, more = points[last]
-            if more - lines >= rate * (later - at):
+            sooner, some = points[quarter]
+            whole = more - lines >= rate * (later - at)
+            if whole and some - lines >= rate / 2 * (sooner - at):
                 return at - moment
         return None
-
-    def longest_pause(self, since: float) -> float:
-        """Seconds without a line, at most."""
-        grown = [since]
-        points = [point for point in self._points if point[0] >= since]
-        grown += [after[0] for before, after in pairwise(points) if after[1] > before[1]]
-        return max((after - before for before, after in pairwise(grown)), default=0.0)
 
 
 class KafkaFollower:

@@ -82,12 +82,16 @@ class Memory:
 class Faulty(Agent):
     """The agent with one sink, a broker; its control socket says how it is."""
 
-    def start(self) -> Self:
-        """Start it, and wait until it has attached and says so."""
+    def launch(self) -> None:
+        """Start it, and wait for nothing."""
         with self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
                 self._command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=stderr
             )
+
+    def start(self) -> Self:
+        """Start it, and wait until it has attached and says so."""
+        self.launch()
         deadline = time.monotonic() + START_SECONDS
         while " streaming " not in self.stderr:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -203,11 +207,10 @@ class Experiment:
         return self.follower.arrivals  # type: ignore[no-any-return]
 
     def steady(self, seconds: float = 2.0) -> None:
-        """Let it run, with all arriving at the rate at which it is offered."""
-        begun = time.monotonic()
-        deadline = begun + seconds + 20
+        """Let it run until all arrives at the rate at which it is offered."""
+        deadline = time.monotonic() + seconds + 20
         time.sleep(seconds)
-        while self.arrivals.at_rate_after(begun, LEAST_RATE * self.rate) is None:
+        while self.arrivals.at_rate_after(time.monotonic() - 1.5, LEAST_RATE * self.rate) is None:
             arrived = self.arrivals.lines
             assert time.monotonic() < deadline, f"{arrived} have arrived: {self.agent.stderr}"
             time.sleep(0.1)
@@ -260,7 +263,7 @@ class Experiment:
             recovery if recovers else None,
             note,
         )
-        print(row.line, flush=True)
+        print(row.line, self.arrivals.by_second(self.healed), self.agent.stderr, flush=True)
         assert peak <= MOST_MB, row.line
         if recovers:
             assert recovery is not None, row.line
