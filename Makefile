@@ -9,7 +9,7 @@ PYTHON_BIN := .venv/bin/python
 # Debian keeps mosquitto and ip where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help run setup test test-unit test-image test-kernels verify lint gen lock bench brokers brokers-stop clean
+.PHONY: help run setup test test-unit test-image test-faults test-kernels verify lint gen lock bench brokers brokers-stop clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -40,7 +40,7 @@ test-image: ## build the container image with podman, without a registry, and ru
 KERNELS := bullseye bookworm trixie sid
 MINUTES := 180
 HOST :=
-# WRITE=--write puts what each kernel gives into docs/kernels.md.
+# WRITE=--write puts what each kernel gives into docs/kernels.md, what came of faults into reliability.md.
 WRITE :=
 
 test-kernels: KERNELS += bullseye/headers bookworm/headers bookworm/lockdown sid/norings trixie-arm64
@@ -51,6 +51,11 @@ test-kernels: ## the kernel's tests on stock Debian kernels 5.10 to 7.2 in virtu
 	@[[ " $(KERNELS)" != *-arm64* ]] || tools/arm64.sh
 	@exec $(PYTHON_BIN) -m tests.vm.suite $(KERNELS:%=--kernel %) --minutes $(MINUTES) \
 		$(HOST:%=--host %) $(WRITE) -- $(ARGS)
+
+# Writes docs/reliability.md with WRITE=--write; ARGS='-m "not slow"' is the part that CI runs.
+test-faults: ## break brokers, networks, disks and the agent under load, and count what is left (root, slow)
+	@tools/setup.sh test
+	@exec $(PYTHON_BIN) -m pytest tests/faults $(WRITE) $(ARGS)
 
 verify: ## what the verifier says of every program on those kernels, as a table (root, slow)
 	@tools/setup.sh dev

@@ -134,6 +134,10 @@ class Batch:
             self._lines[encoding] = found
         return found
 
+    def encoded_as(self, lines: bytes) -> None:
+        """Take `lines`, of which the events were decoded, for what they are as NDJSON."""
+        self._lines["json"] = lines
+
     def by_category(self) -> dict[str, Batch]:
         """The batch split by category, each part in order; itself where it has only one."""
         if self._parts is None:

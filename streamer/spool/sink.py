@@ -311,6 +311,8 @@ class SpooledSink(Sink, Listener):
         batch, _ = batch_of(item, item.run)
         for event in batch.events:  # it was never anywhere else than here
             event.replayed = UNSET
+        # What they were made of: the sink is not to hold it a second time, beside the item's.
+        batch.encoded_as(item.data)
         return batch
 
     def _read(self, found: list[Fed], error: SpoolError | None) -> None:

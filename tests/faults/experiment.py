@@ -7,7 +7,6 @@ floods, memory, and how soon events arrive at the full rate again.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -19,7 +18,8 @@ from typing import Any, Self
 
 import msgspec
 
-from streamer.operation.control import NoAnswer, ask
+from streamer.errors import NoAnswer
+from streamer.operation.control import ask
 from streamer.operation.look import Look
 from streamer.verify.report import VerifyReport
 from tests.faults import consumers
@@ -41,10 +41,6 @@ MOST_RECOVERY = 5.0
 LEAST_RATE = 0.9
 """Of the offered rate, as what counts as the full one: both are of a second at a time."""
 DRAIN_SECONDS = 120.0
-
-
-def log(what: str) -> None:
-    print(f"{time.monotonic():.1f} {what}", flush=True)
 
 
 class Memory:
@@ -196,9 +192,9 @@ class Experiment:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def load(self, *arguments: str, uid: int | None = None) -> Load:
-        """More that is offered, until the end at most."""
-        made = self._stack.enter_context(Load(build(), self.scope, *arguments, uid=uid))
+    def load(self, *arguments: str, **options: Any) -> Load:
+        """More that is offered, until the end at most: see `Load`."""
+        made = self._stack.enter_context(Load(build(), self.scope, *arguments, **options))
         self._loads.append(made)
         return made
 
@@ -233,22 +229,17 @@ class Experiment:
         if self.healed is None:
             self.heal()
         assert self.healed is not None
-        log("healed")
         time.sleep(after)
         for load in self._loads:
             load.stop()
-        log("loads stopped")
         self.agent.drain()
-        log("drained")
         self.memory.note()
         self.agent.process.terminate()
         assert self.agent.process.wait(60) == 0, self.agent.stderr
         peak = self.memory.end()
-        found = self.settled()
+        found = consumers.count(self._read(), [MINE])
         self.follower.end()
-        log("counted")
         report = verify(self._source(), found.records)
-        log("verified")
         offered = sum((load.expected for load in self._loads), Counts())
         recovery = self.arrivals.at_rate_after(self.healed, LEAST_RATE * self.rate)
         self.check(found, report, offered, flooder)
@@ -263,16 +254,13 @@ class Experiment:
             recovery if recovers else None,
             note,
         )
-        print(row.line, self.arrivals.by_second(self.healed), self.agent.stderr, flush=True)
+        # Shown if it fails.
+        print(row.line, self.arrivals.by_second(self.healed), self.agent.stderr, sep="\n")
         assert peak <= MOST_MB, row.line
         if recovers:
             assert recovery is not None, row.line
             assert recovery <= MOST_RECOVERY, row.line
         return row
-
-    def settled(self) -> Found:
-        """What is there. Of a follower that is the only reader, what has come by now."""
-        return consumers.count(self._read(), [MINE])
 
     def check(
         self, found: Found, report: VerifyReport, offered: Counts, flooder: int | None
@@ -303,8 +291,3 @@ def verify(source: str, records: int) -> VerifyReport:
     report = msgspec.json.decode(done.stdout, type=VerifyReport)
     assert report.records == records
     return report
-
-
-def signal_all(pids: Iterable[int], number: int) -> None:
-    for pid in pids:
-        os.kill(pid, number)

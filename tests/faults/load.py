@@ -32,9 +32,14 @@ def build() -> Path:
 class Load:
     """One of them, in the background of a test, from its start to `stop`."""
 
-    def __init__(self, program: Path, scope: Scope, *arguments: str, uid: int | None = None):
-        """See `load.c` for the arguments; it does it as root unless there is a `uid`."""
-        command = ["sh", "-c", ENTER, str(scope.path), str(program), *arguments]
+    def __init__(
+        self, program: Path, scope: Scope, *arguments: str, uid: int | None = None, nice: int = 0
+    ) -> None:
+        """See `load.c` for the arguments; it does it as root unless there is a `uid`. A negative
+        `nice` has it go before others: the agent has -4.
+        """
+        first = ["nice", "-n", str(nice)] if nice else []
+        command = [*first, "sh", "-c", ENTER, str(scope.path), str(program), *arguments]
         environ = {} if uid is None else {"LOAD_UID": str(uid)}
         self.kind = arguments[0]
         self.word = arguments[1]

@@ -170,7 +170,11 @@ class Proxy:
 
     def half_close(self) -> None:
         """Tell the agent at all connections that the broker writes no more. New ones work."""
-        self._call(lambda: [pair.half_close() for pair in self._pairs])
+        self._call(self._half_close)
+
+    def _half_close(self) -> None:
+        for pair in self._pairs:
+            pair.half_close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

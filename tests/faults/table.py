@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 
@@ -18,7 +14,6 @@ HEAD = (
     *("peak memory, MB", "recovery, s"),
 )
 BEGIN, END = "<!-- table: written by `make test-faults WRITE=--write` -->", "<!-- end of table -->"
-_CELL = re.compile(r"^\| (.*) \|$")
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -47,7 +42,7 @@ class Row(msgspec.Struct, frozen=True):
     def line(self) -> str:
         """A line of the table."""
         counts = (self.offered, self.delivered, self.duplicates, self.accounted, self.unexplained)
-        recovery = "–" if self.recovery is None else f"{self.recovery:.1f}"
+        recovery = "-" if self.recovery is None else f"{self.recovery:.1f}"
         fault = f"{self.fault} ({self.note})" if self.note else self.fault
         cells = (fault, *(f"{one:,}" for one in counts), f"{self.peak_mb:.0f}", recovery)
         return f"| {' | '.join(cells)} |"
@@ -55,9 +50,9 @@ class Row(msgspec.Struct, frozen=True):
 
 def written(page: str, rows: Mapping[str, Row]) -> str:
     """The page with these rows in place of the same faults' before; new ones at the end."""
-    before, found, rest = page.partition(BEGIN)
+    before, _, rest = page.partition(BEGIN)
     old, ended, after = rest.partition(END)
-    assert found and ended, f"{PAGE} has no place for the table"
+    assert ended, f"{PAGE} has no place for the table"
     lines = {fault_of(line): line for line in old.splitlines() if line.startswith("| ")}
     del lines[HEAD[0]]
     for row in rows.values():
@@ -70,9 +65,3 @@ def written(page: str, rows: Mapping[str, Row]) -> str:
 def fault_of(line: str) -> str:
     """The fault that a line of the table is about, without its note."""
     return line.removeprefix("| ").split(" | ")[0].partition(" (")[0]
-
-
-def machine() -> str:
-    """Where it was measured."""
-    cpus = len(os.sched_getaffinity(0))
-    return f"{cpus} CPUs, kernel {platform.release().split('-')[0]}"

@@ -59,7 +59,8 @@ def test_partition(
 @pytest.mark.kafka
 def test_forgotten(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]) -> None:
     """Connections that were there carry nothing any more, for good; new ones do."""
-    with kafka_fault("connections to Kafka that a firewall has forgotten", proxied=True) as experiment:
+    name = "connections to Kafka that a firewall has forgotten"
+    with kafka_fault(name, proxied=True) as experiment:
         experiment.steady()
         for proxy in cluster.proxies:
             proxy.forget()

@@ -562,3 +562,13 @@ async def test_losses_of_another_runs_events_name_it(directory: Path) -> None:
     await again.until(lambda: again.sink.account.pending == 0)
     await again.stop()
     assert NO_SPANS == {}
+
+
+def test_what_comes_out_of_memory_is_not_held_twice(directory: Path) -> None:
+    """The sink sends the bytes that the spool keeps until they are acknowledged."""
+    run = Run(directory)
+    made = batch("file.open", 1, 50)
+    item = run.sink._item(1, made, fed=False)
+    again = run.sink._batch_of(item)
+    assert again.lines("json") is item.data
+    assert Batch(again.events).lines("json") == item.data

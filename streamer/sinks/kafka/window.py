@@ -48,7 +48,8 @@ MOST_THROTTLE_SECONDS = 60.0
 
 def backoff(attempt: int, *, permanent: bool, jitter: float) -> float:
     """Seconds before the next attempt after `attempt` (from 0) failed ones, with `jitter` 0-1."""
-    first, most = (5.0, 60.0) if permanent else (0.1, 5.0)
+    # Not longer than that all is as before 5 s after a broker is back.
+    first, most = (5.0, 60.0) if permanent else (0.1, 3.0)
     return min(most, first * 2.0 ** min(attempt, 16)) * (0.5 + 0.5 * jitter)
 
 

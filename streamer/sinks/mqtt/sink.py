@@ -46,7 +46,7 @@ from streamer.sinks.sockets import UNHEARD_SECONDS
 CONTENT_TYPES = {"json": "application/x-ndjson", "msgpack": "application/vnd.msgpack"}
 """NDJSON has no registered type, this one is common; MessagePack's is registered with IANA."""
 
-RETRY_FIRST, RETRY_MOST, RETRY_LASTING = 0.1, 5.0, 30.0
+RETRY_FIRST, RETRY_MOST, RETRY_LASTING = 0.1, 3.0, 30.0
 """Seconds between attempts to connect: at first, at most, and when trying is likely in vain."""
 RETRY_STOPPING = 0.5
 """At most, between attempts within the grace period of `stop`."""
