@@ -55,7 +55,7 @@ test-kernels: ## the kernel's tests on stock Debian kernels 5.10 to 7.2 in virtu
 # Writes docs/reliability.md with WRITE=--write; ARGS='-m "not slow"' is the part that CI runs.
 test-faults: ## break brokers, networks, disks and the agent under load, and count what is left (root, slow)
 	@tools/setup.sh test
-	@exec $(PYTHON_BIN) -m pytest tests/faults $(WRITE) $(ARGS)
+	@exec $(PYTHON_BIN) -m pytest tests/faults -o faulthandler_timeout=900 $(WRITE) $(ARGS)
 
 verify: ## what the verifier says of every program on those kernels, as a table (root, slow)
 	@tools/setup.sh dev

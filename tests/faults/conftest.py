@@ -45,17 +45,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("what came of the faults")
     for line in ("| " + " | ".join(table.HEAD) + " |", *(row.line for row in rows.values())):
         terminalreporter.line(line)
-    if config.getoption("--write"):
-        table.PAGE.write_text(table.written(table.PAGE.read_text(), rows))
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
-    """Keeps what came of a fault."""
+    """Keeps what came of a fault, in the page if that is asked for."""
     rows = request.config.stash[ROWS]
 
     def keep(row: Row) -> None:
         rows[row.fault] = row
+        if request.config.getoption("--write"):
+            table.PAGE.write_text(table.written(table.PAGE.read_text(), {row.fault: row}))
 
     return keep
 

@@ -44,11 +44,21 @@ DRAIN_SECONDS = 120.0
 
 
 class Memory:
-    """The most memory of some processes together, looked at ten times a second."""
+    """The most memory of some processes together, looked at ten times a second.
+
+    The kernel keeps the most of each (VmHWM), which is set back first: while it loads its programs
+    the helper takes what it gives back before there is any event, and so before the worker has its
+    most. Until then is looked at by itself.
+    """
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = tuple(pids)
         self._most = dict.fromkeys(self._pids, 0)
+        self.note()
+        self._before = sum(self._most.values())
+        for pid in self._pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+            self._most[pid] = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -58,7 +68,7 @@ class Memory:
             self.note()
 
     def note(self) -> None:
-        """Look: the kernel keeps the most itself (VmHWM), until the process ends."""
+        """Look, as long as they are there."""
         for pid in self._pids:
             try:
                 status = Path(f"/proc/{pid}/status").read_text()
@@ -72,7 +82,7 @@ class Memory:
         """Megabytes (of 10^6 bytes)."""
         self._ended.set()
         self._thread.join(5)
-        return sum(self._most.values()) * 1024 / 1e6
+        return max(self._before, sum(self._most.values())) * 1024 / 1e6
 
 
 class Faulty(Agent):
