@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -54,7 +55,7 @@ def outage(cluster: Cluster, experiment: Experiment, seconds: float) -> None:
 @slow
 def test_stopped(kafka_fault: Faults, record: Record) -> None:
     """What finds no room in the rings meanwhile is told: of what is critical nothing."""
-    with kafka_fault("SIGSTOP of the agent for 20 s", rate=20_000) as experiment:
+    with kafka_fault("SIGSTOP of the agent for 20 s", rate=10_000) as experiment:
         experiment.steady()
         experiment.agent.send(signal.SIGSTOP)
         time.sleep(20)
@@ -184,9 +185,11 @@ def test_killed(cluster: Cluster, scope: Scope, tmp_path: Path, record: Record) 
     sink = f'type = "kafka"\nbootstrap = [{bootstrap}]\ntopic = "{topic}"'
     chance = random.Random(8)
     peak, offered, done = 0.0, Counts(), {}
-    with KafkaFollower(cluster.address, topic, tmp_path) as follower:
+    with ExitStack() as stack:
+        follower = stack.enter_context(KafkaFollower(cluster.address, topic, tmp_path))
         for run in range(KILLS):
             agent = configured(scope, tmp_path / "agent", sink, spool="wal")
+            stack.callback(agent.kill)
             starting = run % 5 == 4
             if not starting:
                 agent.start()
