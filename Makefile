@@ -9,7 +9,7 @@ PYTHON_BIN := .venv/bin/python
 # Debian keeps mosquitto and ip where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help run setup test test-unit test-image test-faults test-kernels verify lint gen lock bench brokers brokers-stop clean
+.PHONY: help run setup test test-unit test-image test-kernels test-faults verify lint gen lock bench brokers brokers-stop clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
