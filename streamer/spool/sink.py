@@ -17,12 +17,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Literal
 
 from msgspec import UNSET
 
-from streamer.events.batch import NO_SPANS, Batch, Spans
+from streamer.events.batch import NO_SPANS, Batch, Spans, join_spans
 from streamer.sinks.base import Listener, Sink, Status
 from streamer.spool.records import CRITICAL, batch_of, run_of
 from streamer.spool.store import Found, GivenUp, Item, Mark, SpoolError
@@ -78,7 +79,8 @@ class SpooledSink(Sink, Listener):
         self.account.delivered = inner.account.delivered
         self.latency = inner.latency  # of the sink itself: what waits on disk is late anyway
         self._writer: Writer | None = None
-        self._n = 0
+        self._numbers: Iterator[int] = iter(())
+        self._n = 0  # of the last batch
         self._writing: deque[_Held] = deque()  # in order of n, as all of these
         self._memory: deque[_Held] = deque()
         self._sent: deque[tuple[int, _Held | None, Spans]] = deque()
@@ -101,7 +103,8 @@ class SpooledSink(Sink, Listener):
         self._marks: dict[tuple[str, int], list[int]] = {}
         self._marked = False
         self._ending = False
-        self._keeps = False
+        self._letting_go = False  # nothing is given to the sink any more, nor forgotten on disk
+        self._elsewhere: set[int] = set()  # what was put on disk then, or is told as lost
         self._kept: Counter[str] = Counter()
         self._ticking: asyncio.Task[None] | None = None
 
@@ -125,9 +128,13 @@ class SpooledSink(Sink, Listener):
         """See `Sink`."""
         return self._kept
 
-    def attach(self, writer: Writer, found: Found, last: int) -> None:
-        """Use the spool, in which the runs before left what was `found`, and no `n` over `last`."""
+    def attach(self, writer: Writer, found: Found, last: int, numbers: Iterator[int]) -> None:
+        """Use the spool, in which the runs before left what was `found`, and no `n` over `last`.
+
+        `numbers` go on from there, for all sinks that use it: an `n` is there once.
+        """
         self._writer = writer
+        self._numbers = numbers
         self._n = self._settled = self._forgotten = last
         self._disk, self.recovered = found.batches, found.number
         self._disk_kinds = found.kinds.copy()
@@ -164,7 +171,7 @@ class SpooledSink(Sink, Listener):
         return self._disk + len(self._writing) + len(self._memory)
 
     def _submit(self, batch: Batch) -> None:
-        self._n += 1
+        self._n = next(self._numbers)
         direct = self._disk == 0 and not self._memory and not self.inner.watermarks.full
         if self.mode == "spill" and direct and not self._writing:
             if batch.kinds.get("stream.loss"):
@@ -269,6 +276,7 @@ class SpooledSink(Sink, Listener):
             if held.item.n == victim.n:
                 self._writing.remove(held)
                 self._release(held.size)
+                self._elsewhere |= {victim.n} if self._letting_go else set()
                 break
         else:
             self._disk -= 1
@@ -290,7 +298,7 @@ class SpooledSink(Sink, Listener):
 
     def _feed(self) -> None:
         """Give the sink what comes next, as long as it has room."""
-        if self._reading or self._feeding or self._keeps or self.inner.status == "closed":
+        if self._reading or self._feeding or self._letting_go or self.inner.status == "closed":
             return
         if self._disk and self._writer is not None:
             # At the end the rest is left to the next run.
@@ -420,7 +428,11 @@ class SpooledSink(Sink, Listener):
             self.listener.sink_dropped(self, held.item.kinds, reason, held.item.spans)
 
     async def stop(self, grace: float) -> None:
-        """See `Sink`. What is not delivered within `grace` is kept for the next run."""
+        """See `Sink`. What is not delivered within `grace` is kept for the next run.
+
+        What neither the sink nor the disk took in time is lost. It may come all the same: a disk
+        that takes it later is not waited for.
+        """
         self._ending = True
         loop = asyncio.get_running_loop()
         end = loop.time() + grace
@@ -430,18 +442,18 @@ class SpooledSink(Sink, Listener):
             self._settle()
             await asyncio.sleep(0.005)
         self._settle()
+        self._letting_go = True
         if self._writer is not None and not self._failed:
             await self._keep(end)
-        await self.inner.stop(max(end - loop.time(), 0.0) if not self._keeps else 0.0)
-        self._drop_memory("not delivered when the agent stopped")
-        if self._keeps:
-            self._kept = self.account.received - self.account.delivered - self.account.dropped
+        missing = self._missing()
+        await self.inner.stop(max(end - loop.time(), 0.0) if missing or self._lasting else 0.0)
+        self._lose(missing)
+        self._kept = self.account.received - self.account.delivered - self.account.dropped
         self._set_status("closed")
 
     async def _keep(self, end: float) -> None:
         """Put on disk what is in memory alone, for the next run."""
         assert self._writer is not None
-        self._keeps = True
         loop = asyncio.get_running_loop()
         for _, held, _ in self._sent:
             if held is not None:
@@ -451,15 +463,37 @@ class SpooledSink(Sink, Listener):
         end = max(end, loop.time() + _END_SECONDS)
         while self._writing and not self._failed and loop.time() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
-        if self._writing or self._failed:
-            self._keeps = False
 
     def _kept_on_disk(self, items: Sequence[Item], error: SpoolError | None) -> None:
         known = {item.n for item in items}
         if error is not None:
             self._fail(error)
             return
+        self._elsewhere |= known
         self._writing = deque(held for held in self._writing if held.item.n not in known)
+
+    def _missing(self) -> list[Item]:
+        """What is in memory alone."""
+        held = [*self._writing, *self._memory, *(held for _, held, _ in self._sent if held)]
+        return list({one.item.n: one.item for one in held
+                     if one.item.n not in self._elsewhere}.values())  # fmt: skip
+
+    def _lose(self, missing: list[Item]) -> None:
+        """Drop what is nowhere any more; the rest of what is pending is on disk.
+
+        Of a batch that was delivered in part nobody says which part: so no more than is pending.
+        """
+        pending = self.account.received - self.account.delivered - self.account.dropped
+        lost, spans = pending, (span for _, _, span in self._sent)
+        if not self._lasting:
+            lost, spans = Counter(), (item.spans for item in missing)
+            for item in missing:
+                lost.update(item.kinds)
+            lost &= pending
+        if lost:
+            self.account.dropped.update(lost)
+            reason = "neither delivered nor on disk when the agent stopped"
+            self.listener.sink_dropped(self, lost, reason, reduce(join_spans, spans, NO_SPANS))
 
     async def _tick(self) -> None:
         while True:
@@ -486,7 +520,7 @@ class SpooledSink(Sink, Listener):
         """See `Listener`."""
         if status == self.status:
             self.listener.sink_status(self, status, reason)
-        elif status != "closed" or not self._keeps:
+        elif status != "closed" or not self._letting_go:
             self._set_status(status, reason)
 
     def sink_anew(self, sink: Sink) -> None:
@@ -494,7 +528,7 @@ class SpooledSink(Sink, Listener):
         self.listener.sink_anew(self)
 
     def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
-        """See `Listener`. At the end, what is on disk is not lost."""
-        if not self._keeps:
+        """See `Listener`. At the end what is on disk is not lost, and `_lose` tells of the rest."""
+        if not self._letting_go:
             self.account.dropped.update(kinds)
             self.listener.sink_dropped(self, kinds, reason, spans)

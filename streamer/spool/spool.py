@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 
 import msgspec
 
@@ -127,9 +128,10 @@ class Spool:
             _log.warning("the spool cannot be written to for now: %s", error.reason)
         self._writer = Writer(self._store, note.run_id)
         self._writer.gave_up = self._gave_up
+        numbers = count(self._last + 1)
         for name, sink in self._sinks.items():
             found = self._found.get(name, Found(0, Counter(), 0))
-            sink.attach(self._writer, found, self._last)
+            sink.attach(self._writer, found, self._last, numbers)
             if found.number:
                 _log.info("%s: %s events of earlier runs are in the spool", name,
                           f"{found.number:,}")  # fmt: skip

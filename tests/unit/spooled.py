@@ -84,9 +84,20 @@ class Run:
         self.spool.note(self.note)
         await self.spool.close()
 
+    def another(self, name: str, mode: Mode, budget: int = 1 << 20) -> SpooledSink:
+        """A further sink with the same spool, before it is started."""
+        made = self.spool.in_front_of(MemorySink(name, budget // SHARE), mode, budget)
+        made.listener = self.recorder
+        return made
+
     @property
     def delivered(self) -> list[str]:
-        return [one.id for one in self.inner.events]  # type: ignore[attr-defined]
+        return self.delivered_to(self.sink)
+
+    @staticmethod
+    def delivered_to(sink: SpooledSink) -> list[str]:
+        assert isinstance(sink.inner, MemorySink)
+        return [one.id for one in sink.inner.events]  # type: ignore[attr-defined]
 
     def check(self) -> None:
         """received = delivered + dropped + pending, for each kind."""

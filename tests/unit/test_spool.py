@@ -7,10 +7,12 @@ import os
 import random
 import signal
 import sqlite3
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,10 +20,10 @@ import pytest
 from streamer.config.settings import SpoolSection
 from streamer.events.batch import NO_SPANS, Batch
 from streamer.spool.place import BAD, LOG, NAME
-from streamer.spool.sink import MADE_WAY
+from streamer.spool.sink import MADE_WAY, Mode
 from streamer.spool.spool import Spool
 from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store
-from tests.unit.spooled import RUN, Run, batch, ids
+from tests.unit.spooled import RUN, WAIT, Run, batch, ids
 
 ROW = b'{"x": 1}\n'
 
@@ -29,6 +31,12 @@ ROW = b'{"x": 1}\n'
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "spool"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept at the end has time to get to a disk that others use as well."""
+    monkeypatch.setattr("streamer.spool.sink._END_SECONDS", WAIT)
 
 
 def item(n: int, critical: bool = False, size: int = 100, sink: str = "a") -> Item:
@@ -446,10 +454,14 @@ class Failing:
 
     def __init__(self, run: Run) -> None:
         self.code: int | None = None
+        self.before: Callable[[], None] | None = None
+        self._loop = asyncio.get_running_loop()
         self._write = run.spool._store.write
         run.spool._store.write = self.write  # type: ignore[method-assign]
 
     def write(self, items: object, **others: object) -> list[GivenUp]:
+        if self.before is not None:
+            self._loop.call_soon_threadsafe(self.before)
         if self.code is not None:
             raise SpoolError("the disk is full", lasting=self.code == sqlite3.SQLITE_CORRUPT)
         return self._write(items, **others)  # type: ignore[arg-type]
@@ -572,3 +584,156 @@ def test_what_comes_out_of_memory_is_not_held_twice(directory: Path) -> None:
     again = run.sink._batch_of(item)
     assert again.lines("json") is item.data
     assert Batch(again.events).lines("json") == item.data
+
+
+# ---------------------------------------------------------------- the end, with a bad disk
+
+
+async def next_run(directory: Path) -> list[str]:
+    """What another run delivers of what is on disk."""
+    again = Run(directory, run="fedcba9876543210")
+    await again.start()
+    await again.until(lambda: again.sink.account.pending == 0)
+    await again.stop()
+    return again.delivered
+
+
+def told_numbers(run: Run) -> list[int]:
+    return [n for spans in run.recorder.spans for first, last in spans.values()
+            for n in range(first, last + 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["spill", "wal"])
+async def test_a_disk_that_fails_at_the_end_keeps_what_it_has(directory: Path, mode: Mode) -> None:
+    """On disk, given to the sink or not: the next run's. In memory alone: lost, and told."""
+    run = Run(directory, mode, budget=1 << 18)
+    await run.start(hold=True)
+    for n in range(100):
+        run.sink.submit(batch("file.open", 1 + 10 * n, 10))
+        await run.until(lambda: not run.sink._writing)
+    given = run.inner.account.pending
+    on_disk = run.sink.spooled + (given if mode == "wal" else 0)
+    assert 0 < run.sink.spooled < 1000
+    Failing(run).code = sqlite3.SQLITE_FULL
+    run.sink.submit(batch("file.open", 1001, 10))
+    await run.until(lambda: run.sink._failed)
+    await run.stop()
+    run.check()
+    assert run.sink.kept == {"file.open": on_disk}
+    lost = sum(kinds["file.open"] for kinds, _ in run.recorder.drops)
+    assert lost == 1010 - on_disk
+    got = await next_run(directory)
+    assert len(got) == on_disk
+    told = {n for n in told_numbers(run)}
+    if mode == "wal":
+        assert told == set(range(1001, 1011))
+    assert {f"{RUN}-bulk-0-{n}" for n in range(1, 1011)} == set(got) | {
+        f"{RUN}-bulk-0-{n}" for n in told
+    }
+
+
+@pytest.mark.parametrize("mode", ["spill", "wal"])
+async def test_a_disk_that_does_not_answer_at_the_end_is_a_loss(
+    directory: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what it was to take: no event is pending for ever, and none goes untold."""
+    monkeypatch.setattr("streamer.spool.sink._END_SECONDS", 0.1)
+    run = Run(directory, mode, budget=1 << 18)
+    await run.start(hold=True)
+    for n in range(100):
+        run.sink.submit(batch("file.open", 1 + 10 * n, 10))
+        await run.until(lambda: not run.sink._writing)
+    given, spooled = run.inner.account.pending, run.sink.spooled
+    on_disk = spooled + (given if mode == "wal" else 0)
+    answers = threading.Event()
+    write = run.spool._store.write
+
+    def slow(*arguments: Any, **others: Any) -> list[GivenUp]:
+        assert answers.wait(WAIT)
+        return write(*arguments, **others)
+
+    monkeypatch.setattr(run.spool._store, "write", slow)
+    run.sink.submit(batch("file.open", 1001, 10))
+    await asyncio.sleep(0.05)
+    await run.sink.stop(0.2)
+    run.check()
+    assert run.sink.kept == {"file.open": on_disk}
+    assert sum(kinds["file.open"] for kinds, _ in run.recorder.drops) == 1010 - on_disk
+    assert set(range(1001, 1011)) <= set(told_numbers(run))
+    answers.set()
+    await run.spool.close()
+
+
+async def test_what_is_refused_while_the_rest_is_kept_is_not_pending_for_ever(
+    directory: Path,
+) -> None:
+    """A broker refuses something in just the moment in which the disk fails, at the end."""
+    run = Run(directory, budget=1 << 20)
+    await run.start(hold=True)
+    run.sink.submit(batch("file.open", 1, 10))
+    failing = Failing(run)
+    failing.code = sqlite3.SQLITE_FULL
+    failing.before = lambda: run.inner.discard("refused")
+    await run.sink.stop(0.2)
+    run.check()
+    assert (run.sink.account.pending, run.sink.kept) == (0, {})
+    assert run.recorder.spans == [{("bulk", 0): (1, 10)}]
+    await run.spool.close()
+
+
+# ---------------------------------------------------------------- several sinks
+
+
+@pytest.mark.parametrize("mode", ["spill", "wal"])
+async def test_two_sinks_share_it_and_each_has_its_own(
+    directory: Path, mode: Mode, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that stands still for long, one that does not, and both again with the next run."""
+    run = Run(directory, mode, budget=1 << 18)
+    slow, quick = run.sink, run.another("other:", mode, budget=1 << 18)
+    quick.inner.hold = True  # type: ignore[attr-defined]
+    await run.start(hold=True)
+    await quick.start()
+    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(200)]
+    for one in sent:
+        slow.submit(one)
+        quick.submit(one)
+        await run.until(lambda: not slow._writing and not quick._writing)
+    assert slow.spooled > 1000
+    assert quick.spooled > 1000
+    quick.inner.hold = False  # type: ignore[attr-defined]
+    quick.inner.release()  # type: ignore[attr-defined]
+    await run.until(lambda: quick.account.pending == 0)
+    assert run.delivered_to(quick) == ids(*sent)
+    await quick.stop(0.2)
+    await run.stop()
+    assert run.recorder.drops == []
+    assert slow.kept == {"file.open": 2000}
+    assert "the spool is not used" not in caplog.text
+    again = Run(directory, mode, run="fedcba9876543210")
+    other = again.another("other:", mode)
+    await again.start()
+    await other.start()
+    await again.until(lambda: again.sink.account.pending == 0)
+    assert again.delivered == ids(*sent)
+    assert (again.sink.recovered, other.recovered) == (2000, 0)
+    await other.stop(0.2)
+    await again.stop()
+
+
+async def test_what_makes_way_is_the_oldest_of_all_sinks(directory: Path) -> None:
+    run = Run(directory, budget=1 << 18, most=1 << 20)
+    other = run.another("other:", "spill", budget=1 << 18)
+    other.inner.hold = True  # type: ignore[attr-defined]
+    await run.start(hold=True)
+    await other.start()
+    for n in range(300):
+        one = batch("file.open", 1 + 10 * n, 10, host=os.urandom(2000).hex())
+        run.sink.submit(one)
+        other.submit(one)
+        await run.until(lambda: not run.sink._writing and not other._writing)
+    first, second = run.sink.account.dropped.total(), other.account.dropped.total()
+    assert min(first, second) > 100
+    assert abs(first - second) <= 20
+    await other.stop(0.2)
+    await run.stop()

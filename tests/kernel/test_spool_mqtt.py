@@ -1,0 +1,233 @@
+"""The disk spool in front of MQTT, under the real agent and with a real Mosquitto.
+
+A file sink beside it has what was read. A witness subscribes, as any consumer does, and what it was
+sent is compared with that, and with what the test itself did.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamer.events.stream import StreamLoss, StreamManifest
+from tests.brokers import MosquittoBroker, subscribed
+from tests.kernel.agent import Agent, decoded
+from tests.kernel.pace import seconds
+from tests.kernel.scope import Scope
+from tests.kernel.spooling import (
+    FLOOD,
+    KILLS,
+    TOPIC,
+    agent_with,
+    check_order,
+    numbered,
+    open_until,
+    plain,
+    spooled_after_kill,
+    wait_until_empty,
+)
+from tests.kernel.system import open_missing
+
+pytestmark = [pytest.mark.kernel, pytest.mark.mqtt]
+
+# What is subscribed to, and what is queued for whoever is away, outlives a SIGKILL of the broker.
+KEEPS = ("autosave_interval 1", "autosave_on_changes true", "queue_qos0_messages true",
+         "max_queued_messages 0")  # fmt: skip
+
+
+@pytest.fixture
+def mqtt(tmp_path: Path) -> Iterator[MosquittoBroker]:
+    with MosquittoBroker(tmp_path / "mqtt", KEEPS) as broker:
+        yield broker
+
+
+class Witness:
+    """What a subscriber was sent, in order."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+
+    @property
+    def events(self) -> list[Any]:
+        lines = bytes.fromhex(self._output.read_bytes().decode().replace("\n", "")).splitlines()
+        return [decoded(line) for line in lines]
+
+
+@contextmanager
+def witness(mqtt: MosquittoBroker, output: Path) -> Iterator[Witness]:
+    """At QoS 0, so that it has all that a dying broker wrote; with a session that is kept."""
+    options = ("-q", "0", "-c", "-x", "86400", "-F", "%x")
+    with subscribed(mqtt, TOPIC, output, *options):
+        deadline = time.monotonic() + seconds(30)
+        while not (mqtt.directory / "mosquitto.db").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield Witness(output)
+
+
+def agent(
+    tmp_path: Path, scope: Scope, mqtt: MosquittoBroker, name: str, mode: str, budget: int = 1 << 20
+) -> Agent:
+    """With a file sink, and one for MQTT that has a spool."""
+    sink = f"""[[sinks]]
+type = "mqtt"
+host = "127.0.0.1"
+port = {mqtt.port}
+topic = "{TOPIC}"
+on_full = "pause"
+budget_bytes = {budget}
+spool = "{mode}"
+"""
+    return agent_with(tmp_path, scope, sink, name)
+
+
+def check_copies(got: list[Any]) -> dict[str, Any]:
+    """Each event by its id; copies of it are the same, but for whether it was replayed."""
+    first: dict[str, Any] = {}
+    for event in got:
+        known = first.setdefault(event.id, event)
+        assert plain(known) == plain(event), event.id
+    return first
+
+
+def counts_of(recording: Any) -> Any:
+    (counts,) = (c for n, c in recording.heartbeat.sink_counts.items() if n.startswith("mqtt"))
+    return counts
+
+
+@pytest.mark.parametrize("mode", ["spill", "wal"])
+def test_an_outage_costs_nothing_and_what_comes_late_says_so(
+    scope: Scope, tmp_path: Path, mqtt: MosquittoBroker, mode: str
+) -> None:
+    with witness(mqtt, tmp_path / "got") as seen:
+        with agent(tmp_path, scope, mqtt, "a", mode, budget=8 << 20) as running:
+            scope.act(open_missing, "/before/", 1000)
+            wait_until_empty(running)
+            mqtt.kill()
+            scope.act(open_missing, "/during/", FLOOD)
+            running.wait_for(b"/during/", FLOOD)
+            mqtt.start()
+            wait_until_empty(running)
+            scope.act(open_missing, "/after/", 1000)
+            wait_until_empty(running)
+            recording = running.stop(check=False)
+        wait_for_subscriber(mqtt)
+    got = seen.events
+    check_order(got)
+    first = check_copies(numbered(got))
+    read = {event.id: event for event in numbered(recording.all)}
+    assert len(read) == FLOOD + 2000
+    assert (len(read.keys() - first.keys()), len(first.keys() - read.keys())) == (0, 0)
+    there = [plain(first[id]) == plain(event) for id, event in read.items()]
+    assert all(there)
+    replayed = Counter(
+        event.path.split("/")[1] for event in numbered(got) if event.replayed is True
+    )
+    assert replayed["during"] > FLOOD // 2
+    assert replayed["before"] == replayed["after"] == 0
+    counts = counts_of(recording)
+    assert (counts.dropped, counts.spooled) == (0, 0)
+    assert running.stderr.count("the spool") == 0
+
+
+def wait_for_subscriber(mqtt: MosquittoBroker) -> None:
+    """Until all that the broker has for it was sent: it answers it, in order."""
+    subprocess.run(
+        ["mosquitto_pub", "-p", str(mqtt.port), "-t", "another", "-q", "1", "-m", ""], check=True
+    )
+    time.sleep(1)
+
+
+def test_what_is_spooled_at_the_end_is_the_next_runs(
+    scope: Scope, tmp_path: Path, mqtt: MosquittoBroker
+) -> None:
+    """The broker is away when the agent stops, and there again with the next run."""
+    with witness(mqtt, tmp_path / "got") as seen:
+        with agent(tmp_path, scope, mqtt, "a", "spill") as running:
+            scope.act(open_missing, "/before/", 100)
+            wait_until_empty(running)
+            mqtt.kill()
+            scope.act(open_missing, "/during/", FLOOD)
+            running.wait_for(b"/during/", FLOOD)
+            first = running.stop(check=False)
+        assert "in the spool" in first.account
+        mqtt.start()
+        with agent(tmp_path, scope, mqtt, "b", "spill") as running:
+            wait_until_empty(running)
+            second = running.stop(check=False)
+        wait_for_subscriber(mqtt)
+    got = seen.events
+    check_order(got)
+    assert check_copies(numbered(got)).keys() == {event.id for event in numbered(first.all)}
+    assert len(numbered(first.all)) == FLOOD + 100
+    assert counts_of(second).recovered > FLOOD // 2
+    assert second.manifest.previous is not None
+    assert second.manifest.previous.ended == "delivered"
+    assert [event for event in got if isinstance(event, StreamLoss)] == []
+
+
+@pytest.mark.parametrize("mode", ["wal", "spill"])
+def test_a_killed_agent_loses_what_the_next_manifest_says_and_no_more(
+    scope: Scope, tmp_path: Path, mqtt: MosquittoBroker, mode: str
+) -> None:
+    """SIGKILL at random moments, while the broker answers and while it does not."""
+    chance = random.Random(9)
+    runs: list[str] = []
+    on_disk: set[str] = set()
+    with witness(mqtt, tmp_path / "got") as seen:
+        for number in range(KILLS):
+            flag = tmp_path / f"flag-{number}"
+            with agent(
+                tmp_path, scope, mqtt, f"run-{number}", mode, budget=1 << 18
+            ) as running:  # fmt: skip
+                (manifest, *_) = running.output.read_bytes().splitlines()
+                runs.append(decoded(manifest).run_id)
+                if number % 2:
+                    os.kill(mqtt.pid, signal.SIGSTOP)
+                try:
+                    with scope.start(open_until, str(flag), f"/{number}/") as actor:
+                        time.sleep(chance.uniform(0.5, 3.0))
+                        running.kill()
+                        flag.touch()
+                        actor.result()
+                finally:
+                    os.kill(mqtt.pid, signal.SIGCONT)
+                on_disk |= {event.id for event in numbered(spooled_after_kill(tmp_path))}
+        with agent(tmp_path, scope, mqtt, "last", mode) as running:
+            wait_until_empty(running)
+            running.stop(check=False)
+        wait_for_subscriber(mqtt)
+    got = seen.events
+    check_order(got)
+    events = check_copies(numbered(got))
+    assert on_disk
+    assert on_disk <= events.keys()
+    manifests = {
+        event.previous.run_id: event.previous
+        for event in got
+        if isinstance(event, StreamManifest) and event.previous is not None
+    }
+    name = f"mqtt://{mqtt.address}/{TOPIC}"
+    for run in runs:
+        previous = manifests[run]
+        assert previous.ended == "killed"
+        seqs = {event.seq for event in events.values() if event.id.startswith(run)}
+        marks = [mark for mark in previous.marks if (mark.sink, mark.ring) == (name, "bulk")]
+        if not marks:
+            assert mode == "spill" or not seqs
+            continue
+        (mark,) = marks
+        # Nothing up to the mark is missing, and nothing comes after the last.
+        assert set(range(1, mark.seq + 1)) <= seqs
+        if mode == "wal":
+            assert max(seqs, default=0) == mark.last
