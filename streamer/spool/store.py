@@ -33,6 +33,8 @@ MOST_RESERVE = 8 << 20
 """Bytes of the limit, or a quarter of it, that are left for the log in front of the database."""
 BATCH_BYTES = 64 << 20
 """The most that a batch has: more is nothing that was written here."""
+MOST_N = 1 << 62
+"""Of a batch: nobody comes so far, and there are numbers after it."""
 _CHAIN_BYTES = PAGE_BYTES - 4
 """What a page takes of a long row: the rest says which page is next."""
 _PAGES_BESIDE = 4
@@ -138,6 +140,7 @@ class Store:
         self.transaction_bytes = reserve // 4
         """What goes into a transaction, so that the log does not get larger than its share."""
         self._fed: dict[str, int] = {}
+        self._begun = True  # else what there is of the run before is to be forgotten first
         with _worded():
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._open(max(reserve // 2 // PAGE_BYTES, 8), new=new)
@@ -191,12 +194,14 @@ class Store:
         """What there is for each sink."""
         found: dict[str, Found] = {}
         with _worded():
-            rows = self._db.execute("SELECT sink, number, kinds FROM batch")
-            for sink, number, kinds in rows:
-                if not isinstance(sink, str) or not 0 < number <= BATCH_BYTES:
+            rows = self._db.execute("SELECT n, sink, number, kinds FROM batch")
+            for n, sink, number, kinds in rows:
+                counts = _kinds(kinds)
+                whole = isinstance(sink, str) and sum(counts.values()) == number
+                if not whole or not 0 < n <= MOST_N:
                     raise SpoolError("what is in it makes no sense", lasting=True)
                 before = found.get(sink, Found(0, Counter(), 0))
-                before.kinds.update(_kinds(kinds))
+                before.kinds.update(counts)
                 found[sink] = Found(before.number + number, before.kinds, before.batches + 1)
         return found
 
@@ -217,7 +222,10 @@ class Store:
         """What made way, and no record that is on disk or was delivered tells of it."""
         with _worded():
             rows = self._db.execute("SELECT n, sink, run, kinds, spans FROM given_up ORDER BY n")
-            return [GivenUp(n, s, r, _kinds(k), _spans(p)) for n, s, r, k, p in rows]
+            found = [GivenUp(n, s, r, _kinds(k), _spans(p)) for n, s, r, k, p in rows]
+        if found and found[-1].n > MOST_N:
+            raise SpoolError("what is in it makes no sense", lasting=True)
+        return found
 
     def state(self) -> bytes:
         """What the last run noted of itself; empty for none."""
@@ -226,11 +234,19 @@ class Store:
             return b"" if row is None else str(row[0]).encode()
 
     def begin(self, state: bytes) -> None:
-        """A run begins: what the marks and what is given up say of the one before is not kept."""
+        """A run begins: what the marks and what is given up say of the one before is not kept.
+
+        Where that fails, it is done with the first thing that can be written.
+        """
+        self._begun = False
         with self._transaction():
-            self._db.execute("DELETE FROM mark")
-            self._db.execute("DELETE FROM given_up")
+            self._forget_the_run_before()
             self._note(state)
+        self._begun = True
+
+    def _forget_the_run_before(self) -> None:
+        self._db.execute("DELETE FROM mark")
+        self._db.execute("DELETE FROM given_up")
 
     def _note(self, state: bytes) -> None:
         self._db.execute("INSERT OR REPLACE INTO run VALUES (1, ?)", (state.decode(),))
@@ -258,6 +274,8 @@ class Store:
         fed = self._fed.copy()
         try:
             with self._transaction():
+                if not self._begun:
+                    self._forget_the_run_before()
                 for sink, n in (done or {}).items():
                     self._db.execute("DELETE FROM batch WHERE sink = ? AND n <= ?", (sink, n))
                 for sink, n in (told or {}).items():
@@ -272,6 +290,7 @@ class Store:
         except BaseException:
             self._fed = fed
             raise
+        self._begun = True
         return gone
 
     def _put(self, item: Item, data: bytes) -> None:

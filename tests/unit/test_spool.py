@@ -145,6 +145,36 @@ def test_a_kill_costs_nothing_that_was_written(tmp_path: Path, seed: int) -> Non
     assert len(found) in (int(said), int(said) + 3)
 
 
+def test_a_run_that_could_not_begin_does_not_take_over_the_marks_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when it starts, and has room later."""
+    store = opened(tmp_path / "db")
+    store.begin(b"{}")
+    gone = [item(n, size=9000) for n in range(1, 200)]
+    store.write(gone, marks=[Mark("a", "bulk", 0, 1_000_000, 1_000_000, 1_000_000)])
+    assert store.given_up()
+    store.close()
+    again = opened(tmp_path / "db")
+    with monkeypatch.context() as full:
+        full.setattr(again, "_note", fail_as_full)
+        with pytest.raises(SpoolError, match="full"):
+            again.begin(b"{}")
+    assert again.marks()
+    last = again.last()
+    again.write([], marks=[Mark("a", "bulk", 0, 3, 4, 5)], state=b"{}")
+    assert again.marks() == [Mark("a", "bulk", 0, 3, 4, 5)]
+    assert again.given_up() == []
+    again.write([item(last + 1)], marks=[Mark("a", "bulk", 1, 1, 1, 1)])
+    assert len(again.marks()) == 2
+
+
+def fail_as_full(state: bytes) -> None:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    raise error
+
+
 # ---------------------------------------------------------------- the place
 
 
@@ -298,7 +328,8 @@ def test_a_row_that_makes_no_sense_is_a_loss(directory: Path, column: str, value
 
 
 @pytest.mark.parametrize(("column", "value"), [
-    ("kinds", "x"), ("kinds", '{"a": -1}'), ("number", "x"), ("sink", b"\xff"),
+    ("kinds", "x"), ("kinds", '{"a": -1}'), ("number", "x"), ("number", 299), ("sink", b"\xff"),
+    ("n", 0), ("n", -1), ("n", (1 << 63) - 1),
 ])  # fmt: skip
 def test_a_row_that_cannot_be_counted_spoils_the_spool(
     directory: Path, column: str, value: object, caplog: pytest.LogCaptureFixture
