@@ -44,6 +44,8 @@ pytestmark = [pytest.mark.kernel, pytest.mark.mqtt]
 KEEPS = ("autosave_interval 1", "autosave_on_changes true", "queue_qos0_messages true",
          "max_queued_messages 0")  # fmt: skip
 
+END = b"that is all\n"
+
 
 @pytest.fixture
 def mqtt(tmp_path: Path) -> Iterator[MosquittoBroker]:
@@ -54,13 +56,23 @@ def mqtt(tmp_path: Path) -> Iterator[MosquittoBroker]:
 class Witness:
     """What a subscriber was sent, in order."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, mqtt: MosquittoBroker, output: Path) -> None:
+        self._mqtt = mqtt
         self._output = output
+
+    def wait(self) -> None:
+        """Until it has all that was published so far: it is sent in order. It writes in blocks."""
+        command = ["mosquitto_pub", "-p", str(self._mqtt.port), "-t", TOPIC, "-q", "1", "-s"]
+        subprocess.run(command, input=END * 1000, check=True)
+        deadline = time.monotonic() + seconds(60)
+        while END.hex() not in self._output.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
     @property
     def events(self) -> list[Any]:
-        lines = bytes.fromhex(self._output.read_bytes().decode().replace("\n", "")).splitlines()
-        return [decoded(line) for line in lines]
+        data = bytes.fromhex(self._output.read_text().replace("\n", ""))
+        return [decoded(line) for line in data.partition(END)[0].splitlines()]
 
 
 @contextmanager
@@ -72,7 +84,7 @@ def witness(mqtt: MosquittoBroker, output: Path) -> Iterator[Witness]:
         while not (mqtt.directory / "mosquitto.db").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        yield Witness(output)
+        yield Witness(mqtt, output)
 
 
 def agent(
@@ -121,7 +133,7 @@ def test_an_outage_costs_nothing_and_what_comes_late_says_so(
             scope.act(open_missing, "/after/", 1000)
             wait_until_empty(running)
             recording = running.stop(check=False)
-        wait_for_subscriber(mqtt)
+        seen.wait()
     got = seen.events
     check_order(got)
     first = check_copies(numbered(got))
@@ -138,14 +150,6 @@ def test_an_outage_costs_nothing_and_what_comes_late_says_so(
     counts = counts_of(recording)
     assert (counts.dropped, counts.spooled) == (0, 0)
     assert running.stderr.count("the spool") == 0
-
-
-def wait_for_subscriber(mqtt: MosquittoBroker) -> None:
-    """Until all that the broker has for it was sent: it answers it, in order."""
-    subprocess.run(
-        ["mosquitto_pub", "-p", str(mqtt.port), "-t", "another", "-q", "1", "-m", ""], check=True
-    )
-    time.sleep(1)
 
 
 def test_what_is_spooled_at_the_end_is_the_next_runs(
@@ -165,7 +169,7 @@ def test_what_is_spooled_at_the_end_is_the_next_runs(
         with agent(tmp_path, scope, mqtt, "b", "spill") as running:
             wait_until_empty(running)
             second = running.stop(check=False)
-        wait_for_subscriber(mqtt)
+        seen.wait()
     got = seen.events
     check_order(got)
     assert check_copies(numbered(got)).keys() == {event.id for event in numbered(first.all)}
@@ -187,9 +191,7 @@ def test_a_killed_agent_loses_what_the_next_manifest_says_and_no_more(
     with witness(mqtt, tmp_path / "got") as seen:
         for number in range(KILLS):
             flag = tmp_path / f"flag-{number}"
-            with agent(
-                tmp_path, scope, mqtt, f"run-{number}", mode, budget=1 << 18
-            ) as running:  # fmt: skip
+            with agent(tmp_path, scope, mqtt, f"run-{number}", mode, budget=1 << 18) as running:
                 (manifest, *_) = running.output.read_bytes().splitlines()
                 runs.append(decoded(manifest).run_id)
                 if number % 2:
@@ -206,7 +208,7 @@ def test_a_killed_agent_loses_what_the_next_manifest_says_and_no_more(
         with agent(tmp_path, scope, mqtt, "last", mode) as running:
             wait_until_empty(running)
             running.stop(check=False)
-        wait_for_subscriber(mqtt)
+        seen.wait()
     got = seen.events
     check_order(got)
     events = check_copies(numbered(got))
