@@ -130,9 +130,10 @@ static __always_inline bool paying_cgroup(struct payer_key *key, struct task_str
 
 /*
  * Who pays for what the current task does. In a container that root has made: its cgroup, whoever its
- * users are; without one, its pid namespace. Else the user: who he logged in as, which he cannot
- * change, or who he is, or who made the user namespace that he is in. Root, outside of a user
- * namespace, by cgroup: so each service by itself.
+ * users are; without one, its pid namespace. Else the user: his real user id, or who made the user
+ * namespace that he is in. Not who he logged in as: whoever has not logged in, as a service, may
+ * write anybody into /proc/self/loginuid. Root, outside of a user namespace, by cgroup: so each
+ * service by itself.
  */
 static __always_inline void find_payer(struct payer_key *key)
 {
@@ -140,14 +141,10 @@ static __always_inline void find_payer(struct payer_key *key)
 	struct user_namespace *ns = READ(struct task_struct, task, cred, user_ns);
 	struct pid_namespace *pidns = outer_pidns(task);
 	bool contained = pidns && !maker_of(READ(struct pid_namespace, pidns, user_ns));
-	__u32 user = READ(struct task_struct, task, cred, uid.val), login = -1;
+	__u32 user = READ(struct task_struct, task, cred, uid.val);
 
 	if (READ(struct user_namespace, ns, level))
 		user = maker_of(ns);
-	if (bpf_core_field_exists(task->loginuid))
-		login = READ(struct task_struct, task, loginuid.val);
-	if (user && login && login != (__u32)-1)
-		user = login;
 	key->bulk = 0;
 	if (!contained && user) {
 		key->kind = PAYER_USER;
@@ -236,11 +233,16 @@ static __always_inline bool bulk_stands_back(struct payer_key *key)
 	return payer && 2 * held_by(payer, RING_CRITICAL, &fill) > SHARE * fill.free;
 }
 
+static __always_inline bool is_last_part(const struct fill *fill, __u32 size)
+{
+	return size > SMALL && fill->free < fill->size / LAST_PART + size;
+}
+
 static __always_inline bool is_refused(const struct pressure *now, const struct payer *payer,
 				       struct payer_key *key, enum event_ring ring,
 				       const struct fill *fill, __u32 size)
 {
-	if (held_by(payer, ring, fill) + size > SHARE * fill->free)
+	if (is_last_part(fill, size) || held_by(payer, ring, fill) + size > SHARE * fill->free)
 		return true;
 	return ring == RING_BULK && now->pressed[RING_CRITICAL] && bulk_stands_back(key);
 }
@@ -266,14 +268,12 @@ __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
 			return false;
 		look_at(&fill, buffer);
 	}
-	if (size > SMALL && fill.free < fill.size / LAST_PART + size)
-		return false;
 	find_payer(&key);
 	if (ring != RING_CRITICAL)
 		key.bulk = bulk_number(RING_BULK, cpu);
 	payer = payer_of(&key);
 	if (!payer)
-		return true;
+		return !is_last_part(&fill, size);
 	if (ring == RING_CRITICAL ? is_refused(now, payer, &key, RING_CRITICAL, &fill, size) :
 				    is_refused(now, payer, &key, RING_BULK, &fill, size)) {
 		if (paid < PAID_END) {

@@ -38,8 +38,14 @@ SPAWNED = {"during": MINE // 2, "after": MINE - MINE // 2}
 """What root does beside it: for that there is room in what the flood leaves of the ring."""
 RING = 1 << 19
 CONFIG = f"[rings]\ncritical_bytes = {RING}\nbulk_bytes = {RING}\n"
+LOGIN = Path("/proc/self/loginuid")
+VICTIM = UID + 500_000
 USERS = 2300
 """More than there is room to remember."""
+
+
+def may_say_who_logged_in() -> bool:
+    return LOGIN.exists() and int(LOGIN.read_text()) == 0xFFFFFFFF
 
 
 def spawn(word: str, argument: str, count: int) -> int:
@@ -166,6 +172,89 @@ def test_a_flood_while_the_agent_reads(
         recording = agent.stop()
     assert_root_lost_nothing(recording, spawned)
     assert refused(recording) == ({("user", UID): lost(recording)} if lost(recording) else {})
+
+
+def flood_under_other_names(argument: str, count: int) -> int:
+    """Who has not logged in may say once, in each process, who that was: his victim, and others."""
+    become(UID)
+    for i in range(0, count, 20):
+        if (pid := os.fork()) == 0:
+            LOGIN.write_text(str(VICTIM + i % 200))
+            spawn("flood", argument, min(20, count - i))
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        assert status == 0
+    return count
+
+
+def be_named_by_a_flood() -> int:
+    """The flood, and meanwhile what the victim does, and root."""
+    spawned = flood_and_work(flood_under_other_names, LARGE, 4, FLOOD)
+    Role("victim", spawn_as, VICTIM, "victim", 10).result()
+    return spawned
+
+
+def spawn_as(uid: int, word: str, count: int) -> None:
+    become(uid)
+    spawn(word, "", count)
+
+
+@pytest.mark.skipif(not may_say_who_logged_in(), reason="a login id is set, or cannot be")
+def test_nobody_chooses_who_pays_by_his_login(scope: Scope, tmp_path: Path) -> None:
+    """A flood costs its user, and not who he says has logged in."""
+    with Agent(tmp_path, *scope.options, events="process.*", config=CONFIG) as agent:
+        with scope.start(be_named_by_a_flood) as actor:
+            actor.reached()
+            with unread(agent):
+                actor.proceed()
+                actor.result()
+        recording = agent.stop()
+    recording.check()
+    assert refused(recording) == {("user", UID): lost(recording)}
+    assert lost(recording)["process.exec"] > FLOOD
+    assert len(words(recording, "mine")) == MINE
+    assert len(words(recording, "victim")) == 10
+
+
+# ---------------------------------------------------------------- the last of a ring
+
+
+USERS_AT_ONCE = 3
+OPENS = 20
+DEEP = "/" + "x" * 200
+"""Part of a path: several make a record that is large."""
+
+
+def fill_and_open_long_paths() -> None:
+    """Small records by many users, until no more than the last part is free; then large ones."""
+    checkpoint()
+    for uid in range(UID + 1, UID + 1 + USERS_AT_ONCE):
+        Role("filler", open_as, uid, 3 * RING // 200 // USERS_AT_ONCE).result()
+    open_missing(DEEP * 15 + "/mine/", OPENS)
+
+
+def open_as(uid: int, count: int) -> None:
+    become(uid)
+    open_missing("/no/his/", count)
+
+
+def test_large_records_refused_in_the_last_of_a_ring_are_somebodys(
+    scope: Scope, tmp_path: Path
+) -> None:
+    """All that the programs refuse is said to be of who was refused it."""
+    with Agent(tmp_path, *scope.options, events="file.open", config=CONFIG) as agent:
+        with scope.start(fill_and_open_long_paths) as actor:
+            actor.reached()
+            with unread(agent):
+                actor.proceed()
+                actor.result()
+        recording = agent.stop()
+    recording.check()
+    found = refused(recording)
+    assert sum(found.values(), Counter()) == lost(recording)
+    mine = [event for event in recording.of("file.open") if "/mine/" in event.path]
+    (refused_to_root,) = (n for (kind, _), n in found.items() if kind == "cgroup")
+    assert refused_to_root == {"file.open": OPENS - len(mine)}
 
 
 # ---------------------------------------------------------------- containers
