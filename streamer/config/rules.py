@@ -229,4 +229,13 @@ def _same_destination(sinks: tuple[AnySink, ...]) -> Iterator[str]:
 def _target(sink: AnySink) -> str:
     if isinstance(sink, FileSink):
         return os.path.abspath(sink.path)
-    return "standard output" if isinstance(sink, StdoutSink) else ""
+    return "standard output" if isinstance(sink, StdoutSink) else _target_with_spool(sink)
+
+
+def _target_with_spool(sink: KafkaSink | MqttSink) -> str:
+    """What rows in the spool go by: with two such sinks one would take what is the other's."""
+    if sink.spool == "off":
+        return ""
+    where = sink.bootstrap if isinstance(sink, KafkaSink) else (f"{sink.host}:{sink.port}",)
+    kind, tls = ("kafka", "mqtt")[isinstance(sink, MqttSink)], "s" if sink.tls else ""
+    return f"{kind}{tls}://{','.join(where)}/{sink.topic} with a spool"

@@ -274,6 +274,16 @@ MISTAKES = [
         '[[sinks]]\ntype = "file"\npath = "p"\n[[sinks]]\ntype = "file"\npath = "./a/../p"',
         'sinks[1]: found file "./a/../p" again, allowed: once (it is sinks[0])',
     ),
+    (
+        '[[sinks]]\ntype = "kafka"\nbootstrap = ["b:1"]\ntopic = "t"\nspool = "wal"\n'
+        '[[sinks]]\ntype = "kafka"\nbootstrap = ["b:1"]\ntopic = "t"\nspool = "spill"',
+        "sinks[1]: found kafka://b:1/t with a spool again, allowed: once (it is sinks[0])",
+    ),
+    (
+        '[[sinks]]\ntype = "mqtt"\nhost = "b"\ntopic = "t"\nspool = "wal"\n'
+        '[[sinks]]\ntype = "mqtt"\nhost = "b"\ntopic = "t"\nspool = "wal"',
+        "sinks[1]: found mqtt://b:1883/t with a spool again, allowed: once (it is sinks[0])",
+    ),
     # secrets
     (
         KAFKA + 'sasl = {mechanism = "PLAIN", username = "u", password_env = "A"}',
