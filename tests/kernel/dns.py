@@ -43,18 +43,18 @@ def record(data: bytes, kind: int = 1, name: bytes = b"\xc0\x0c", ttl: int = 60)
 
 
 @contextmanager
-def serve(answer: Answer, address: str = "127.0.0.1") -> Iterator[None]:
+def serve(answer: Answer, address: str = "127.0.0.1", port: int = PORT) -> Iterator[None]:
     """Answer over UDP in a thread, in this network namespace."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as server:
-        server.bind((address, PORT))
+        server.bind((address, port))
         thread = threading.Thread(target=_serve, args=(server, answer), daemon=True)
         thread.start()
         try:
             yield
         finally:
             with socket.socket(family, socket.SOCK_DGRAM) as last:
-                last.sendto(b"", (address, PORT))
+                last.sendto(b"", (address, port))
             thread.join()
 
 
@@ -67,12 +67,14 @@ def _serve(server: socket.socket, answer: Answer) -> None:
             server.sendto(message, peer)
 
 
-def ask(messages: list[bytes], *, answers: int, address: str = "127.0.0.1") -> list[bytes]:
+def ask(
+    messages: list[bytes], *, answers: int, address: str = "127.0.0.1", port: int = PORT
+) -> list[bytes]:
     """Send these to the server from one connected socket; that many datagrams come back."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as client:
         client.settimeout(seconds(5))
-        client.connect((address, PORT))
+        client.connect((address, port))
         for message in messages:
             client.send(message)
         return [client.recv(65535) for _ in range(answers)]

@@ -205,8 +205,11 @@ def test_each_network_namespace_is_seen_without_being_named(tmp_path: Path, scop
 # ---------------------------------------------------------------- no answer, and others' answers
 
 
-def ask_in_vain() -> int:
-    """Three queries, of which one is sent three times, to a port where nobody answers."""
+def ask_in_vain() -> tuple[int, int]:
+    """Three queries, of which two are sent again, to a port where nobody answers.
+
+    The process, and the port that it asks from.
+    """
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
@@ -215,12 +218,12 @@ def ask_in_vain() -> int:
         for number, name in enumerate((b"one.test", b"two.test", b"three.test")):
             for _ in range(number * 2 or 1):
                 client.sendto(query(number, question(name)), ("127.0.0.1", PORT))
-    return os.getpid()
+        return os.getpid(), client.getsockname()[1]
 
 
 def test_a_query_that_nobody_answers_is_told_in_time(tmp_path: Path, scope: Scope) -> None:
     """Once each, however often it was sent, and though its socket is closed by then."""
-    pid, recording = recorded(tmp_path, scope, ask_in_vain, config=SOON, wait=3)
+    (pid, port), recording = recorded(tmp_path, scope, ask_in_vain, config=SOON, wait=3)
     events = recording.of("net.dns")
     assert sorted((event.query, event.queries) for event in events) == [
         ("one.test", 1),
@@ -229,7 +232,7 @@ def test_a_query_that_nobody_answers_is_told_in_time(tmp_path: Path, scope: Scop
     ]
     for event in events:
         assert (event.state, event.response_code, event.answers) == ("unanswered", "", [])
-        assert (event.pid, event.message_bytes) == (pid, 0)
+        assert (event.pid, event.message_bytes, event.local_port) == (pid, 0, port)
         assert event.recursion_desired
         assert not event.recursion_available
         assert 10**9 <= event.latency_ns < seconds(8) * 10**9
@@ -525,28 +528,37 @@ def test_what_tcp_sends_again_counts_once(tmp_path: Path, scope: Scope) -> None:
     assert recording.heartbeat.faults == {}
 
 
-def transfer() -> None:
-    """A zone of five messages, and then a query."""
+AXFR, IXFR = 252, 251
+
+
+def transfer(kind: int) -> None:
+    """A zone of five messages, then a response that nobody asked for, and then a query."""
 
     def answer(connection: socket.socket) -> None:
         asked = read_framed(connection)
         first = response(asked, ONE_A, 1)
         bare = first[:4] + struct.pack("!4H", 0, 1, 0, 0) + record(b"\1\2\3\4", name=b"\1x\0")
         connection.sendall(framed(first) + framed(first) + framed(bare) * 3)
+        connection.sendall(framed(response(query(9, question(b"forged.test")), ONE_A, 1)))
         connection.sendall(framed(response(read_framed(connection), ONE_A, 1)))
 
     with over_tcp(answer) as client:
-        client.sendall(framed(query(1, question(b"zone.test", 252))))
-        for _ in range(5):
+        client.sendall(framed(query(1, question(b"zone.test", kind))))
+        for _ in range(6):
             read_framed(client)
         client.sendall(framed(query(2, question(b"after.test"))))
         read_framed(client)
 
 
-def test_a_zone_transfer_is_one_exchange(tmp_path: Path, scope: Scope) -> None:
-    _, recording = recorded(tmp_path, scope, transfer)
+@pytest.mark.parametrize(("kind", "name"), [(AXFR, "AXFR"), (IXFR, "IXFR")])
+def test_a_zone_transfer_is_one_exchange(
+    tmp_path: Path, scope: Scope, kind: int, name: str
+) -> None:
+    """And hides no response but its own."""
+    _, recording = recorded(tmp_path, scope, transfer, kind)
     assert [(e.query, e.query_type, e.state) for e in recording.of("net.dns")] == [
-        ("zone.test", "AXFR", "answered"),
+        ("zone.test", name, "answered"),
+        ("forged.test", "A", "unsolicited"),
         ("after.test", "A", "answered"),
     ]
 
