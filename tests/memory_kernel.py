@@ -224,9 +224,17 @@ class MemoryPrograms:
 
     def sample(self, kind: str) -> int:
         """One in how many is reported."""
-        at = KIND_NUMBERS[kind] * size_of("kind_settings") + 4
-        (one_in,) = struct.unpack_from("<I", self._maps["kind_settings"], at)
-        return int(one_in)
+        offsets = {name: offset for name, offset, _ in CONTRACT["kind_settings"]}
+        at = KIND_NUMBERS[kind] * size_of("kind_settings") + offsets["rates"]
+        rates = struct.unpack_from("<4I", self._maps["kind_settings"], at)
+        return int(rates[self.level])
+
+    @property
+    def level(self) -> int:
+        """Of pressure, as the programs read it."""
+        (offset,) = (at for name, at, _ in CONTRACT["pressure"] if name == "level")
+        (found,) = struct.unpack_from("<Q", self._maps["pressure"], offset)
+        return int(found)
 
     def memory(self, name: str) -> mmap.mmap:
         """A map as the programs see it."""

@@ -196,18 +196,30 @@ static __always_inline void count_shed(enum event_kind kind)
 	}
 }
 
+/* One in how many events of a kind is reported now. It is read once for each: that is its weight. */
+static __always_inline __u32 rate_of(enum event_kind kind)
+{
+	struct kind_settings *wanted = settings_of(kind);
+	struct pressure *now = ONLY_ENTRY(pressure);
+
+	return wanted && now ? wanted->rates[now->level & (PRESSURE_LEVELS - 1)] : 1;
+}
+
+/* Whether what has drawn `draw`, any u32, is taken at a rate. What is taken at one is also taken at
+ * each that is less. */
+static __always_inline bool is_drawn(__u32 draw, __u32 rate)
+{
+	return (__u64)draw * rate >> 32 == 0;
+}
+
 /* Whether sampling takes this event; its weight then. Another one is counted, and 0. */
 static __always_inline __u32 sample(enum event_kind kind)
 {
-	struct kind_settings *wanted = settings_of(kind);
-	__u32 rate;
+	__u32 rate = rate_of(kind);
 
-	if (!wanted)
-		return 0;
-	rate = wanted->sample;
 	if (rate <= 1)
 		return 1;
-	if (bpf_get_prandom_u32() % rate == 0)
+	if (is_drawn(bpf_get_prandom_u32(), rate))
 		return rate;
 	count_shed(kind);
 	return 0;

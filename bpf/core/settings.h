@@ -33,10 +33,13 @@ struct settings {
 	__u8 filter_path;
 };
 
+#define PRESSURE_LEVELS 4 /* a power of two */
+
 /* Mapped by the agent, an entry for each kind. */
 struct kind_settings {
 	__u32 enabled;
-	__u32 sample; /* report one in so many; 0 and 1: all */
+	__u32 pad;
+	__u32 rates[PRESSURE_LEVELS]; /* at each level of pressure, report one in so many; 0 and 1: all */
 };
 
 /* Written by the program `learn_pids` before anything is attached. */
@@ -127,11 +130,14 @@ enum paid {
 	PAID_END = 8,
 };
 
-/* Mapped: from how many bytes in a ring on it is asked who pays for more. The rest is the programs'. */
+/* Mapped, and written by the agent but for what is said to be the programs'. */
 struct pressure {
-	__u64 from[RING_END];
-	__u64 pressed[MOST_RINGS]; /* 1: this ring buffer holds so much */
-	__u64 pad[5];              /* what changes all the time is in another cache line */
+	__u64 from[RING_END];      /* bytes in a ring buffer from which on it is asked who pays for more */
+	__u64 level;               /* of pressure, less than PRESSURE_LEVELS: which rates hold */
+	__u64 salt;                /* of what is drawn by connection: nobody else is to know it */
+	__u64 pressed[MOST_RINGS]; /* the programs': 1: this ring buffer holds so much */
+	__u64 pad[3];              /* what changes all the time is in another cache line */
+	/* The rest is the programs'. */
 	__u64 refused[PAID_END]; /* of all who pay together */
 };
 

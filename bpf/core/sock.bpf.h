@@ -273,6 +273,56 @@ static __always_inline bool passes_ports(__u8 mode, struct endpoints *ends, __u3
 	       (remote && *remote == VERDICT_KEEP);
 }
 
+/* ---------------------------------------------------------------- sampling by connection */
+
+static __always_inline __u64 mixed(__u64 bits)
+{
+	bits = (bits ^ bits >> 33) * 0xff51afd7ed558ccdULL; /* the end of MurmurHash3 */
+	bits = (bits ^ bits >> 33) * 0xc4ceb9fe1a85ec53ULL;
+	return bits ^ bits >> 33;
+}
+
+static __always_inline __u64 hash_of_end(const __u8 *addr, __u16 port, __u64 salt)
+{
+	const __u32 *word = (const __u32 *)addr;
+
+	return mixed(mixed(((__u64)word[0] << 32 | word[1]) ^ salt) +
+		     ((__u64)word[2] << 32 | word[3]) + port);
+}
+
+/*
+ * What a connection draws: the same for all that is told of it, and at both of its ends, so that what
+ * belongs together is taken together. Without the salt nobody can choose ports that are never
+ * taken. What has no port yet has nothing that distinguishes it, and nothing that belongs to it.
+ */
+static __always_inline __u32 draw_of(const struct endpoints *ends)
+{
+	struct pressure *now = ONLY_ENTRY(pressure);
+
+	if (!now || !ends->local_port)
+		return bpf_get_prandom_u32();
+	return mixed(hash_of_end(ends->local_addr, ends->local_port, now->salt) +
+		     hash_of_end(ends->remote_addr, ends->remote_port, now->salt)) >> 32;
+}
+
+/* As sample(), of a connection's beginning or end. */
+static __always_inline __u32 sample_connection(enum event_kind kind, const struct endpoints *ends)
+{
+	__u32 rate = rate_of(kind);
+
+	if (rate <= 1)
+		return 1;
+	if (is_drawn(draw_of(ends), rate))
+		return rate;
+	count_shed(kind);
+	return 0;
+}
+
+static __always_inline bool is_told_once(enum event_kind kind)
+{
+	return kind == KIND_NET_CONNECT || kind == KIND_NET_ACCEPT || kind == KIND_NET_CLOSE;
+}
+
 /* Whether an event of `owner` between `ends` is to be reported. An owner who is not known is not
  * left out: nobody can say that he is meant. */
 static __always_inline bool admits_net(struct event_base *base, const struct owner *owner,
@@ -291,7 +341,7 @@ static __always_inline bool admits_net(struct event_base *base, const struct own
 		count_filtered(kind);
 		return false;
 	}
-	base->weight = sample(kind);
+	base->weight = is_told_once(kind) ? sample_connection(kind, ends) : sample(kind);
 	return base->weight;
 }
 

@@ -19,7 +19,7 @@ _CPU_BYTES = size_of("cpu_counters")
 _PER_KIND = struct.Struct("<4Q")  # struct kind_counters
 _FIELDS = tuple(name for name, _, _ in CONTRACT["kind_counters"])
 assert _FIELDS == ("produced", "filtered", "shed", "lost")
-_LOST = _FIELDS.index("lost")
+_SHED, _LOST = _FIELDS.index("shed"), _FIELDS.index("lost")
 _FAULTS = tuple(
     name.removeprefix("FAULT_").lower()
     for name, _, _ in CONTRACT["enum fault"]
@@ -47,6 +47,11 @@ class KernelCounters:
         """Lost on one CPU, per kind that lost any."""
         rows = ((layout.kind, self._row(cpu, n)[_LOST]) for n, layout in RECORDS.items())
         return {kind: lost for kind, lost in rows if lost}
+
+    def shed(self) -> dict[str, int]:
+        """Kept back by sampling on all CPUs, per kind of which any was."""
+        rows = ((layout.kind, self.of_kind(n)[_SHED]) for n, layout in RECORDS.items())
+        return {kind: shed for kind, shed in rows if shed}
 
     def kinds(self, read: Mapping[str, int]) -> dict[str, KindCounts]:
         """The counts of every kind that was produced; `read` is what came out of the rings.

@@ -85,6 +85,8 @@ def _settings(settings: Settings) -> Iterator[str]:
         yield f"filter {name}: {', '.join(values)}"
     for kind, one_in in settings.kernel.sample.items():
         yield f"of {kind} one in {one_in:,}"
+    for kind, rates in sorted(settings.shedding.rates_in_force.items()):
+        yield f"under pressure of {kind} one in {', '.join(f'{one:,}' for one in rates)}"
     if can_change_user():
         yield f"the process that publishes would become {settings.user}"
     if settings.metrics.listen:

@@ -214,6 +214,10 @@ class Fanout(Listener):
             self._closed()
         self.sink_room(sink)
 
+    def pauses(self, sink: Sink) -> bool:
+        """Whether reading waits for it when it is full."""
+        return self._policies[sink] == "pause"
+
     @property
     def blocked(self) -> bool:
         """Whether reading has to wait for a full sink."""
@@ -221,7 +225,7 @@ class Fanout(Listener):
 
     def _blocks(self, sink: Sink) -> bool:
         full = sink.watermarks.full and self.is_open(sink)
-        return full and self._policies[sink] == "pause"
+        return full and self.pauses(sink)
 
     @property
     def filled(self) -> float:

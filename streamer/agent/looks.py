@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from streamer import __version__
 from streamer.agent.fanout import Fanout
 from streamer.agent.reports import Reporter
+from streamer.agent.shedding import Shedding
 from streamer.events.envelope import Envelope
 from streamer.kernel.state import KernelState, KindStatus
 from streamer.operation.look import (
@@ -45,6 +46,7 @@ class Looks:
         reporter: Reporter,
         fanout: Fanout,
         read: Counter[str],
+        shedding: Shedding,
     ) -> None:
         """`read` counts what was read, per kind."""
         self._envelope = envelope
@@ -53,6 +55,7 @@ class Looks:
         self._reporter = reporter
         self._fanout = fanout
         self._read = read
+        self._shedding = shedding
         self._history = deque([(time.monotonic(), Counter[str]())], RATE_SECONDS + 1)
 
     def tick(self) -> None:
@@ -84,6 +87,7 @@ class Looks:
             tables=self._tables(),
             coverage={kind: KindLook(one.status, one.reason) for kind, one in coverage.items()},
             programs=reporter.programs(),
+            shedding=self._shedding.look(),
         )
 
     def _not_ready(self, phase: Phase) -> Iterator[str]:

@@ -79,6 +79,10 @@ class Reporter:
         """The same, per program."""
         return dict(self._missed_told)
 
+    def shed(self) -> dict[str, int]:
+        """Events kept back by sampling since the start, per kind of which there were any."""
+        return self._counters.shed()
+
     def faults(self) -> dict[str, int]:
         """What went wrong in the kernel apart from numbered losses."""
         return faults(self._kernel.faults)
@@ -129,6 +133,7 @@ class Reporter:
             sinks=[sink.name for sink in sinks],
             previous=previous,
             kernel_types=self._kernel.types.words,
+            shedding=self._kernel.shedding,
         )
 
     def heartbeat(

@@ -15,6 +15,7 @@ from streamer.agent.looks import Looks
 from streamer.agent.losses import Lost
 from streamer.agent.reports import Reporter, account_line
 from streamer.agent.run_file import bounded
+from streamer.agent.shedding import Shedding
 from streamer.config.settings import Limits, Settings
 from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.events.batch import Batch
@@ -141,7 +142,12 @@ class Service:
         self.ticked = time.monotonic()
         """When it last did what is done every second, by the monotonic clock."""
         self._watch = Watch()
-        self._looks = Looks(envelope, kernel, self.reader, self._reporter, self.fanout, self._read)
+        self.shedding = Shedding(
+            settings.shedding, envelope, kernel, self.reader, self._reporter, self.fanout
+        )
+        self._looks = Looks(
+            envelope, kernel, self.reader, self._reporter, self.fanout, self._read, self.shedding
+        )
 
     def look(self) -> Look:
         """How things are now, as long as it runs."""
@@ -334,6 +340,8 @@ class Service:
         work: list[Awaitable[object]] = [self._stop.wait(), self._every_second()]
         if self._kernel.flows is not None:
             work.append(self._walk_flows(self._kernel.flows))
+        if self.shedding.enabled:
+            work.append(self.shedding.run())
         if self._status_line is not None:
             work.append(self._draw_status(self._status_line))
         tasks = [asyncio.ensure_future(one) for one in work]
@@ -377,6 +385,7 @@ class Service:
                 self._begin_summary()
             if time.monotonic() >= next_heartbeat:
                 next_heartbeat = max(next_heartbeat + every, time.monotonic())
+                self.shedding.repeat()
                 self.fanout.publish_if_room(self._reporter.heartbeat(self._read, self.fanout.sinks))
             if time.monotonic() >= next_manifest:
                 next_manifest += _MANIFEST_SECONDS
@@ -419,7 +428,9 @@ class Service:
                 rate, before, then = (total - before) / (now - then), total, now
             delivered = max(s.account.delivered.total() for s in self.fanout.sinks)
             lost = sum(counts.lost for counts in self._reporter.counts({}).values())
-            note = "paused" if self.reader.paused else ""
+            level = self.shedding.pressure.level
+            notes = ["paused"] if self.reader.paused else []
+            note = "  ".join([*notes, *([f"shedding, level {level}"] if level else [])])
             line.draw(status_text(Rates(rate, delivered, self.fanout.filled, lost, note)))
 
     def _on_batch(self, batch: Batch) -> None:
@@ -537,6 +548,7 @@ class Service:
             await self._deliver(begun + grace * _DELIVERING)
             self.fanout.discard("not delivered when the agent stopped")
             self.fanout.publish_owed(final=True)
+            self.shedding.end()
             self._reporter.watermarks.end(complete)
             last = self._reporter.heartbeat(self._read, self.fanout.sinks, final=True)
             self.fanout.publish(last)

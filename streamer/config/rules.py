@@ -24,6 +24,7 @@ from streamer.config.settings import (
     MqttSink,
     Sasl,
     Settings,
+    SheddingSection,
     StdoutSink,
     Tls,
 )
@@ -56,6 +57,7 @@ def problems(settings: Settings) -> Iterator[str]:
     for kind in settings.kernel.sample:
         if kind not in KINDS:
             yield mistake("kernel.sample", kind, ", ".join(sorted(KINDS)))
+    yield from _shedding(settings.shedding)
     yield from _syscalls(settings.kernel.syscalls)
     yield from _filters(settings.filters)
     yield from _metrics(settings.metrics)
@@ -125,6 +127,20 @@ def listen_address(text: str) -> tuple[str, int] | None:
         return found and (str(ipaddress.ip_address(found[0])), found[1])
     except ValueError:
         return None
+
+
+def _shedding(shedding: SheddingSection) -> Iterator[str]:
+    """What is critical is never shed, and a higher level never sheds less."""
+    bulk = sorted(kind for kind, info in KINDS.items() if info.ring == "bulk")
+    for kind, rates in shedding.rates.items():
+        if kind not in bulk:
+            yield mistake("shedding.rates", kind, ", ".join(bulk))
+        if list(rates) != sorted(rates):
+            yield mistake(join("shedding.rates", kind), list(rates), "numbers that do not fall")
+    for name in ("budget", "spool", "lag_seconds", "ring"):
+        values = list(getattr(shedding, name))
+        if values != sorted(set(values)):
+            yield mistake(f"shedding.{name}", values, "three numbers that rise")
 
 
 def _metrics(metrics: MetricsSection) -> Iterator[str]:

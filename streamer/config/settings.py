@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -280,6 +281,80 @@ class Kernel(Section, frozen=True, kw_only=True):
         dict[str, Annotated[int, Meta(ge=1, le=1 << 20)]],
         doc("Kinds of which only one in so many events is reported, its `weight` that number."),
     ] = field(default_factory=dict)
+
+
+LEVELS = 3
+"""Levels of pressure above 0, at which nothing is shed."""
+
+Rate = Annotated[int, Meta(ge=1, le=1 << 20)]
+THREE = Meta(min_length=LEVELS, max_length=LEVELS)
+Rates = Annotated[
+    tuple[Rate, ...], THREE, Meta(extra={"allowed": "three integers from 1 to 1048576"})
+]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Shares = Annotated[
+    tuple[Share, ...], THREE, Meta(extra={"allowed": "three numbers above 0, of at most 1"})
+]
+
+SHED_BY_DEFAULT: Mapping[str, Rates] = {
+    "file.open": (4, 16, 64),
+    "syscall.slow": (4, 16, 64),
+    "net.retransmit": (4, 16, 64),
+    **dict.fromkeys(
+        ("net.connect", "net.accept", "net.close", "net.drop", "net.udp", "net.flow", "net.dns"),
+        (2, 8, 32),
+    ),
+    **dict.fromkeys(("net.listen", "net.bind"), (1, 1, 1)),
+}
+"""Of each kind in the bulk ring, one in how many is reported at the levels 1, 2 and 3."""
+
+
+class SheddingSection(Section, frozen=True, kw_only=True):
+    """What is left out by sampling while the sinks cannot keep up: see docs/shedding.md.
+
+    Each of the four measures says a level of pressure, 1, 2 or 3, from its three values on; the
+    highest holds. It falls once all are below four fifths of them.
+    """
+
+    enabled: Annotated[bool, doc("Whether anything is shed.")] = False
+    rates: Annotated[
+        dict[str, Rates],
+        doc(
+            "Kinds of the bulk ring, with one in how many events is reported at the levels 1, 2 "
+            "and 3. What is not named here has the rates of docs/shedding.md; `[1, 1, 1]` is never "
+            "shed. They multiply `kernel.sample`."
+        ),
+    ] = field(default_factory=dict)
+    budget: Annotated[Shares, doc("Shares of a sink's `budget_bytes` that it holds.")] = (
+        0.5,
+        0.7,
+        0.85,
+    )
+    spool: Annotated[Shares, doc("Shares of the spool's `max_bytes` that are used.")] = (
+        0.5,
+        0.7,
+        0.85,
+    )
+    lag_seconds: Annotated[
+        tuple[PositiveSeconds, ...],
+        THREE,
+        Meta(extra={"allowed": "three numbers above 0, of at most 3600"}),
+        doc(
+            "How long a batch has been under way to a sink. It counts where the sink holds an "
+            "eighth of its budget."
+        ),
+    ] = (5.0, 15.0, 30.0)
+    ring: Annotated[Shares, doc("Shares of a ring that hold what was not read yet.")] = (
+        0.5,
+        0.7,
+        0.85,
+    )
+
+    @property
+    def rates_in_force(self) -> Mapping[str, Rates]:
+        """Of each kind that can be shed, its rates at the levels 1, 2 and 3; none if it is off."""
+        rates = {**SHED_BY_DEFAULT, **self.rates} if self.enabled else {}
+        return {kind: one for kind, one in rates.items() if max(one) > 1}
 
 
 class Filters(Section, frozen=True, kw_only=True):
@@ -732,6 +807,9 @@ class Settings(Section, frozen=True, kw_only=True):
         default_factory=ControlSection
     )
     spool: Annotated[SpoolSection, doc("Disk spool.")] = field(default_factory=SpoolSection)
+    shedding: Annotated[
+        SheddingSection, doc("What is left out while the sinks cannot keep up.")
+    ] = field(default_factory=SheddingSection)
     sinks: Annotated[tuple[AnySink, ...], doc("Where events go. Without one, standard output.")] = (
         StdoutSink(),
     )

@@ -18,6 +18,8 @@ Cpu = Annotated[int, Meta(ge=0, le=65535)]
 Seq = Annotated[int, Meta(ge=1)]
 # One of `Ring`, for code that has it as a string.
 RingName = Annotated[str, Meta(pattern=f"^({'|'.join(get_args(Ring))})$")]
+Rate = Annotated[int, Meta(ge=1, le=1048576)]
+Level = Annotated[int, Meta(ge=0, le=3)]
 Stage = Literal["kernel", "decode", "sink", "stop"]
 Status = Literal["starting", "up", "down", "closed"]
 
@@ -185,6 +187,13 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
         PreviousRun | None,
         Meta(description="the run before, if it left a note in `state_file`"),
     ] = None
+    shedding: Annotated[
+        dict[str, list[Rate]],
+        Meta(
+            description="kinds that may be shed under pressure, with one in how many events is "
+            "reported at the levels 1, 2 and 3; empty if shedding is off"
+        ),
+    ] = field(default_factory=dict)
     kernel_types: Annotated[
         str,
         Meta(
@@ -336,9 +345,62 @@ class StreamLoss(StreamRecord, tag="stream.loss", gc=False):
     ] = field(default_factory=list)
 
 
+class PressureCause(Struct, gc=False):
+    """Why there is pressure: one measure, in one place."""
+
+    measure: Annotated[
+        Literal["budget", "spool", "lag", "ring"],
+        Meta(
+            description="budget: the share that a sink holds of it; spool: the share of the disk "
+            "spool that is used; lag: seconds that a batch has been under way to a sink; ring: the "
+            "share of a ring that was not read yet"
+        ),
+    ]
+    where: Annotated[str, Meta(description="name of the sink, or of the ring")]
+    value: Annotated[float, Meta(ge=0, description="what it is")]
+    level: Annotated[Level, Meta(description="the level that it holds")]
+
+
+class StreamShed(StreamRecord, tag="stream.shed", gc=False):
+    """At which rates kinds are sampled from now on, why, and what was left out.
+
+    Sent whenever the level of pressure changes, and with the heartbeats until it is 0 again. What
+    is left out has no sequence number, so that it makes no gap; each event that is reported bears
+    in its `weight` for how many it stands. The record follows the change by up to a second.
+    """
+
+    level: Annotated[Level, Meta(description="level of pressure; 0: nothing is shed any more")]
+    before: Annotated[Level, Meta(description="the level in the `stream.shed` before; at first 0")]
+    since_ns: Annotated[
+        Count, Meta(description="since when it is this level, nanoseconds since the epoch")
+    ]
+    since_boot_ns: Annotated[
+        Count, Meta(description="the same moment, nanoseconds since boot, as `boot_ns` of events")
+    ]
+    reason: Annotated[str, Meta(description="in words")]
+    causes: Annotated[
+        list[PressureCause], Meta(description="what holds the level up, the worst first")
+    ]
+    rates: Annotated[
+        dict[str, Rate],
+        Meta(
+            description="one in so many is reported from now on, of each kind that is observed and "
+            "may be shed; `kernel.sample` is in it"
+        ),
+    ]
+    kinds: Annotated[
+        dict[str, Count],
+        Meta(
+            description="how many of those kinds were left out since the `stream.shed` before, by "
+            "whatever sampling: `shed` in the heartbeat is the total"
+        ),
+    ]
+
+
 STREAM_KINDS: dict[str, type[StreamRecord]] = {
     "stream.manifest": StreamManifest,
     "stream.heartbeat": StreamHeartbeat,
     "stream.loss": StreamLoss,
+    "stream.shed": StreamShed,
 }
 """The records of the stream itself, by kind."""

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from streamer.config.settings import Filters, Kernel, Rings, Settings
+from streamer.config.settings import LEVELS, Filters, Kernel, Rings, Settings
 from streamer.errors import ConfigError, HelperGone, KernelError
 from streamer.events.kinds import KINDS, RECORDS
 from streamer.kernel import bulk_rings, capabilities, flows, obstacles
@@ -89,6 +89,7 @@ class KindStatus(msgspec.Struct):
     reason: str = ""
 
 
+NOTHING_SHED: Mapping[str, Sequence[int]] = {}
 _PROFILE, _MISSING = "profile.sample", KindStatus("missing")
 
 # ---------------------------------------------------------------- what is to be loaded
@@ -265,7 +266,8 @@ def pack(struct_name: str, values: Mapping[str, int | tuple[int, ...]]) -> bytes
     for name, offset, size in layout:
         value = values.get(name, 0)
         if isinstance(value, tuple):
-            struct.pack_into(f"<{len(value)}Q", data, offset, *value)
+            each = {4: "I", 8: "Q"}[size // len(value)]
+            struct.pack_into(f"<{len(value)}{each}", data, offset, *value)
         else:
             data[offset : offset + size] = value.to_bytes(size, "little")
     return bytes(data)
@@ -274,6 +276,10 @@ def pack(struct_name: str, values: Mapping[str, int | tuple[int, ...]]) -> bytes
 def size_of(struct_name: str) -> int:
     """Bytes of a struct of the contract."""
     return max(offset + size for _, offset, size in CONTRACT[struct_name])
+
+
+_LEVEL = struct.Struct("<Q")
+_LEVEL_AT = next(offset for name, offset, _ in CONTRACT["pressure"] if name == "level")
 
 
 def filter_mode(keep: Collection[object], drop: Collection[object]) -> int:
@@ -308,12 +314,32 @@ def settings_bytes(sizes: Mapping[str, int], filters: Filters) -> bytes:
     )
 
 
-def kind_settings_bytes(kinds: Collection[str], sample: Mapping[str, int]) -> bytes:
-    """`struct kind_settings` of every kind: which are on, and one in how many is reported."""
+MOST_WEIGHT = 1 << 20
+"""What an event can stand for at most."""
+
+
+def rates_of(
+    kind: str, sample: Mapping[str, int], shedding: Mapping[str, Sequence[int]]
+) -> tuple[int, ...]:
+    """One in how many events of a kind is reported, at each level of pressure from 0 on."""
+    always = sample.get(kind, 1)
+    shed = shedding.get(kind, (1,) * LEVELS)
+    return (always, *(min(always * rate, MOST_WEIGHT) for rate in shed))
+
+
+def kind_settings_bytes(
+    kinds: Collection[str],
+    sample: Mapping[str, int],
+    shedding: Mapping[str, Sequence[int]] = NOTHING_SHED,
+) -> bytes:
+    """`struct kind_settings` of every kind: which are on, and one in how many is reported.
+
+    `shedding` has the rates of the levels 1 to 3 for those kinds that are shed.
+    """
     entries = [pack("kind_settings", {})] * KIND_END
     for kind in kinds:
         entries[KIND_NUMBERS[kind]] = pack(
-            "kind_settings", {"enabled": 1, "sample": sample.get(kind, 1)}
+            "kind_settings", {"enabled": 1, "rates": rates_of(kind, sample, shedding)}
         )
     return b"".join(entries)
 
@@ -451,7 +477,8 @@ class KernelState:
         """The walk through the flows, from the moment at which their sensor is loaded."""
         self._filters = Filters()
         self._kinds: frozenset[str] = frozenset()
-        self._sample = settings.kernel.sample
+        self._sample: Mapping[str, int] = settings.kernel.sample
+        self._shedding: Mapping[str, Sequence[int]] = settings.shedding.rates_in_force
         self.kernel_settings = settings.kernel
         """How it is observed."""
         self.kallsyms: int | None = None
@@ -499,18 +526,43 @@ class KernelState:
                 maps["kind_settings"], size_of("kind_settings") * KIND_END, writable=True
             )
             self.pressure = self._map(maps["pressure"], size_of("pressure"), writable=True)
-            self._press_from(PRESSED_FROM)
+            self._begin_pressure(PRESSED_FROM)
             self.identity = self._read_identity(maps["identities"])
             self.set_filters(settings.filters)
         except BaseException:
             self.close()
             raise
 
-    def _press_from(self, part: int) -> None:
-        """Share the rings out to those who pay from so many parts of `part` on."""
+    def _begin_pressure(self, part: int) -> None:
+        """At level 0, with rings that are shared out to those who pay from one in `part` on."""
         sizes = (self.transport.sizes[ring] // part for ring in RINGS)  # those of a ring are alike
-        data = pack("pressure", {"from": tuple(sizes)})
+        salt = int.from_bytes(os.urandom(8), "little")
+        data = pack("pressure", {"from": tuple(sizes), "salt": salt})
         self.pressure[: len(data)] = data
+
+    @property
+    def level(self) -> int:
+        """Of pressure, from 0 to `LEVELS`: which rates the programs go by."""
+        return int(_LEVEL.unpack_from(self.pressure, _LEVEL_AT)[0])
+
+    @level.setter
+    def level(self, level: int) -> None:
+        _LEVEL.pack_into(self.pressure, _LEVEL_AT, level)  # one word: all kinds change at once
+
+    @property
+    def shedding(self) -> dict[str, list[int]]:
+        """Of the kinds that can be shed, one in how many events is reported at levels 1 to 3."""
+        return {
+            kind: list(rates_of(kind, self._sample, self._shedding)[1:])
+            for kind in sorted(self._shedding.keys() & self._kinds)
+        }
+
+    def rates_at(self, level: int) -> dict[str, int]:
+        """One in how many events is reported at a level, of the kinds that can be shed."""
+        return {
+            kind: rates_of(kind, self._sample, self._shedding)[level]
+            for kind in sorted(self._shedding.keys() & self._kinds)
+        }
 
     @property
     def ring_bytes(self) -> dict[str, int]:
@@ -608,7 +660,7 @@ class KernelState:
         self._write_kinds()
 
     def _write_kinds(self) -> None:
-        data = kind_settings_bytes(self._kinds, self._sample)
+        data = kind_settings_bytes(self._kinds, self._sample, self._shedding)
         self._kind_settings[: len(data)] = data
 
     @property

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from streamer.events.stream import (
     Count,
     CpuMark,
     KindCounts,
+    Level,
     Pid,
     ProgramReport,
+    Rate,
     ReaderCounts,
     Stage,
     Status,
@@ -95,6 +97,22 @@ class TableLook(Struct, frozen=True):
     size: Annotated[Count, Meta(description="how many there can be")]
 
 
+class SheddingLook(Struct, frozen=True):
+    """What is left out because the sinks cannot keep up."""
+
+    enabled: Annotated[bool, Meta(description="whether anything may be")]
+    level: Annotated[Level, Meta(description="of pressure; 0: nothing is")]
+    reason: Annotated[str, Meta(description="what holds the level up, in words; empty at 0")]
+    rates: Annotated[
+        dict[str, Rate],
+        Meta(description="one in how many events is reported now, of the kinds that may be shed"),
+    ]
+
+
+def _never_shed() -> SheddingLook:
+    return SheddingLook(enabled=False, level=0, reason="", rates={})
+
+
 class Look(Struct, frozen=True):
     """What `streamer status --json` prints."""
 
@@ -131,6 +149,9 @@ class Look(Struct, frozen=True):
     ]
     coverage: Annotated[dict[str, KindLook], Meta(description="how far each kind is observed")]
     programs: Annotated[list[ProgramReport], Meta(description="the BPF programs")]
+    shedding: Annotated[
+        SheddingLook, Meta(description="what is left out because the sinks cannot keep up")
+    ] = field(default_factory=_never_shed)
 
 
 class Actor(Struct, frozen=True):

@@ -54,6 +54,7 @@ def families(look: Look) -> Iterator[Metric]:
     yield from _events(look)
     yield from _rings(look)
     yield from _sinks(look)
+    yield from _shedding(look)
     yield from _kernel(look)
 
 
@@ -200,6 +201,21 @@ def buckets(latency: Latency) -> list[tuple[str, float]]:
         total += count
         found.append((name, total))
     return found
+
+
+def _shedding(look: Look) -> Iterator[Metric]:
+    shedding = look.shedding
+    yield _gauge(
+        "pressure_level",
+        "Level of pressure, from 0 to 3: from 1 on events are shed.",
+        [((), shedding.level)],
+    )
+    yield _gauge(
+        "shedding_rate",
+        "One in how many events is reported now, of the kinds that may be shed.",
+        [((kind,), rate) for kind, rate in shedding.rates.items()],
+        "kind",
+    )
 
 
 def _kernel(look: Look) -> Iterator[Metric]:

@@ -158,6 +158,11 @@ class Sink(ABC):
         return 0
 
     @property
+    def spool_filled(self) -> float:
+        """The share of the room on disk that is used, 0 to 1."""
+        return 0.0
+
+    @property
     def kept(self) -> Mapping[str, int]:
         """Of those `pending` when it has stopped, what the next run will deliver."""
         return {}

@@ -116,6 +116,11 @@ class SpooledSink(Sink, Listener):
         return self._disk_kinds.total()
 
     @property
+    def spool_filled(self) -> float:
+        """See `Sink`."""
+        return self._writer.filled if self._writer is not None else 0.0
+
+    @property
     def waiting(self) -> int:
         """See `Sink`: what is on disk, or can be put there, need not be waited for."""
         if self._failed:

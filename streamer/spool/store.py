@@ -141,6 +141,8 @@ class Store:
         """What goes into a transaction, so that the log does not get larger than its share."""
         self._fed: dict[str, int] = {}
         self._begun = True  # else what there is of the run before is to be forgotten first
+        self.filled = 0.0
+        """The share of its pages that were used after the last transaction."""
         with _worded():
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._open(max(reserve // 2 // PAGE_BYTES, 8), new=new)
@@ -242,7 +244,8 @@ class Store:
         with self._transaction():
             self._forget_the_run_before()
             self._note(state)
-        self._begun = True
+            filled = self.pages / self._limit
+        self._begun, self.filled = True, filled
 
     def _forget_the_run_before(self) -> None:
         self._db.execute("DELETE FROM mark")
@@ -287,10 +290,11 @@ class Store:
                 self._mark(marks)
                 if state is not None:
                     self._note(state)
+                filled = self.pages / self._limit
         except BaseException:
             self._fed = fed
             raise
-        self._begun = True
+        self._begun, self.filled = True, filled
         return gone
 
     def _put(self, item: Item, data: bytes) -> None:

@@ -75,6 +75,11 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
         self._thread.start()
 
+    @property
+    def filled(self) -> float:
+        """The share of the spool that is used, 0 to 1; as of the last transaction."""
+        return self._store.filled
+
     def put(self, item: Item, wrote: Wrote) -> None:
         """Write a batch."""
         self._asked.put(_Put(item, wrote))

@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 
 from streamer.events.batch import Batch, Event, kind_of
 from streamer.events.kinds import TaskEvent
-from streamer.events.stream import StreamHeartbeat, StreamLoss, StreamManifest, StreamRecord
+from streamer.events.stream import (
+    StreamHeartbeat,
+    StreamLoss,
+    StreamManifest,
+    StreamRecord,
+    StreamShed,
+)
 from streamer.events.summaries import ProfileSample, SyscallLatency, XdpCounters
 from streamer.terminal.console import CLEAR_LINE, Console
 
@@ -351,6 +357,17 @@ def _loss(event: StreamLoss) -> Iterator[Segment]:
     yield Segment(f" ({', '.join(_loss_details(event))})", "red")
 
 
+def _shed(event: StreamShed) -> Iterator[Segment]:
+    style = "yellow" if event.level else "green"
+    yield Segment(f"pressure {event.before} -> {event.level}", style)
+    yield Segment(f": {event.reason}", style)
+    for kind, one_in in sorted(event.rates.items()):
+        left_out = event.kinds.get(kind, 0)
+        if one_in > 1 or left_out:
+            yield Segment(f"; {kind} {f'1 in {one_in:,}' if one_in > 1 else 'all'}", "dim")
+            yield Segment(f", {left_out:,} left out" if left_out else "", "dim")
+
+
 def _loss_details(event: StreamLoss) -> Iterator[str]:
     yield event.stage
     if event.cpu is not None:
@@ -455,6 +472,7 @@ _ESSENCES: Mapping[str, Callable[[Any], Iterator[Segment]]] = {
     "stream.manifest": _manifest,
     "stream.heartbeat": _heartbeat,
     "stream.loss": _loss,
+    "stream.shed": _shed,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from streamer.operation.look import Latency, Look, SinkLook
+from streamer.operation.look import Latency, Look, SheddingLook, SinkLook
 from streamer.terminal.lines import duration, printable, rate, size
 from streamer.terminal.tables import table
 
@@ -44,6 +44,14 @@ def _head(look: Look) -> Iterator[str]:
     read = sum(look.rates.values())
     paused = "; reading is paused" if look.paused else ""
     yield f"{rate(read)} events a second, {lost:,} lost since the start{paused}"
+    if look.shedding.level:
+        yield printable(shedding_text(look.shedding))
+
+
+def shedding_text(shedding: SheddingLook) -> str:
+    """What is shed, and why."""
+    rates = ", ".join(f"{kind} 1 in {n:,}" for kind, n in shedding.rates.items() if n > 1)
+    return f"shedding, level {shedding.level}, because {shedding.reason}: {rates}"
 
 
 def _kinds(look: Look) -> list[list[str]]:

@@ -18,6 +18,7 @@ from streamer.errors import NoAnswer
 from streamer.operation.look import Activity, Look, TopLook
 from streamer.terminal.containers import Containers
 from streamer.terminal.lines import duration, printable, rate, size
+from streamer.terminal.status import shedding_text
 
 HISTORY = 60
 """Seconds that a sparkline shows."""
@@ -149,6 +150,8 @@ class Top(App[None]):
         style = "red" if look.not_ready else "green"
         said = "; ".join(look.not_ready) or "ready"
         head = Text.assemble(printable(text), "  ", (printable(said), style))
+        if look.shedding.level:
+            head.append(f"\n{printable(shedding_text(look.shedding))}", "yellow")
         self.query_one("#head", Static).update(head)
 
     def _show_curves(self, look: Look, activity: Activity) -> None:

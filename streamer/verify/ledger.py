@@ -19,6 +19,7 @@ from streamer.verify.records import (
     Malformed,
     Manifest,
     Previous,
+    Shed,
     decode,
     decode_own,
 )
@@ -155,6 +156,8 @@ class Ledger:
                 self._take_previous(run, record.previous)
         elif isinstance(record, Heartbeat):
             run.take_heartbeat(record, line.boot_ns, lane)
+        elif isinstance(record, Shed):
+            run.shedding.take(record)
         elif isinstance(record, Loss):
             for run_id, part in by_run(record):
                 if run_id:

@@ -92,6 +92,15 @@ class Loss(Struct, gc=False):
     run_id: str = ""
 
 
+class Shed(Struct, gc=False):
+    """See `StreamShed`."""
+
+    level: Number
+    since_ns: int
+    reason: str = ""
+    kinds: dict[str, Number] = field(default_factory=dict)
+
+
 class Previous(Struct, gc=False):
     """See `PreviousRun`."""
 
@@ -118,6 +127,7 @@ OWN: dict[str, type[Struct]] = {
     "stream.manifest": Manifest,
     "stream.heartbeat": Heartbeat,
     "stream.loss": Loss,
+    "stream.shed": Shed,
 }
 """The records that more is read of, by kind."""
 

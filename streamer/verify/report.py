@@ -96,6 +96,16 @@ class ClockStep(Struct, frozen=True):
     step_ns: Annotated[int, Meta(description="by how much; below 0: back")]
 
 
+class ShedPeriod(Struct, frozen=True):
+    """Events were sampled because the sinks could not keep up. They have no numbers."""
+
+    from_ns: Annotated[int, Meta(description="since when, nanoseconds since the epoch")]
+    to_ns: Annotated[int, Meta(description="until when; 0: no end is there")]
+    level: Annotated[Count, Meta(description="the highest level of pressure in it")]
+    reason: Annotated[str, Meta(description="why it began, in words; empty: that is not there")]
+    kinds: Annotated[dict[str, Count], Meta(description="told as left out by then, per kind")]
+
+
 class Run(Struct, frozen=True):
     """One run of the agent."""
 
@@ -132,6 +142,11 @@ class Run(Struct, frozen=True):
         list[ClockStep], Meta(description="when the wall clock was set: the first hundred times")
     ]
     clock_steps_total: Annotated[Count, Meta(description="how often it was set")]
+    shed_periods: Annotated[
+        list[ShedPeriod],
+        Meta(description="when events were shed under pressure: the first hundred times"),
+    ]
+    shed_periods_total: Annotated[Count, Meta(description="how often that was")]
     problems: Annotated[list[str], Meta(description="what is wrong, in words; empty: nothing")]
 
 

@@ -9,6 +9,7 @@ from streamer.events.summaries import SUMMARIES
 from streamer.verify import report
 from streamer.verify.place import OWN, Outcome, Track
 from streamer.verify.records import Heartbeat, Line, Loss, Manifest, Mark, Previous
+from streamer.verify.shedding import Shedding
 from streamer.verify.told import Place, Segment, Told, Vague, assign, cut
 
 SETTLED_NS = 10_000_000_000
@@ -49,6 +50,7 @@ class Run:
         self.longest_ns = 0
         self.last: Heartbeat | None = None
         self.wrong: Counter[str] = Counter()
+        self.shedding = Shedding()
         self._base: tuple[Heartbeat, dict[str, int], Counter[str]] | None = None
         self._waiting: deque[tuple[int, Heartbeat]] = deque()
         self._settled: Heartbeat | None = None
@@ -162,6 +164,8 @@ class Run:
             kinds=kinds,
             clock_steps=self.steps,
             clock_steps_total=self.steps_total,
+            shed_periods=self.shedding.periods,
+            shed_periods_total=self.shedding.total,
             problems=list(self._problems(places, kinds, begun and self._is_final)),
         )
 
@@ -244,6 +248,10 @@ class Run:
                 yield f"{kind}: {account.missing:,} were read, and are neither there nor given up"
             if complete and account.there > account.read:
                 yield f"{kind}: {account.there:,} are there, of {account.read:,} that were read"
+        for kind, told in self.shedding.shed.items() if complete else ():
+            counted = kinds[kind].shed if kind in kinds else 0
+            if told > counted:
+                yield f"{kind}: {told:,} are told as shed, of {counted:,} that were counted"
         if there := sum(one.lost_but_there for one in places):
             yield f"{there:,} are there, and were told as lost in the kernel"
         if older := sum(one.older_than_watermark for one in places):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from streamer.events.clock import rfc3339
 from streamer.terminal.lines import printable
-from streamer.verify.report import Place, Run, Span, VerifyReport
+from streamer.verify.report import Place, Run, ShedPeriod, Span, VerifyReport
 
 MOST_GAPS = 10
 """Ranges of unexplained numbers that are shown for each ring and CPU; the JSON has a hundred."""
@@ -52,6 +52,9 @@ def _run(run: Run) -> Iterator[str]:
         yield from _place(place)
     for step in run.clock_steps:
         yield f"    the clock was set by {step.step_ns / 1e9:+,.3f} s to {_moment(step.time_ns)}"
+    yield from map(_shed_period, run.shed_periods[:MOST_GAPS])
+    if run.shed_periods_total > MOST_GAPS:
+        yield f"    shed under pressure {run.shed_periods_total - MOST_GAPS:,} times more"
     for problem in run.problems:
         yield f"    WRONG: {printable(problem)}"
 
@@ -61,6 +64,14 @@ def _shed(run: Run) -> str:
         name: sum(getattr(one, name) for one in run.kinds.values()) for name in ("filtered", "shed")
     }
     return "".join(f", {count:,} {name}" for name, count in totals.items() if count)
+
+
+def _shed_period(period: ShedPeriod) -> str:
+    kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in period.kinds.items())
+    end = _moment(period.to_ns) if period.to_ns else "no end"
+    why = f", because {printable(period.reason)}" if period.reason else ""
+    said = f"shed under pressure (up to level {period.level}{why})"
+    return f"    {said}, {_moment(period.from_ns)} to {end}: {kinds or 'nothing left out'}"
 
 
 def _place(place: Place) -> Iterator[str]:

@@ -33,10 +33,11 @@ from streamer.errors import ConfigError
 from streamer.events import kinds as events
 
 KINDS = ("process.exec", "process.fork", "process.exit", "file.open", "net.connect", "net.close")
+BULK = sorted(kind for kind, info in events.KINDS.items() if info.ring == "bulk")
 ROOT_KEYS = (
     "btf, control, events, filters, grace_seconds, heartbeat_seconds, host, kernel, "
-    "log_level, metrics, nice, oom_score_adj, rfc3339_time, rings, sinks, spool, state_file, "
-    "summary_seconds, timing, user"
+    "log_level, metrics, nice, oom_score_adj, rfc3339_time, rings, shedding, sinks, spool, "
+    "state_file, summary_seconds, timing, user"
 )
 SINKS = '"stdout", "file", "kafka", "mqtt"'
 PAGE = mmap.PAGESIZE
@@ -164,6 +165,27 @@ MISTAKES = [
     (
         "kernel.connections = 1000",
         "kernel.connections: found 1000 (integer), allowed: an integer from 1024 to 4194304",
+    ),
+    (
+        'shedding.rates = {"process.exec" = [2, 4, 8]}',
+        f'shedding.rates: found "process.exec" (string), allowed: {", ".join(BULK)}',
+    ),
+    (
+        'shedding.rates = {"file.open" = [4, 2, 8]}',
+        'shedding.rates."file.open": found [4, 2, 8] (array), allowed: numbers that do not fall',
+    ),
+    (
+        'shedding.rates = {"file.open" = [4, 8]}',
+        'shedding.rates."file.open": found [4, 8] (array), allowed: three integers from 1 to '
+        "1048576",
+    ),
+    (
+        "shedding.budget = [0.5, 0.5, 0.9]",
+        "shedding.budget: found [0.5, 0.5, 0.9] (array), allowed: three numbers that rise",
+    ),
+    (
+        "shedding.ring = [0.5, 0.7, 1.5]",
+        "shedding.ring[2]: found 1.5 (float), allowed: a number above 0 of at most 1",
     ),
     (
         "kernel.sample = 10",
