@@ -17,10 +17,10 @@ LOOK_SECONDS = 0.25
 """How often one looks."""
 RISE_SECONDS = 0.5
 """For so long a level has to be said: a burst that is read at once is none."""
-STEP_SECONDS = 1.2
+STEP_SECONDS = 0.8
 """For so long each level holds when nothing says it any more.
 
-Three of them, each up to one look late, are less than 5 s.
+Three of them, each up to one look late, leave two of five seconds for what waits to be sent.
 """
 HOLD = 0.8
 """The share of a level's value from which on it is held."""
