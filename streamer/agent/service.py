@@ -225,6 +225,7 @@ class Service:
 
     def _end_observation(self) -> None:
         """Nothing happens, nor is counted, after this, but that flows are told that were seen."""
+        self.shedding.hold()
         self._kernel.enable(self._kinds & {KIND} if self._kernel.flows else ())
         try:
             self._summaries.hold()

@@ -46,6 +46,7 @@ class Shedding:
         self._since_boot_ns = 0
         self._counted: Mapping[str, int] = {}  # what was shed by the last record
         self._told = 0  # the level in it
+        self._held: Mapping[str, int] | None = None  # the rates at the end
         self._over = False  # the level fell to 0, and nothing says so yet
 
     async def run(self) -> None:
@@ -80,6 +81,10 @@ class Shedding:
         if self.pressure.level:
             self._publish(self._reason())
 
+    def hold(self) -> None:
+        """The kinds are about to be switched off, and what was shed of them is still to be told."""
+        self._held = self._kernel.rates_at(self.pressure.level)
+
     def end(self) -> None:
         """Nothing is counted any more: tell the rest."""
         if self.pressure.level or self._over:
@@ -92,8 +97,11 @@ class Shedding:
             enabled=self.enabled,
             level=level,
             reason=self._reason() if level else "",
-            rates=self._kernel.rates_at(level),
+            rates=dict(self._rates()),
         )
+
+    def _rates(self) -> Mapping[str, int]:
+        return self._kernel.rates_at(self.pressure.level) if self._held is None else self._held
 
     def _publish(self, reason: str) -> None:
         self._over = False
@@ -102,7 +110,7 @@ class Shedding:
     def _record(self, reason: str) -> StreamShed:
         level, before, self._told = self.pressure.level, self._told, self.pressure.level
         counted, self._counted = self._counted, self._reporter.shed()
-        rates = self._kernel.rates_at(level)
+        rates = dict(self._rates())
         timing, since = self._envelope.timing, self._since_boot_ns
         since = since if timing is None else timing.moment(since)
         return self._envelope.record(
@@ -144,12 +152,10 @@ class Shedding:
                 )
 
     def _rings(self) -> dict[str, float]:
-        sizes = self._kernel.ring_bytes
-        return {
-            one.name: one.used_bytes / sizes[one.name]
-            for one in self._reader.sources
-            if sizes[one.name]
-        }
+        found: dict[str, float] = {}
+        for one in self._reader.sources:  # the fullest buffer is the first to overflow
+            found[one.name] = max(found.get(one.name, 0.0), one.filled)
+        return found
 
 
 def in_words(cause: Cause) -> str:

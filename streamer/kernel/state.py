@@ -559,10 +559,8 @@ class KernelState:
 
     def rates_at(self, level: int) -> dict[str, int]:
         """One in how many events is reported at a level, of the kinds that can be shed."""
-        return {
-            kind: rates_of(kind, self._sample, self._shedding)[level]
-            for kind in sorted(self._shedding.keys() & self._kinds)
-        }
+        return {kind: (self._sample.get(kind, 1), *rates)[level]
+                for kind, rates in self.shedding.items()}  # fmt: skip
 
     @property
     def ring_bytes(self) -> dict[str, int]:

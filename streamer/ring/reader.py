@@ -46,6 +46,9 @@ _POSITION = struct.Struct("<Q")
 class Source(ABC):
     """A ring, or one of its ring buffers: its consumer, its decoder and its gaps."""
 
+    size: int
+    """Bytes of the data area of each of its buffers."""
+
     def __init__(
         self,
         name: str,
@@ -108,6 +111,12 @@ class Source(ABC):
         return sum(self.produced(cpu) - self.consumed(cpu) for cpu in self.places())
 
     @property
+    def filled(self) -> float:
+        """The share of the fullest buffer that was not read."""
+        used = (self.produced(cpu) - self.consumed(cpu) for cpu in self.places())
+        return max(used, default=0) / self.size
+
+    @property
     def read_bytes(self) -> int:
         """Bytes that were ever read, from the buffers that there are now."""
         return sum(map(self.consumed, self.places()))
@@ -120,7 +129,7 @@ class RingSource(Source):
         self, name: str, fd: int, transport: Transport, envelope: Envelope, cpus: int
     ) -> None:
         """Map the ring buffer `fd` that `transport` has by that name; there can be `cpus`."""
-        size = transport.sizes[name]
+        self.size = size = transport.sizes[name]
         page = mmap.PAGESIZE
         self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._producer = mmap.mmap(
@@ -156,7 +165,7 @@ class PerfSource(Source):
 
     def __init__(self, name: str, size: int, envelope: Envelope, cpus: int) -> None:
         """`size` is that of a buffer's data area in bytes; `add` brings the buffers."""
-        self._size = size
+        self.size = size
         self._epoll = select.epoll()
         self._registered: dict[int, int] = {}
         self._seen: dict[int, tuple[int, int]] = {}
@@ -166,7 +175,7 @@ class PerfSource(Source):
 
     def add(self, cpu: int, fd: int) -> None:
         """Map and read the buffer of a CPU, in place of any that it had. Raises OSError."""
-        memory = mmap.mmap(fd, mmap.PAGESIZE + self._size)
+        memory = mmap.mmap(fd, mmap.PAGESIZE + self.size)
         self.buffers.add(cpu, memory, mmap.PAGESIZE)
         self.forget(cpu)
         self._registered[cpu] = own = os.dup(fd)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from streamer.config.settings import SHED_BY_DEFAULT
 from streamer.events.clock import rfc3339
 from streamer.events.kinds import HEADER, KINDS, RECORDS
 from streamer.events.layout import with_time
@@ -61,6 +62,21 @@ def test_a_record_that_ends_too_soon_is_counted(reader: ModuleType, case: Case) 
         assert made.decode(case.record[:end]) is None
     assert made.short_record == len(cuts)
     assert published(made.decode(case.record)) == case.event
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_its_weight_is_what_the_kernel_wrote(reader: ModuleType, case: Case) -> None:
+    """Of every kind, as each can be sampled: those of the bulk ring also under pressure."""
+    made = decoder(reader, case.ring)
+    for weight in (4, 64, 1 << 20):
+        record = bytearray(case.record)
+        record[HEADER["weight"] : HEADER["weight"] + 4] = weight.to_bytes(4, "little")
+        assert published(made.decode(record)) == case.event | {"weight": weight}
+
+
+def test_a_golden_record_is_there_of_each_kind_that_can_be_shed() -> None:
+    assert {case.event["event"] for case in CASES} >= SHED_BY_DEFAULT.keys()
 
 
 def used(case: Case) -> int:

@@ -27,6 +27,7 @@ from streamer.events.stream import (
     StreamHeartbeat,
     StreamLoss,
     StreamManifest,
+    StreamShed,
 )
 from streamer.events.summaries import ProfileSample, SyscallLatency, XdpCounters
 from streamer.terminal import lines as render
@@ -510,6 +511,30 @@ def test_a_loss_at_a_sink_names_the_sink() -> None:
         StreamLoss, stage="sink", count=1, kinds={}, cpu=None, sink="kafka://h/t", reason="full"
     )
     assert lines(loss).endswith("lost 1 events (sink, kafka://h/t, full)\n")
+
+
+def test_what_is_shed_is_yellow_and_says_why() -> None:
+    shed = filled(
+        StreamShed,
+        level=2,
+        before=1,
+        reason="kafka://h/t holds 71% of its budget",
+        rates={"net.bind": 1, "file.open": 16},
+        kinds={"file.open": 12345},
+    )
+    assert lines(shed) == (
+        "08:00:00.123 stream.shed  pressure 1 -> 2: kafka://h/t holds 71% of its budget; "
+        "file.open 1 in 16, 12,345 left out\n"
+    )
+    assert "\x1b[33mpressure 1 -> 2\x1b[0m" in lines(shed, color=True)
+
+
+def test_when_nothing_is_shed_any_more() -> None:
+    over = filled(
+        StreamShed, level=0, before=1, reason="it is over", rates={"file.open": 1}, kinds={}
+    )
+    over.kinds["file.open"] = 7
+    assert lines(over).endswith("pressure 1 -> 0: it is over; file.open all, 7 left out\n")
 
 
 def test_a_manifest_says_what_is_not_observed() -> None:

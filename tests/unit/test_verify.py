@@ -21,6 +21,7 @@ from streamer.verify.numbers import Numbers
 from streamer.verify.records import Chunk, split_msgpack
 from streamer.verify.report import Place, Run, VerifyReport
 from streamer.verify.start import parse_start
+from streamer.verify.text import report_text
 from streamer.verify.told import Segment, Vague, assign, cut
 
 SECOND = 1_000_000_000
@@ -430,6 +431,65 @@ def test_an_account_that_does_not_add_up_is_wrong() -> None:
     report = verified([stream.heartbeat(counts=counts, sink_counts=sinks)])
     assert len(only_run(report).problems) == 2
     assert not report.ok
+
+
+def shed_run(counted: int = 30, levels: tuple[int, ...] = (1, 3, 0, 2, 0)) -> list[Record]:
+    """Two times of pressure; with each record but the first of a time ten opens are left out."""
+    stream = Stream()
+    records = [stream.manifest(), stream.event(1)]
+    before = 0
+    for level in levels:
+        records.append(
+            stream.stream(
+                "shed",
+                level=level,
+                before=before,
+                since_ns=stream.boot_ns + stream.offset,
+                reason=f"level {level}",
+                kinds={"file.open": 10} if before else {},
+            )
+        )
+        before = level
+    counts = {"produced": 1 + counted, "filtered": 0, "shed": counted, "lost": 0, "read": 1}
+    end = stream.heartbeat(("bulk", 0, 1, 1), counts={"file.open": counts}, final=True)
+    return [*records, end]
+
+
+def test_what_was_shed_is_no_gap_and_is_said() -> None:
+    report = verified(shed_run())
+    assert report.ok
+    first, second = only_run(report).shed_periods
+    assert (first.level, first.reason, first.kinds) == (3, "level 1", {"file.open": 20})
+    assert (second.level, second.reason, second.kinds) == (2, "level 2", {"file.open": 10})
+    assert 0 < first.from_ns < first.to_ns < second.from_ns < second.to_ns
+    text = report_text(report)
+    assert "shed under pressure (up to level 3, because level 1)" in text
+    assert text.count("10 file.open") == 1
+
+
+def test_more_told_as_shed_than_was_counted_is_wrong() -> None:
+    assert verified(shed_run(counted=31)).ok  # what was left out otherwise
+    (problem,) = only_run(verified(shed_run(counted=29))).problems
+    assert problem == "file.open: 30 are told as shed, of 29 that were counted"
+
+
+def test_a_time_of_pressure_without_its_end_or_beginning() -> None:
+    (still,) = only_run(verified(shed_run(counted=10, levels=(1, 2)))).shed_periods
+    assert (still.to_ns, still.level) == (0, 2)
+    records = shed_run()
+    (late,) = only_run(verified([records[0], *records[4:5], records[-1]])).shed_periods
+    assert (late.level, late.reason, late.kinds) == (0, "", {"file.open": 10})
+
+
+def test_a_copy_of_a_record_of_shedding_counts_once() -> None:
+    records = shed_run()
+    assert verified([record for record in records for _ in range(2)]).ok
+
+
+def test_of_many_times_of_pressure_the_first_are_kept() -> None:
+    levels = (1, 0) * 150
+    run = only_run(verified(shed_run(counted=1500, levels=levels)))
+    assert (len(run.shed_periods), run.shed_periods_total) == (100, 150)
 
 
 def test_an_event_older_than_its_watermark_is_wrong() -> None:
