@@ -14,12 +14,13 @@ from streamer.config.settings import LEVELS, Settings, SheddingSection
 from streamer.events.kinds import KINDS
 from tests.kernel.agent import ROOT, kind_of
 from tests.kernel.live import Live
+from tests.kernel.pace import repetitions
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import open_missing
 
 pytestmark = pytest.mark.kernel
 
-CONNECTIONS = 600
+CONNECTIONS = repetitions(600, 200)
 PAIRS = ("net.connect", "net.accept", "net.close")
 
 

@@ -109,6 +109,23 @@ def test_the_oldest_bulk_makes_way_and_then_the_oldest_critical(tmp_path: Path) 
     ]
 
 
+def test_how_much_of_it_is_used(tmp_path: Path) -> None:
+    """It rises with what is written, is near 1 when the oldest makes way, and falls again."""
+    store = opened(tmp_path / "db", 1 << 20)
+    shares = []
+    gone: list[GivenUp] = []
+    n = 0
+    while not gone:
+        n += 1
+        gone = store.write([item(n, size=9000)])
+        shares.append(store.filled)
+    assert shares[0] < 0.1
+    assert shares == sorted(shares)
+    assert 0.8 < shares[-1] <= 1
+    store.write([], done={"a": n})
+    assert store.filled < 0.1
+
+
 def test_what_a_sink_was_given_does_not_make_way(tmp_path: Path) -> None:
     store = opened(tmp_path / "db")
     store.write([item(n, size=9000) for n in range(1, 60)])
