@@ -209,25 +209,27 @@ __noinline int path_is_plain(__u32 call)
  * initial mount namespace (a user can make any tree in one of his own), of a file that was opened and
  * really is there (`found`), or that is not there.
  */
-static __always_inline bool passes_path(struct open_scratch *scratch, bool found, __u32 call)
+static __always_inline bool passes_path(struct open_scratch *scratch, bool found, __u32 call,
+					__u32 generation)
 {
 	struct file_open *record = &scratch->record;
-	struct settings *wanted = ONLY_ENTRY(settings);
+	struct filter_modes *modes = modes_of(generation);
 	__u32 length = record->path_len;
 	__u8 *verdict;
 
-	if (!wanted || wanted->filter_path == FILTER_OFF || record->base.cut)
+	if (!modes || modes->path == FILTER_OFF || record->base.cut)
 		return true;
 	if (!found && !path_is_plain(call))
 		return true;
 	if (length > PREFIX_LEN)
 		length = PREFIX_LEN;
-	scratch->prefix.bits = length * 8;
+	scratch->prefix.bits = (1 + length) * 8;
+	scratch->prefix.generation = generation;
 	if (bpf_probe_read_kernel(scratch->prefix.path, PREFIX_LEN, record->data))
 		return true;
 	verdict = bpf_map_lookup_elem(&filter_paths, &scratch->prefix);
 	if (!verdict)
-		return wanted->filter_path == FILTER_EXCLUDE;
+		return modes->path == FILTER_EXCLUDE;
 	if (*verdict == VERDICT_KEEP)
 		return true;
 	return !record->mntns_initial ||
@@ -267,8 +269,8 @@ static __always_inline int opened(void *ctx, long result, struct pt_regs___user 
 	struct call_arguments passed;
 	struct file_open *record;
 	struct request asked;
+	__u32 size, generation;
 	bool found;
-	__u32 size;
 
 	if (!enabled(KIND_FILE_OPEN))
 		return 0;
@@ -279,7 +281,8 @@ static __always_inline int opened(void *ctx, long result, struct pt_regs___user 
 	record = &scratch->record;
 	start_base(&record->base);
 	identify(&record->task);
-	if (!admits(&record->base, &record->task, KIND_FILE_OPEN))
+	generation = generation_in_force();
+	if (!admits_by(generation, &record->base, &record->task, KIND_FILE_OPEN))
 		return 0;
 	passed = call_arguments(registers);
 	asked = request_of(&passed, call);
@@ -301,7 +304,7 @@ static __always_inline int opened(void *ctx, long result, struct pt_regs___user 
 	found = record->path_len;
 	if (!found)
 		record->path_len = put_requested(record, task, &asked, call);
-	if (!passes_path(scratch, found, call)) {
+	if (!passes_path(scratch, found, call, generation)) {
 		count_filtered(KIND_FILE_OPEN);
 		return 0;
 	}

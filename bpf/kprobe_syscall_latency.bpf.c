@@ -320,26 +320,28 @@ static __always_inline int ended(void *ctx, long result)
 	struct ended_call call = {};
 	struct syscall_counts *counts;
 	struct syscall_place *place;
-	struct settings *general;
+	struct filter_modes *modes;
 	struct event_task who;
+	__u32 generation;
 	bool slow;
 
 	if (!start || !start->ns)
 		return 0; /* it began before anybody looked, or is none that is timed */
 	wanted = ONLY_ENTRY(syscall_settings);
-	general = ONLY_ENTRY(settings);
+	generation = generation_in_force();
+	modes = modes_of(generation);
 	call.duration_ns = bpf_ktime_get_ns() - start->ns;
 	call.number = start->number;
 	start->ns = 0;
 	place = place_of(call.number);
-	if (!place || !wanted || !general)
+	if (!place || !wanted || !modes)
 		return 0;
 	call.errno = error_of(result, place);
 	call.period = wanted->period;
 	slow = is_slow(place, call.duration_ns, wanted);
-	if (slow || general->task_filters)
+	if (slow || modes->task)
 		identify(&who);
-	if (general->task_filters && !passes_task_filters(&who)) {
+	if (modes->task && !passes_task_filters(&who, generation)) {
 		if (slow)
 			count_filtered(KIND_SYSCALL_SLOW);
 		return 0;

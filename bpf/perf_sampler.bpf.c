@@ -186,7 +186,7 @@ int on_clock(struct bpf_perf_event_data *ctx)
 	count(&counts->taken);
 	if (!who.pid) {
 		count(&counts->idle);
-	} else if (!passes_task_filters(&who)) {
+	} else if (!passes_task_filters(&who, generation_in_force())) {
 		count(&counts->filtered);
 	} else {
 		/* One that ends has given up its memory at some point. */

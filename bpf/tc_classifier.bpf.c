@@ -565,16 +565,17 @@ static __always_inline struct flow_state *taken_at(__u32 place)
 
 static __always_inline bool passes_port_filter(__u16 client, __u16 server)
 {
-	struct settings *wanted = ONLY_ENTRY(settings);
+	__u32 generation = generation_in_force();
+	struct filter_modes *modes = modes_of(generation);
 	__u8 *ours, *theirs;
 
-	if (!wanted || wanted->filter_port == FILTER_OFF)
+	if (!modes || modes->port == FILTER_OFF)
 		return true;
-	ours = bpf_map_lookup_elem(&filter_ports, &client);
-	theirs = bpf_map_lookup_elem(&filter_ports, &server);
+	ours = verdict_on(&filter_ports, client, generation);
+	theirs = verdict_on(&filter_ports, server, generation);
 	if (theirs && *theirs == VERDICT_DROP)
 		return false;
-	return wanted->filter_port == FILTER_EXCLUDE || (ours && *ours == VERDICT_KEEP) ||
+	return modes->port == FILTER_EXCLUDE || (ours && *ours == VERDICT_KEEP) ||
 	       (theirs && *theirs == VERDICT_KEEP);
 }
 

@@ -572,12 +572,9 @@ static __always_inline bool is_agents(struct endpoints *ends)
 
 static __always_inline bool admits_drop(struct event_base *base, struct packet *packet)
 {
-	struct settings *wanted = ONLY_ENTRY(settings);
-
-	if (!wanted || is_agents(&packet->ends))
+	if (is_agents(&packet->ends))
 		return false;
-	if (wanted->filter_port != FILTER_OFF &&
-	    !passes_ports(wanted->filter_port, &packet->ends, DIRECTION_OUTBOUND)) {
+	if (!passes_ports(&packet->ends, DIRECTION_OUTBOUND)) {
 		count_filtered(KIND_NET_DROP);
 		return false;
 	}

@@ -439,7 +439,10 @@ const struct {
 	enum event_schema schema;
 	enum event_kind kind;
 	enum summary_kind summary;
+	struct filter_modes modes;
 	struct path_prefix prefix;
+	struct number_key number;
+	struct comm_key comm;
 	struct exe_key exe;
 	struct flow_walk walk;
 	enum event_ring ring;

@@ -20,17 +20,31 @@ enum filter_verdict {
 #define AGENT_PIDS 2
 #define MOST_INTERFACES 64
 
-/* Mapped by the agent, which may change it at any time. */
+#define GENERATIONS 2
+
+/* How the lists of one generation of filters are used: enum filter_mode each. */
+struct filter_modes {
+	__u8 pid;
+	__u8 uid;
+	__u8 comm;
+	__u8 cgroup;
+	__u8 exe;
+	__u8 task; /* whether any of those above is on */
+	__u8 port;
+	__u8 path;
+};
+
+/*
+ * Mapped by the agent, which may change it at any time.
+ *
+ * Of filters there are two generations: one in force, and one that the agent may prepare meanwhile. Entries
+ * of their maps have the generation in their keys. A program looks once which it is to use, so that no
+ * event is judged by a part of each.
+ */
 struct settings {
 	__u64 wakeup_bytes[RING_END]; /* wake the reader when a ring comes to hold this much */
-	__u8 filter_pid;              /* enum filter_mode, for this and the next */
-	__u8 filter_uid;
-	__u8 filter_comm;
-	__u8 filter_cgroup;
-	__u8 filter_exe;
-	__u8 task_filters; /* whether any of those above is on */
-	__u8 filter_port;
-	__u8 filter_path;
+	__u64 generation;             /* of the filters that are in force */
+	struct filter_modes filters[GENERATIONS];
 };
 
 #define PRESSURE_LEVELS 4 /* a power of two */
@@ -172,17 +186,29 @@ enum perf_limits {
 	PERF_SLOTS = 8, /* of each CPU: records of perf buffers that are being built at the same time */
 };
 
-#define PREFIX_LEN 256
+#define PREFIX_LEN 255 /* with the generation, as much as an LPM trie takes */
 
+/* Keys of the filters' maps: each has the generation that it is of. */
 struct path_prefix {
-	__u32 bits; /* length of the prefix, in bits */
+	__u32 bits; /* length of what is to be the same, in bits: of the generation and the prefix */
+	__u8 generation;
 	__u8 path[PREFIX_LEN];
+};
+
+struct number_key {
+	__u64 number; /* process, user or cgroup id, or port */
+	__u64 generation;
+};
+
+struct comm_key {
+	char comm[COMM_LEN];
+	__u64 generation;
 };
 
 struct exe_key {
 	__u64 inode;
 	__u32 dev; /* as the kernel keeps it: 12 bits major, 20 bits minor */
-	__u32 pad;
+	__u32 generation;
 };
 
 #endif

@@ -194,7 +194,7 @@ static __noinline void own(struct owner *owner)
 	identify(&owner->task);
 	owner->known = 1;
 	owner->is_agent = is_agent(owner->task.pid);
-	owner->admitted = passes_task_filters(&owner->task);
+	owner->admitted = passes_task_filters(&owner->task, generation_in_force());
 }
 
 /* Programs of one kind get the socket as a kernel type, and may keep a connection with it. */
@@ -261,15 +261,20 @@ static __always_inline __u64 listener_by_port(struct sock *sk)
  * What the port filter says. Either port can make an event wanted; only that of the service, which is
  * the one that was connected to, makes it unwanted: the other is any that the client has chosen.
  */
-static __always_inline bool passes_ports(__u8 mode, struct endpoints *ends, __u32 direction)
+static __always_inline bool passes_ports(struct endpoints *ends, __u32 direction)
 {
-	__u8 *local = bpf_map_lookup_elem(&filter_ports, &ends->local_port);
-	__u8 *remote = bpf_map_lookup_elem(&filter_ports, &ends->remote_port);
+	__u32 generation = generation_in_force();
+	struct filter_modes *modes = modes_of(generation);
+	__u8 *local, *remote;
 
+	if (!modes || modes->port == FILTER_OFF)
+		return true;
+	local = verdict_on(&filter_ports, ends->local_port, generation);
+	remote = verdict_on(&filter_ports, ends->remote_port, generation);
 	if ((local && *local == VERDICT_DROP && direction == DIRECTION_INBOUND) ||
 	    (remote && *remote == VERDICT_DROP && direction == DIRECTION_OUTBOUND))
 		return false;
-	return mode == FILTER_EXCLUDE || (local && *local == VERDICT_KEEP) ||
+	return modes->port == FILTER_EXCLUDE || (local && *local == VERDICT_KEEP) ||
 	       (remote && *remote == VERDICT_KEEP);
 }
 
@@ -329,15 +334,11 @@ static __always_inline bool admits_net(struct event_base *base, const struct own
 				       enum event_kind kind, struct endpoints *ends,
 				       __u32 direction)
 {
-	struct settings *wanted = ONLY_ENTRY(settings);
 	bool keep = owner->admitted || !owner->known;
 
-	if (!enabled(kind) || !wanted || owner->is_agent ||
-	    bpf_map_lookup_elem(&agent_peers, ends))
+	if (!enabled(kind) || owner->is_agent || bpf_map_lookup_elem(&agent_peers, ends))
 		return false;
-	if (keep && wanted->filter_port != FILTER_OFF)
-		keep = passes_ports(wanted->filter_port, ends, direction);
-	if (!keep) {
+	if (!keep || !passes_ports(ends, direction)) {
 		count_filtered(kind);
 		return false;
 	}

@@ -13,11 +13,13 @@ import os
 import platform
 import socket
 import struct
+import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -28,6 +30,7 @@ from streamer.kernel import bulk_rings, capabilities, flows, obstacles
 from streamer.kernel.cgroups import cgroup_root
 from streamer.kernel.contract import check_object
 from streamer.kernel.flows import FlowWalk
+from streamer.kernel.grace_period import wait_for_programs
 from streamer.kernel.loader import (
     ATTACHED,
     CORE,
@@ -63,6 +66,8 @@ _OWNERS = "owners of connections, and those of the agent itself,"
 _OVERHEAD = {"ring": 8 + 8, "perf": 12 + 8}
 PRESSED_FROM = 8
 """A ring is shared out from this part of it on that holds something: see bpf/core/fair.bpf.h."""
+
+_LONG_SECONDS = 2.0
 
 _MOST_OF_A_SAMPLE = 1 << 16
 """The length of a perf buffer's record, header included, is a u16 and a multiple of eight."""
@@ -289,27 +294,31 @@ def filter_mode(keep: Collection[object], drop: Collection[object]) -> int:
     return _MODES["EXCLUDE" if drop else "OFF"]
 
 
-def settings_bytes(sizes: Mapping[str, int], filters: Filters) -> bytes:
-    """`struct settings` for the programs: when to wake the reader, which filters are in use.
+def settings_bytes(sizes: Mapping[str, int]) -> bytes:
+    """`struct settings` for the programs: when to wake the reader; filters are off.
 
     `sizes` are those of ring buffers.
     """
-    modes = {
-        "filter_pid": filter_mode(filters.pids, filters.exclude_pids),
-        "filter_uid": filter_mode(filters.uids, filters.exclude_uids),
-        "filter_comm": filter_mode(filters.comms, filters.exclude_comms),
-        "filter_cgroup": filter_mode(filters.cgroups, filters.exclude_cgroups),
-        "filter_exe": filter_mode(filters.exes, filters.exclude_exes),
+    # A quarter of a ring buffer may fill before its reader is woken ahead of its timer.
+    return pack("settings", {"wakeup_bytes": tuple(sizes[ring] // 4 for ring in RINGS)})
+
+
+def filter_modes_bytes(filters: Filters) -> bytes:
+    """`struct filter_modes`: which filters are in use, and how."""
+    of_tasks = {
+        "pid": filter_mode(filters.pids, filters.exclude_pids),
+        "uid": filter_mode(filters.uids, filters.exclude_uids),
+        "comm": filter_mode(filters.comms, filters.exclude_comms),
+        "cgroup": filter_mode(filters.cgroups, filters.exclude_cgroups),
+        "exe": filter_mode(filters.exes, filters.exclude_exes),
     }
     return pack(
-        "settings",
+        "filter_modes",
         {
-            # A quarter of a ring buffer may fill before its reader is woken ahead of its timer.
-            "wakeup_bytes": tuple(sizes[ring] // 4 for ring in RINGS),
-            **modes,
-            "task_filters": int(any(modes.values())),
-            "filter_port": filter_mode(filters.ports, filters.exclude_ports),
-            "filter_path": filter_mode(filters.path_prefixes, filters.exclude_path_prefixes),
+            **of_tasks,
+            "task": int(any(of_tasks.values())),
+            "port": filter_mode(filters.ports, filters.exclude_ports),
+            "path": filter_mode(filters.path_prefixes, filters.exclude_path_prefixes),
         },
     )
 
@@ -344,40 +353,71 @@ def kind_settings_bytes(
     return b"".join(entries)
 
 
-def filter_entries(filters: Filters) -> list[tuple[str, bytes, bytes]]:
-    """Map, key and value for every entry of the filters. What excludes comes last, and wins.
+FileId = tuple[int, int]
+"""Inode number and device."""
+
+
+def executables(
+    filters: Filters, known: Mapping[str, FileId] = MappingProxyType({})
+) -> dict[str, FileId]:
+    """Which file each path of `exes` and `exclude_exes` is now.
+
+    Where this process may not look, what is `known` of a path holds on: without its privileges it
+    cannot enter every directory any more.
 
     Raises:
-        ConfigError: an executable that is to be recognised is not there.
+        ConfigError: one is not there, or this process may not look and it is not known.
     """
-    tables: list[tuple[str, Iterable[bytes], Iterable[bytes]]] = [
-        ("filter_pids", map(_u32, filters.pids), map(_u32, filters.exclude_pids)),
-        ("filter_uids", map(_u32, filters.uids), map(_u32, filters.exclude_uids)),
-        ("filter_comms", map(_comm, filters.comms), map(_comm, filters.exclude_comms)),
-        ("filter_cgroups", map(_u64, filters.cgroups), map(_u64, filters.exclude_cgroups)),
-        ("filter_exes", _exes("exes", filters), _exes("exclude_exes", filters)),
-        ("filter_ports", map(_u16, filters.ports), map(_u16, filters.exclude_ports)),
-        (
-            "filter_paths",
-            map(_prefix, _kept_prefixes(filters)),
-            map(_prefix, filters.exclude_path_prefixes),
-        ),
+    found: dict[str, FileId] = {}
+    for key in ("exes", "exclude_exes"):
+        for index, path in enumerate(getattr(filters, key)):
+            try:
+                found[path] = identity_of_file(path)
+            except OSError as error:
+                if isinstance(error, PermissionError) and path in known:
+                    found[path] = known[path]
+                    continue
+                what = f"filters.{key}[{index}]: found {json.dumps(path)}"
+                wanted = "allowed: a file that is there"
+                raise ConfigError(f"{what}: {error.strerror}, {wanted}") from None
+    return found
+
+
+def filter_entries(
+    filters: Filters, generation: int, files: Mapping[str, FileId]
+) -> list[tuple[str, bytes, bytes]]:
+    """Map, key and value for every entry of the filters. What excludes comes last, and wins.
+
+    `files` are the `executables`.
+    """
+    make: list[tuple[str, Callable[[Any], bytes], Iterable[Any], Iterable[Any]]] = [
+        ("filter_pids", _number, filters.pids, filters.exclude_pids),
+        ("filter_uids", _number, filters.uids, filters.exclude_uids),
+        ("filter_comms", _comm, filters.comms, filters.exclude_comms),
+        ("filter_cgroups", _number, filters.cgroups, filters.exclude_cgroups),
+        ("filter_exes", lambda path: _exe(files[path]), filters.exes, filters.exclude_exes),
+        ("filter_ports", _number, filters.ports, filters.exclude_ports),
+        ("filter_paths", _prefix, _kept_prefixes(filters), filters.exclude_path_prefixes),
     ]
-    return list(_entries(tables))
+    return [
+        (name, _of_generation(name, key(value), generation), verdict)
+        for name, key, keep, drop in make
+        for verdict, values in ((_KEEP, keep), (_DROP, drop))
+        for value in values
+    ]
 
 
-def _common(one: Filters, other: Filters) -> Filters:
-    """The lists that are the same in both."""
-    lists = msgspec.structs.asdict(one)
-    return Filters(**{name: v for name, v in lists.items() if getattr(other, name) == v})
+_KEYS = {
+    "filter_comms": "comm_key",
+    "filter_exes": "exe_key",
+    "filter_paths": "path_prefix",
+}
 
 
-def _entries(
-    tables: Iterable[tuple[str, Iterable[bytes], Iterable[bytes]]],
-) -> Iterator[tuple[str, bytes, bytes]]:
-    for name, keep, drop in tables:
-        yield from ((name, key, _KEEP) for key in keep)
-        yield from ((name, key, _DROP) for key in drop)
+def _of_generation(map: str, key: bytes, generation: int) -> bytes:
+    layout = {name: at for name, at, _ in CONTRACT[_KEYS.get(map, "number_key")]}
+    at = layout["generation"]
+    return key[:at] + bytes([generation]) + key[at + 1 :]
 
 
 def _kept_prefixes(filters: Filters) -> Iterable[str]:
@@ -386,33 +426,24 @@ def _kept_prefixes(filters: Filters) -> Iterable[str]:
     return (prefix for prefix in filters.path_prefixes if not prefix.startswith(excluded))
 
 
-def _u16(value: int) -> bytes:
-    return value.to_bytes(2, "little")
-
-
 def _u32(value: int) -> bytes:
     return value.to_bytes(4, "little")
 
 
-def _u64(value: int) -> bytes:
-    return value.to_bytes(8, "little")
+def _number(value: int) -> bytes:
+    return pack("number_key", {"number": value})
 
 
 def _comm(value: str) -> bytes:
-    return value.encode().ljust(16, b"\0")
+    return pack("comm_key", {"comm": int.from_bytes(value.encode(), "little")})
 
 
-def _exes(key: str, filters: Filters) -> Iterator[bytes]:
-    for index, path in enumerate(getattr(filters, key)):
-        try:
-            inode, dev = identity_of_file(path)
-        except OSError as error:
-            found = f"filters.{key}[{index}]: found {json.dumps(path)}"
-            raise ConfigError(f"{found}: {error.strerror}, allowed: a file that is there") from None
-        yield pack("exe_key", {"inode": inode, "dev": dev & 0xFFFFFFFF})
+def _exe(file: FileId) -> bytes:
+    inode, dev = file
+    return pack("exe_key", {"inode": inode, "dev": dev & 0xFFFFFFFF})
 
 
-def identity_of_file(path: str) -> tuple[int, int]:
+def identity_of_file(path: str) -> FileId:
     """Inode number and device of a file as the programs see them.
 
     Not always those of stat(): overlayfs and btrfs show devices there that their mounts do not
@@ -441,10 +472,29 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text(errors="surrogateescape").splitlines()
 
 
+def _offset_of(struct_name: str, field: str) -> int:
+    return next(at for name, at, _ in CONTRACT[struct_name] if name == field)
+
+
+def _store(mapping: mmap.mmap, at: int, value: int) -> None:
+    """Eight bytes at once, as programs see them; copying a slice promises nothing of the kind."""
+    with memoryview(mapping) as view, view.cast("Q") as words:
+        words[at // 8] = value
+
+
+def _let_programs_end() -> None:
+    """Wait until every program that runs now has ended."""
+    try:
+        wait_for_programs()
+    except OSError:  # it cannot be told: by far longer than any program can take
+        time.sleep(_LONG_SECONDS)
+
+
 def _prefix(value: str) -> bytes:
+    """The bits that are to be the same are those of the generation, and of the prefix."""
     path = value.encode()
-    size = {name: size for name, _, size in CONTRACT["path_prefix"]}["path"]
-    return _u32(8 * len(path)) + path.ljust(size, b"\0")
+    fields = {"bits": 8 * (1 + len(path)), "path": int.from_bytes(path, "little")}
+    return pack("path_prefix", fields)
 
 
 # ---------------------------------------------------------------- the state
@@ -475,7 +525,8 @@ class KernelState:
         self._resolution_us = settings.timing.resolution_us
         self.flows: FlowWalk | None = None
         """The walk through the flows, from the moment at which their sensor is loaded."""
-        self._filters = Filters()
+        self._generation = 0
+        self._flipped = False
         self._kinds: frozenset[str] = frozenset()
         self._sample: Mapping[str, int] = settings.kernel.sample
         self._shedding: Mapping[str, Sequence[int]] = settings.shedding.rates_in_force
@@ -488,7 +539,9 @@ class KernelState:
         """Those that sensors attach to, in the order of their entries in tables, with the index
         that each had when it was last attached to."""
         self._present = dict.fromkeys(settings.kernel.interfaces, 0)
-        self._entries: dict[tuple[str, bytes], bytes] = {}  # of the filters' maps
+        # Of the filters' maps, by generation.
+        self._entries: tuple[dict[tuple[str, bytes], bytes], ...] = ({}, {})
+        self._files: dict[str, FileId] = {}
         self._states: dict[str, list[ProgramState]] = {}  # kept for the last reports
         self._attached: dict[str, Attached] = {}
         self._loaded: list[str] = []
@@ -528,6 +581,8 @@ class KernelState:
             self.pressure = self._map(maps["pressure"], size_of("pressure"), writable=True)
             self._begin_pressure(PRESSED_FROM)
             self.identity = self._read_identity(maps["identities"])
+            data = settings_bytes(self.transport.sizes)
+            self._settings[: len(data)] = data
             self.set_filters(settings.filters)
         except BaseException:
             self.close()
@@ -617,31 +672,46 @@ class KernelState:
         check_object(Path(self._directory, f"{name}.bpf.o"))
 
     def set_filters(self, filters: Filters) -> None:
-        """Judge by `filters` from now on; until this returns, only by what stays the same.
+        """Judge by `filters` from now on. Raises as `prepare_filters` does."""
+        self.prepare_filters(filters)
+        self.use_filters()
 
-        Owners of connections were judged when they took them, and are not judged again.
+    def prepare_filters(self, filters: Filters) -> None:
+        """Write `filters` into the generation that is not in force. In any thread.
 
         Raises:
-            KernelError: an executable is not there, and nothing has changed; or the kernel
-                refused, and only what stays the same is in force.
+            ConfigError: an executable is not there.
+            KernelError: the kernel refused. What is in force is not touched in either case.
         """
-        wanted = {(name, key): value for name, key, value in filter_entries(filters)}
-        self._judge_by(_common(self._filters, filters))
+        files = executables(filters, self._files)
+        generation = 1 - self._generation
+        if self._flipped:  # a program may still be judging by the one that was in force before
+            _let_programs_end()
+            self._flipped = False
+        entries = self._entries[generation]
+        wanted = {(name, key): v for name, key, v in filter_entries(filters, generation, files)}
+        modes = filter_modes_bytes(filters)
+        at = _offset_of("settings", "filters") + generation * len(modes)
+        self._settings[at : at + len(modes)] = modes
         try:
-            for name, key in self._entries.keys() - wanted.keys():
+            for name, key in entries.keys() - wanted.keys():
                 self._loader.delete(name, key)
-                del self._entries[name, key]
+                del entries[name, key]
             for (name, key), value in wanted.items():
                 self._loader.update(name, key, value)
-                self._entries[name, key] = value
+                entries[name, key] = value
         except OSError as error:
             raise KernelError(f"cannot set the filters: {error.strerror}") from error
-        self._judge_by(filters)
+        self._files = files
 
-    def _judge_by(self, filters: Filters) -> None:
-        data = settings_bytes(self.transport.sizes, filters)
-        self._settings[: len(data)] = data
-        self._filters = filters
+    def use_filters(self) -> None:
+        """Judge each event that begins from now on by what was prepared.
+
+        Owners of connections were judged when they took them, and are not judged again.
+        """
+        self._generation = 1 - self._generation
+        _store(self._settings, _offset_of("settings", "generation"), self._generation)
+        self._flipped = True
 
     def want(self, kinds: Collection[str]) -> None:
         """Load what these kinds need with the sensors from now on, and nothing that others need."""
@@ -658,8 +728,11 @@ class KernelState:
         self._write_kinds()
 
     def _write_kinds(self) -> None:
+        """By stores of whole words: a program sees a kind's rate as it was or as it is."""
         data = kind_settings_bytes(self._kinds, self._sample, self._shedding)
-        self._kind_settings[: len(data)] = data
+        for at in range(0, len(data), 8):
+            if self._kind_settings[at : at + 8] != data[at : at + 8]:
+                _store(self._kind_settings, at, int.from_bytes(data[at : at + 8], "little"))
 
     @property
     def sensors(self) -> list[str]:

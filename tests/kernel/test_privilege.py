@@ -346,15 +346,15 @@ def test_elements_of_a_map(client: HelperClient) -> None:
     loader = RemoteLoader(client, [])
     loader.load_core({"critical": 1 << 16, "bulk": 1 << 16}, None)
     for number in (1, 2):
-        loader.update("filter_pids", number.to_bytes(4, "little"), bytes([number]))
+        loader.update("filter_pids", number.to_bytes(16, "little"), bytes([number]))
     assert sorted(loader.read("filter_pids")) == [
-        (b"\1\0\0\0", b"\1"),
-        (b"\2\0\0\0", b"\2"),
+        (b"\1".ljust(16, b"\0"), b"\1"),
+        (b"\2".ljust(16, b"\0"), b"\2"),
     ]
-    loader.delete("filter_pids", b"\1\0\0\0")
+    loader.delete("filter_pids", b"\1".ljust(16, b"\0"))
     with pytest.raises(FileNotFoundError):
-        loader.delete("filter_pids", b"\1\0\0\0")
-    assert loader.read("filter_pids") == [(b"\2\0\0\0", b"\2")]
+        loader.delete("filter_pids", b"\1".ljust(16, b"\0"))
+    assert loader.read("filter_pids") == [(b"\2".ljust(16, b"\0"), b"\2")]
 
 
 # ---------------------------------------------------------------- files of root's

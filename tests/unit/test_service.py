@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import struct
 import threading
 import time
 from collections import Counter
@@ -1256,9 +1257,11 @@ def test_filters_that_change_leave_only_the_new_ones() -> None:
     programs = MemoryPrograms()
     kernel = MemoryKernel(Settings(filters=Filters(uids=(1, 2))), ALL, programs)
     kernel.set_filters(Filters(uids=(2,), exclude_pids=(7,)))
-    assert programs.filters == {
-        ("filter_uids", (2).to_bytes(4, "little")): b"\x01",
-        ("filter_pids", (7).to_bytes(4, "little")): b"\x02",
+    generation = programs.memory("settings")[16]
+    in_force = {key: v for key, v in programs.filters.items() if key[1][8] == generation}
+    assert in_force == {
+        ("filter_uids", struct.pack("<QQ", 2, generation)): b"\x01",
+        ("filter_pids", struct.pack("<QQ", 7, generation)): b"\x02",
     }
     kernel.close()
     programs.release()

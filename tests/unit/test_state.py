@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from streamer.config.settings import Filters, Kernel, Settings
@@ -17,11 +18,28 @@ from streamer.events.kinds import KINDS
 from streamer.kernel import capabilities, state
 from streamer.kernel.loader import Attached
 from streamer.kernel.objects import CONTRACT
-from streamer.kernel.state import KernelState, filter_entries, identity_of_file, settings_bytes
+from streamer.kernel.state import (
+    KernelState,
+    executables,
+    filter_entries,
+    filter_modes_bytes,
+    identity_of_file,
+    settings_bytes,
+    size_of,
+)
 from tests.memory_kernel import MemoryPrograms
 
 ALL = frozenset(KINDS)
 AT = {name: offset for name, offset, _ in CONTRACT["settings"]}
+MODE_AT = {name: offset for name, offset, _ in CONTRACT["filter_modes"]}
+GENERATION_AT = {
+    map: next(at for name, at, _ in CONTRACT[key] if name == "generation")
+    for map, key in (
+        ("filter_comms", "comm_key"),
+        ("filter_exes", "exe_key"),
+        ("filter_paths", "path_prefix"),
+    )
+}
 MODES = {name: number for name, number, _ in CONTRACT["enum filter_mode"]}
 OFF, EXCLUDE, INCLUDE = (MODES[f"FILTER_{name}"] for name in ("OFF", "EXCLUDE", "INCLUDE"))
 
@@ -34,8 +52,10 @@ def programs() -> Iterator[MemoryPrograms]:
 
 
 def mode(programs: MemoryPrograms, name: str) -> int:
-    """What the programs find in their settings."""
-    return programs.memory("settings")[AT[name]]
+    """What the programs find in their settings, of the generation that is in force."""
+    memory = programs.memory("settings")
+    generation = memory[AT["generation"]]
+    return memory[AT["filters"] + generation * size_of("filter_modes") + MODE_AT[name]]
 
 
 # ---------------------------------------------------------------- filters
@@ -44,54 +64,76 @@ def mode(programs: MemoryPrograms, name: str) -> int:
 def test_what_the_programs_are_told_of_the_filters(programs: MemoryPrograms) -> None:
     filters = Filters(uids=(1,), exclude_uids=(2,), exclude_comms=("sshd",), ports=(80,))
     kernel = KernelState(programs, Settings(filters=filters))
-    modes = {name: mode(programs, name) for name in AT if name.startswith("filter_")}
-    assert modes == {
-        "filter_pid": OFF,
-        "filter_uid": INCLUDE,
-        "filter_comm": EXCLUDE,
-        "filter_cgroup": OFF,
-        "filter_exe": OFF,
-        "filter_port": INCLUDE,
-        "filter_path": OFF,
+    assert {name: mode(programs, name) for name in MODE_AT} == {
+        "pid": OFF,
+        "uid": INCLUDE,
+        "comm": EXCLUDE,
+        "cgroup": OFF,
+        "exe": OFF,
+        "task": 1,
+        "port": INCLUDE,
+        "path": OFF,
     }
-    assert mode(programs, "task_filters") == 1
     kernel.set_filters(Filters(path_prefixes=("/etc/",)))
-    assert (mode(programs, "filter_path"), mode(programs, "task_filters")) == (INCLUDE, 0)
+    assert (mode(programs, "path"), mode(programs, "task")) == (INCLUDE, 0)
     kernel.close()
 
 
 def test_the_reader_is_woken_when_a_quarter_of_a_ring_is_full() -> None:
-    packed = settings_bytes({"critical": 4096, "bulk": 8192, "bulk.1": 8192}, Filters())
+    packed = settings_bytes({"critical": 4096, "bulk": 8192, "bulk.1": 8192})
     assert struct.unpack_from("<2Q", packed, AT["wakeup_bytes"]) == (1024, 2048)
 
 
-def test_while_filters_change_only_what_stays_the_same_is_in_force(
-    programs: MemoryPrograms,
-) -> None:
-    """Half a list would let through, or leave out, what neither of the two lists does."""
-    before = Filters(uids=(1, 2), exclude_comms=("sshd",))
-    kernel = KernelState(programs, Settings(filters=before))
-    during = set()
+def in_force(programs: MemoryPrograms) -> tuple[bytes, dict[tuple[str, bytes], bytes]]:
+    """All that programs judge by: the modes, and the entries, of the generation in force."""
+    modes = bytes(mode(programs, name) for name in MODE_AT)
+    generation = programs.memory("settings")[AT["generation"]]
+    return modes, {
+        (map, key): value
+        for (map, key), value in programs.filters.items()
+        if key[GENERATION_AT.get(map, 8)] == generation
+    }
+
+
+def test_filters_change_by_one_store(programs: MemoryPrograms) -> None:
+    """Until then all of the old ones are in force, and from then on all of the new ones.
+
+    Also with each change after the first, which finds the entries of earlier ones in its way.
+    """
+    every = (
+        Filters(uids=(1, 2), exclude_comms=("sshd",), exes=("/bin/sh",), ports=(80,)),
+        Filters(uids=(2, 3), exclude_comms=("sshd",), path_prefixes=("/etc",), pids=(5,)),
+        Filters(exclude_uids=(1,), exclude_path_prefixes=("/etc",), exclude_cgroups=(7,)),
+        Filters(),
+    )
+    kernel = KernelState(programs, Settings(filters=every[0]))
+    seen = []
     update, delete = programs.update, programs.delete
 
     def watched(map: str, key: bytes, value: bytes) -> None:
-        during.add((mode(programs, "filter_uid"), mode(programs, "filter_comm")))
         update(map, key, value)
+        seen.append(in_force(programs))
 
     def watched_delete(map: str, key: bytes) -> None:
-        during.add((mode(programs, "filter_uid"), mode(programs, "filter_comm")))
         delete(map, key)
+        seen.append(in_force(programs))
 
     programs.update, programs.delete = watched, watched_delete  # type: ignore[method-assign]
-    kernel.set_filters(Filters(uids=(2, 3), exclude_comms=("sshd",)))
-    assert during == {(OFF, EXCLUDE)}
-    assert (mode(programs, "filter_uid"), mode(programs, "filter_comm")) == (INCLUDE, EXCLUDE)
+    for filters in (*every[1:], *every):
+        before = in_force(programs)
+        seen.clear()
+        kernel.prepare_filters(filters)
+        assert all(one == before for one in seen)
+        assert in_force(programs) == before
+        kernel.use_filters()
+        modes, entries = in_force(programs)
+        assert modes == filter_modes_bytes(filters)
+        names = {name for name, value in msgspec.structs.asdict(filters).items() if value}
+        assert len(entries) == sum(len(getattr(filters, name)) for name in names)
     kernel.close()
 
 
-def test_filters_that_the_kernel_refuses_leave_what_stays_the_same(
-    programs: MemoryPrograms,
-) -> None:
+def test_filters_that_the_kernel_refuses_leave_those_before(programs: MemoryPrograms) -> None:
     kernel = KernelState(programs, Settings(filters=Filters(uids=(1,), ports=(80,))))
 
     def refuse(map: str, key: bytes, value: bytes) -> None:
@@ -100,19 +142,22 @@ def test_filters_that_the_kernel_refuses_leave_what_stays_the_same(
     programs.update = refuse  # type: ignore[method-assign]
     with pytest.raises(KernelError, match="cannot set the filters: Argument list too long"):
         kernel.set_filters(Filters(uids=(5,), ports=(80,)))
-    assert (mode(programs, "filter_uid"), mode(programs, "filter_port")) == (OFF, INCLUDE)
+    assert (mode(programs, "uid"), mode(programs, "port")) == (INCLUDE, INCLUDE)
+    assert {key[0] for map, key in in_force(programs)[1] if map == "filter_uids"} == {1}
     kernel.close()
 
 
 def test_a_path_is_matched_over_all_its_length() -> None:
-    ((name, key, value),) = filter_entries(Filters(exclude_path_prefixes=("/etc/",)))
+    filters = Filters(exclude_path_prefixes=("/etc/",))
+    ((name, key, value),) = filter_entries(filters, 1, {})
     assert (name, value) == ("filter_paths", b"\x02")
-    assert key == struct.pack("<I", 8 * 5) + b"/etc/".ljust(256, b"\0")
+    assert key == struct.pack("<IB", 8 * 6, 1) + b"/etc/".ljust(255, b"\0")
 
 
 def test_what_is_kept_within_what_is_left_out_is_left_out() -> None:
     filters = Filters(path_prefixes=("/a/b/", "/c/"), exclude_path_prefixes=("/a/",))
-    kept = [key[4:].rstrip(b"\0") for _, key, value in filter_entries(filters) if value == b"\x01"]
+    entries = filter_entries(filters, 0, {})
+    kept = [key[5:].rstrip(b"\0") for _, key, value in entries if value == b"\x01"]
     assert kept == [b"/c/"]
 
 
@@ -129,7 +174,24 @@ def test_a_file_is_known_by_inode_and_device(tmp_path: Path) -> None:
 
 def test_an_executable_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r'filters.exes\[0\]: found "/no/such": No such file'):
-        filter_entries(Filters(exes=("/no/such",)))
+        executables(Filters(exes=("/no/such",)), {"/no/such": (1, 2)})
+
+
+def test_an_executable_that_is_out_of_reach_is_the_one_that_it_was(tmp_path: Path) -> None:
+    """Where a directory is root's alone, the agent cannot look once it is another user."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    filters = Filters(exes=(f"{closed}/program",))
+    user = os.geteuid()
+    if not user:
+        os.seteuid(65534)
+    try:
+        found = executables(filters, {f"{closed}/program": (1, 2)})
+        with pytest.raises(ConfigError, match="Permission denied"):
+            executables(filters)
+    finally:
+        os.seteuid(user)
+    assert found == {f"{closed}/program": (1, 2)}
 
 
 # ---------------------------------------------------------------- kinds and sensors
