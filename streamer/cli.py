@@ -18,8 +18,10 @@ from streamer import __version__
 from streamer.errors import ConfigError, StreamerError
 
 if TYPE_CHECKING:
+    from streamer.agent.reloading import Reread
     from streamer.config.loading import Overrides
     from streamer.config.settings import Limits, Settings
+    from streamer.privilege.files import Opener
 
 DEFAULT_CONFIG = Path("/etc/streamer/streamer.toml")
 """Read where it is there and no other is named."""
@@ -130,8 +132,8 @@ def _closed_pipe(command: str) -> int:
     return 1 if command in _JUDGES else 0
 
 
-def plan(arguments: argparse.Namespace) -> Plan:
-    """What `run` with these arguments would do.
+def plan(arguments: argparse.Namespace, opened: Callable[[str], int] | None = None) -> Plan:
+    """What `run` with these arguments would do. `opened` gives a descriptor of the file.
 
     Raises:
         ConfigError: the file or an argument cannot be used.
@@ -141,7 +143,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
     from streamer.events.catalogue import SELECTABLE
     from streamer.kernel.targets import without_target
 
-    settings = _settings(arguments)
+    settings = _settings(arguments, opened)
     limits = Limits(
         duration_seconds=getattr(arguments, "duration", None),
         max_events=getattr(arguments, "max_events", None),
@@ -152,10 +154,13 @@ def plan(arguments: argparse.Namespace) -> Plan:
     return Plan(settings, select(settings.events, SELECTABLE, where, missing), limits)
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(
+    arguments: argparse.Namespace, opened: Callable[[str], int] | None = None
+) -> Settings:
     from streamer.config.loading import load
 
-    return load(_config_of(arguments), _overrides(arguments))
+    given = {} if opened is None else {"opened": opened}
+    return load(_config_of(arguments), _overrides(arguments), **given)
 
 
 def _config_of(arguments: argparse.Namespace) -> Path | None:
@@ -192,6 +197,7 @@ def _kernel(given: Mapping[str, Any]) -> dict[str, Any]:
 def _run(arguments: argparse.Namespace) -> int:
     from streamer.agent import signals
 
+    arguments.config = _config_of(arguments)
     signals.hold()  # before anything that takes long; `run_service` handles them
     chosen = plan(arguments)
     if arguments.dry_run:
@@ -202,7 +208,24 @@ def _run(arguments: argparse.Namespace) -> int:
         return code
     from streamer.agent.run import run_service
 
-    return run_service(chosen.settings, chosen.kinds, chosen.limits)
+    return run_service(chosen.settings, chosen.kinds, chosen.limits, reread=_reread(arguments))
+
+
+def _reread(arguments: argparse.Namespace) -> Reread | None:
+    """How the configuration is read again, if it is in a file that can be."""
+    from streamer.agent.reloading import Reread
+    from streamer.privilege.files import own_descriptor, regular
+
+    path: Path | None = arguments.config
+    # A pipe has been read to its end.
+    if path is None or not path.is_file() or own_descriptor(str(path)) is not None:
+        return None
+
+    def read(opener: Opener) -> tuple[Settings, frozenset[str]]:
+        chosen = plan(arguments, lambda name: regular(opener.open(name)))
+        return chosen.settings, chosen.kinds
+
+    return Reread(str(path), read)
 
 
 def _profile(arguments: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from streamer.agent.losses import (
 from streamer.events.batch import Batch, Spans
 from streamer.events.kinds import KINDS
 from streamer.events.stream import StreamLoss, StreamRecord
-from streamer.sinks.base import Listener, Sink, Status
+from streamer.sinks.base import Listener, Sink, SinkAccount, Status
 
 Policy = Literal["pause", "drop"]
 _log = logging.getLogger("streamer")
@@ -27,6 +27,9 @@ _log = logging.getLogger("streamer")
 _CRITICAL = frozenset(kind for kind, info in KINDS.items() if info.ring == "critical")
 _NEWEST = 1 << 63
 _MOST_GIVEN_UP = 100
+MOST_HELD = 20_000
+"""Events that are held back for a sink whose predecessor still delivers."""
+_AWAY = "the configuration had no such sink at that time"
 _CRITICAL_SHARE = 5 / 4
 """Of its budget, what a sink may hold before critical events wait, or are lost, as well."""
 
@@ -57,6 +60,12 @@ class Fanout(Listener):
         `loss_record` makes a loss that a sink is to be told into a record for it.
         """
         self.sinks = [sink for sink, _ in sinks]
+        self.leaving: list[Sink] = []
+        """Those that get nothing more, and still deliver what they have."""
+        self.gone: dict[str, SinkAccount] = {}
+        """What became of those that have left, by name."""
+        self.never_told: list[tuple[str, Lost]] = []
+        """What they were to be told, and were not; by name."""
         self.ending = False
         self.stopping = False
         self.failures: list[str] = []
@@ -75,8 +84,75 @@ class Fanout(Listener):
         self._trouble: dict[Sink, str] = {}
         self._anew: set[Sink] = set()
         self._given_up: Counter[str] = Counter()
+        self._held: dict[Sink, list[Batch]] = {}
+        self._away: dict[str, Owed] = {}
         for sink in self.sinks:
             sink.listener = self
+
+    # ------------------------------------------------------------ other sinks
+
+    def change(self, sinks: Sequence[tuple[Sink, Policy]]) -> list[Sink]:
+        """Have these sinks from now on. Those that are not among them any more, which `leave` next.
+
+        A new one is in the place of one that leaves and has its name, or had it: it goes on with
+        that one's account, and is told what was not given to either. What it gets is held back
+        until `begin` if the other one still delivers, so that nothing overtakes.
+        """
+        kept = dict(sinks)
+        left = [sink for sink in self.sinks if sink not in kept]
+        new = [sink for sink in kept if sink not in self._policies]
+        self.sinks, self._policies = list(kept), kept
+        self.leaving += left
+        names = {sink.name for sink in self.leaving}
+        for sink in new:
+            sink.listener = self
+            self._owed[sink] = self._away.pop(sink.name) if sink.name in self._away else Owed()
+            if sink.name in names:
+                self._held[sink] = []
+            elif sink.name in self.gone:
+                _go_on(sink.account, self.gone.pop(sink.name))
+        for sink in left:
+            if sink.name not in {one.name for one in new}:
+                self._away[sink.name] = Owed()
+        if not self.blocked:
+            self._resume()
+        return left
+
+    def left(self, sink: Sink) -> None:
+        """A sink that leaves has stopped. Who has its name now is told what it was not told."""
+        self.leaving.remove(sink)
+        untold = self._owed.pop(sink).untold(_under_way(sink))
+        heir = next((one for one in self.sinks if one.name == sink.name), None)
+        if heir is not None:
+            _go_on(heir.account, sink.account)
+        else:
+            self.gone[sink.name] = sink.account
+            if not self.ended_as_it_should(sink):
+                self.never_told += ((sink.name, one) for one in untold)
+        owed = self._owed[heir] if heir is not None else self._away.get(sink.name)
+        if owed is not None:
+            for one in untold:
+                owed.add(one)
+        self._trouble.pop(sink, None)
+        self._down.discard(sink)
+
+    def begin(self, sink: Sink) -> None:
+        """Give a new sink, which is started, what was held back for it."""
+        for batch in self._held.pop(sink, ()):
+            self._give(sink, batch)
+        self.sink_room(sink)
+
+    def broke(self, sink: Sink, reason: str) -> None:
+        """A sink cannot be started: it gets nothing, and what was held back for it is lost."""
+        self._broken.add(sink)
+        self.begin(sink)
+        self._fail(sink, reason)
+
+    def _holds(self, sink: Sink) -> bool:
+        """Whether as much is held back for it as may be."""
+        return sum(map(len, self._held.get(sink, ()))) >= MOST_HELD
+
+    # ------------------------------------------------------------ what comes
 
     def submit(self, batch: Batch) -> None:
         """Give the batch to every sink that is open; one that may drop and is full loses it.
@@ -84,8 +160,11 @@ class Fanout(Listener):
         What is critical is lost last, and waits last: for that a sink has a quarter of its budget
         more.
         """
+        for owed in self._away.values():
+            owed.add(Lost.of_sink(_events(batch.kinds), _AWAY, batch.spans))
         for sink in self.sinks:
-            if self._policies[sink] == "drop" and sink.watermarks.full and self.is_open(sink):
+            full = sink.watermarks.full or self._holds(sink)
+            if self._policies[sink] == "drop" and full and self.is_open(sink):
                 self._squeeze(sink, batch)
             else:
                 if not self._owed[sink].refused:  # else with the next second: not for each batch
@@ -96,7 +175,7 @@ class Fanout(Listener):
 
     def _squeeze(self, sink: Sink, batch: Batch) -> None:
         reason = f"no room, sink {sink.status}"
-        if _is_over(sink):
+        if _is_over(sink) or sink in self._held:
             self._refuse(sink, batch.kinds, reason, batch.spans)
             return
         critical = batch.only(_CRITICAL)
@@ -105,6 +184,10 @@ class Fanout(Listener):
             self._give(sink, critical)
         self._refuse(sink, rest, reason, batch.spans)
 
+    def tell(self, sink: Sink, *records: StreamRecord) -> None:
+        """Give records of the agent's own to one sink."""
+        self._give(sink, Batch(list(records)))
+
     def publish(self, record: StreamRecord) -> None:
         """Give a record of the agent's own to every sink, also to one that is full."""
         for sink in self.sinks:
@@ -112,7 +195,7 @@ class Fanout(Listener):
 
     def publish_anew(self, record: Callable[[], StreamRecord]) -> None:
         """Give a record to the sinks whose readers lack what was published at the start."""
-        anew, self._anew = self._anew, set()
+        anew, self._anew = self._anew & {*self.sinks}, set()
         for sink in anew:
             self._give(sink, Batch([record()]))
 
@@ -125,7 +208,7 @@ class Fanout(Listener):
     def lose(self, lost: Iterable[Lost]) -> None:
         """Note losses that every sink has to be told, see `publish_owed`."""
         for one in lost:
-            for owed in self._owed.values():
+            for owed in (*self._owed.values(), *self._away.values()):
                 owed.add(one)
 
     def publish_owed(self, *, final: bool = False) -> None:
@@ -191,6 +274,9 @@ class Fanout(Listener):
         if not self.is_open(sink):
             self._refuse(sink, batch.kinds, "closed", batch.spans)
             return
+        if sink in self._held:
+            self._held[sink].append(batch)
+            return
         before = sink.account.received.copy()
         try:
             sink.submit(batch)
@@ -224,7 +310,7 @@ class Fanout(Listener):
         return any(map(self._blocks, self.sinks))
 
     def _blocks(self, sink: Sink) -> bool:
-        full = sink.watermarks.full and self.is_open(sink)
+        full = (sink.watermarks.full or self._holds(sink)) and self.is_open(sink)
         return full and self.pauses(sink)
 
     @property
@@ -248,7 +334,7 @@ class Fanout(Listener):
             self._trouble[sink] = f"{status}: {reason}"
         elif status == "up":
             self._trouble.pop(sink, None)
-        if self.stopping:
+        if self.stopping or sink in self.leaving:
             return
         quiet = status == "closed" and sink.ends_quietly
         if quiet:
@@ -269,7 +355,8 @@ class Fanout(Listener):
 
     def sink_anew(self, sink: Sink) -> None:
         """See `Listener`. With the next second, for the sink is just taking an answer in."""
-        self._anew.add(sink)
+        if sink in self.sinks:
+            self._anew.add(sink)
 
     def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         """See `Listener`."""
@@ -278,7 +365,7 @@ class Fanout(Listener):
             first, last = spans.get(OWN_RECORDS, (0, _NEWEST))
             if not _of_another_run(spans):  # which told it
                 self._owed[sink].dropped(kinds["stream.loss"], first, last)
-        events = {kind: n for kind, n in kinds.items() if not kind.startswith("stream.")}
+        events = _events(kinds)
         if events:
             lost = Lost.of_sink(events, reason, spans)
             self._owed[sink].add(lost)
@@ -290,6 +377,18 @@ class Fanout(Listener):
                 if len(self._given_up) > _MOST_GIVEN_UP and what not in self._given_up:
                     what = f"{sink.name}: {OTHER_REASONS}"
                 self._given_up[what] += lost.count
+
+
+def _events(kinds: Mapping[str, int]) -> dict[str, int]:
+    """Without the records of the stream itself."""
+    return {kind: n for kind, n in kinds.items() if not kind.startswith("stream.")}
+
+
+def _go_on(account: SinkAccount, before: SinkAccount) -> None:
+    """Add what was before, all of which is settled."""
+    account.received.update(before.received)
+    account.delivered.update(before.delivered)
+    account.dropped.update(before.dropped)
 
 
 def _is_over(sink: Sink) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -36,7 +37,7 @@ from streamer.kernel.grace_period import wait_for_programs
 from streamer.kernel.state import KernelState
 from streamer.ring.gaps import Loss
 from streamer.ring.reader import RingReader
-from streamer.sinks.base import Sink
+from streamer.sinks.base import Sink, SinkAccount
 
 _UNREAD = "not read when the agent stopped; those in kinds found no room in the kernel"
 
@@ -52,6 +53,7 @@ class Reporter:
         self._kernel = kernel
         self._reader = reader
         self._filters = filters
+        self._since_ns = 0
         self._counters = KernelCounters(kernel.counters, kernel.kind_counters, kernel.cpus)
         self._ledger = LossLedger(self._counters, {k: info.ring for k, info in KINDS.items()})
         self._payers = Payers(kernel)
@@ -64,6 +66,12 @@ class Reporter:
     def uptime(self) -> float:
         """Seconds since the reporter was made."""
         return time.monotonic() - self._started
+
+    def configured(self, filters: Filters, boot_ns: int) -> None:
+        """What `manifest` tells as in force, and since when, in nanoseconds since boot."""
+        timing = self._envelope.timing
+        self._filters = filters
+        self._since_ns = boot_ns if timing is None else timing.moment(boot_ns)
 
     def counts(self, read: Mapping[str, int]) -> dict[str, KindCounts]:
         """The counts per kind; `read` are the events that came out of the rings."""
@@ -108,9 +116,13 @@ class Reporter:
         ]
 
     def manifest(
-        self, kinds: Iterable[str], sinks: Iterable[Sink], previous: PreviousRun | None
+        self,
+        kinds: Iterable[str],
+        sinks: Iterable[Sink],
+        previous: PreviousRun | None,
+        changes: Sequence[str] = (),
     ) -> StreamManifest:
-        """What is observed of `kinds`, and how; and the run before."""
+        """What is observed of `kinds`, and how; the run before; what has just been changed."""
         system, timing = os.uname(), self._envelope.timing
         return self._envelope.record(
             StreamManifest,
@@ -134,6 +146,8 @@ class Reporter:
             previous=previous,
             kernel_types=self._kernel.types.words,
             shedding=self._kernel.shedding,
+            since_boot_ns=self._since_ns,
+            changes=list(changes),
         )
 
     def heartbeat(
@@ -145,7 +159,7 @@ class Reporter:
             uptime_seconds=round(self.uptime, 3),
             counts=self.counts(read),
             marks=self.marks(),
-            sink_counts={sink.name: sink_counts(sink) for sink in sinks},
+            sink_counts=counts_by_name(sinks),
             reader=self.reader_counts(),
             faults=self.faults(),
             missed=self._kernel.missed(),
@@ -282,26 +296,42 @@ def sink_counts(sink: Sink) -> SinkCounts:
     )
 
 
+def counts_by_name(sinks: Iterable[Sink]) -> dict[str, SinkCounts]:
+    """The accounts of sinks. Of two of one name, of which the later replaces the other, the sum."""
+    found: dict[str, SinkCounts] = {}
+    for sink in sinks:
+        counts = sink_counts(sink)
+        if (before := found.get(sink.name)) is not None:
+            for name in SinkCounts.__struct_fields__:
+                if name != "status":
+                    setattr(counts, name, getattr(counts, name) + getattr(before, name))
+        found[sink.name] = counts
+    return found
+
+
 def account_line(
-    kinds: Mapping[str, KindCounts], sinks: Iterable[Sink], seconds: float, missed: int = 0
+    kinds: Mapping[str, KindCounts],
+    sinks: Iterable[Sink],
+    seconds: float,
+    missed: int = 0,
+    gone: Mapping[str, SinkAccount] = MappingProxyType({}),
 ) -> str:
     """What was produced and what became of it, in one line. Stream records are not counted.
 
-    `missed` are runs of programs that the kernel left out.
+    `missed` are runs of programs that the kernel left out, `gone` the accounts of sinks that the
+    run has no more.
     """
     produced, filtered, shed, lost, read = (
         sum(getattr(counts, name) for counts in kinds.values())
         for name in ("produced", "filtered", "shed", "lost", "read")
     )
     parts = [f"{produced:,} events in {seconds:.1f} s"]
+    for name, account in gone.items():
+        parts.append(f"{name} {settled(account)} until it was taken out")
     for sink in sinks:
-        delivered, dropped = (
-            sum(n for kind, n in counter.items() if not kind.startswith("stream."))
-            for counter in (sink.account.delivered, sink.account.dropped)
-        )
         kept = sum(n for kind, n in sink.kept.items() if not kind.startswith("stream."))
         spooled = f", {kept:,} in the spool" if kept else ""
-        parts.append(f"{sink.name} {delivered:,} delivered, {dropped:,} dropped{spooled}")
+        parts.append(f"{sink.name} {settled(sink.account)}{spooled}")
     parts.append(f"{filtered:,} filtered, {lost:,} lost")
     if shed:
         parts.append(f"{shed:,} shed")
@@ -311,3 +341,12 @@ def account_line(
     if missed:
         parts.append(f"{missed:,} times a program was not run")
     return "; ".join(parts)
+
+
+def settled(account: SinkAccount) -> str:
+    """What a sink delivered and dropped, without the records of the stream itself."""
+    delivered, dropped = (
+        sum(n for kind, n in counter.items() if not kind.startswith("stream."))
+        for counter in (account.delivered, account.dropped)
+    )
+    return f"{delivered:,} delivered, {dropped:,} dropped"

@@ -19,6 +19,7 @@ from streamer.agent import signals
 from streamer.agent.allocator import keep_freed_memory
 from streamer.agent.announcing import announcing
 from streamer.agent.answering import Listeners
+from streamer.agent.reloading import Reloader, Reread
 from streamer.agent.run_file import RunFile
 from streamer.agent.service import Outcome, Service
 from streamer.agent.timing_key import timing_of
@@ -66,11 +67,16 @@ _log = logging.getLogger("streamer")
 
 
 def run_service(
-    settings: Settings, kinds: frozenset[str], limits: Limits, sink: Sink | None = None
+    settings: Settings,
+    kinds: frozenset[str],
+    limits: Limits,
+    sink: Sink | None = None,
+    reread: Reread | None = None,
 ) -> int:
     """Stream `kinds` as `settings` say until a signal, a limit or a closed pipe. The exit code.
 
-    Into `sink` alone, if there is one, whose owner then says what came of it.
+    Into `sink` alone, if there is one, whose owner then says what came of it. `reread` is where
+    the settings are from, and are read from again on SIGHUP.
 
     Raises:
         StreamerError: what kept it from starting, or ended it.
@@ -80,7 +86,7 @@ def run_service(
     line = StatusLine(console) if limits.status and os.isatty(2) else None
     try:
         with logging_to(console, settings.log_level):
-            outcome = _split_and_run(settings, kinds, limits, console, line, sink)
+            outcome = _split_and_run(settings, kinds, limits, console, line, sink, reread)
         undelivered = f"not delivered: {outcome.undelivered}" if outcome.undelivered else ""
         account = outcome.account if sink is None else ""
         for said in filter(None, (undelivered, account)):
@@ -97,6 +103,7 @@ def _split_and_run(
     console: Console,
     line: StatusLine | None,
     sink: Sink | None,
+    reread: Reread | None,
 ) -> Outcome:
     capabilities.require()
     vain = in_vain(settings.kernel, kinds)
@@ -104,7 +111,7 @@ def _split_and_run(
         _log.warning("%s", said)
     with contextlib.ExitStack() as stack:
         terminal = stack.enter_context(_controlling_terminal())  # while there is one
-        split = Split(settings, kinds)
+        split = Split(settings, kinds, reread.path if reread is not None else None)
         stack.callback(split.close)
         kernel = state.load(settings, kinds, split.loader)
         stack.callback(kernel.close)
@@ -125,7 +132,8 @@ def _split_and_run(
             spool = None
         console.start()
         given = Surroundings(
-            line, split, kernel, terminal, notes, timing, sink, listeners, notifier, spool, before
+            *(line, split, kernel, terminal, notes, timing),
+            *(sink, listeners, notifier, spool, before, reread),
         )
         return run_loop(_run(settings, kinds, limits, given))
 
@@ -175,6 +183,8 @@ class Surroundings(NamedTuple):
     spool: Spool | None = None
     before: Before = NOTHING_BEFORE
     """What the spool knows of the runs before."""
+    reread: Reread | None = None
+    """Where the configuration is from."""
 
 
 async def _run(
@@ -186,7 +196,7 @@ async def _run(
         raise ConfigError(f"sinks: found the same one twice among {', '.join(names)}")
     try:
         service = _service(settings, kinds, limits, sinks, given)
-        _handle_signals(service, given)
+        _handle_signals(service, given, _reloader(service, given))
         _watch_helper(service, given.split)
         async with announcing(service, given.notifier):
             with given.listeners.answering(service):
@@ -206,6 +216,21 @@ def _sinks(settings: Settings, given: Surroundings) -> list[Sink]:
     render = _render(settings, given.line)
     chosen = with_budgets(settings.sinks)
     return [_sink(one, host, render, given) for one in chosen]
+
+
+def _reloader(service: Service, given: Surroundings) -> Reloader | None:
+    """What reads the configuration anew, if it is from a file."""
+    if given.reread is None:
+        return None
+
+    def make(chosen: AnySink, settings: Settings) -> Sink:
+        host = host_name(settings.host)
+        for problem in host_problems(settings, host):
+            raise ConfigError(problem)
+        render = _render(settings, given.line) if isinstance(chosen, StdoutSink) else None
+        return make_sink(chosen, host, render, given.split.opener)
+
+    return Reloader(service, given.split, given.reread, make, given.notifier)
 
 
 def _sink(chosen: AnySink, host: str, render: Render | None, given: Surroundings) -> Sink:
@@ -319,7 +344,7 @@ def _watch_helper(service: Service, split: Split) -> None:
     split.client.watch(asyncio.get_running_loop(), gone)
 
 
-def _handle_signals(service: Service, given: Surroundings) -> None:
+def _handle_signals(service: Service, given: Surroundings, reloader: Reloader | None) -> None:
     loop = asyncio.get_running_loop()
     asked = False
 
@@ -335,8 +360,10 @@ def _handle_signals(service: Service, given: Surroundings) -> None:
         # A terminal that is closed sends two, and means what one says.
         if given.terminal is not None and _hung_up(given.terminal):
             service.stop()
-        else:
-            service.reopen()
+            return
+        service.reopen()
+        if reloader is not None:
+            reloader.ask()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background sets it

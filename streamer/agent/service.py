@@ -6,23 +6,25 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from streamer import __version__
-from streamer.agent.fanout import Fanout, policy_of
+from streamer.agent.fanout import Fanout, Policy, policy_of
 from streamer.agent.looks import Looks
 from streamer.agent.losses import Lost
-from streamer.agent.reports import Reporter, account_line
+from streamer.agent.reports import Reporter, account_line, settled
 from streamer.agent.run_file import bounded
 from streamer.agent.shedding import Shedding
-from streamer.config.settings import Limits, Settings
+from streamer.config.settings import Limits, Settings, spool_mode, with_budgets
 from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
-from streamer.events.stream import PreviousRun, StreamManifest, UntoldLoss
+from streamer.events.stream import PreviousRun, StreamHeartbeat, StreamManifest, UntoldLoss
 from streamer.events.timing import Timing
 from streamer.kernel.flows import KIND, FlowWalk
+from streamer.kernel.loader import Attached, Loaded
 from streamer.kernel.state import KernelState, KindStatus
 from streamer.operation.activity import Watch
 from streamer.operation.look import Look, Phase, TopLook
@@ -53,6 +55,36 @@ _UNREPORTED = "flows that were not reported when the agent stopped"
 
 _DELIVERING = 0.75
 """Of the grace period, for delivering what is held; the rest is for telling what was not."""
+
+
+class Change(NamedTuple):
+    """Another configuration for a run, with all that can fail done already.
+
+    `sinks` are in the order of its settings. `sensors` were loaded and attached; `unneeded` are
+    those that nothing asks for any more. `prepared` says whether other filters wait to be used.
+    """
+
+    settings: Settings
+    kinds: frozenset[str]
+    sinks: list[Sink]
+    changes: tuple[str, ...]
+    prepared: bool = False
+    sensors: Mapping[str, tuple[Loaded, Attached] | KernelError] = MappingProxyType({})
+    unneeded: tuple[str, ...] = ()
+
+
+class _Due:
+    """Whether it is time again; the time that is lost in between is not made up for."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def again(self, every: float) -> bool:
+        now = time.monotonic()
+        if now < self._last + every:
+            return False
+        self._last = max(self._last + every, now - every)
+        return True
 
 
 class Outcome(NamedTuple):
@@ -126,12 +158,8 @@ class Service:
         self._summaries = Summaries(kernel, envelope, kinds)
         self._summary: asyncio.Task[None] | None = None
         self._reporter = Reporter(envelope, kernel, self.reader, settings.filters)
-        chosen = settings.sinks
         self.fanout = Fanout(
-            [
-                (sink, policy_of(one.on_full, len(chosen)))
-                for sink, one in zip(sinks, chosen, strict=True)
-            ],
+            _with_policies(sinks, settings),
             pause=self.reader.pause,
             resume=self.reader.resume,
             closed=self.stop,
@@ -141,6 +169,10 @@ class Service:
         """Programs are attached while it is `streaming`."""
         self.ticked = time.monotonic()
         """When it last did what is done every second, by the monotonic clock."""
+        self._partings: set[asyncio.Task[None]] = set()
+        self.changing: asyncio.Task[None] | None = None
+        """What reads the configuration anew, while it does. What is done every second, and asks the
+        helper, waits for it: that loads programs."""
         self._watch = Watch()
         self.shedding = Shedding(
             settings.shedding, envelope, kernel, self.reader, self._reporter, self.fanout
@@ -184,6 +216,106 @@ class Service:
                 sink.reopen()
             except Exception:  # a defect of this sink must not keep the others from it
                 _log.exception("%s could not be opened anew", sink.name)
+
+    # ------------------------------------------------------------ another configuration
+
+    @property
+    def settings(self) -> Settings:
+        """What it goes by now."""
+        return self._settings
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What it observes now."""
+        return self._kinds
+
+    @property
+    def kernel(self) -> KernelState:
+        """What it observes with."""
+        return self._kernel
+
+    def adopt(self, change: Change) -> None:
+        """Go by another configuration from now on. Nothing is waited for, and nothing can fail."""
+        self._adopt_in_kernel(change)
+        self._settings, self._kinds = change.settings, change.kinds
+        for one, sink in zip(with_budgets(change.settings.sinks), change.sinks, strict=True):
+            if spool_mode(one) == "off":
+                sink.set_budget(one.budget)
+        _log.setLevel(change.settings.log_level.upper())
+        self._reporter.configured(
+            change.settings.filters, time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        )
+        manifest = self._reporter.manifest(
+            self._kinds, change.sinks, self._previous, change.changes
+        )
+        self._part(change, manifest)
+        self.fanout.publish(manifest)
+        self._log_coverage()
+
+    def _adopt_in_kernel(self, change: Change) -> None:
+        kernel = self._kernel
+        for sensor, outcome in change.sensors.items():
+            if isinstance(outcome, KernelError):
+                kernel.note_failure(sensor, outcome)
+                continue
+            loaded, attached = outcome
+            kernel.take_loaded(sensor, loaded, change.kinds)
+            kernel.take_attached(sensor, attached)
+        if change.prepared:
+            kernel.use_filters()
+        kernel.want(change.kinds)
+        kernel.enable(change.kinds)
+        kernel.set_sample(change.settings.kernel.sample)
+        for sensor in change.unneeded:
+            kernel.put_away(sensor)
+
+    def _part(self, change: Change, manifest: StreamManifest) -> None:
+        """Exchange the sinks. Those that are none any more have the grace period to deliver."""
+        fanout, names = self.fanout, {sink.name for sink in change.sinks}
+        for sink in fanout.sinks:
+            if sink.name not in names and fanout.is_open(sink):
+                fanout.tell(sink, manifest, self._reporter.heartbeat(self._read, fanout.sinks))
+        for sink in fanout.change(_with_policies(change.sinks, change.settings)):
+            heir = next((one for one in change.sinks if one.name == sink.name), None)
+            parting = asyncio.ensure_future(self._see_off(sink, heir))
+            self._partings.add(parting)
+            parting.add_done_callback(self._partings.discard)
+
+    async def _see_off(self, sink: Sink, heir: Sink | None) -> None:
+        """Let a sink deliver what it has, then begin with its heir; also if this is cancelled."""
+        try:
+            await sink.stop(self._settings.grace_seconds)
+        finally:
+            self.fanout.left(sink)
+            if heir is not None:
+                await self._begin(heir)
+            else:
+                counted = [*self.fanout.leaving, *self.fanout.sinks, sink]
+                self.fanout.publish(self._reporter.heartbeat(self._read, counted))
+                _log.info("%s is taken out: %s", sink.name, settled(sink.account))
+
+    async def _begin(self, sink: Sink) -> None:
+        try:
+            await sink.start()
+        except StreamerError as error:
+            _log.error("%s cannot be started: %s", sink.name, error)
+            self.fanout.broke(sink, str(error))
+        else:
+            self.fanout.begin(sink)
+
+    async def _end_changes(self, seconds: float) -> None:
+        """At the end: give up what is being changed, and let sinks that leave do so."""
+        if self.changing is not None:
+            self.changing.cancel()
+            await asyncio.wait({self.changing})
+        if self._partings:
+            _, late = await asyncio.wait(self._partings, timeout=seconds)
+            for parting in late:
+                parting.cancel()
+            if late:
+                await asyncio.wait(late)
+
+    # ------------------------------------------------------------ a run
 
     async def run(self) -> Outcome:
         """Stream until stopped.
@@ -241,19 +373,23 @@ class Service:
         return "; ".join(filter(None, (self.fanout.undelivered(), *told)))
 
     def _found_untold(self) -> list[UntoldLoss]:
+        found = [
+            (sink.name, one)
+            for sink in self.fanout.sinks
+            if not self.fanout.ended_as_it_should(sink)
+            for one in self.fanout.untold(sink)
+        ]
         return [
             UntoldLoss(
                 self.envelope.run_id,
-                sink.name,
+                name,
                 one.stage,
                 one.count,
                 dict(one.kinds),
                 one.reason,
                 list(one.ranges),
             )
-            for sink in self.fanout.sinks
-            if not self.fanout.ended_as_it_should(sink)
-            for one in self.fanout.untold(sink)
+            for name, one in (*self.fanout.never_told, *found)
         ]
 
     def _note(self) -> PreviousRun:
@@ -290,7 +426,9 @@ class Service:
     def _account(self) -> str:
         reporter = self._reporter
         counts = reporter.counts(self._read)
-        return account_line(counts, self.fanout.sinks, reporter.uptime, reporter.missed_runs)
+        return account_line(
+            counts, self.fanout.sinks, reporter.uptime, reporter.missed_runs, self.fanout.gone
+        )
 
     def _keep_note(self) -> None:
         note = self._note()
@@ -359,17 +497,15 @@ class Service:
                 self._status_line.close()
 
     async def _every_second(self) -> None:
-        every = self._settings.heartbeat_seconds
-        next_heartbeat = time.monotonic() + every
-        next_manifest = time.monotonic() + _MANIFEST_SECONDS
-        next_summary = time.monotonic() + self._settings.summary_seconds
+        heartbeat, manifest, summary = _Due(), _Due(), _Due()
         while True:
             await asyncio.sleep(1)
             self.ticked = time.monotonic()
             self._looks.tick()
             self._watch.roll()
             self.reader.refresh_clock()
-            self._run_timed()
+            if self.changing is None:
+                self._run_timed()
             taken = self._reporter.seqs()
             self._find_losses()
             complete = self._reporter.complete()
@@ -378,20 +514,22 @@ class Service:
             self.fanout.publish_owed()
             self._checkpoint(complete, taken)
             self._log_losses()
-            self._follow_interfaces()
-            self._follow_cpus()
+            if self.changing is None:
+                self._follow_interfaces()
+                self._follow_cpus()
             # What a sink has no room for stays in the tables: the period is longer then.
-            if time.monotonic() >= next_summary and not self.fanout.blocked:
-                next_summary = max(next_summary + self._settings.summary_seconds, time.monotonic())
+            if not self.fanout.blocked and summary.again(self._settings.summary_seconds):
                 self._begin_summary()
-            if time.monotonic() >= next_heartbeat:
-                next_heartbeat = max(next_heartbeat + every, time.monotonic())
+            if heartbeat.again(self._settings.heartbeat_seconds):
                 self.shedding.repeat()
-                self.fanout.publish_if_room(self._reporter.heartbeat(self._read, self.fanout.sinks))
-            if time.monotonic() >= next_manifest:
-                next_manifest += _MANIFEST_SECONDS
+                self.fanout.publish_if_room(self._heartbeat())
+            if manifest.again(_MANIFEST_SECONDS):
                 self.fanout.publish(self._manifest())
             self.fanout.publish_anew(self._manifest)
+
+    def _heartbeat(self, *, final: bool = False) -> StreamHeartbeat:
+        counted = [*self.fanout.leaving, *self.fanout.sinks]
+        return self._reporter.heartbeat(self._read, counted, final=final)
 
     def _run_timed(self) -> None:
         try:
@@ -539,6 +677,7 @@ class Service:
         try:
             if any(sink.waiting and sink.status != "up" for sink in self.fanout.sinks):
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
+            await self._end_changes(grace / 4)
             # Half for reading what is left, so that there is time to deliver it.
             await self._flush_flows(begun + grace / 4)
             await self._drain_rest(begun + grace / 2)
@@ -551,8 +690,7 @@ class Service:
             self.fanout.publish_owed(final=True)
             self.shedding.end()
             self._reporter.watermarks.end(complete)
-            last = self._reporter.heartbeat(self._read, self.fanout.sinks, final=True)
-            self.fanout.publish(last)
+            self.fanout.publish(self._heartbeat(final=True))
             self._finished = True
         finally:
             self.reader.close()
@@ -595,3 +733,10 @@ class Service:
 
     async def _stop_sinks(self, grace: float) -> None:
         await asyncio.gather(*(sink.stop(grace) for sink in self.fanout.sinks))
+
+
+def _with_policies(sinks: list[Sink], settings: Settings) -> list[tuple[Sink, Policy]]:
+    chosen = settings.sinks
+    return [
+        (sink, policy_of(one.on_full, len(chosen))) for sink, one in zip(sinks, chosen, strict=True)
+    ]

@@ -5,9 +5,10 @@ Every mistake is one line, `FILE: KEY: found VALUE, allowed: VALUES`, and ends w
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from streamer.config.rules import problems, unprintable
 from streamer.config.settings import AnySink, Settings, StdoutSink
 from streamer.config.sink_url import parse_sink
 from streamer.errors import ConfigError
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
 
 _AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
@@ -42,14 +48,18 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
 NOTHING = Overrides()
 
 
-def load(path: Path | None, overrides: Overrides = NOTHING) -> Settings:
+def load(
+    path: Path | None, overrides: Overrides = NOTHING, opened: Callable[[str], int] = _open
+) -> Settings:
     """The settings of the TOML file at `path`, if any, and the command line, which wins.
+
+    `opened` gives a descriptor to read a file.
 
     Raises:
         ConfigError: a file that cannot be read, is not TOML, or has a wrong setting; or an
             override that is wrong, or impossible together with the file.
     """
-    data = {} if path is None else _parse(_read(path), str(path))
+    data = {} if path is None else _parse(_read(path, opened), str(path))
     settings = _decode(data, str(path), ())
     if overrides == NOTHING:
         return settings
@@ -88,9 +98,10 @@ def _sinks(settings: Settings, overrides: Overrides) -> tuple[AnySink, ...]:
     )
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, opened: Callable[[str], int]) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open(opened(str(path)), encoding="utf-8") as file:
+            return file.read()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -99,7 +110,7 @@ def _read(path: Path) -> str:
 
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
-        # Line ends as TOML counts them: read_text has already made them all "\n".
+        # Line ends as TOML counts them: reading has already made them all "\n".
         return tomllib.loads(text)
     except RecursionError:
         raise ConfigError(f"{source}: nested too deeply") from None

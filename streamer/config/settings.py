@@ -554,6 +554,11 @@ class SinkCommon(Section, tag_field="type", omit_defaults=True, frozen=True, kw_
         """Its budget in bytes: that of an only sink, if none was given."""
         return self.budget_bytes or ONLY_BUDGET
 
+    @property
+    def name(self) -> str:
+        """Its URL without options and secrets: what tells it from the other sinks of a run."""
+        raise NotImplementedError
+
 
 class StdoutSink(SinkCommon, tag="stdout", frozen=True, kw_only=True):
     """Events on standard output: readable on a terminal, NDJSON elsewhere."""
@@ -566,6 +571,11 @@ class StdoutSink(SinkCommon, tag="stdout", frozen=True, kw_only=True):
         Literal["auto", "always", "never"],
         doc("Colour of the readable form; `auto` only on a terminal and without `NO_COLOR`."),
     ] = "auto"
+
+    @property
+    def name(self) -> str:
+        """See `SinkCommon`."""
+        return "stdout"
 
 
 class FileSink(SinkCommon, tag="file", frozen=True, kw_only=True):
@@ -608,6 +618,11 @@ class FileSink(SinkCommon, tag="file", frozen=True, kw_only=True):
     ] = 1.0
 
     @property
+    def name(self) -> str:
+        """See `SinkCommon`."""
+        return f"file:{self.path}"
+
+    @property
     def rotates(self) -> bool:
         """Whether the agent rotates the file itself."""
         return self.rotate_bytes is not None or self.rotate_seconds is not None
@@ -645,6 +660,12 @@ class KafkaSink(SinkCommon, tag="kafka", frozen=True, kw_only=True):
     ] = 30.0
     tls: Annotated[Tls | None, doc("TLS, when the table is there, even if empty.")] = None
     sasl: Annotated[Sasl | None, doc("SASL, when the table is there.")] = None
+
+    @property
+    def name(self) -> str:
+        """See `SinkCommon`."""
+        scheme = "kafkas" if self.tls else "kafka"
+        return f"{scheme}://{','.join(self.bootstrap)}/{self.topic}"
 
 
 class MqttSink(SinkCommon, tag="mqtt", frozen=True, kw_only=True):
@@ -688,6 +709,12 @@ class MqttSink(SinkCommon, tag="mqtt", frozen=True, kw_only=True):
         PositiveSeconds, doc("Longest wait for an answer of the broker.")
     ] = 30.0
     tls: Annotated[Tls | None, doc("TLS, when the table is there, even if empty.")] = None
+
+    @property
+    def name(self) -> str:
+        """See `SinkCommon`."""
+        scheme = "mqtts" if self.tls else "mqtt"
+        return f"{scheme}://{self.host}:{self.port}/{self.topic}"
 
 
 AnySink = StdoutSink | FileSink | KafkaSink | MqttSink

@@ -146,7 +146,9 @@ class PreviousRun(Struct, gc=False):
 
 
 class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
-    """What is observed, what is not, and why. Sent at the start, hourly, to a topic made anew."""
+    """What is observed, what is not, and why. Sent at the start, hourly, when it changes, and to a
+    topic made anew.
+    """
 
     agent: Annotated[str, Meta(description="version of the agent")]
     agent_pid: Annotated[
@@ -201,6 +203,21 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
             "`headers` or `none`, with the place, and why from no better one"
         ),
     ] = ""
+    since_boot_ns: Annotated[
+        Count,
+        Meta(
+            description="since when kinds, filters and sampling are as told here, in nanoseconds "
+            "since boot: what happened later was judged by them, and what happened more than a "
+            "moment before by those of the manifest before; 0: since the start"
+        ),
+    ] = 0
+    changes: Annotated[
+        list[str],
+        Meta(
+            description="what a reload of the configuration has just changed, in words; empty in "
+            "all other manifests"
+        ),
+    ] = field(default_factory=list)
 
 
 class KindCounts(Struct, gc=False):

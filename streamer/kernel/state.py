@@ -39,6 +39,7 @@ from streamer.kernel.loader import (
     OBJECTS,
     TIMED,
     Attached,
+    Loaded,
     Loader,
     ProgramState,
     Transport,
@@ -545,6 +546,9 @@ class KernelState:
         self._states: dict[str, list[ProgramState]] = {}  # kept for the last reports
         self._attached: dict[str, Attached] = {}
         self._loaded: list[str] = []
+        self._wanted: frozenset[str] = frozenset()
+        self.loaded_for: dict[str, frozenset[str]] = {}
+        """The sensors that are loaded, each with the kinds that were wanted then."""
         self._tables: dict[str, int] = {}  # of sensors: the descriptors of their maps
         self._missed_now: Counter[str] = Counter()
         self._missed_before: Counter[str] = Counter()  # of what was unloaded
@@ -704,6 +708,13 @@ class KernelState:
             raise KernelError(f"cannot set the filters: {error.strerror}") from error
         self._files = files
 
+    def files_have_changed(self, filters: Filters) -> bool:
+        """Whether a path of an executable in `filters` is another file than before.
+
+        Raises as `prepare_filters` does.
+        """
+        return executables(filters, self._files) != self._files
+
     def use_filters(self) -> None:
         """Judge each event that begins from now on by what was prepared.
 
@@ -715,7 +726,7 @@ class KernelState:
 
     def want(self, kinds: Collection[str]) -> None:
         """Load what these kinds need with the sensors from now on, and nothing that others need."""
-        self._options |= wanting(kinds)
+        self._wanted = frozenset(kinds)
 
     def enable(self, kinds: Collection[str]) -> None:
         """Report `kinds` from now on, and no others."""
@@ -749,17 +760,36 @@ class KernelState:
         if sensor in self._loaded:
             raise KernelError(f"{sensor} is loaded already")
         try:
-            self._check_contract(sensor)
-            loaded = self._loader.load(sensor, self._options)
+            loaded = self.fetch(sensor, self._wanted)
         except KernelError as error:
-            self._states[sensor] = [
-                ProgramState(program.name, program.hook, "", FAILED, str(error))
-                for program in SENSORS[sensor].programs
-            ]
+            self.note_failure(sensor, error)
             raise
+        self.take_loaded(sensor, loaded, self._wanted)
+
+    def fetch(self, sensor: str, kinds: Collection[str]) -> Loaded:
+        """Have a sensor loaded for `kinds`, and change nothing here. In any thread.
+
+        Raises as `load` does.
+        """
+        try:
+            self._check_contract(sensor)
+        except OSError as error:
+            raise KernelError(f"{sensor} cannot be checked: {error.strerror}") from error
+        return self._loader.load(sensor, self._options | wanting(kinds))
+
+    def note_failure(self, sensor: str, error: KernelError) -> None:
+        """A sensor could not be loaded: its programs are told as failed."""
+        self._states[sensor] = [
+            ProgramState(program.name, program.hook, "", FAILED, str(error))
+            for program in SENSORS[sensor].programs
+        ]
+
+    def take_loaded(self, sensor: str, loaded: Loaded, kinds: Collection[str]) -> None:
+        """A sensor was loaded for `kinds`."""
         self._states[sensor] = loaded.programs
         self._tables |= loaded.maps
         self._loaded.append(sensor)
+        self.loaded_for[sensor] = frozenset(kinds)
         if "syscall_places" in loaded.maps:
             self._place_syscalls()
         if "profile_samples_0" in loaded.maps:
@@ -802,8 +832,16 @@ class KernelState:
     def attach_sensor(self, sensor: str) -> None:
         """Attach what was loaded of one sensor."""
         self._number_interfaces()
-        self._attached[sensor] = self._loader.attach(sensor)
-        self._states[sensor] = self._attached[sensor].programs
+        self.take_attached(sensor, self.fetch_attached(sensor))
+
+    def fetch_attached(self, sensor: str) -> Attached:
+        """Have a sensor without interfaces attached, and change nothing here. In any thread."""
+        return self._loader.attach(sensor)
+
+    def take_attached(self, sensor: str, attached: Attached) -> None:
+        """A sensor was attached."""
+        self._attached[sensor] = attached
+        self._states[sensor] = attached.programs
 
     def follow_interfaces(self) -> bool:
         """Attach to interfaces that have come, or come back, since. Whether any came or went.
@@ -859,10 +897,26 @@ class KernelState:
 
     def unload(self, sensor: str) -> None:
         """Detach one sensor and let go of it; the others go on."""
+        self.put_away(sensor)
+        self.let_go(sensor)
+
+    def put_away(self, sensor: str) -> None:
+        """Count a sensor as unloaded, before `let_go` has it done."""
         self.missed()  # its counts go with it
         self._loaded.remove(sensor)
-        self._release(sensor)
+        del self.loaded_for[sensor]
+        self._forget_missed(sensor)
         del self._states[sensor]
+
+    def let_go(self, sensor: str) -> None:
+        """Have a sensor that was put away detached and unloaded. In any thread."""
+        with _what_stays_told():
+            self._loader.unload(sensor)
+
+    def forget(self, sensor: str) -> None:
+        """Undo what was noted of a sensor that could not be loaded."""
+        if sensor not in self._loaded:
+            self._states.pop(sensor, None)
 
     def read(self, map: str) -> list[tuple[bytes, bytes]]:
         """Key and value of every element of a map that a sensor keeps for the agent.
@@ -942,11 +996,13 @@ class KernelState:
                 self._release(sensor)
 
     def _release(self, sensor: str) -> None:
+        self._forget_missed(sensor)
+        self.let_go(sensor)
+
+    def _forget_missed(self, sensor: str) -> None:
         for program in self._states[sensor]:
             self._missed_before[program.name] += self._missed_now.pop(program.name, 0)
         self._attached.pop(sensor, None)
-        with _what_stays_told():
-            self._loader.unload(sensor)
 
     def close(self) -> None:
         """Detach and release everything. Harmless when done already."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import MutableMapping
 from contextlib import suppress
 
@@ -51,6 +52,10 @@ class Notifier:
     def ready(self) -> None:
         """All is attached."""
         self._tell("READY=1")
+
+    def reloading(self) -> None:
+        """The configuration is read anew, until `ready` is told again."""
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         """It ends in order."""

@@ -156,6 +156,18 @@ def open_read(path: str) -> int:
     return fd
 
 
+def regular(fd: int) -> int:
+    """The descriptor, if it is a regular file's; otherwise it is closed.
+
+    Raises:
+        OSError: it is not.
+    """
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a regular file")
+
+
 def read_all(fd: int) -> bytes:
     """What is left to read of a small file; closes the descriptor.
 

@@ -7,6 +7,8 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
+import msgspec
+
 from streamer.config.settings import (
     AnySink,
     FileSink,
@@ -20,22 +22,44 @@ from streamer.errors import ConfigError
 from streamer.privilege.files import PACKED, UNFINISHED, NamedFile, identity, own_descriptor
 
 
-def named_files(settings: Settings) -> tuple[NamedFile, ...]:
+def named_files(settings: Settings, config: str | None = None) -> tuple[NamedFile, ...]:
     """Every file that `settings` name, by absolute path; each once for each use.
+
+    `config` is the file that they are from, if it is to be read again.
 
     Raises:
         ConfigError: two sinks would write to one file.
     """
-    _check_distinct(settings.sinks)
+    check_distinct(settings.sinks)
     files: dict[NamedFile, None] = {}
+    if config is not None:
+        files[_read(config)] = None
     if settings.btf is not None:
         files[_read(settings.btf)] = None
     for sink in settings.sinks:
-        files |= dict.fromkeys(_of_sink(sink))
+        files |= dict.fromkeys(files_of_sink(sink))
     return tuple(file for file in files if own_descriptor(file.path) is None)
 
 
-def _check_distinct(sinks: Sequence[AnySink]) -> None:
+def files_of_sink(sink: AnySink, directory: str | None = None) -> Iterator[NamedFile]:
+    """The files that a sink names, but for descriptors of this process.
+
+    Relative paths are so to `directory`, or to where this process is.
+    """
+    for file in _of_sink(sink):
+        if own_descriptor(file.path) is None:
+            path = os.path.normpath(os.path.join(directory or os.getcwd(), file.path))
+            yield file._replace(path=path)
+
+
+def resolved(sink: AnySink, directory: str) -> AnySink:
+    """A sink to a file with its path from the root."""
+    if not isinstance(sink, FileSink):
+        return sink
+    return msgspec.structs.replace(sink, path=os.path.join(directory, sink.path))
+
+
+def check_distinct(sinks: Sequence[AnySink]) -> None:
     """Refuse one file by two names: links lead to it, or rotation would."""
     seen: dict[object, int] = {}
     for index, sink in enumerate(sinks):
@@ -82,15 +106,15 @@ def _regular(fd: int) -> Iterator[object]:
 def _of_sink(sink: AnySink) -> Iterator[NamedFile]:
     match sink:
         case FileSink():
-            yield NamedFile(os.path.abspath(sink.path), "append", int(sink.mode, 8))
+            yield NamedFile(sink.path, "append", int(sink.mode, 8))
         case KafkaSink():
             yield from _of_tls(sink.tls)
             if sink.sasl is not None and sink.sasl.password_file is not None:
-                yield _read(sink.sasl.password_file)
+                yield NamedFile(sink.sasl.password_file, "read")
         case MqttSink():
             yield from _of_tls(sink.tls)
             if sink.password_file is not None:
-                yield _read(sink.password_file)
+                yield NamedFile(sink.password_file, "read")
 
 
 def exposed_secrets(settings: Settings) -> Iterator[str]:
@@ -119,7 +143,7 @@ def _secrets_of(sink: AnySink) -> Iterator[str]:
 def _of_tls(tls: Tls | None) -> Iterator[NamedFile]:
     if tls is not None:
         names = (tls.ca_file, tls.cert_file, tls.key_file, tls.key_password_file)
-        yield from (_read(name) for name in names if name is not None)
+        yield from (NamedFile(name, "read") for name in names if name is not None)
 
 
 def _read(path: str) -> NamedFile:

@@ -10,15 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 from streamer.config.settings import Settings
 from streamer.errors import PrivilegeError
+from streamer.kernel.loader import Targets
 from streamer.kernel.targets import targets_of
 from streamer.privilege import drop, endure
 from streamer.privilege.channel import MESSAGE_BYTES, MOST_DESCRIPTORS, Channel
 from streamer.privilege.client import HelperClient, RemoteLoader, RemoteOpener
+from streamer.privilege.files import NamedFile
 from streamer.privilege.named import named_files
 
 HELPER = os.path.join(os.path.dirname(__file__), "__main__.py")
@@ -39,13 +41,16 @@ class Helped(NamedTuple):
     client: HelperClient
     loader: RemoteLoader
     opener: RemoteOpener
+    files: frozenset[NamedFile]
+    targets: Mapping[str, Targets]
+    """What the helper was told."""
 
 
 class Split:
     """The worker's side of a split that has begun: the helper runs, and `drop` ends it."""
 
-    def __init__(self, settings: Settings, kinds: Set[str]) -> None:
-        """Import what the worker will need, and start the helper.
+    def __init__(self, settings: Settings, kinds: Set[str], config: str | None = None) -> None:
+        """Import what the worker will need, and start the helper, see `with_helper`.
 
         Raises:
             ConfigError: there is no such user as the settings name.
@@ -55,7 +60,9 @@ class Split:
         preload(settings)
         for said in endure.endure(settings.oom_score_adj, settings.nice):
             _log.warning("%s", said)
-        self.client, self.loader, self.opener = with_helper(settings, kinds)
+        self.directory = os.getcwd()  # it is another one when privileges are given up
+        helped = with_helper(settings, kinds, config)
+        self.client, self.loader, self.opener, self.files, self.targets = helped
 
     def drop(self, *, answers: bool = False) -> None:
         """Give up every privilege of this process, see `drop_privileges`. Raises PrivilegeError."""
@@ -68,20 +75,24 @@ class Split:
         self.client.close()
 
 
-def with_helper(settings: Settings, kinds: Set[str]) -> Helped:
+def with_helper(settings: Settings, kinds: Set[str], config: str | None = None) -> Helped:
     """Start a helper for a configuration, whose files it is told, and what `kinds` attach to.
+
+    `config` is the configuration's own file, if that may be read again.
 
     Raises:
         StreamerError: it does not start.
     """
-    files = named_files(settings)
+    files = named_files(settings, config)
+    targets = targets_of(settings.kernel, kinds)
     client = start_helper()
     try:
-        client.set_up(files, targets_of(settings.kernel, kinds), headers_of(settings))
+        client.set_up(files, targets, headers_of(settings))
     except BaseException:
         client.close()
         raise
-    return Helped(client, RemoteLoader(client, files), RemoteOpener(client, files))
+    loader, opener = RemoteLoader(client, files), RemoteOpener(client, files)
+    return Helped(client, loader, opener, frozenset(files), targets)
 
 
 def headers_of(settings: Settings) -> str:

@@ -180,6 +180,10 @@ class Sink(ABC):
         What is submitted next, the account that names it, then has the rest of the time.
         """
 
+    def set_budget(self, budget_bytes: int) -> None:
+        """Hold at most so much from now on."""
+        self.watermarks.high, self.watermarks.low = budget_bytes, budget_bytes // 2
+
     def reopen(self) -> None:  # noqa: B027 - most sinks have nothing to open
         """Open anew what was opened by name: whoever rotates files asks for it."""
 

@@ -82,7 +82,7 @@ class FileSink(WriterSink):
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Nothing is opened before `start`. `clock` gives seconds since the epoch."""
-        super().__init__(f"file:{settings.path}", settings.budget)
+        super().__init__(settings.name, settings.budget)
         self._settings = settings
         self._opener = opener
         self._clock = clock

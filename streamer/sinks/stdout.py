@@ -30,7 +30,7 @@ class StdoutSink(WriterSink):
         """`render` makes what is written for a batch; by default its lines in the encoding of
         `settings`, where `auto` means JSON.
         """
-        super().__init__("stdout", settings.budget)
+        super().__init__(settings.name, settings.budget)
         self._fd = fd
         self._render = render
         self._encoding: Encoding = "json" if settings.encoding == "auto" else settings.encoding

@@ -124,9 +124,7 @@ class KafkaSink(Sink):
 
     def __init__(self, settings: Settings, *, host: str, opener: Opener = DIRECT) -> None:
         """`host` is the key of every record; `opener` opens certificates and secrets."""
-        scheme = "kafkas" if settings.tls else "kafka"
-        name = f"{scheme}://{','.join(settings.bootstrap)}/{settings.topic}"
-        super().__init__(name, settings.budget)
+        super().__init__(settings.name, settings.budget)
         self._settings = settings
         self._opener = opener
         self._key = host.encode()

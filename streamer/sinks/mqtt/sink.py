@@ -117,9 +117,7 @@ class MqttSink(Sink):
         Raises:
             ConfigError: a secret or certificate cannot be read.
         """
-        scheme = "mqtts" if settings.tls else "mqtt"
-        name = f"{scheme}://{settings.host}:{settings.port}/{settings.topic}"
-        super().__init__(name, settings.budget)
+        super().__init__(settings.name, settings.budget)
         self._settings = settings
         self._opener = opener
         # Read now as well: one that is wrong from the start is the configuration's mistake.
