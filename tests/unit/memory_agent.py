@@ -7,6 +7,7 @@ as soon as it has attached. No privileges are needed, and none given up.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -18,7 +19,9 @@ from streamer import cli
 from streamer.agent import run
 from streamer.config.settings import Settings
 from streamer.kernel import capabilities, state
+from streamer.kernel.loader import Targets
 from streamer.privilege.files import DIRECT
+from streamer.privilege.named import named_files
 from tests.memory_kernel import MemoryKernel
 
 
@@ -38,8 +41,13 @@ class Client:
 class OneProcess:
     """In place of `Split`: no helper, and nothing is given up."""
 
-    def __init__(self, settings: Settings, kinds: Collection[str]) -> None:
+    def __init__(
+        self, settings: Settings, kinds: Collection[str], config: str | None = None
+    ) -> None:
         self.client, self.loader, self.opener = Client(), None, DIRECT
+        self.files = frozenset(named_files(settings, config))
+        self.targets: dict[str, Targets] = {}
+        self.directory = os.getcwd()
 
     def drop(self, *, answers: bool = False) -> None:
         pass
