@@ -302,7 +302,7 @@ class Fanout(Listener):
 
     def pauses(self, sink: Sink) -> bool:
         """Whether reading waits for it when it is full."""
-        return self._policies[sink] == "pause"
+        return self._policies.get(sink) == "pause"
 
     @property
     def blocked(self) -> bool:

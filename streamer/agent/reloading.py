@@ -97,6 +97,7 @@ class Reloader:
 
     async def _once(self) -> None:
         service, kernel = self._service, self._service.kernel
+        await service.see_off_all()  # what one left is taken up by the next, one after the other
         settings, kinds = await asyncio.to_thread(self._reread.read, self._split.opener)
         found = self._planned(settings, kinds)
         filters = found.filters or kernel.files_have_changed(settings.filters)
@@ -110,10 +111,11 @@ class Reloader:
         sinks: list[Sink] = []
         try:
             sinks = self._sinks(settings, found)
-            if filters:
-                await asyncio.to_thread(kernel.prepare_filters, settings.filters)
-            for sensor in found.load:
-                sensors[sensor] = await self._load(sensor, kinds)
+            with self._loading():
+                if filters:
+                    await asyncio.to_thread(kernel.prepare_filters, settings.filters)
+                for sensor in found.load:
+                    sensors[sensor] = await self._load(sensor, kinds)
             await self._start(sinks)
         except asyncio.CancelledError:  # the run ends, and with it what was loaded
             await self._drop(sinks)
@@ -125,8 +127,17 @@ class Reloader:
         change = Change(settings, kinds, sinks, changes, filters, sensors, found.unload)
         service.adopt(change)
         _log.info("%s was read anew: %s", self._reread.path, "; ".join(changes))
-        for sensor in found.unload:
-            await asyncio.to_thread(kernel.let_go, sensor)
+        with self._loading():
+            for sensor in found.unload:
+                await asyncio.to_thread(kernel.let_go, sensor)
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        self._service.loading = True
+        try:
+            yield
+        finally:
+            self._service.loading = False
 
     def _planned(self, settings: Settings, kinds: frozenset[str]) -> Plan:
         """Raises ConfigError: with all that forbids it."""

@@ -171,8 +171,9 @@ class Service:
         """When it last did what is done every second, by the monotonic clock."""
         self._partings: set[asyncio.Task[None]] = set()
         self.changing: asyncio.Task[None] | None = None
-        """What reads the configuration anew, while it does. What is done every second, and asks the
-        helper, waits for it: that loads programs."""
+        """What reads the configuration anew, while it does."""
+        self.loading = False
+        """Whether the helper is kept busy: what is asked of it every second is left out then."""
         self._watch = Watch()
         self.shedding = Shedding(
             settings.shedding, envelope, kernel, self.reader, self._reporter, self.fanout
@@ -233,6 +234,11 @@ class Service:
     def kernel(self) -> KernelState:
         """What it observes with."""
         return self._kernel
+
+    async def see_off_all(self) -> None:
+        """Wait until every sink that was taken out has ended: for the grace period at most."""
+        if self._partings:
+            await asyncio.wait(self._partings)
 
     def adopt(self, change: Change) -> None:
         """Go by another configuration from now on. Nothing is waited for, and nothing can fail."""
@@ -504,7 +510,7 @@ class Service:
             self._looks.tick()
             self._watch.roll()
             self.reader.refresh_clock()
-            if self.changing is None:
+            if not self.loading:
                 self._run_timed()
             taken = self._reporter.seqs()
             self._find_losses()
@@ -514,7 +520,7 @@ class Service:
             self.fanout.publish_owed()
             self._checkpoint(complete, taken)
             self._log_losses()
-            if self.changing is None:
+            if not self.loading:
                 self._follow_interfaces()
                 self._follow_cpus()
             # What a sink has no room for stays in the tables: the period is longer then.

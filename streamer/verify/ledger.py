@@ -151,7 +151,7 @@ class Ledger:
             run.set_clock(line)
         run.saw(line)
         if isinstance(record, Manifest):
-            run.take_manifest(record)
+            run.take_manifest(record, self._sinks)
             if record.previous is not None:
                 self._take_previous(run, record.previous)
         elif isinstance(record, Heartbeat):

@@ -10,7 +10,7 @@ VERSION = 1
 """Of the layout. A field more is no other version: readers ignore what they do not know."""
 
 Count = Annotated[int, Meta(ge=0)]
-End = Literal["ended", "undelivered", "killed", "open"]
+End = Literal["ended", "undelivered", "killed", "left", "open"]
 
 
 class Span(Struct, frozen=True):
@@ -116,8 +116,9 @@ class Run(Struct, frozen=True):
     end: Annotated[
         End,
         Meta(
-            description="ended: with its final account; undelivered, killed: as the run after it "
-            "says; open: it goes on, or nobody says what became of it"
+            description="ended: with its final account; left: it has no such sink any more, and "
+            "goes on without; undelivered, killed: as the run after it says; open: it goes on, or "
+            "nobody says what became of it"
         ),
     ]
     first_ns: Annotated[int, Meta(description="time of its first record, since the epoch")]

@@ -76,8 +76,18 @@ class Run:
             if len(self.steps) < MOST_STEPS:
                 self.steps.append(report.ClockStep(line.boot_ns, line.time_ns, step))
 
-    def take_manifest(self, manifest: Manifest) -> None:
-        """What the run says of itself."""
+    def take_manifest(self, manifest: Manifest, ours: tuple[str, ...] = ()) -> None:
+        """What the run says of itself. `ours`: how the names of sinks end that are read.
+
+        After a reload of its configuration it may have none of these any more, or have one again.
+        """
+        had, has = (
+            any(one.endswith(ours) for one in sinks) for sinks in (self.sinks, manifest.sinks)
+        )
+        if ours and had and not has and self.end == "open":
+            self.end = "left"
+        elif has and self.end == "left":
+            self.end = "open"
         self.agent = manifest.agent
         self.sinks = manifest.sinks
 
@@ -140,7 +150,7 @@ class Run:
         own = self.tracks.get((OWN, 0))
         linear = len(self.lanes) <= 1
         begun = own is not None and 1 in own.seen and (whole or linear)
-        over = self.end in ("ended", "undelivered")
+        over = self.end in ("ended", "undelivered", "left")
         outcomes = self._explained(over, begun, linear)
         places = [one.reported(killed=self.end == "killed") for one in outcomes.values()]
         kinds = self._accounts(over, begun, linear)
@@ -292,6 +302,8 @@ def _missing_of_own(own: Track | None, begun: bool) -> int:
 def previous_of(runs: Mapping[str, Run], previous: Previous) -> None:
     """Note, of the run that a manifest tells of, how it ended."""
     before = runs.get(previous.run_id)
+    if before is not None and before.end == "left":
+        return
     if before is not None and previous.ended in ("undelivered", "killed"):
         before.end = "killed" if previous.ended == "killed" else "undelivered"
     elif before is not None and before.end == "open" and previous.ended == "delivered":

@@ -13,6 +13,7 @@ MOST_GAPS = 10
 
 _ENDS = {
     "ended": "ended with its account",
+    "left": "goes on without this sink",
     "undelivered": "ended, and could not deliver all",
     "killed": "was killed",
     "open": "no end",

@@ -244,6 +244,7 @@ def test_a_sink_goes_and_comes_back(scope: Scope, tmp_path: Path) -> None:
         assert f"sinks: {name} gone" in line
         scope.act(open_missing, f"{base}/second/", 2 * EACH)
         agent.wait_for(b"stream.heartbeat")
+        assert "goes on without this sink" in verified(other)
         agent.write(sinks=both, **wanted)
         assert f"sinks: {name} new" in agent.reload()
         scope.act(open_missing, f"{base}/third/", 3 * EACH)
