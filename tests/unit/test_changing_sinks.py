@@ -16,7 +16,7 @@ from streamer.events.batch import kind_of
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
 from tests.memory_kernel import MemoryPrograms
-from tests.unit.test_service import ALL, Run, Runs, runs, until
+from tests.unit.test_service import ALL, GENERATION_AT, Run, Runs, runs, until
 
 __all__ = ["runs"]
 
@@ -209,12 +209,12 @@ async def test_filters_and_times_change_at_once(runs: Runs) -> None:
     programs: MemoryPrograms = run.programs
     filters = Filters(pids=(77,))
     run.kernel.prepare_filters(filters)
-    before = programs.memory("settings")[16]
+    before = programs.memory("settings")[GENERATION_AT]
     settings = msgspec.structs.replace(
         run.service.settings, filters=filters, heartbeat_seconds=1.0, grace_seconds=3.0
     )
     change(run, *run.sinks, settings=settings, prepared=True)
-    assert struct.unpack_from("<Q", programs.memory("settings"), 16) == (1 - before,)
+    assert struct.unpack_from("<Q", programs.memory("settings"), GENERATION_AT) == (1 - before,)
     assert run.of("stream.manifest")[-1].filters == {"pids": ["77"]}
     await until(lambda: len(run.of("stream.heartbeat")) == 2)
     await run.stop()

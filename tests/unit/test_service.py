@@ -26,11 +26,12 @@ from streamer.events.batch import Batch, kind_of
 from streamer.events.kinds import KINDS
 from streamer.events.stream import PreviousRun, UntoldLoss
 from streamer.events.summaries import XdpCounters
-from streamer.kernel.objects import SENSORS
+from streamer.kernel.objects import CONTRACT, SENSORS
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
 from tests.memory_kernel import INITIAL_MNTNS, MemoryKernel, MemoryPrograms
 
+GENERATION_AT = next(at for name, at, _ in CONTRACT["settings"] if name == "generation")
 ALL = frozenset(KINDS)
 TINY = Rings(critical_bytes=4096, bulk_bytes=4096)
 
@@ -1257,7 +1258,7 @@ def test_filters_that_change_leave_only_the_new_ones() -> None:
     programs = MemoryPrograms()
     kernel = MemoryKernel(Settings(filters=Filters(uids=(1, 2))), ALL, programs)
     kernel.set_filters(Filters(uids=(2,), exclude_pids=(7,)))
-    generation = programs.memory("settings")[16]
+    generation = programs.memory("settings")[GENERATION_AT]
     in_force = {key: v for key, v in programs.filters.items() if key[1][8] == generation}
     assert in_force == {
         ("filter_uids", struct.pack("<QQ", 2, generation)): b"\x01",
