@@ -32,12 +32,12 @@ def named_files(settings: Settings, config: str | None = None) -> tuple[NamedFil
     """
     check_distinct(settings.sinks)
     files: dict[NamedFile, None] = {}
-    if config is not None:
-        files[_read(config)] = None
     if settings.btf is not None:
         files[_read(settings.btf)] = None
     for sink in settings.sinks:
         files |= dict.fromkeys(files_of_sink(sink))
+    if config is not None:
+        files[_read(config)] = None
     return tuple(file for file in files if own_descriptor(file.path) is None)
 
 

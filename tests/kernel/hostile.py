@@ -206,6 +206,17 @@ class Attempts:
         # The one file that the configuration names is its sink's: it can be written, not read.
         fds = named(channel, 0)
         self.attempt("read the sink's target", lambda: os.read(fds[0], 1))
+        # The configuration itself, for a reload: it can be read, and not written. There is no more.
+        fds = named(channel, 1)
+        self.attempt("read the configuration", lambda: os.read(fds[0], 1))
+        self.attempt("write the configuration", lambda: os.write(fds[0], b"x"))
+        self.attempt("cut the configuration", lambda: os.ftruncate(fds[0], 0))
+        rotate = {"request": "rotate", "id": 1, "index": 1, "keep": 1}
+        self.results["helper: rotate the configuration"] = asked(
+            channel, json.dumps(rotate).encode()
+        )
+        third = {"request": "open", "id": 1, "index": 2}
+        self.results["helper: a third file"] = asked(channel, json.dumps(third).encode())
         alive = {"request": "proc", "id": 2, "pid": os.getpid(), "name": "comm"}
         self.results["helper: alive"] = asked(channel, json.dumps(alive).encode())
 

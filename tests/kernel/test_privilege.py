@@ -463,12 +463,14 @@ ELSEWHERE = ("memory", "environment")
 
 def expected_of(attempt: str) -> set[str]:
     """What an attempt has to end with."""
-    if attempt == "helper: alive":
+    if attempt in ("helper: alive", "read the configuration"):
         return {"done"}
     if attempt.startswith("helper: "):
         return {"Refused"}
-    if attempt == "read the sink's target":
+    if attempt in ("read the sink's target", "write the configuration"):
         return {"EBADF"}
+    if attempt == "cut the configuration":
+        return {"EINVAL"}
     if attempt == "where it was started":
         return {"ENOENT"}
     if attempt == "clone3":
