@@ -54,8 +54,8 @@ def written(page: str, rows: Mapping[str, Row]) -> str:
     old, ended, after = rest.partition(END)
     assert ended, f"{PAGE} has no place for the table"
     lines = {fault_of(line): line for line in old.splitlines() if line.startswith("| ")}
-    for head in (HEAD[0], "---"):
-        lines.pop(head, None)
+    for title in (HEAD[0], "---"):
+        lines.pop(title, None)
     for row in rows.values():
         key = next((fault for fault in lines if fault == fault_of(row.line)), None)
         lines[key or fault_of(row.line)] = row.line
