@@ -51,6 +51,7 @@ FIXED: Mapping[str, str] = {
     "metrics": _LISTENS,
     "control": _LISTENS,
     "spool": "the spool was opened with privileges, at the start",
+    "shedding": "what is measured, and the rates, are those of the start",
 }
 """Why a setting, or a section, cannot be changed while the agent runs."""
 

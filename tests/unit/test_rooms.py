@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "streamer"
 
 BELOW = {
-    "cli": {"agent", "verify", "terminal", "operation", "kernel", "config", "events"},
+    "cli": {"agent", "verify", "terminal", "operation", "privilege", "kernel", "config", "events"},
     "agent": {
         *("summaries", "profiles", "terminal", "operation", "spool", "sinks", "ring"),
         *("privilege", "kernel", "config", "events"),
