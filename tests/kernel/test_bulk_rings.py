@@ -62,8 +62,9 @@ def opens_by_cpu(recording: Recording) -> Counter[str]:
     return found
 
 
-@pytest.mark.every_kernel
-@pytest.mark.parametrize("transport", ["auto", "perf"])
+@pytest.mark.parametrize(
+    "transport", [pytest.param("auto", marks=pytest.mark.every_kernel), "perf"]
+)
 def test_each_cpu_has_its_own(scope: Scope, tmp_path: Path, transport: str) -> None:
     """Perf buffers are each CPU's anyway, and hold what the ring buffers would have together."""
     config = CONFIG.format(total=8 << 20) + f'transport = "{transport}"\n'

@@ -45,8 +45,9 @@ def marks_of(recording: Recording) -> dict[tuple[str, int], list[int]]:
     return found
 
 
-@pytest.mark.every_kernel
-@pytest.mark.parametrize("transport", ["auto", "perf"])
+@pytest.mark.parametrize(
+    "transport", [pytest.param("auto", marks=pytest.mark.every_kernel), "perf"]
+)
 def test_nothing_older_follows(scope: Scope, tmp_path: Path, transport: str) -> None:
     config = f'heartbeat_seconds = 1\n[rings]\ntransport = "{transport}"\n'
     stop = tmp_path / "stop"
