@@ -56,12 +56,16 @@ _log = logging.getLogger("streamer")
 class _Held:
     """A batch that is not on disk, or that is and waits for the word that it is."""
 
-    __slots__ = ("batch", "item", "size")
+    __slots__ = ("batch", "item", "size", "told")
 
-    def __init__(self, item: Item, batch: Batch | None) -> None:
-        """`batch` is kept where it is to be given to the sink as soon as it is on disk."""
+    def __init__(self, item: Item, batch: Batch | None, told: int) -> None:
+        """`batch` is kept where it is to be given to the sink as soon as it is on disk.
+
+        `told`: it tells of what made way up to there.
+        """
         self.item = item
         self.batch = batch
+        self.told = told
         factor = STRUCT_FACTOR if batch is not None else 1
         self.size = BATCH_BYTES + factor * len(item.data)
 
@@ -178,19 +182,18 @@ class SpooledSink(Sink, Listener):
     def _submit(self, batch: Batch) -> None:
         self._n = next(self._numbers)
         direct = self._disk == 0 and not self._memory and not self.inner.watermarks.full
+        told = self._gave_up if batch.kinds.get("stream.loss") else 0
         if self.mode == "spill" and direct and not self._writing:
-            if batch.kinds.get("stream.loss"):
-                self._telling = self._n, self._gave_up
-            self._give(self._n, batch, self._item(self._n, batch, fed=False))
+            self._give(self._n, batch, _Held(self._item(self._n, batch, fed=False), None, told))
             return
         direct = direct and self.mode == "wal" and all(h.batch is not None for h in self._writing)
         item = self._item(self._n, batch, fed=direct)
         if self._failed and not self._writing and not self._may_retry():
-            self._remember(item)
+            self._remember(item, told)
         else:
             if self._failed and self._may_retry():
                 self._retry()
-            held = _Held(item, batch if direct else None)
+            held = _Held(item, batch if direct else None, told)
             self._hold(held.size)
             self._write(held)
         self._feed()
@@ -209,10 +212,8 @@ class SpooledSink(Sink, Listener):
 
     def _write(self, held: _Held) -> None:
         assert self._writer is not None
-        if held.item.kinds.get("stream.loss"):
-            self._writer.told(self.name, self._gave_up)
         self._writing.append(held)
-        self._writer.put(held.item, self._wrote)
+        self._writer.put(held.item, self._wrote, held.told)
 
     def _wrote(self, items: Sequence[Item], error: SpoolError | None) -> None:
         """These are on disk, or none of them is."""
@@ -222,7 +223,7 @@ class SpooledSink(Sink, Listener):
             held = self._writing.popleft()
             self._release(held.size)
             if error is not None:
-                self._remember(held.item)
+                self._remember(held.item, held.told)
                 continue
             self._on_disk = True
             if held.batch is not None:
@@ -255,8 +256,8 @@ class SpooledSink(Sink, Listener):
                 self.account.dropped.update(lost)
                 self.listener.sink_dropped(self, lost, reason, NO_SPANS)
 
-    def _remember(self, item: Item) -> None:
-        held = _Held(item._replace(fed=False), None)
+    def _remember(self, item: Item, told: int) -> None:
+        held = _Held(item._replace(fed=False), None, told)
         self._hold(held.size)
         self._memory.append(held)
 
@@ -291,12 +292,13 @@ class SpooledSink(Sink, Listener):
 
     # To the sink
 
-    def _give(self, n: int, batch: Batch, item: Item | None) -> None:
-        """Give the sink a batch, and keep `item` until it has accounted for it.
+    def _give(self, n: int, batch: Batch, held: _Held | None) -> None:
+        """Give the sink a batch, and keep what is `held` until it has accounted for it.
 
         It is not counted: the sink counts it, and as a rule it is the same memory.
         """
-        held = _Held(item, None) if item is not None else None
+        if held is not None and held.told:
+            self._telling = n, held.told
         self._sent.append((n, held, batch.spans))
         self.inner.ticket = n
         self.inner.submit(batch)
@@ -316,7 +318,7 @@ class SpooledSink(Sink, Listener):
         while self._memory and not self.inner.watermarks.full:
             held = self._memory.popleft()
             self._release(held.size)
-            self._give(held.item.n, self._batch_of(held.item), held.item)
+            self._give(held.item.n, self._batch_of(held.item), held)
         self._feeding = False
 
     @staticmethod
@@ -463,7 +465,7 @@ class SpooledSink(Sink, Listener):
         for _, held, _ in self._sent:
             if held is not None:
                 self._writing.append(held)
-                self._writer.put(held.item, self._kept_on_disk)
+                self._writer.put(held.item, self._kept_on_disk, held.told)
         self._writer.done(self.name, self._settled)
         end = max(end, loop.time() + _END_SECONDS)
         while self._writing and not self._failed and loop.time() < end:  # noqa: ASYNC110

@@ -198,13 +198,14 @@ class Store:
         with _worded():
             rows = self._db.execute("SELECT n, sink, number, kinds FROM batch")
             for n, sink, number, kinds in rows:
-                counts = _kinds(kinds)
-                whole = isinstance(sink, str) and sum(counts.values()) == number
-                if not whole or not 0 < n <= MOST_N:
+                counted = 0 < n <= MOST_N and 0 < number <= BATCH_BYTES
+                if not isinstance(sink, str) or not counted:
                     raise SpoolError("what is in it makes no sense", lasting=True)
+                counts = _kinds(kinds)  # and not `number`: they are what becomes of the row
                 before = found.get(sink, Found(0, Counter(), 0))
                 before.kinds.update(counts)
-                found[sink] = Found(before.number + number, before.kinds, before.batches + 1)
+                number = before.number + sum(counts.values())
+                found[sink] = Found(number, before.kinds, before.batches + 1)
         return found
 
     def last(self) -> int:

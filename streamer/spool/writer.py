@@ -35,6 +35,7 @@ class Fed(NamedTuple):
 class _Put(NamedTuple):
     item: Item
     wrote: Wrote
+    told: int
 
 
 class _Next(NamedTuple):
@@ -80,9 +81,9 @@ class Writer:
         """The share of the spool that is used, 0 to 1; as of the last transaction."""
         return self._store.filled
 
-    def put(self, item: Item, wrote: Wrote) -> None:
-        """Write a batch."""
-        self._asked.put(_Put(item, wrote))
+    def put(self, item: Item, wrote: Wrote, told: int = 0) -> None:
+        """Write a batch; with it what made way up to `told` is forgotten, of which it tells."""
+        self._asked.put(_Put(item, wrote, told))
 
     def again(self, sink: str) -> None:
         """Write what is put from now on, after something could not be written.
@@ -96,7 +97,7 @@ class Writer:
         self._asked.put(_Forget("done", sink, n))
 
     def told(self, sink: str, n: int) -> None:
-        """Of what made way up to `n`, the next batch of the sink that is put tells."""
+        """What made way up to `n` is told: what told it was delivered."""
         self._asked.put(_Forget("told", sink, n))
 
     def note(self, state: bytes, marks: Iterable[Mark]) -> None:
@@ -164,11 +165,13 @@ class Writer:
         gone: list[GivenUp] = []
         note = self._note
         if puts or self._forget["done"] or self._forget["told"] or note:
+            # Not kept where it fails: what tells of it is not on disk then.
+            told = self._forget["told"] | {one.item.sink: one.told for one in puts if one.told}
             try:
                 gone = self._store.write(
                     [one.item for one in puts],
                     done=self._forget["done"],
-                    told=self._forget["told"],
+                    told=told,
                     marks=note.marks if note is not None else (),
                     state=note.state if note is not None else None,
                 )

@@ -19,6 +19,8 @@ import pytest
 
 from streamer.config.settings import SpoolSection
 from streamer.events.batch import NO_SPANS, Batch
+from streamer.events.envelope import Envelope
+from streamer.events.stream import StreamLoss
 from streamer.spool.place import BAD, LOG, NAME
 from streamer.spool.sink import MADE_WAY, Mode
 from streamer.spool.spool import Spool
@@ -333,6 +335,7 @@ def test_a_row_that_makes_no_sense_is_a_loss(directory: Path, column: str, value
     async def go() -> None:
         run = Run(directory, "wal", run="fedcba9876543210")
         await run.start()
+        assert run.sink.recovered == run.sink.account.received.total()
         await run.until(lambda: run.sink.account.pending == 0)
         assert len(run.delivered) == 300
         lost = {"file.open": 7 if column == "kinds" else 300}
@@ -344,8 +347,19 @@ def test_a_row_that_makes_no_sense_is_a_loss(directory: Path, column: str, value
     asyncio.run(go())
 
 
+async def test_what_is_recovered_is_received_whatever_a_row_says(directory: Path) -> None:
+    await asyncio.to_thread(filled, directory)
+    with edited(directory) as db:
+        db.execute("UPDATE batch SET number = 7")
+    run = Run(directory, "wal", run="fedcba9876543210")
+    await run.start()
+    assert (run.sink.recovered, run.sink.account.received.total()) == (300, 300)
+    await run.until(lambda: len(run.delivered) == 300)
+    await run.stop()
+
+
 @pytest.mark.parametrize(("column", "value"), [
-    ("kinds", "x"), ("kinds", '{"a": -1}'), ("number", "x"), ("number", 299), ("sink", b"\xff"),
+    ("kinds", "x"), ("kinds", '{"a": -1}'), ("number", "x"), ("sink", b"\xff"),
     ("n", 0), ("n", -1), ("n", (1 << 63) - 1),
 ])  # fmt: skip
 def test_a_row_that_cannot_be_counted_spoils_the_spool(
@@ -495,6 +509,38 @@ async def test_what_made_way_and_was_not_told_is_told_by_the_next_run(directory:
     await again.until(lambda: again.sink.account.pending == 0)
     assert not again.spool._store.given_up()
     await again.stop()
+
+
+async def test_what_made_way_is_remembered_until_what_tells_of_it_is_safe(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not take the record of the loss, and takes something else after it."""
+    monkeypatch.setattr("streamer.spool.sink.RETRY_SECONDS", 0.1)
+    run = Run(directory, budget=1 << 18, most=1 << 20)
+    await run.start(hold=True)
+    for n in range(300):
+        run.sink.submit(batch("file.open", 1 + 10 * n, 10, host=os.urandom(2000).hex()))
+        await run.until(lambda: len(run.sink._writing) < 10)
+    await run.until(lambda: not run.sink._writing)
+    assert run.sink.account.dropped.total()
+    failing = Failing(run)
+    failing.code = sqlite3.SQLITE_FULL
+    loss = Envelope("host").record(StreamLoss, stage="sink", count=1, kinds={}, reason="")
+    with monkeypatch.context() as forever:
+        forever.setattr("streamer.spool.sink.RETRY_SECONDS", WAIT)
+        run.sink.submit(Batch([loss]))
+        await run.until(lambda: run.sink._failed)
+        failing.code = None
+        run.spool.note(run.note)
+        await run.until(lambda: run.spool._writer is not None and run.spool._writer._note is None)
+        await asyncio.sleep(0.05)
+    run.sink._retry_at = 0.0
+    assert run.spool._store.given_up()
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.account.pending == 0)
+    await run.until(lambda: not run.spool._store.given_up())
+    await run.stop()
 
 
 class Failing:
