@@ -27,7 +27,7 @@ from streamer.events.batch import NO_SPANS, Batch, Spans, join_spans
 from streamer.sinks.base import Listener, Sink, Status
 from streamer.spool.records import CRITICAL, batch_of, run_of
 from streamer.spool.store import Found, GivenUp, Item, Mark, SpoolError
-from streamer.spool.writer import Fed, Writer
+from streamer.spool.writer import TRANSACTION_BYTES, Fed, Writer
 
 Mode = Literal["spill", "wal"]
 Numbers = Mapping[tuple[str, int], int]
@@ -83,6 +83,7 @@ class SpooledSink(Sink, Listener):
         self.account.delivered = inner.account.delivered
         self.latency = inner.latency  # of the sink itself: what waits on disk is late anyway
         self._writer: Writer | None = None
+        self._most = TRANSACTION_BYTES
         self._numbers: Iterator[int] = iter(())
         self._n = 0  # of the last batch
         self._writing: deque[_Held] = deque()  # in order of n, as all of these
@@ -143,6 +144,7 @@ class SpooledSink(Sink, Listener):
         `numbers` go on from there, for all sinks that use it: an `n` is there once.
         """
         self._writer = writer
+        self._most = writer.most
         self._numbers = numbers
         self._n = self._settled = self._forgotten = last
         self._disk, self.recovered = found.batches, found.number
@@ -161,6 +163,10 @@ class SpooledSink(Sink, Listener):
             return
         self.account.received.update(batch.kinds)
         self._settle()
+        for part in _parts(batch, self._most):
+            self._sort(part)
+
+    def _sort(self, batch: Batch) -> None:
         critical = batch.only(CRITICAL)
         if 0 < len(critical) < len(batch) and self._to_disk():
             # Apart, so that one can make way without the other.
@@ -539,3 +545,17 @@ class SpooledSink(Sink, Listener):
         if not self._letting_go:
             self.account.dropped.update(kinds)
             self.listener.sink_dropped(self, kinds, reason, spans)
+
+
+def _parts(batch: Batch, most: int) -> Iterator[Batch]:
+    """In parts of at most `most` bytes as they are on disk, or of one event.
+
+    Who is observed has a say in how large an event is. One row with all of a large drain would be
+    more than the log's share of the limit, or than the limit itself, and could never be written.
+    """
+    if len(batch) == 1 or len(batch.lines("json")) <= most:
+        yield batch
+        return
+    half = len(batch) // 2
+    for events in (batch.events[:half], batch.events[half:]):
+        yield from _parts(Batch(events, spans=batch.spans), most)

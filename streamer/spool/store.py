@@ -189,6 +189,8 @@ class Store:
         """
         with _worded():
             self._db.execute("PRAGMA synchronous = FULL")
+            # Debian's writes zeros over what is deleted, by way of the log: all of it, once more.
+            self._db.execute("PRAGMA secure_delete = OFF")
             self._db.execute(f"PRAGMA cache_size = -{2 << 10}")
             self._db.execute(f"PRAGMA max_page_count = {self._limit + 16}")
 

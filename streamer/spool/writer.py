@@ -65,7 +65,8 @@ class Writer:
     def __init__(self, store: Store, run_id: str) -> None:
         """`store` is in use already. Events of other runs than `run_id` have it in their spans."""
         self._store = store
-        self._most = min(TRANSACTION_BYTES, store.transaction_bytes)
+        self.most = min(TRANSACTION_BYTES, store.transaction_bytes)
+        """Bytes of the largest batch that is to be put."""
         self._run_id = run_id
         self._asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
@@ -152,7 +153,7 @@ class Writer:
         while one is not None:
             asked.append(one)
             size += len(one.item.data) if isinstance(one, _Put) else 0
-            if size >= self._most:
+            if size >= self.most:
                 return asked, False
             try:
                 one = self._asked.get_nowait()

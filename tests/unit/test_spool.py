@@ -25,7 +25,7 @@ from streamer.spool.place import BAD, LOG, NAME
 from streamer.spool.sink import MADE_WAY, Mode
 from streamer.spool.spool import Spool
 from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store
-from tests.unit.spooled import RUN, WAIT, Run, batch, ids
+from tests.unit.spooled import RUN, WAIT, Run, batch, event, ids
 
 ROW = b'{"x": 1}\n'
 
@@ -126,6 +126,20 @@ def test_how_much_of_it_is_used(tmp_path: Path) -> None:
     assert 0.8 < shares[-1] <= 1
     store.write([], done={"a": n})
     assert store.filled < 0.1
+
+
+def test_to_forget_all_at_once_takes_no_room_in_the_log(tmp_path: Path) -> None:
+    """Some SQLites write zeros over all that is deleted, unless they are told not to."""
+    store = opened(tmp_path / "db", 1 << 22)
+    for n in range(1, 140):
+        store.write([item(n, size=20_000)])
+    assert store.found()["a"].batches > 100
+    assert store.given_up() == []
+    log = tmp_path / "db-wal"
+    before = log.stat().st_size
+    store.write([], done={"a": 139})
+    assert log.stat().st_size <= before
+    assert bytes_of(tmp_path) <= 1 << 22
 
 
 def test_what_a_sink_was_given_does_not_make_way(tmp_path: Path) -> None:
@@ -487,6 +501,31 @@ async def test_the_cap_costs_bulk_first_and_each_loss_is_told(directory: Path) -
     assert numbers | told == set(range(1, 4001))
     assert not numbers & told
     assert bytes_of(directory) <= 1 << 20
+    await run.stop()
+
+
+async def test_a_drain_of_more_than_the_spool_is_written_in_parts(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever is observed makes events as large as he likes: that does not cost the others it."""
+    run = Run(directory, budget=1 << 18, most=1 << 20)
+    await run.start(hold=True)
+    fill = [batch("file.open", 1 + 10 * n, 10) for n in range(60)]
+    for one in fill:
+        run.sink.submit(one)
+    large = [event("process.exec", seq, argv=[os.urandom(10_000).hex()]) for seq in range(1, 101)]
+    run.sink.submit(Batch(large, spans={("critical", 0): (1, 100)}))
+    await run.until(lambda: not run.sink._writing)
+    assert "the spool is not used" not in caplog.text
+    assert bytes_of(directory) <= 1 << 20
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.account.pending == 0)
+    lost = sum((Counter(kinds) for kinds, _ in run.recorder.drops), Counter())
+    assert 0 < lost["process.exec"] < 100
+    assert len(run.delivered) + lost.total() == 700
+    execs = [one for one in run.delivered if "critical" in one]
+    assert execs == ids(Batch(large))[100 - len(execs) :]
     await run.stop()
 
 
