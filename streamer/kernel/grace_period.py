@@ -15,7 +15,9 @@ def wait_for_programs() -> None:
     """Wait until every BPF program that is running has ended. Takes tens of milliseconds.
 
     Programs run as readers of RCU (those that may sleep, of which this agent has none, do not), and
-    this call returns when all of them that were there have ended. It needs no privilege.
+    this call returns when all of them that were there have ended. It needs no privilege. With a
+    single CPU online it returns at once: programs have ended then only where the kernel does not
+    preempt them (`kernel/sched/membarrier.c`).
 
     Raises:
         OSError: the kernel cannot: it was built without, or it leaves some CPUs alone
