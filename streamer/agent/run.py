@@ -20,7 +20,7 @@ from streamer.agent.allocator import keep_freed_memory
 from streamer.agent.announcing import announcing
 from streamer.agent.answering import Listeners
 from streamer.agent.reloading import Reloader, Reread
-from streamer.agent.run_file import RunFile
+from streamer.agent.run_file import RunFile, bounded
 from streamer.agent.service import Outcome, Service
 from streamer.agent.timing_key import timing_of
 from streamer.config.cleartext import cleartext_passwords
@@ -270,7 +270,10 @@ def _service(
     if given.notes is not None:
         noted = {"leave_note": given.notes.write}
     note = given.notes.read() if given.notes is not None else None
-    noted["previous"] = given.before.told_by(note)
+    previous = given.before.told_by(note)
+    if previous is not None:  # what made way before a kill can be a great many batches
+        previous = msgspec.structs.replace(previous, untold=bounded(previous.untold))
+    noted["previous"] = previous
     try:
         return Service(
             settings,

@@ -33,6 +33,7 @@ MOST_RESERVE = 8 << 20
 """Bytes of the limit, or a quarter of it, that are left for the log in front of the database."""
 BATCH_BYTES = 64 << 20
 """The most that a batch has: more is nothing that was written here."""
+NO_SENSE = "what is in it makes no sense"
 MOST_N = 1 << 62
 """Of a batch: nobody comes so far, and there are numbers after it."""
 _CHAIN_BYTES = PAGE_BYTES - 4
@@ -200,9 +201,7 @@ class Store:
         with _worded():
             rows = self._db.execute("SELECT n, sink, number, kinds FROM batch")
             for n, sink, number, kinds in rows:
-                counted = 0 < n <= MOST_N and 0 < number <= BATCH_BYTES
-                if not isinstance(sink, str) or not counted:
-                    raise SpoolError("what is in it makes no sense", lasting=True)
+                _check([sink], [n - 1, MOST_N - n, number - 1, BATCH_BYTES - number])
                 counts = _kinds(kinds)  # and not `number`: they are what becomes of the row
                 before = found.get(sink, Found(0, Counter(), 0))
                 before.kinds.update(counts)
@@ -221,15 +220,20 @@ class Store:
         """The marks, of the run that wrote here last."""
         with _worded():
             rows = self._db.execute("SELECT * FROM mark ORDER BY sink, ring, cpu")
-            return [Mark(str(s), str(r), *map(int, numbers)) for s, r, *numbers in rows]
+            found = [Mark(*row) for row in rows]
+        for mark in found:
+            _check([mark.sink, mark.ring], mark[2:])
+            if mark.ring not in RINGS:
+                raise SpoolError(NO_SENSE, lasting=True)
+        return found
 
     def given_up(self) -> list[GivenUp]:
         """What made way, and no record that is on disk or was delivered tells of it."""
         with _worded():
             rows = self._db.execute("SELECT n, sink, run, kinds, spans FROM given_up ORDER BY n")
             found = [GivenUp(n, s, r, _kinds(k), _spans(p)) for n, s, r, k, p in rows]
-        if found and found[-1].n > MOST_N:
-            raise SpoolError("what is in it makes no sense", lasting=True)
+        for one in found:
+            _check([one.sink, one.run], [one.n - 1, MOST_N - one.n])
         return found
 
     def state(self) -> bytes:
@@ -373,6 +377,13 @@ class Store:
         return _Transaction(self._db)
 
 
+def _check(texts: Iterable[object], counts: Iterable[object]) -> None:
+    """Raises SpoolError where they are not texts, and counts from 0 on: SQLite lets all be all."""
+    whole = all(isinstance(one, int) and one >= 0 for one in counts)
+    if not whole or not all(isinstance(one, str) for one in texts):
+        raise SpoolError(NO_SENSE, lasting=True)
+
+
 class _Worded:
     """Says as a SpoolError what SQLite says."""
 
@@ -422,7 +433,7 @@ _LASTING = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISUSE
 def _error_of(error: BaseException) -> SpoolError:
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:  # what is there has another form than what is written here
-        return SpoolError("what is in it makes no sense", lasting=True)
+        return SpoolError(NO_SENSE, lasting=True)
     if code & 0xFF == sqlite3.SQLITE_FULL:
         return SpoolError("the disk is full")
     return SpoolError(str(error)[:200], lasting=code & 0xFF in _LASTING)

@@ -172,6 +172,10 @@ def test_a_killed_agent_loses_what_the_next_manifest_says_and_no_more(
     }
     name = f"kafka://{kafka.address}/{TOPIC}"
     for number, run in enumerate(runs):
+        if run not in manifests:  # the next was killed before its own was delivered
+            assert mode == "spill"
+            assert any(one.run_id == run for last in manifests.values() for one in last.untold)
+            continue
         previous = manifests[run]
         assert previous.ended == "killed"
         own = [event for event in events.values() if event.id.startswith(run)]

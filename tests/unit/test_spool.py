@@ -390,6 +390,30 @@ def test_a_row_that_cannot_be_counted_spoils_the_spool(
     assert "put aside" in caplog.text
 
 
+@pytest.mark.parametrize("row", [
+    "mark VALUES ('memory:', 'another', 0, 1, 1, 1)",
+    "mark VALUES ('memory:', 'bulk', -1, 1, 1, 1)",
+    "mark VALUES ('memory:', 'bulk', 0, -1, 1, 1)",
+    "mark VALUES ('memory:', 'bulk', 0, 'x', 1, 1)",
+    "mark VALUES (x'ff', 'bulk', 0, 1, 1, 1)",
+    "given_up VALUES (9, x'ff', 'r', '{}', '[]')",
+    "given_up VALUES (9, 'memory:', x'ff', '{}', '[]')",
+    "given_up VALUES (-9, 'memory:', 'r', '{}', '[]')",
+])  # fmt: skip
+def test_what_the_next_manifest_would_tell_is_what_a_run_has_written(
+    directory: Path, row: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else it would not be of its schema, or not to be published at all."""
+    filled(directory)
+    with edited(directory) as db:
+        db.execute(f"INSERT OR REPLACE INTO {row}")
+    run = Run(directory, "wal", run="fedcba9876543210")
+    told = run.spool.before.told_by(run.note)
+    assert told is not None
+    assert (told.marks, [one.stage for one in told.untold]) == ([], ["sink"])
+    assert "put aside" in caplog.text
+
+
 # ---------------------------------------------------------------- in front of a sink
 
 
