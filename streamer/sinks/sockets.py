@@ -6,8 +6,10 @@ import socket
 import struct
 from typing import Protocol
 
-_INFO = struct.Struct("=2xB53xI")
-"""`tcpi_retransmits`, how often in a row it was sent again, and `tcpi_last_ack_recv`, in ms."""
+_INFO = struct.Struct("=2xB5xI44xI")
+"""`tcpi_retransmits`, how often in a row it was sent again; `tcpi_rto`, how long it waits now before
+it does so again, in microseconds; `tcpi_last_ack_recv`, in milliseconds.
+"""
 LEAST_RETRANSMITS = 2
 """Once can happen to any packet, and an idle connection has heard nothing for long."""
 
@@ -39,5 +41,10 @@ def unheard_seconds(sock: HasOptions | None) -> float:
         return 0.0
     if len(info) < _INFO.size:
         return 0.0
-    retransmits, last_ack_ms = _INFO.unpack(info)
-    return last_ack_ms / 1000 if retransmits >= LEAST_RETRANSMITS else 0.0
+    retransmits, wait_us, last_ack_ms = _INFO.unpack(info)
+    if retransmits < LEAST_RETRANSMITS:
+        return 0.0
+    # Each wait is twice the one before. A peer to which nothing comes through may itself still be
+    # heard, as long as it sends again what it has: then the waits say how long it confirms nothing.
+    waited_us = wait_us * (1 - 0.5**retransmits)
+    return float(max(last_ack_ms / 1e3, waited_us / 1e6))

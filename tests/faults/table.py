@@ -59,8 +59,8 @@ def written(page: str, rows: Mapping[str, Row]) -> str:
     for row in rows.values():
         key = next((fault for fault in lines if fault == fault_of(row.line)), None)
         lines[key or fault_of(row.line)] = row.line
-    head = [f"| {' | '.join(HEAD)} |", f"| --- |{' ---: |' * (len(HEAD) - 1)}"]
-    return "\n".join([before + BEGIN, "", *head, *lines.values(), "", END]) + after
+    top = [f"| {' | '.join(HEAD)} |", f"| --- |{' ---: |' * (len(HEAD) - 1)}"]
+    return "\n".join([before + BEGIN, "", *top, *lines.values(), "", END]) + after
 
 
 def fault_of(line: str) -> str:

@@ -45,6 +45,17 @@ def test_one_that_is_not_confirmed(pair: tuple[socket.socket, socket.socket]) ->
     assert unheard_seconds(near) == 0
 
 
+def test_one_that_is_still_heard(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Nothing comes through to the other end, which sends again what it has."""
+    near, far = pair
+    deafen(far)
+    near.send(b"x")
+    far.send(b"y")  # what confirms it is dropped
+    time.sleep(4)
+    assert near.recv(1) == b"y"
+    assert 2 < unheard_seconds(near) < 5
+
+
 def test_one_that_is_idle_for_long(pair: tuple[socket.socket, socket.socket]) -> None:
     """Whose next packet is under way: it was not sent twice."""
     near, far = pair
