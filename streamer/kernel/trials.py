@@ -13,6 +13,7 @@ import mmap
 import os
 import platform
 import re
+import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -55,6 +56,8 @@ _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _MS_REC, _MS_PRIVATE, _MNT_DETACH = 16384, 1 << 18, 2
 _SOCKET_FILTER, _RAW_TRACEPOINT, _RINGBUF = 1, 17, 27  # enum bpf_prog_type, enum bpf_map_type
 _CURRENT_TASK, _READ_KERNEL = 35, 113  # enum bpf_func_id
+_NO_TYPES = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, 0, 0, 1) + b"\0"
+"""BTF that describes nothing (struct btf_header of linux/btf.h): no types, and an empty string."""
 _BLINDED = 0x12345678  # a constant for the JIT to hide, if it hides any
 _RATE = 1  # in Hz
 _CALL = ("getppid",)
@@ -359,11 +362,25 @@ def _types(places: Iterable[_AtPlace]) -> dict[str, Answer]:
 # ---------------------------------------------------------------- maps and helpers
 
 
-def _try_map(use: MapUse, have: frozenset[int]) -> Answer:
+def _try_maps(uses: Iterable[MapUse], have: frozenset[int]) -> dict[str, Answer]:
+    """Types of the kernel matter to programs alone, of which none is loaded: there need be none.
+
+    libbpf looks for those of functions all the same. Nothing it finds is nothing wrong; among the
+    object's own it finds several that a name may stand for, and gives up.
+    """
+    types = os.memfd_create(tiny.NAME, os.MFD_CLOEXEC)
+    try:
+        os.write(types, _NO_TYPES)
+        path = f"/proc/self/fd/{types}"
+        return {map_type_name(one.type, one.flags): _try_map(one, path, have) for one in uses}
+    finally:
+        os.close(types)
+
+
+def _try_map(use: MapUse, types: str, have: frozenset[int]) -> Answer:
     """Make one like that in the object, of one entry, and nothing else of the object."""
     try:
-        # Types of the kernel matter to programs alone; without any, the object's own will do.
-        opened = Object(use.path, use.path)
+        opened = Object(use.path, types)
         try:
             for name, one in opened.maps.items():
                 if name != use.name:
@@ -499,7 +516,7 @@ def try_all(uses: Uses, *, apart: bool) -> Found:
     features |= {"jit": _try_jit(have), "kernel_memory": _try_reading(have)}
     places = _places(uses, have, apart=apart)
     attached = {one.use.section: one.attaches for one in places if one.attaches is not None}
-    maps = {map_type_name(one.type, one.flags): _try_map(one, have) for one in uses.maps}
+    maps = _try_maps(uses.maps, have)
     return Found(features, _types(places), maps, _helpers(uses, places, have), attached)
 
 

@@ -19,6 +19,7 @@ from streamer.kernel.libbpf import PERF_EVENT_ARRAY, Object
 from streamer.kernel.loader import CORE, OBJECTS
 from streamer.kernel.objects import SENSORS
 from streamer.kernel.tags import RINGS, ProgramInfo, SensorInfo
+from streamer.kernel.types import WITHOUT_BTF
 
 _SUFFIX = ".bpf.o"
 
@@ -68,8 +69,12 @@ def uses_of(directory: str = OBJECTS, sensors: Mapping[str, SensorInfo] = SENSOR
         except (OSError, struct.error, IndexError, ValueError) as error:
             raise ContractError(f"cannot read the BPF object {path}: {error}") from None
         programs += used
+        # Those for kernels without BTF have no functions of the kernel's, which libbpf looks for in
+        # its BTF even where no program is loaded.
+        anywhere = path.parent.name == WITHOUT_BTF
         for one in made:
-            maps.setdefault((one.type, one.flags), one)
+            if anywhere or (one.type, one.flags) not in maps:
+                maps[one.type, one.flags] = one
     return Uses(tuple(programs), tuple(maps.values()))
 
 

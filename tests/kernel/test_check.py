@@ -244,6 +244,7 @@ def test_without_btf_the_rest_is_tried_all_the_same() -> None:
     assert found.program_types["raw_tracepoint"].answer == "yes"
     assert found.attach_points["raw_tp/sched_process_exec"].answer == "yes"
     assert found.map_types["ringbuf"].answer == "yes"
+    assert answers(found.map_types) == answers(check()[1].map_types)
     assert found.program_types["tracing/trace_raw_tp"].answer == "unknown"
     assert {one.status for one in found.kinds.values()} == {"unavailable"}
 
