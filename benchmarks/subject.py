@@ -46,6 +46,8 @@ class InheritedKernel(KernelState):
         self.counters, self.kind_counters = mapped.counters, mapped.kind_counters
         self.faults = mapped.faults
         self.reader_state = mmap.mmap(shared.reader_fd, mmap.PAGESIZE)
+        self.pressure = mmap.mmap(-1, mmap.PAGESIZE)
+        self._loaded, self._shedding = [], {}
         self.interfaces = {}
         self.types = KernelTypes()
         self.flows = None

@@ -7,8 +7,8 @@ import struct
 from typing import Protocol
 
 _INFO = struct.Struct("=2xB5xI44xI")
-"""`tcpi_retransmits`, how often in a row it was sent again; `tcpi_rto`, how long it waits now before
-it does so again, in microseconds; `tcpi_last_ack_recv`, in milliseconds.
+"""`tcpi_retransmits`, how often in a row it was sent again; `tcpi_rto`, how long it waits now
+before it does so again, in microseconds; `tcpi_last_ack_recv`, in milliseconds.
 """
 LEAST_RETRANSMITS = 2
 """Once can happen to any packet, and an idle connection has heard nothing for long."""
