@@ -47,7 +47,7 @@ class InheritedKernel(KernelState):
         self.faults = mapped.faults
         self.reader_state = mmap.mmap(shared.reader_fd, mmap.PAGESIZE)
         self.pressure = mmap.mmap(-1, mmap.PAGESIZE)
-        self._loaded, self._shedding = [], {}
+        self._kinds, self._loaded, self._shedding = frozenset(), [], {}
         self.interfaces = {}
         self.types = KernelTypes()
         self.flows = None
