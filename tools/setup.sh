@@ -91,6 +91,7 @@ needed_to_test() {
     need bpftrace command -v bpftrace
     need bind9-dnsutils command -v dig
     need dnsmasq-base command -v dnsmasq
+    need iptables command -v iptables
     need systemd command -v systemd-analyze # one that is not running is enough
     need python3-bpfcc has_bcc # for kernels without BTF
     need docker-compose has_compose # checks compose.yaml; no engine is needed for that

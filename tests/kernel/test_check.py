@@ -18,6 +18,7 @@ import pytest
 
 from streamer.events.catalogue import SELECTABLE
 from streamer.kernel import tiny
+from streamer.kernel.cgroups import IN_ROOT
 from streamer.kernel.report import Answer, CheckReport
 from tests.conftest import Require
 from tests.kernel.agent import ROOT, Agent
@@ -78,6 +79,10 @@ def test_what_it_says_of_this_kernel() -> None:
     assert features["kernel_memory"] == features["load"] == features["tracefs"] == "yes"
     typed = "yes" if functions_load() else "no"
     assert features["functions"] == typed
+    compiled = any((ROOT / "streamer" / "ring").glob("_records.*.so"))
+    assert (features["decoder"], found.features["decoder"].reason[:8]) == (
+        ("yes", "compiled") if compiled else ("no", "pure Pyt")
+    )
     types = answers(found.program_types)
     assert types.pop("tracing/trace_fentry") == types.pop("tracing/trace_fexit") == typed
     assert set(types.values()) == {"yes"}
@@ -100,6 +105,8 @@ def test_what_it_says_of_this_kernel() -> None:
     assert found.attach_points["xdp"].reason == "xdp lo:generic"
     assert points.get("tcx/ingress", _yes(kernel_is(6, 6))) == _yes(kernel_is(6, 6))
     assert "unknown" not in points.values()
+    assert found.not_asked["net.flow"].startswith("no interface is named: ")
+    assert found.not_asked["profile.sample"].startswith("no rate is set: ")
     assert code in (0, 1)
 
 
@@ -170,6 +177,8 @@ def agree(found: CheckReport, scope: Scope, directory: Path, prefix: tuple[str, 
     assert {kind: (one.status, one.reason) for kind, one in found.kinds.items()} == {
         kind: (words[one.status], one.reason) for kind, one in manifest.coverage.items()
     }
+    said = any(IN_ROOT in one.unseen for one in manifest.coverage.values())
+    assert (found.features["cgroup_ids"].answer == "no") == said
     used = {(hook.hook, hook.used) for hook in found.hooks if hook.used}
     assert used == {(p.hook, p.way) for p in manifest.programs if p.status == "attached"}
 
@@ -192,6 +201,8 @@ def test_nobody_is_told_what_is_unknown(public_copy: tuple[str, ...]) -> None:
     assert set(answers(found.capabilities).values()) == {"no"}
     assert {one.status for one in found.kinds.values()} == {"unavailable"}
     assert all("missing CAP_BPF, CAP_PERFMON" in one.reason for one in found.kinds.values())
+    assert found.features["load"].answer == "no"
+    assert "missing CAP_BPF, CAP_PERFMON" in found.features["load"].reason
     assert found.settings["user"].value == str(NOBODY)
 
 

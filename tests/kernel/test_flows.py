@@ -176,6 +176,7 @@ def test_tcp(tmp_path: Path) -> None:
         assert sum(event.response_latencies) == requests
         assert 0 < event.handshake_ns < event.last_boot_ns - event.first_boot_ns
         assert event.client_packets == event.client_packets_total
+    assert difference(counts_of(seen.recording.of("net.flow"), totals=True), seen.witness) == {}
 
 
 def test_by_perf_buffers(tmp_path: Path) -> None:
@@ -629,6 +630,10 @@ def test_owners_of_local_sockets(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- records
 
 
+SIZE_OF_FIFTY = 14 + 20 + 8 + 50
+"""Of a frame with as many bytes of payload."""
+
+
 def slowly(near: Near) -> None:
     with bound(FAR, near), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.bind((NEAR, 5000))
@@ -656,6 +661,8 @@ def test_flows_that_go_on_and_that_are_idle(tmp_path: Path) -> None:
     for event in events[: first + 1]:
         total += event.client_packets
         assert event.client_packets_total == total
+        assert event.client_bytes == event.client_packets * SIZE_OF_FIFTY
+        assert event.client_bytes_total == total * SIZE_OF_FIFTY
     assert total == 12
     assert events[-1].client_packets_total == 1  # a flow of its own
 
@@ -1066,6 +1073,14 @@ def alone() -> list[int]:
     return [*found, clsact()]
 
 
+def as_tc_shows_them() -> list[int]:
+    """Ours in both directions, and those whose verdict counts: others behind them are asked too."""
+    observing = Observing()
+    shown = ours()
+    observing.close()
+    return [len(shown), sum(" direct-action " in line for line in shown)]
+
+
 def beside_a_filter_that_came_later() -> list[int]:
     observing = Observing()
     add_theirs()
@@ -1128,6 +1143,7 @@ def for_a_program_that_is_none() -> list[int]:
     ("situation", "expected"),
     [
         (alone, [0, 1, 0]),
+        (as_tc_shows_them, [2, 2]),
         (beside_a_filter_that_came_later, [1, True]),
         (in_one_that_was_there, [1]),
         (two_of_which_the_first_made_it, [1, 2, 0]),

@@ -609,6 +609,7 @@ def test_a_full_table_is_counted_and_costs_nobody_else(tmp_path: Path, scope: Sc
     events = recording.of("net.dns")
     names = Counter(event.query for event in events)
     assert names == {"flood.test": ROOM, "other.test": 1}
+    assert all(3 <= event.latency_ns / 10**9 < seconds(5.9) for event in events)
     heartbeat = recording.heartbeat
     counts = heartbeat.counts["net.dns"]
     assert (counts.produced, counts.lost, counts.read) == (FLOOD + 1, FLOOD - ROOM, ROOM + 1)
@@ -616,13 +617,16 @@ def test_a_full_table_is_counted_and_costs_nobody_else(tmp_path: Path, scope: Sc
     assert sum(loss.count for loss in recording.losses) == FLOOD - ROOM
 
 
-def flood_over_tcp() -> None:
-    """Of what one user asks, TCP sends most while its server, who is somebody else, reads."""
+def flood_over_tcp() -> int:
+    """Of what one user asks, TCP sends most while its server, who is somebody else, reads.
+
+    The process that asks.
+    """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         listener.bind(("127.0.0.1", PORT))
         listener.listen()
-        Role("other", ask_much_as_other).result()
+        pid = int(Role("other", ask_much_as_other).result())
         if LOGINUID.exists():  # only a login tells the two apart for certain
             LOGINUID.write_text("4242")
         server, _ = listener.accept()
@@ -630,19 +634,25 @@ def flood_over_tcp() -> None:
             server.settimeout(seconds(10))
             while server.recv(65536):
                 pass
+    return pid
 
 
-def ask_much_as_other() -> None:
+def ask_much_as_other() -> int:
     os.setgid(NOBODY)
     os.setuid(NOBODY)
     with socket.create_connection(("127.0.0.1", PORT), seconds(5)) as client:
         for number in range(FLOOD):
             client.sendall(framed(query(number, question(b"queued.test")) + bytes(600)))
+    return os.getpid()
 
 
 def test_what_waits_over_tcp_is_charged_to_who_connected(tmp_path: Path, scope: Scope) -> None:
-    _, recording = recorded(tmp_path, scope, flood_over_tcp, config=SMALL, wait=ROOM)
-    assert Counter(event.query for event in recording.of("net.dns")) == {"queued.test": ROOM}
+    pid, recording = recorded(tmp_path, scope, flood_over_tcp, config=SMALL, wait=ROOM)
+    events = recording.of("net.dns")
+    assert Counter(event.query for event in events) == {"queued.test": ROOM}
+    assert {(event.owner_known, event.pid, event.comm) for event in events} == {
+        (True, pid, "other")
+    }
     counts = recording.heartbeat.counts["net.dns"]
     assert (counts.produced, counts.lost) == (FLOOD, FLOOD - ROOM)
 

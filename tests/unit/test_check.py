@@ -32,7 +32,7 @@ from streamer.kernel.objects import SENSORS
 from streamer.kernel.report import Answer, CheckReport, Kind, Setting
 from streamer.kernel.state import ProgramStatus
 from streamer.kernel.trials import YES, about_helper, about_way, judged, needs_of
-from streamer.kernel.uses import uses_of
+from streamer.kernel.uses import ProgramUse, uses_of
 from streamer.terminal.checked import WIDTH, check_code, check_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +140,7 @@ def test_a_tiny_program_changes_nothing() -> None:
             ": there may be more to it with CAP_SYS_ADMIN",
         ),
         (errno.EINVAL, (), "no", ""),
-        (errno.EBUSY, ALL, "unknown", ""),
+        *((number, ALL, "unknown", "") for number in (errno.EBUSY, errno.EMFILE, errno.ENOMEM)),
     ],
 )
 def test_what_a_refusal_says(number: int, have: Iterable[int], answer: str, more: str) -> None:
@@ -159,6 +159,29 @@ def test_a_program_for_which_there_is_no_memory_says_nothing_of_the_jit(
 
     monkeypatch.setattr(trials, "load_instructions", refuse)
     assert trials._try_jit(ALL) == Answer("unknown", os.strerror(errno.ENOMEM))
+
+
+CODE = len(tiny.returning(0x12345678))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "answer", "said"),
+    [
+        ((CODE * 2, CODE), "yes", ""),
+        ((CODE * 3, CODE * 2), "yes", "constants are hidden"),
+        ((0, CODE), "no", "programs are interpreted"),
+        ((0, 0), "unknown", "the kernel does not show it"),
+    ],
+)
+def test_what_became_of_a_program_says_what_the_jit_does(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, int], answer: str, said: str
+) -> None:
+    """By its lengths as machine code and as verified: kernels with an interpreter are rare."""
+    monkeypatch.setattr(trials, "load_instructions", lambda *_: os.open("/dev/null", os.O_RDONLY))
+    monkeypatch.setattr(trials, "lengths_of", lambda fd: lengths)
+    found = trials._try_jit(ALL)
+    assert (found.answer, found.reason[: len(said)]) == (answer, said)
+    assert bool(found.reason) == bool(said)
 
 
 def test_what_a_program_takes() -> None:
@@ -185,6 +208,29 @@ def test_what_the_verifier_says_of_a_helper(said: str, answer: str | None) -> No
     assert (told.answer if told else None) == answer
     without = about_helper(Refused(errno.EINVAL, log), frozenset({CAP_BPF}))
     assert (without.answer if without else None) == {"no": "unknown"}.get(str(answer), answer)
+
+
+NO, NO_PLACE = Answer("no", "Invalid argument"), Answer("no", "No such process")
+
+
+@pytest.mark.parametrize(
+    ("places", "answer"),
+    [
+        ([(YES, True), (NO, True)], YES),
+        ([(NO, True), (YES, True)], YES),
+        ([(NO_PLACE, False)], Answer("unknown", NO_PLACE.reason)),
+        ([(NO_PLACE, False), (NO, True)], NO),
+        ([(NO, True), (NO_PLACE, False)], NO),
+        ([(NO_PLACE, False), (YES, True)], YES),
+    ],
+)
+def test_a_type_is_there_if_it_loads_anywhere(
+    places: list[tuple[Answer, bool]], answer: Answer
+) -> None:
+    """That a function or a tracepoint is not there says nothing of programs at others."""
+    use = ProgramUse("tp_btf/x", 26, 23, frozenset(), None)
+    found = trials._types(trials._AtPlace(use, loads, None, there) for loads, there in places)
+    assert found == {program_type_name(26, 23): answer}
 
 
 def test_a_user_namespace_is_not_the_host() -> None:

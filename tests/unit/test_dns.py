@@ -142,6 +142,36 @@ def test_a_message_that_was_cut_is_not_malformed(end: int) -> None:
     assert len(cut.answers) + cut.answers_left_out == 2
 
 
+def test_a_message_that_was_cut_can_be_malformed_before_that() -> None:
+    """Only that it ends is no mistake."""
+    query = asked()
+    whole = answered(query, f"{NAME}. 1 IN A 192.0.2.1", f"{NAME}. 1 IN TXT x").to_wire()
+    start = len(beginning(query))
+    odd = whole[:start] + b"\x80" + whole[start + 1 : -3]
+    assert parse(packed(beginning(query), odd), True).malformed == "a label of an unknown type"
+
+
+def test_a_name_that_leads_to_itself() -> None:
+    query = asked()
+    whole = answered(query, f"{NAME}. 1 IN A 192.0.2.1").to_wire()
+    start = len(beginning(query))
+    loop = whole[:start] + struct.pack("!H", 0xC000 | start) + whole[start + 2 :]
+    found = parse(packed(beginning(query), loop), False)
+    assert (found.answers, found.malformed) == ([], "a pointer that does not lead back")
+
+
+def test_what_edns_says_is_not_taken_from_answers() -> None:
+    """Behind those that are told there may be anything, too."""
+    query = asked()
+    response = answered(query, *(f"{NAME}. 1 IN A 10.0.0.{i}" for i in range(MOST_ANSWERS)))
+    wire = bytearray(response.to_wire())
+    wire += b"\0" + struct.pack("!HHIH", 41, 4096, 1 << 24, 0)
+    struct.pack_into("!H", wire, 6, MOST_ANSWERS + 1)
+    found = parse(packed(beginning(query), bytes(wire)), False)
+    assert (found.edns_bytes, found.response_code, found.answers_left_out) == (0, "NOERROR", 1)
+    assert found.malformed == ""
+
+
 @pytest.mark.parametrize(
     ("wire", "text"),
     [

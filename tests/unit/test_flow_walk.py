@@ -102,3 +102,16 @@ def test_the_end_reports_all(programs: Programs) -> None:
     assert flows.live == 5
     assert [flows.flush(), flows.flush()] == [False, True]
     assert flows.live == 0
+
+
+def test_a_flow_that_is_made_behind_the_last_round_is_reported_too(programs: Programs) -> None:
+    """A packet can come until the programs are detached."""
+    late = [1]
+
+    def run(repeat: int) -> int:
+        left = programs.run(repeat)
+        struct.pack_into("<Q", programs.memory, AT["live"], late.pop() if late else 0)
+        return left
+
+    flows = FlowWalk(programs.memory, run, 1024, 30, 60, 0)
+    assert [flows.flush(), flows.flush()] == [False, True]
