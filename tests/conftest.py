@@ -38,13 +38,14 @@ Require = Callable[[object, str], None]
 
 
 def pytest_configure() -> None:
-    """In the background of a script SIGINT and SIGQUIT are ignored, and a test's programs would
-    inherit that: some tests wait for them to end by these.
+    """In the background of a script SIGINT and SIGQUIT are ignored, and SIGHUP under nohup, and a
+    test's programs would inherit that: some tests wait for them to end by these.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    for number in (signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], Any]]:
