@@ -1,4 +1,4 @@
-"""The clock is set, and the machine is suspended: in a virtual machine, never on a host.
+"""The clock is set: in a virtual machine, never on a host.
 
 tools/kernels.sh run sid -- .venv/bin/python -m pytest tests/faults/test_clock.py
 """
@@ -23,21 +23,11 @@ pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.kernel]
 
 RATE = repetitions(2000, 100)
 HOUR = 3600
-WAKE = Path("/sys/class/rtc/rtc0/wakealarm")
 
 
 def step(seconds: float) -> None:
     """Set the clock."""
     time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
-
-
-def suspend(seconds: int) -> float:
-    """Have the machine sleep. For how long it did, in seconds: what monotonic clocks leave out."""
-    before = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-    WAKE.write_text("0")
-    WAKE.write_text(f"+{seconds}")
-    Path("/sys/power/state").write_text("freeze")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic() - before
 
 
 def ran(scope: Scope, directory: Path, meanwhile: Callable[[], None]) -> tuple[Agent, int]:
@@ -66,14 +56,3 @@ def test_clock_is_stepped(scope: Scope, tmp_path: Path, require: Require) -> Non
     assert (report.ok, report.unexplained, report.duplicates) == (True, 0, 0)
     ((run,),) = (host.runs for host in report.hosts.values())
     assert [round(one.step_ns / 1e9 / HOUR) for one in run.clock_steps] == [1, -2]
-
-
-def test_machine_is_suspended(scope: Scope, tmp_path: Path, require: Require) -> None:
-    require(IN_GUEST, "machines are suspended that are virtual alone")
-    slept: list[float] = []
-    agent, records = ran(scope, tmp_path, lambda: slept.append(suspend(10)))
-    assert slept[0] > 5
-    report = verify(str(agent.output), records)
-    assert (report.ok, report.unexplained, report.duplicates) == (True, 0, 0)
-    ((run,),) = (host.runs for host in report.hosts.values())
-    assert run.clock_steps == []
