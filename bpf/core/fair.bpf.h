@@ -19,6 +19,10 @@
 /* What is left of a ring at the last, as a part of it, is for records of no more than SMALL bytes. */
 #define LAST_PART 16
 #define SMALL 1024
+/* And the last of that for those whom nobody can be more of: no users with ids over MOST_UID, of which
+ * somebody who has subordinate ids (/etc/subuid) can be 65,536 at once. */
+#define LAST_OF_ALL 32
+#define MOST_UID 65535
 #define LOOK_EVERY 8
 
 MAPPED_ARRAY(pressure, 1, struct pressure);
@@ -233,8 +237,13 @@ static __always_inline bool bulk_stands_back(struct payer_key *key)
 	return payer && 2 * held_by(payer, RING_CRITICAL, &fill) > SHARE * fill.free;
 }
 
-static __always_inline bool is_last_part(const struct fill *fill, __u32 size)
+/* Whether what is left of a ring is not for such a record of his, whatever he has in it. */
+static __always_inline bool is_last_part(const struct fill *fill, const struct payer_key *key,
+					 __u32 size)
 {
+	if (key->kind == PAYER_USER && key->id > MOST_UID &&
+	    fill->free < fill->size / LAST_OF_ALL + size)
+		return true;
 	return size > SMALL && fill->free < fill->size / LAST_PART + size;
 }
 
@@ -242,7 +251,7 @@ static __always_inline bool is_refused(const struct pressure *now, const struct 
 				       struct payer_key *key, enum event_ring ring,
 				       const struct fill *fill, __u32 size)
 {
-	if (is_last_part(fill, size) || held_by(payer, ring, fill) + size > SHARE * fill->free)
+	if (held_by(payer, ring, fill) + size > SHARE * fill->free)
 		return true;
 	return ring == RING_BULK && now->pressed[RING_CRITICAL] && bulk_stands_back(key);
 }
@@ -256,6 +265,7 @@ __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
 	struct payer_key key;
 	struct payer *payer;
 	struct fill fill;
+	bool refused;
 	void *buffer;
 
 	if (perf_buffers || !now)
@@ -272,19 +282,22 @@ __noinline int has_share(__u32 ring, __u32 size, __u32 paid)
 	if (ring != RING_CRITICAL)
 		key.bulk = bulk_number(RING_BULK, cpu);
 	payer = payer_of(&key);
-	if (!payer)
-		return !is_last_part(&fill, size);
-	if (ring == RING_CRITICAL ? is_refused(now, payer, &key, RING_CRITICAL, &fill, size) :
-				    is_refused(now, payer, &key, RING_BULK, &fill, size)) {
+	refused = is_last_part(&fill, &key, size);
+	if (!refused && payer)
+		refused = ring == RING_CRITICAL ?
+				  is_refused(now, payer, &key, RING_CRITICAL, &fill, size) :
+				  is_refused(now, payer, &key, RING_BULK, &fill, size);
+	if (refused) {
 		if (paid < PAID_END) {
-			count(&payer->refused[paid]);
+			if (payer)
+				count(&payer->refused[paid]);
 			count(&now->refused[paid]);
 		}
 		return false;
 	}
-	if (ring == RING_CRITICAL)
+	if (payer && ring == RING_CRITICAL)
 		charge(payer, RING_CRITICAL, &fill, size);
-	else
+	else if (payer)
 		charge(payer, RING_BULK, &fill, size);
 	return true;
 }

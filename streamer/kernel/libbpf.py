@@ -654,32 +654,37 @@ class Map:
         _check(_library().bpf_map_delete_elem(self.fd, self._key(key)))
 
     def entries(self) -> Iterator[tuple[bytes, bytes]]:
-        """Key and value of every element. One that goes meanwhile may end the walk early."""
+        """Key and value of every element, of a key once. Not all, where too many go meanwhile."""
         library, fd = _library(), self.fd
-        key = ctypes.create_string_buffer(library.bpf_map__key_size(self._handle))
         value = ctypes.create_string_buffer(self._value_size())
-        before: object = None
-        while library.bpf_map_get_next_key(fd, before, key) == 0:
+        for key in self._keys():
             if library.bpf_map_lookup_elem(fd, key, value) == 0:
-                yield key.raw, value.raw
-            before = ctypes.create_string_buffer(key.raw, len(key))
+                yield key, value.raw
 
     def take(self) -> Iterator[tuple[bytes, bytes]]:
         """Key and value of every element, which is removed. Raises OSError: one could not be."""
         library, fd = _library(), self.fd
         value = ctypes.create_string_buffer(self._value_size())
-        for key in list(self._keys()):  # a walk begins anew at a key that is not there any more
+        for key in list(self._keys()):
             _check(library.bpf_map_lookup_elem(fd, key, value))
             _check(library.bpf_map_delete_elem(fd, key))
             yield key, value.raw
 
     def _keys(self) -> Iterator[bytes]:
+        """Each key once. A walk begins anew at a key that is not there any more, and so might last
+        for as long as others see to that: it ends after twice as many steps as there is room for.
+        """
         library, fd = _library(), self.fd
         key = ctypes.create_string_buffer(library.bpf_map__key_size(self._handle))
         before: bytes | None = None
-        while library.bpf_map_get_next_key(fd, before, key) == 0:
+        found: set[bytes] = set()
+        for _ in range(2 * self.max_entries + 1):
+            if library.bpf_map_get_next_key(fd, before, key) != 0:
+                return
             before = key.raw
-            yield before
+            if before not in found:
+                found.add(before)
+                yield before
 
     def _key(self, key: bytes) -> bytes:
         return _sized(self.name, "key", key, _library().bpf_map__key_size(self._handle))

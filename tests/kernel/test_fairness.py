@@ -40,7 +40,7 @@ RING = 1 << 19
 CONFIG = f"[rings]\ncritical_bytes = {RING}\nbulk_bytes = {RING}\n"
 LOGIN = Path("/proc/self/loginuid")
 VICTIM = UID + 500_000
-USERS = 2300
+USERS = 2150
 """More than there is room to remember."""
 
 
@@ -214,6 +214,59 @@ def test_nobody_chooses_who_pays_by_his_login(scope: Scope, tmp_path: Path) -> N
     assert lost(recording)["process.exec"] > FLOOD
     assert len(words(recording, "mine")) == MINE
     assert len(words(recording, "victim")) == 10
+
+
+# ---------------------------------------------------------------- many users
+
+
+MANY = 400
+"""Who has subordinate ids (/etc/subuid) can be 65,536: a file of each of them, set-user-ID."""
+FEW = 12
+"""What root does beside them: in the last of a ring is room for that."""
+
+
+def waiting_flooders(argument: str, count: int) -> tuple[list[Role], int]:
+    """One for each of many users, who begin when the descriptor is closed: root forks before it."""
+    begin, end = os.pipe()
+
+    def spawn_as_one(uid: int) -> int:
+        become(uid)
+        os.close(end)
+        os.read(begin, 1)
+        return spawn("flood", argument, count)
+
+    return [Role("flooder", spawn_as_one, VICTIM + i) for i in range(MANY)], end
+
+
+def be_many_at_once(argument: str, count: int) -> int:
+    """A flood by many, and root's own work after it. How many spawns the flood had."""
+    roles, end = waiting_flooders(argument, count)
+    checkpoint()
+    os.close(end)
+    spawned = sum(int(role.result()) for role in roles)
+    spawn("mine", "after", FEW)
+    return spawned
+
+
+@pytest.mark.parametrize("argument", [LARGE, ""], ids=["large", "small"])
+def test_many_users_at_once_leave_something_to_root(
+    scope: Scope, tmp_path: Path, argument: str
+) -> None:
+    """However many they are, of those ids that one user can have many of."""
+    events = "process.exec,process.exit"
+    with Agent(tmp_path, *scope.options, events=events, config=CONFIG) as agent:
+        with scope.start(be_many_at_once, argument, 10) as actor:
+            actor.reached()
+            with unread(agent):
+                actor.proceed()
+                actor.result()
+        recording = agent.stop()
+    recording.check()
+    found = refused(recording)
+    assert sum(found.values(), Counter()) == lost(recording)
+    assert {kind for kind, _ in found} <= {"user", "others"}
+    assert lost(recording)["process.exec"] > 5 * MANY
+    assert [event.argv[1] for event in words(recording, "mine")] == [str(i) for i in range(FEW)]
 
 
 # ---------------------------------------------------------------- the last of a ring
