@@ -14,7 +14,6 @@ import asyncio
 import errno
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -42,7 +41,7 @@ class Watermarks:
         """
         self._taken = taken
         self._wait = wait
-        self._noted: deque[_Noted] = deque(maxlen=_MOST_NOTED)
+        self._noted: list[_Noted] = []
         self._marks: dict[Place, int] = {}
         self._waiting: asyncio.Task[None] | None = None
         self._impossible = False
@@ -66,6 +65,10 @@ class Watermarks:
             what = errno.errorcode.get(error.errno or 0, error)
             _log.warning("no watermarks: the kernel does not tell when programs ended: %s", what)
             return
+        if len(self._noted) >= _MOST_NOTED:
+            # Not the oldest goes, which comes first: while what is read is older than all of them,
+            # no time would ever be known.
+            self._noted = self._noted[::2]
         self._noted.append(_Noted(boot_ns, self._taken()))
 
     def advance(self, complete: Mapping[Place, int]) -> None:
@@ -74,7 +77,7 @@ class Watermarks:
         `complete` is, per ring and CPU, the number up to which each event was handed on or is known
         to be lost; none, or 0, where there was none.
         """
-        left = deque[_Noted](maxlen=_MOST_NOTED)
+        left: list[_Noted] = []
         for noted in self._noted:
             behind = False
             for ring, numbers in noted.taken.items():

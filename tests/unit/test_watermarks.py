@@ -83,6 +83,21 @@ async def test_the_newest_time_of_which_all_has_come() -> None:
     assert times[2][0] <= marks.of("bulk", 0) <= times[2][1]
 
 
+async def test_numbers_that_are_read_minutes_late_still_get_their_times() -> None:
+    """Though by then more times were noted than are kept."""
+    numbers = Numbers()
+    marks = Watermarks(numbers.read, numbers.wait)
+    late, seconds = 100, 400
+    told = []
+    for second in range(seconds):
+        numbers.taken = [second, second]
+        await noted(marks, numbers)
+        marks.advance({("bulk", cpu): max(second - late, 0) for cpu in range(2)})
+        told.append(marks.of("bulk", 0))
+    assert told == sorted(told)
+    assert len(set(told[2 * late :])) > 20
+
+
 async def test_one_is_noted_at_a_time() -> None:
     numbers = Numbers()
     marks = Watermarks(numbers.read, numbers.wait)
