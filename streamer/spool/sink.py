@@ -26,7 +26,7 @@ from msgspec import UNSET
 from streamer.events.batch import NO_SPANS, Batch, Spans, join_spans
 from streamer.sinks.base import Listener, Sink, Status
 from streamer.spool.records import CRITICAL, batch_of, run_of
-from streamer.spool.store import Found, GivenUp, Item, Mark, SpoolError
+from streamer.spool.store import ROW_BYTES, Found, GivenUp, Item, Mark, SpoolError
 from streamer.spool.writer import TRANSACTION_BYTES, Fed, Writer
 
 Mode = Literal["spill", "wal"]
@@ -44,8 +44,6 @@ TICK_SECONDS = 0.02
 """How often one looks at what the sink has delivered."""
 FORGET_SECONDS = 0.5
 """How often at most what was delivered is forgotten on disk; with what is written, at once."""
-BATCH_BYTES = 300
-"""What a batch takes in memory beside its events, about."""
 STRUCT_FACTOR = 4
 """How many times its JSON an event takes as a Struct, about."""
 _END_SECONDS = 0.2
@@ -67,7 +65,7 @@ class _Held:
         self.batch = batch
         self.told = told
         factor = STRUCT_FACTOR if batch is not None else 1
-        self.size = BATCH_BYTES + factor * len(item.data)
+        self.size = ROW_BYTES + factor * len(item.data)
 
 
 class SpooledSink(Sink, Listener):

@@ -15,13 +15,24 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 from isal import isal_zlib
 
-from streamer.events.batch import NO_SPANS, Spans
+from streamer.events.batch import Spans
 from streamer.events.kinds import Ring
+from streamer.spool.rows import (
+    BATCH_BYTES,
+    MOST_CPUS,
+    MOST_KINDS,
+    MOST_NAME,
+    MOST_SINKS,
+    kinds_of,
+    said_by,
+    text_of,
+    text_of_spans,
+)
 
 PAGE_BYTES = 4096
 APPLICATION_ID = 0x73747270
@@ -31,11 +42,16 @@ FORMAT = 1
 
 MOST_RESERVE = 8 << 20
 """Bytes of the limit, or a quarter of it, that are left for the log in front of the database."""
-BATCH_BYTES = 64 << 20
-"""The most that a batch has: more is nothing that was written here."""
 NO_SENSE = "what is in it makes no sense"
 MOST_N = 1 << 62
 """Of a batch: nobody comes so far, and there are numbers after it."""
+MOST_MARKS = 8 * MOST_CPUS
+MOST_UNTOLD = 1 << 16
+"""Batches that made way and of which nothing tells: it is told within a second or two."""
+MOST_STATE = 1 << 20
+"""Bytes of what a run says of itself."""
+ROW_BYTES = 300
+"""What a row takes in memory beside its events, about."""
 _CHAIN_BYTES = PAGE_BYTES - 4
 """What a page takes of a long row: the rest says which page is next."""
 _PAGES_BESIDE = 4
@@ -156,6 +172,7 @@ class Store:
         run("PRAGMA cell_size_check = ON")
         run("PRAGMA temp_store = MEMORY")
         run("PRAGMA mmap_size = 0")
+        self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, BATCH_BYTES + (1 << 20))
         (known,) = run("PRAGMA application_id").fetchone()  # opens the log as well
         if new:
             run(f"PRAGMA page_size = {PAGE_BYTES}")
@@ -199,14 +216,18 @@ class Store:
         """What there is for each sink."""
         found: dict[str, Found] = {}
         with _worded():
-            rows = self._db.execute("SELECT n, sink, number, kinds FROM batch")
-            for n, sink, number, kinds in rows:
-                _check([sink], [n - 1, MOST_N - n, number - 1, BATCH_BYTES - number])
-                counts = _kinds(kinds)  # and not `number`: they are what becomes of the row
+            rows = self._db.execute("SELECT n, sink, number, kinds, "
+                                    "max(length(run), length(spans), length(data)) "
+                                    "FROM batch")  # fmt: skip
+            for n, sink, number, kinds, longest in rows:
+                _check([sink], [n - 1, MOST_N - n, number - 1, BATCH_BYTES - number,
+                                BATCH_BYTES - longest, MOST_NAME - len(sink)])  # fmt: skip
+                counts = kinds_of(kinds)  # and not `number`: they are what becomes of the row
                 before = found.get(sink, Found(0, Counter(), 0))
                 before.kinds.update(counts)
                 number = before.number + sum(counts.values())
                 found[sink] = Found(number, before.kinds, before.batches + 1)
+                _check([], [MOST_KINDS - len(before.kinds), MOST_SINKS - len(found)])
         return found
 
     def last(self) -> int:
@@ -218,29 +239,36 @@ class Store:
 
     def marks(self) -> list[Mark]:
         """The marks, of the run that wrote here last."""
+        found: list[Mark] = []
         with _worded():
-            rows = self._db.execute("SELECT * FROM mark ORDER BY sink, ring, cpu")
-            found = [Mark(*row) for row in rows]
-        for mark in found:
-            _check([mark.sink, mark.ring], mark[2:])
-            if mark.ring not in RINGS:
-                raise SpoolError(NO_SENSE, lasting=True)
+            for row in self._db.execute("SELECT * FROM mark ORDER BY sink, ring, cpu"):
+                mark = Mark(*row)
+                _check([mark.sink, mark.ring], [*mark[2:], MOST_CPUS - 1 - mark.cpu,
+                                                MOST_MARKS - len(found)])  # fmt: skip
+                if mark.ring not in RINGS:
+                    raise SpoolError(NO_SENSE, lasting=True)
+                found.append(mark)
         return found
 
     def given_up(self) -> list[GivenUp]:
         """What made way, and no record that is on disk or was delivered tells of it."""
+        found: list[GivenUp] = []
         with _worded():
             rows = self._db.execute("SELECT n, sink, run, kinds, spans FROM given_up ORDER BY n")
-            found = [GivenUp(n, s, r, _kinds(k), _spans(p)) for n, s, r, k, p in rows]
-        for one in found:
-            _check([one.sink, one.run], [one.n - 1, MOST_N - one.n])
+            for n, sink, run, kinds, spans in rows:
+                _check([sink, run], [n - 1, MOST_N - n, MOST_UNTOLD - len(found)])
+                said, counts, places = said_by(run, kinds, spans)
+                found.append(GivenUp(n, sink, said, counts, places))
         return found
 
     def state(self) -> bytes:
         """What the last run noted of itself; empty for none."""
         with _worded():
             row = self._db.execute("SELECT state FROM run WHERE id = 1").fetchone()
-            return b"" if row is None else str(row[0]).encode()
+            if row is None:
+                return b""
+            _check(row, [MOST_STATE - len(row[0])])
+            return str(row[0]).encode()
 
     def begin(self, state: bytes) -> None:
         """A run begins: what the marks and what is given up say of the one before is not kept.
@@ -308,7 +336,7 @@ class Store:
         self._db.execute(
             "INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (item.n, item.sink, item.run, int(item.critical), item.number,
-             _text(item.kinds), _text([(*place, *span) for place, span in item.spans.items()]),
+             text_of(item.kinds), text_of_spans(item.spans),
              len(item.data), zlib.crc32(item.data), data),
         )  # fmt: skip
         if item.fed:
@@ -323,8 +351,8 @@ class Store:
             self._db.execute("DELETE FROM batch WHERE n = ?", (victim.n,))
             self._db.execute(
                 "INSERT INTO given_up SELECT ?, ?, ?, ?, ?",
-                (victim.n, victim.sink, victim.run, _text(victim.kinds),
-                 _text([(*place, *span) for place, span in victim.spans.items()])),
+                (victim.n, victim.sink, victim.run, text_of(victim.kinds),
+                 text_of_spans(victim.spans)),
             )  # fmt: skip
             yield victim
 
@@ -336,7 +364,7 @@ class Store:
         )
         for n, sink, run, kinds, spans in rows:
             if n > self._fed.get(sink, 0):
-                return GivenUp(n, sink, run, _kinds(kinds), _spans(spans))
+                return GivenUp(n, sink, *said_by(run, kinds, spans))
         return None
 
     @property
@@ -360,7 +388,7 @@ class Store:
             for row in rows:
                 item = _item(sink, row)
                 found.append(item)
-                size += len(item.data) if isinstance(item, Item) else 0
+                size += ROW_BYTES + (len(item.data) if isinstance(item, Item) else 0)
                 if size >= most:
                     break
             rows.close()
@@ -427,7 +455,7 @@ class _Transaction(_Worded):
 
 
 _LASTING = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISUSE,
-            sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
+            sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_TOOBIG}  # fmt: skip
 
 
 def _error_of(error: BaseException) -> SpoolError:
@@ -458,31 +486,12 @@ def _lasts(items: Iterable[Item]) -> Iterator[Mark]:
             yield Mark(sink, ring, cpu, last=last)
 
 
-def _text(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-_KINDS = msgspec.json.Decoder(dict[str, Annotated[int, msgspec.Meta(ge=1, le=BATCH_BYTES)]])
-_PLACES = msgspec.json.Decoder(list[tuple[str, int, int, int]])
-
-
-def _kinds(text: str) -> dict[str, int]:
-    return _KINDS.decode(text)
-
-
-def _spans(text: str) -> Spans:
-    return {(ring, cpu): (first, last) for ring, cpu, first, last in _PLACES.decode(text)}
-
-
 def _item(sink: str, row: tuple[Any, ...]) -> Item | Unreadable:
     n, run, critical, number, kinds, spans, size, checksum, data = row
-    try:
-        counts, places = _kinds(kinds), _spans(spans)
-    except (msgspec.MsgspecError, TypeError):
-        return Unreadable(n, {}, NO_SPANS, str(run))
-    plain = unpacked(data, size)
+    said, counts, places = said_by(run, kinds, spans)
+    plain = unpacked(data, size) if said else None
     if plain is None or zlib.crc32(plain) != checksum:
-        return Unreadable(n, counts, places, str(run))
+        return Unreadable(n, counts, places, said)
     return Item(n, sink, run, bool(critical), number, counts, places, plain)
 
 

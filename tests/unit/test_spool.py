@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -28,6 +29,8 @@ from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store
 from tests.unit.spooled import RUN, WAIT, Run, batch, event, ids
 
 ROW = b'{"x": 1}\n'
+ROWS = """WITH RECURSIVE rows (value) AS (
+    VALUES (1) UNION ALL SELECT value + 1 FROM rows WHERE value < 20000)"""
 
 
 @pytest.fixture
@@ -359,6 +362,78 @@ def test_a_row_that_makes_no_sense_is_a_loss(directory: Path, column: str, value
         assert Run(directory, "wal").spool._found == {}
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize(("column", "value"), [
+    ("spans", '[["nowhere", 0, 1, 300]]'), ("spans", '[["bulk", -1, 1, 300]]'),
+    ("spans", '[["bulk", 0, 300, 1]]'), ("spans", '[["bulk", 0, -5, 300]]'),
+    ("spans", json.dumps([["bulk", cpu, 1, 1] for cpu in range(100_000)])),
+    ("run", "x"), ("run", "x" * 10_000), ("run", b"\xff"),
+])  # fmt: skip
+@pytest.mark.parametrize("data", [True, False])
+def test_ranges_that_no_run_has_are_not_told(
+    directory: Path, column: str, value: object, data: bool
+) -> None:
+    """They would make a record of the loss that is not of its schema, or as large as one likes."""
+    filled(directory)
+    with edited(directory) as db:
+        db.execute(f"UPDATE batch SET {column} = ?", (value,))
+        if not data:
+            db.execute("UPDATE batch SET data = x'00'")
+
+    async def go() -> None:
+        run = Run(directory, "wal", run="fedcba9876543210")
+        await run.start()
+        await run.until(lambda: run.sink.account.pending == 0)
+        assert run.delivered == []
+        assert run.recorder.drops == [
+            ({"file.open": 300}, "what the spool had of them cannot be read")
+        ]
+        assert run.recorder.spans == [NO_SPANS]
+        await run.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("statement", [
+    "UPDATE batch SET kinds = '{\"' || hex(zeroblob(5000)) || '\": 1}'",
+    "UPDATE batch SET n = n + 1000, kinds = (SELECT json_group_object(value, 1) FROM rows)",
+    "INSERT INTO batch SELECT 1000 + value, sink, run, 0, 1, '{\"a' || value || '\": 1}', "
+    "spans, size, checksum, data FROM batch, rows",
+    "INSERT INTO batch SELECT 1000 + value, 's' || value, run, 0, 1, kinds, spans, size, checksum, "
+    "data FROM batch, rows",
+    "INSERT INTO mark SELECT 'memory:', 'bulk', value, 1, 1, 1 FROM rows",
+])  # fmt: skip
+def test_more_kinds_or_sinks_than_an_agent_has_spoil_the_spool(
+    directory: Path, statement: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each heartbeat would tell of them, and whoever looks would hold as many as fit the disk."""
+    filled(directory)
+    with edited(directory) as db:
+        db.execute(f"{ROWS} {statement}")
+    Run(directory, "wal", run="fedcba9876543210")
+    assert "put aside" in caplog.text
+
+
+def test_rows_that_cannot_be_read_are_not_all_read_at_once(directory: Path) -> None:
+    filled(directory)
+    with edited(directory) as db:
+        db.execute(f"{ROWS} INSERT INTO batch SELECT 1000 + value, sink, run, 0, 1, kinds, spans, "
+                   "size, checksum, x'00' FROM batch, rows")  # fmt: skip
+    with closing(opened(directory / NAME)) as store:
+        assert 0 < len(store.next("memory:", 1 << 20)) < 10_000
+
+
+def test_a_row_that_makes_no_sense_makes_way_like_any_other(directory: Path) -> None:
+    """Nothing else in the spool is lost for it."""
+    filled(directory)
+    with edited(directory) as db:
+        db.execute("UPDATE batch SET spans = 'x', run = 'y'")
+    with closing(opened(directory / NAME)) as store:
+        gone = [one for n in range(2, 400) for one in store.write([item(n, size=5000)])]
+        assert gone[0] == GivenUp(1, "memory:", "", {"file.open": 300}, NO_SPANS)
+        assert [one.n for one in gone] == [*range(1, gone[-1].n + 1)]
+        assert store.given_up() == gone
 
 
 async def test_what_is_recovered_is_received_whatever_a_row_says(directory: Path) -> None:

@@ -1,0 +1,86 @@
+"""What a row says of the batch in it: whose events, how many of each kind, with which numbers.
+
+A file may have been written by whoever had taken over a run. So what is decoded here is bounded,
+and of a form that a run writes: of it come the account, records of losses and the next manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from streamer.events.batch import NO_SPANS, Spans
+
+BATCH_BYTES = 64 << 20
+"""The most that a batch has: more is nothing that was written here."""
+MOST_CPUS = 8192
+"""As many as Linux can have."""
+MOST_KINDS = 256
+MOST_SINKS = 256
+"""That have been in one spool, with other URLs, and have left anything there."""
+MOST_NAME = 4096
+"""Characters of a sink's name."""
+
+_RUN = re.compile("[0-9a-f]{16}")
+_KINDS = msgspec.json.Decoder(
+    Annotated[
+        dict[Annotated[str, Meta(max_length=64)], Annotated[int, Meta(ge=1, le=BATCH_BYTES)]],
+        Meta(max_length=MOST_KINDS),
+    ]
+)
+_Seq = Annotated[int, Meta(ge=1)]
+_PLACES = msgspec.json.Decoder(
+    Annotated[
+        list[
+            tuple[
+                Literal["critical", "bulk", "stream"],
+                Annotated[int, Meta(ge=0, lt=MOST_CPUS)],
+                _Seq,
+                _Seq,
+            ]
+        ],
+        Meta(max_length=2 * MOST_CPUS + 1),
+    ]
+)
+
+
+def text_of(value: Any) -> str:
+    """As it is in a row."""
+    return msgspec.json.encode(value).decode()
+
+
+def text_of_spans(spans: Spans) -> str:
+    """As they are in a row."""
+    return text_of([(*place, *span) for place, span in spans.items()])
+
+
+def kinds_of(text: Any) -> dict[str, int]:
+    """Raises MsgspecError or TypeError: no run writes that."""
+    found: dict[str, int] = _KINDS.decode(text)
+    return found
+
+
+def spans_of(text: Any) -> Spans:
+    """Raises MsgspecError or TypeError: no run writes that."""
+    found = _PLACES.decode(text)
+    if any(first > last for _, _, first, last in found):
+        raise msgspec.ValidationError("it ends before it begins")
+    return {(ring, cpu): (first, last) for ring, cpu, first, last in found}
+
+
+def said_by(run: Any, kinds: Any, spans: Any) -> tuple[str, dict[str, int], Spans]:
+    """The run, kinds and spans of a row; those that no run writes, and then no run, are empty."""
+    try:
+        counts = kinds_of(kinds)
+    except (msgspec.MsgspecError, TypeError):
+        return "", {}, NO_SPANS
+    try:
+        places = spans_of(spans)
+    except (msgspec.MsgspecError, TypeError):
+        return "", counts, NO_SPANS
+    if not isinstance(run, str) or not _RUN.fullmatch(run):
+        return "", counts, NO_SPANS
+    return run, counts, places
