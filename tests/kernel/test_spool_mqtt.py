@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.mqtt]
 KEEPS = ("autosave_interval 1", "autosave_on_changes true", "queue_qos0_messages true",
          "max_queued_messages 0")  # fmt: skip
 
-END = b"that is all\n"
+END = b"that is all"
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ class Witness:
 
     def wait(self) -> None:
         """Until it has all that was published so far: it is sent in order. It writes in blocks."""
-        command = ["mosquitto_pub", "-p", str(self._mqtt.port), "-t", TOPIC, "-q", "1", "-s"]
-        subprocess.run(command, input=END * 1000, check=True)
+        command = ["mosquitto_pub", "-p", str(self._mqtt.port), "-t", TOPIC, "-q", "1", "-l"]
+        subprocess.run(command, input=(END + b"\n") * 1000, check=True)
         deadline = time.monotonic() + seconds(60)
         while END.hex() not in self._output.read_text():
             assert time.monotonic() < deadline
@@ -237,3 +237,54 @@ def test_a_killed_agent_loses_what_the_next_manifest_says_and_no_more(
         assert set(range(1, mark.seq + 1)) <= seqs
         if mode == "wal":
             assert max(seqs, default=0) == mark.last
+
+
+LIMIT = 4000
+DEEP = "/" + "x" * 200
+
+
+def open_some_that_are_too_large() -> None:
+    open_missing("/before/", 300)
+    open_missing(DEEP * 19 + "/large/", 5)
+    open_missing("/behind/", 300)
+
+
+def test_what_a_broker_never_takes_is_lost_once_and_holds_nothing_up(
+    scope: Scope, tmp_path: Path
+) -> None:
+    """It was on disk when the agent was killed; the run after the next one knows nothing of it."""
+    mqtt = MosquittoBroker(tmp_path / "mqtt", [*KEEPS, f"message_size_limit {LIMIT}"])
+    with mqtt, witness(mqtt, tmp_path / "got") as seen:
+        with agent(tmp_path, scope, mqtt, "a", "wal") as running:
+            mqtt.kill()
+            scope.act(open_some_that_are_too_large)
+            running.wait_for(b"/behind/", 300)
+            time.sleep(1)
+            running.send(signal.SIGKILL)
+            running.process.wait()
+        spooled = numbered(spooled_after_kill(tmp_path))
+        assert len(spooled) == 605
+        mqtt.start()
+        with agent(tmp_path, scope, mqtt, "b", "wal") as running:
+            wait_until_empty(running)
+            second = running.stop(check=False)
+        with agent(tmp_path, scope, mqtt, "c", "wal") as running:
+            wait_until_empty(running)
+            third = running.stop(check=False)
+        seen.wait()
+    got = seen.events
+    check_order(got)
+    large = {event.seq for event in spooled if "/large/" in event.path}
+    assert len(large) == 5
+    assert Counter(event.id for event in numbered(got)) == Counter(
+        event.id for event in spooled if event.seq not in large
+    )
+    counts = counts_of(second)
+    assert (counts.dropped, counts.spooled, counts.pending) == (5, 0, 0)
+    assert counts.received == counts.delivered + 5
+    assert counts_of(third).recovered == 0
+    losses = [event for event in got if isinstance(event, StreamLoss) and event.stage == "sink"]
+    assert [(loss.count, loss.kinds) for loss in losses] == [(5, {"file.open": 5})]
+    missing = {n for loss in losses for span in loss.ranges or () if span.run_id
+               for n in range(span.seq_from, span.seq_to + 1)}  # fmt: skip
+    assert large <= missing
