@@ -132,7 +132,7 @@ def _decoded(data: bytes) -> _Slot | None:
     try:
         slot = msgspec.json.decode(text, type=_Slot)
         msgspec.msgpack.encode(slot)  # what cannot be published is no note
-    except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError):
         return None
     return slot
 

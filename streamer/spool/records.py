@@ -10,6 +10,7 @@ import msgspec
 from streamer.events.batch import Batch, Event, Spans, count_kinds
 from streamer.events.catalogue import PUBLISHED
 from streamer.events.kinds import KINDS
+from streamer.spool.rows import UNDECODABLE
 from streamer.spool.store import Item, Unreadable
 
 UNREADABLE = "what the spool had of them cannot be read"
@@ -41,7 +42,8 @@ def batch_of(item: Item | Unreadable, run_id: str) -> tuple[Batch, str]:
         return Batch([], dict(item.kinds), spans), UNREADABLE
     try:
         events: list[Event] = _decoder().decode_lines(item.data)
-    except msgspec.MsgspecError:
+        msgspec.msgpack.encode(events)  # numbers may be larger than any encoding has
+    except UNDECODABLE:
         return Batch([], dict(item.kinds), spans), UNREADABLE
     if not events or count_kinds(events) != item.kinds:
         return Batch([], dict(item.kinds), spans), UNREADABLE

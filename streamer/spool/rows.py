@@ -24,6 +24,9 @@ MOST_SINKS = 256
 MOST_NAME = 4096
 """Characters of a sink's name."""
 
+UNDECODABLE = (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError, TypeError)
+"""What decoding something that no run writes may raise, or encoding it again."""
+
 _RUN = re.compile("[0-9a-f]{16}")
 _KINDS = msgspec.json.Decoder(
     Annotated[
@@ -31,7 +34,7 @@ _KINDS = msgspec.json.Decoder(
         Meta(max_length=MOST_KINDS),
     ]
 )
-_Seq = Annotated[int, Meta(ge=1)]
+_Seq = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 _PLACES = msgspec.json.Decoder(
     Annotated[
         list[
@@ -58,13 +61,13 @@ def text_of_spans(spans: Spans) -> str:
 
 
 def kinds_of(text: Any) -> dict[str, int]:
-    """Raises MsgspecError or TypeError: no run writes that."""
+    """Raises one of UNDECODABLE: no run writes that."""
     found: dict[str, int] = _KINDS.decode(text)
     return found
 
 
 def spans_of(text: Any) -> Spans:
-    """Raises MsgspecError or TypeError: no run writes that."""
+    """Raises one of UNDECODABLE: no run writes that."""
     found = _PLACES.decode(text)
     if any(first > last for _, _, first, last in found):
         raise msgspec.ValidationError("it ends before it begins")
@@ -75,11 +78,11 @@ def said_by(run: Any, kinds: Any, spans: Any) -> tuple[str, dict[str, int], Span
     """The run, kinds and spans of a row; those that no run writes, and then no run, are empty."""
     try:
         counts = kinds_of(kinds)
-    except (msgspec.MsgspecError, TypeError):
+    except UNDECODABLE:
         return "", {}, NO_SPANS
     try:
         places = spans_of(spans)
-    except (msgspec.MsgspecError, TypeError):
+    except UNDECODABLE:
         return "", counts, NO_SPANS
     if not isinstance(run, str) or not _RUN.fullmatch(run):
         return "", counts, NO_SPANS

@@ -15,6 +15,7 @@ from streamer.events.stream import PreviousRun, RunMark, SeqRange, UntoldLoss
 from streamer.sinks.base import Sink
 from streamer.spool.place import Place, open_place
 from streamer.spool.records import named
+from streamer.spool.rows import UNDECODABLE
 from streamer.spool.sink import MADE_WAY, Mode, SpooledSink
 from streamer.spool.store import Found, GivenUp, Mark, SpoolError
 from streamer.spool.writer import Writer
@@ -107,8 +108,10 @@ class Spool:
             )
             return False
         try:
-            self.before.run = msgspec.json.decode(state, type=PreviousRun) if state else None
-        except msgspec.MsgspecError:
+            run = msgspec.json.decode(state, type=PreviousRun) if state else None
+            msgspec.msgpack.encode(run)  # what cannot be published says nothing
+            self.before.run = run
+        except UNDECODABLE:
             _log.warning("the spool does not say which run wrote it")
         return True
 

@@ -162,11 +162,13 @@ def test_what_others_can_write_is_no_note(
     assert "no note can be left" in caplog.text
 
 
-def test_a_note_that_could_not_be_published_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("old", "new"), [
+    (b'"started_ns":1', b'"started_ns":1%b' % (b"0" * 30)),
+    (b'"started_ns":1', b'"more":%b%b,"started_ns":1' % (b"[" * 20_000, b"]" * 20_000)),
+], ids=["number", "depth"])  # fmt: skip
+def test_a_note_that_could_not_be_published_is_none(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = tmp_path / "run.json"
-    text = b'{"number":3,"note":%b}' % msgspec.json.encode(note([])).replace(
-        b'"started_ns":1', b'"started_ns":1%b' % (b"0" * 30)
-    )
+    text = b'{"number":3,"note":%b}' % msgspec.json.encode(note([])).replace(old, new)
     path.touch(0o600)
     path.write_bytes(b"%08x %b\n" % (zlib.crc32(text), text))
     file = RunFile.open(str(path))

@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -17,17 +19,19 @@ from typing import Any
 
 import msgspec
 import pytest
+from isal import isal_zlib
 
 from streamer.config.settings import SpoolSection
 from streamer.events.batch import NO_SPANS, Batch
 from streamer.events.envelope import Envelope
-from streamer.events.stream import StreamLoss
+from streamer.events.stream import PreviousRun, StreamLoss
 from streamer.spool.place import BAD, LOG, NAME
 from streamer.spool.sink import MADE_WAY, Mode
 from streamer.spool.spool import Spool
 from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store
 from tests.unit.spooled import RUN, WAIT, Run, batch, event, ids
 
+NOTE = msgspec.json.encode(PreviousRun(RUN, "boot", "0", 1, "killed", [])).decode()
 ROW = b'{"x": 1}\n'
 ROWS = """WITH RECURSIVE rows (value) AS (
     VALUES (1) UNION ALL SELECT value + 1 FROM rows WHERE value < 20000)"""
@@ -367,6 +371,7 @@ def test_a_row_that_makes_no_sense_is_a_loss(directory: Path, column: str, value
 @pytest.mark.parametrize(("column", "value"), [
     ("spans", '[["nowhere", 0, 1, 300]]'), ("spans", '[["bulk", -1, 1, 300]]'),
     ("spans", '[["bulk", 0, 300, 1]]'), ("spans", '[["bulk", 0, -5, 300]]'),
+    ("spans", f'[["bulk", 0, 1, {10**30}]]'),
     ("spans", json.dumps([["bulk", cpu, 1, 1] for cpu in range(100_000)])),
     ("run", "x"), ("run", "x" * 10_000), ("run", b"\xff"),
 ])  # fmt: skip
@@ -434,6 +439,50 @@ def test_a_row_that_makes_no_sense_makes_way_like_any_other(directory: Path) -> 
         assert gone[0] == GivenUp(1, "memory:", "", {"file.open": 300}, NO_SPANS)
         assert [one.n for one in gone] == [*range(1, gone[-1].n + 1)]
         assert store.given_up() == gone
+
+
+@pytest.mark.parametrize("field", [
+    b'"schema":1' + b"0" * 30, b'"path":"\xff"', b'"more":' + b"[" * 100_000 + b"]" * 100_000,
+], ids=["number", "utf-8", "depth"])  # fmt: skip
+def test_events_that_no_run_has_encoded_are_a_loss(directory: Path, field: bytes) -> None:
+    """And not the end of the agent, or of the thread that reads them, at each start anew."""
+    lines = batch("file.open", 1, 300).lines("json")
+    data = re.sub(rb'"schema":\d+', field, lines, count=1) if b"schema" in field else (
+        lines.replace(b'"path":', field + b',"path":', 1))  # fmt: skip
+    assert data != lines
+    filled(directory)
+    with edited(directory) as db:
+        db.execute("UPDATE batch SET data = ?, size = ?, checksum = ?",
+                   (isal_zlib.compress(data), len(data), zlib.crc32(data)))  # fmt: skip
+
+    async def go() -> None:
+        run = Run(directory, "wal", run="fedcba9876543210")
+        await run.start()
+        await run.until(lambda: run.sink.account.pending == 0)
+        assert run.delivered == []
+        assert run.recorder.drops == [
+            ({"file.open": 300}, "what the spool had of them cannot be read")
+        ]
+        await run.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("text", [
+    re.sub(r'"started_ns":\d+', '"started_ns":1' + "0" * 30, NOTE),
+    NOTE.replace("{", '{"more":' + "[" * 100_000 + "]" * 100_000 + ",", 1),
+], ids=["number", "depth"])  # fmt: skip
+def test_what_a_run_says_of_itself_is_not_believed_whatever_it_is(
+    directory: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would not be published, or end the agent at each start."""
+    assert text != NOTE
+    filled(directory)
+    with edited(directory) as db:
+        db.execute("UPDATE run SET state = ?", (text,))
+    run = Run(directory, "wal", run="fedcba9876543210")
+    assert run.spool.before.run is None
+    assert "does not say which run wrote it" in caplog.text
 
 
 async def test_what_is_recovered_is_received_whatever_a_row_says(directory: Path) -> None:
