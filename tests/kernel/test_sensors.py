@@ -38,10 +38,9 @@ from tools.gen.sensors import read_sensor
 pytestmark = pytest.mark.kernel
 
 CPUS = last_possible_cpu() + 1
-# Two are for perf buffers, and for layouts that were read out of headers, alone.
-CORE_MAPS = [
-    one.name[:15] for one in SENSORS["core"].maps if one.name not in ("perf_slots", "peeked")
-]
+# For perf buffers, for layouts that were read out of headers, for many CPUs.
+ALONE = ("perf_slots", "peeked", "bulk_of_cpus")
+CORE_MAPS = [one.name[:15] for one in SENSORS["core"].maps if one.name not in ALONE]
 OWN_MAPS = {
     "process.exec": ["exec_records", "exited", "path_buffers"],
     "file.open": ["open_scratches", "path_buffers"],
