@@ -556,8 +556,11 @@ class SinkCommon(Section, tag_field="type", omit_defaults=True, frozen=True, kw_
 
     @property
     def name(self) -> str:
-        """Its URL without options and secrets: what tells it from the other sinks of a run."""
-        raise NotImplementedError
+        """What tells it from the other sinks of a run: its URL without options and secrets.
+
+        Of one that there can be once, its type.
+        """
+        return str(self.__struct_config__.tag)
 
 
 class StdoutSink(SinkCommon, tag="stdout", frozen=True, kw_only=True):
@@ -571,11 +574,6 @@ class StdoutSink(SinkCommon, tag="stdout", frozen=True, kw_only=True):
         Literal["auto", "always", "never"],
         doc("Colour of the readable form; `auto` only on a terminal and without `NO_COLOR`."),
     ] = "auto"
-
-    @property
-    def name(self) -> str:
-        """See `SinkCommon`."""
-        return "stdout"
 
 
 class FileSink(SinkCommon, tag="file", frozen=True, kw_only=True):

@@ -170,9 +170,9 @@ class Sink(ABC):
     def oldest(self) -> int | None:
         """The least `ticket` of what is held, at which everything before is accounted for.
 
-        None: nothing is held. Only for sinks that a spool can be in front of.
+        None: nothing is held. A sink that does not tell its batches apart has all of them, or none.
         """
-        raise NotImplementedError
+        return 0 if self.account.pending else None
 
     def discard(self, reason: str) -> None:  # noqa: B027 - what is delivered at once never waits
         """Drop what waits and has not begun to be delivered: there is no time left for it.
