@@ -17,8 +17,8 @@ KALLSYMS = "/proc/kallsyms"
 
 
 class Field(NamedTuple):
-    """A member of a struct that was measured: `type` is the struct that it is, or empty for a
-    pointer.
+    """A member of a struct that was measured: `type` is the struct that it is, `struct.member` for
+    what that one is, or empty for a pointer.
     """
 
     name: str
@@ -101,7 +101,7 @@ class _Made:
             case [("struct" | "union") as kind, str(name), int(size), list(members)]:
                 fields = [(field, self.id_of(of), bit, bits) for field, of, bit, bits in members]
                 made = self._writer.composite(kind, name, size, fields)
-                self._named[name] = made
+                self._named |= {f"{name}.{field}": of for field, of, *_ in fields} | {name: made}
                 return made
         raise ValueError(f"no type: {described!r:.100}")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from streamer.errors import ContractError, KernelError
 
 if TYPE_CHECKING:
-    from streamer.kernel.layouts import Field, Measured
+    from streamer.kernel.layouts import Measured
     from streamer.kernel.measured import Task, View
 
 KERNEL_BTF = "/sys/kernel/btf/vmlinux"
@@ -160,10 +160,15 @@ def _made(wanted: Wanted, types: list[str], given: str) -> tuple[str, str, bytes
 
 def _measured(view: View, task: Task, found: Collection[str]) -> tuple[Measured, str]:
     """Structs that the headers lack, and what could not be told of them."""
+    from streamer.kernel.layouts import Field
     from streamer.kernel.measured import Unfit, measure_mounts, measure_multipath
 
     more: dict[str, tuple[Field, ...]] = {}
     lacks = []
+    if "struct kernfs_iattrs" not in found:
+        # Whoever a cgroup was given to. Nothing of a kernel that is not asked to give one away has
+        # such attributes, so it is not measured: this is what they begin with since Linux 5.1.
+        more["kernfs_iattrs"] = (Field("ia_uid", 0, "cred.uid"),)
     if "struct mount" not in found:
         try:
             more |= measure_mounts(view, task)
