@@ -25,9 +25,9 @@ OPTION(dns_port_3);
 OPTION(dns_port_4);
 /* How long a response may take. */
 OPTION(dns_timeout_seconds);
-/* How many exchanges of one user are reported in a second. */
+/* How many exchanges of one who pays (see core/fair.bpf.h) are reported in a second. */
 OPTION(dns_per_second);
-/* Queries that can be kept at once, of all; one user has an eighth of that. */
+/* Queries that can be kept at once, of all; one who pays has an eighth of that. */
 OPTION(dns_queries);
 
 #define ONE_SECOND 1000000000ull
@@ -41,7 +41,12 @@ OPTION(dns_queries);
 #define WORDS_AT_ONCE 8 /* of a question, when it is hashed */
 #define BYTES_AT_ONCE (8 * WORDS_AT_ONCE)
 #define UNSOLICITED_PER_SECOND 100
+/* Users have the first SHARES, services and containers the next ones: no user shares with those. */
 #define SHARES 256
+#define SHARES_OF_CGROUPS SHARES
+#define SHARE_OF_TIMERS (2 * SHARES)
+#define SHARES_OF_UNSOLICITED (SHARE_OF_TIMERS + 1)
+#define SHARES_IN_ALL (SHARES_OF_UNSOLICITED + SHARES)
 #define SHARE_OF_ALL 8
 #define SLOTS_AT_ONCE 2048
 #define MOST_TOLD_PER_RUN 1024
@@ -149,7 +154,7 @@ struct {
 	__type(value, struct dns_progress);
 } dns_progress SEC(".maps");
 
-/* What one user has of what all share. */
+/* What one who pays has of what all share. */
 struct dns_share {
 	__u64 since_boot_ns;
 	__u64 reported; /* since then */
@@ -159,10 +164,11 @@ struct dns_share {
 	__u32 pad;
 };
 
-/* By user, and behind that by the user to whose socket an unsolicited response came. */
+/* By who pays (see core/fair.bpf.h), and behind that by the user to whose socket an unsolicited response
+ * came. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 2 * SHARES);
+	__uint(max_entries, SHARES_IN_ALL);
 	__type(key, __u32);
 	__type(value, struct dns_share);
 } dns_shares SEC(".maps");
@@ -554,24 +560,35 @@ __noinline __u64 question_of(struct __sk_buff *skb, __u32 at, __u32 length)
 
 /* ---------------------------------------------------------------- shares */
 
-static __always_inline __u32 share_of_user(__u32 user)
+static __always_inline __u32 share_of(__u64 id)
 {
-	return (user * 0x9e3779b1u >> 16) % SHARES;
+	return (id * 0x9e3779b97f4a7c15ull >> 32) % SHARES;
 }
 
-/* Of the current task. Users share by who they logged in as, which they cannot change; services by who
- * they are.
- */
-static __always_inline __u32 own_share(void)
+/* Of whoever pays for what the current task does. Not static, as others here: so it is verified once. */
+__noinline int own_share(void)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	__u32 user = -1;
+	struct payer_key key = {};
 
-	if (bpf_core_field_exists(task->loginuid))
-		user = READ(struct task_struct, task, loginuid.val);
-	if (user == (__u32)-1)
-		user = READ(struct task_struct, task, cred, uid.val);
-	return share_of_user(user);
+	find_payer(&key);
+	return share_of(key.id) + (key.kind == PAYER_USER ? 0 : SHARES_OF_CGROUPS);
+}
+
+/*
+ * Of whoever opens a connection. That is the current task as long as a system call has the socket. Else a
+ * timer sends the SYN, in whatever task it interrupts, because the first one did not come as far as here. As
+ * a user can see to that (by rules in a network namespace of his own), all of those pay together, and
+ * nobody whom they happen to interrupt.
+ */
+static __always_inline __u32 share_of_opener(struct bpf_sock *sk)
+{
+	return READ(struct sock, kernels_own(sk), sk_lock.owned) ? own_share() : SHARE_OF_TIMERS;
+}
+
+static __always_inline __u32 share_of_unsolicited(struct bpf_sock *sk)
+{
+	return SHARES_OF_UNSOLICITED +
+	       share_of(READ(struct sock, kernels_own(sk), sk_uid.val));
 }
 
 /* Keeps down what a flood costs; what is left out is in the weight of the next one. */
@@ -619,7 +636,7 @@ static __always_inline void read_ends(struct endpoints *ends, const struct net_d
 static __always_inline bool admits_dns(struct net_dns *record, const struct owner *owner,
 				       __u32 share)
 {
-	__u64 most = share >= SHARES ? UNSOLICITED_PER_SECOND : dns_per_second;
+	__u64 most = share >= SHARES_OF_UNSOLICITED ? UNSOLICITED_PER_SECOND : dns_per_second;
 	struct endpoints ends;
 
 	read_ends(&ends, record);
@@ -841,7 +858,7 @@ static __noinline void emit_response(struct __sk_buff *skb, const struct dns_pac
 	} else {
 		put_query(record, &key, &no_query);
 		owner = no_query.owner;
-		share = SHARES + share_of_user(READ(struct sock, kernels_own(sk), sk_uid.val));
+		share = share_of_unsolicited(sk);
 		record->state = DNS_UNSOLICITED;
 		record->latency_ns = 0;
 		record->netns = netns_of(sk);
@@ -1138,8 +1155,8 @@ static __noinline bool begin_packet(struct __sk_buff *skb, struct bpf_sock *sk, 
 	}
 	stream = sent ? &connection->sent : &connection->received;
 	if (begins) {
-		/* Whoever connects sends it; a timer does so when it sends it again. */
-		packet.share = sent && !stream->state ? own_share() : connection->ends.share;
+		packet.share = sent && !stream->state ? share_of_opener(sk) :
+							connection->ends.share;
 		connection->ends = packet;
 		begin_stream(stream, packet.seq);
 	}

@@ -189,8 +189,8 @@ class Kernel(Section, frozen=True, kw_only=True):
         int,
         Meta(ge=1, le=1 << 20),
         doc(
-            "`net.dns`: how many exchanges of one user are reported in a second. The next one "
-            "stands for those that were left out: they are in its `weight`."
+            "`net.dns`: how many exchanges of one user, service or container are reported in a "
+            "second. The next one stands for those that were left out: they are in its `weight`."
         ),
     ] = 2000
     dns_queries: Annotated[
@@ -198,7 +198,7 @@ class Kernel(Section, frozen=True, kw_only=True):
         Meta(ge=64, le=1 << 16),
         doc(
             "`net.dns`: room for queries that wait for their response; an eighth of it is what one "
-            "user can have. A query that finds none is counted as lost."
+            "user, service or container can have. A query that finds none is counted as lost."
         ),
     ] = 4096
     dns_redact: Annotated[

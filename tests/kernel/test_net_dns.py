@@ -38,7 +38,9 @@ from tests.kernel.dns import (
 from tests.kernel.pace import seconds
 from tests.kernel.roles import Role, enter_netns, in_own_network, netns_inode, two_namespaces
 from tests.kernel.scope import Scope, checkpoint
+from tests.kernel.test_fairness import may_say_who_logged_in
 from tests.kernel.test_tracepoint_net import deafen, nstat
+from tests.kernel.unprivileged import become, own_namespaces
 
 pytestmark = pytest.mark.kernel
 
@@ -634,6 +636,67 @@ def test_a_full_table_is_counted_and_costs_nobody_else(tmp_path: Path, scope: Sc
     assert sum(loss.count for loss in recording.losses) == FLOOD - ROOM
 
 
+LOGINS = (4242, 4243, 4244)
+VICTIM = LOGINS[0]
+"""Whose share is another than NOBODY's: there are 256."""
+
+
+def flood_under_logins() -> None:
+    """One user, who says for each of his processes that somebody else has logged in."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(("127.0.0.1", PORT))
+        for login in LOGINS:
+            Role("flooder", flood_as_logged_in, login).result()
+        Role("victim", ask_as, VICTIM, b"victim.test").result()
+        ask([query(1, question(b"root.test"))], answers=0)
+
+
+def flood_as_logged_in(login: int) -> None:
+    become(NOBODY)
+    LOGINUID.write_text(str(login))
+    ask([query(number, question(b"flood.test")) for number in range(ROOM)], answers=0)
+
+
+def ask_as(uid: int, name: bytes) -> None:
+    become(uid)
+    ask([query(1, question(name))], answers=0)
+
+
+@pytest.mark.skipif(not may_say_who_logged_in(), reason="a login id is set, or cannot be")
+def test_nobody_chooses_his_share_by_his_login(tmp_path: Path, scope: Scope) -> None:
+    """He has one, whoever he says has logged in, and takes up nobody else's."""
+    _, recording = recorded(tmp_path, scope, flood_under_logins, config=SMALL, wait=ROOM + 2)
+    names = Counter(event.query for event in recording.of("net.dns"))
+    assert names == {"flood.test": ROOM, "victim.test": 1, "root.test": 1}
+    counts = recording.heartbeat.counts["net.dns"]
+    assert (counts.produced, counts.lost) == (len(LOGINS) * ROOM + 2, (len(LOGINS) - 1) * ROOM)
+
+
+def flood_as_root_of_namespaces() -> None:
+    """One user, in user namespaces of his own, in which he is root, and others."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(("127.0.0.1", PORT))
+        for depth in range(3):
+            Role("flooder", flood_within, depth).result()
+        ask([query(1, question(b"root.test"))], answers=0)
+
+
+def flood_within(depth: int) -> None:
+    become(NOBODY)
+    for _ in range(depth):
+        own_namespaces(0)
+    ask([query(number, question(b"flood.test")) for number in range(ROOM)], answers=0)
+
+
+def test_all_user_namespaces_of_one_user_have_one_share(tmp_path: Path, scope: Scope) -> None:
+    _, recording = recorded(
+        tmp_path, scope, flood_as_root_of_namespaces, config=SMALL, wait=ROOM + 1
+    )
+    names = Counter(event.query for event in recording.of("net.dns"))
+    assert names == {"flood.test": ROOM, "root.test": 1}
+    assert recording.heartbeat.counts["net.dns"].lost == 2 * ROOM
+
+
 def flood_over_tcp() -> int:
     """Of what one user asks, TCP sends most while its server, who is somebody else, reads.
 
@@ -644,8 +707,6 @@ def flood_over_tcp() -> int:
         listener.bind(("127.0.0.1", PORT))
         listener.listen()
         pid = int(Role("other", ask_much_as_other).result())
-        if LOGINUID.exists():  # only a login tells the two apart for certain
-            LOGINUID.write_text("4242")
         server, _ = listener.accept()
         with server:
             server.settimeout(seconds(10))

@@ -26,8 +26,20 @@ from tests.kernel.dns import (
     serve,
 )
 from tests.kernel.pace import seconds
+from tests.kernel.roles import Role
 from tests.kernel.scope import Scope
-from tests.kernel.test_net_dns import ONE_A, SMALL, SOON, recorded, told
+from tests.kernel.test_net_dns import (
+    FLOOD,
+    NOBODY,
+    ONE_A,
+    ROOM,
+    SMALL,
+    SOON,
+    ask_as,
+    recorded,
+    told,
+)
+from tests.kernel.unprivileged import become
 
 pytestmark = pytest.mark.kernel
 
@@ -239,6 +251,56 @@ def test_addresses_that_are_translated(
         ("tcp.test", "tcp", "answered"),
     ]
     assert {(e.remote_addr, e.remote_port) for e in events} == {("127.0.0.5", PORT)}
+
+
+# ---------------------------------------------------------------- what a timer sends
+
+FIRST_SYN = ["OUTPUT", "-p", "tcp", "--dport", str(PORT), "--syn", "-j", "DROP"]
+
+
+def connect_by_a_timer() -> bool:
+    """One user's connection, of which a rule of the network's drops the first SYN."""
+    added = subprocess.run(["iptables", "-A", *FIRST_SYN], capture_output=True)
+    if added.returncode:
+        return False
+    with (
+        socket.create_server(("127.0.0.1", PORT)),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf,
+    ):
+        deaf.bind(("127.0.0.1", PORT))
+        late = Role("late", flood_late)
+        wait_for_syn_sent()
+        subprocess.run(["iptables", "-D", *FIRST_SYN], check=True)
+        late.result()
+        Role("user", ask_as, NOBODY, b"user.test").result()
+        ask([query(1, question(b"root.test"))], answers=0)
+    return True
+
+
+def flood_late() -> None:
+    become(NOBODY)
+    with socket.create_connection(("127.0.0.1", PORT), seconds(20)) as client:
+        for number in range(FLOOD):
+            client.sendall(framed(query(number, question(b"late.test"))))
+
+
+def wait_for_syn_sent() -> None:
+    deadline = time.monotonic() + seconds(10)
+    while " 02 " not in Path("/proc/thread-self/net/tcp").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_a_timer_opens_is_charged_to_nobody_it_interrupts(
+    require: Require, require_kernel: Require, tmp_path: Path, scope: Scope
+) -> None:
+    """Nor to its user, for it is not known then who that is: such connections have one share."""
+    require(shutil.which("iptables"), "iptables is not installed")
+    opened, recording = recorded(tmp_path, scope, connect_by_a_timer, config=SMALL, wait=ROOM + 2)
+    require_kernel(opened, "this kernel has no rules for packets")
+    names = Counter(event.query for event in recording.of("net.dns"))
+    assert names == {"late.test": ROOM, "user.test": 1, "root.test": 1}
+    assert recording.heartbeat.counts["net.dns"].lost == FLOOD - ROOM
 
 
 # ---------------------------------------------------------------- headers
