@@ -5,8 +5,8 @@
  * `_records.pyi` documents what Python sees; `records_py.py` is the same in plain Python and the
  * oracle of this file in the tests. The ring's format is that of the kernel (kernel/bpf/ringbuf.c):
  * a u32 of length and BUSY and DISCARD bits, a u32 that is the kernel's own, then the record,
- * rounded up to 8 bytes. The data area is mapped twice in a row, so no record is ever split. That of
- * a perf buffer is mapped once; what the kernel puts there is in linux/perf_event.h.
+ * rounded up to 8 bytes. Behind the data area its beginning is mapped again, so no record is ever
+ * split. That of a perf buffer is mapped once; what the kernel puts there is in linux/perf_event.h.
  *
  * Three rules keep this safe and fast:
  *   - Every offset of the layout is checked when the Decoder is made, so that decoding only has
@@ -1784,7 +1784,7 @@ typedef struct {
 	Consumer base;
 	Py_buffer consumer, producer; /* .obj is NULL once closed */
 	const uint8_t *data;
-	uint64_t size;
+	uint64_t size, mapped; /* of the data area; with what is there a second time */
 } Ring;
 
 static inline uint64_t consumer_position(const Ring *self)
@@ -1822,7 +1822,8 @@ static bool find_end(const Ring *self, uint64_t position, uint64_t *end)
 static int consume(Ring *self, const struct state *state, Decoder *decoder, uint64_t *position,
 		   uint64_t end)
 {
-	const uint8_t *at = self->data + (*position & (self->size - 1));
+	uint64_t offset = *position & (self->size - 1);
+	const uint8_t *at = self->data + offset;
 	uint32_t word = __atomic_load_n((const uint32_t *)at, __ATOMIC_ACQUIRE);
 	if (UNLIKELY(word & BUSY_BIT))
 		return 0;
@@ -1833,6 +1834,12 @@ static int consume(Ring *self, const struct state *state, Decoder *decoder, uint
 			     "corrupt ring: a record of %u bytes at %llu, where %llu are pending",
 			     length, (unsigned long long)*position,
 			     (unsigned long long)(end - *position));
+		return -1;
+	}
+	if (UNLIKELY(offset + step > self->mapped && !(word & DISCARD_BIT))) {
+		PyErr_Format(PyExc_ValueError,
+			     "corrupt ring: a record of %u bytes at %llu is longer than what is mapped",
+			     length, (unsigned long long)*position);
 		return -1;
 	}
 	if (UNLIKELY(word & DISCARD_BIT))
@@ -1913,13 +1920,16 @@ static int set_shape(Ring *self, Py_ssize_t offset)
 		return shape_error("consumer has less than 8 bytes");
 	if (offset < (Py_ssize_t)sizeof(uint64_t) || offset % ROUND != 0)
 		return shape_error("data_offset is not a positive multiple of 8");
-	Py_ssize_t twice = self->producer.len - offset;
-	if (twice < 2 * ROUND || (twice & (twice - 1)) != 0)
-		return shape_error("producer does not hold a power of two of data, twice");
+	Py_ssize_t mapped = self->producer.len - offset;
+	if (mapped < 2 * ROUND || mapped % ROUND != 0)
+		return shape_error("producer does not hold data, and some of it again");
 	if (((uintptr_t)self->consumer.buf | (uintptr_t)self->producer.buf) % ROUND != 0)
 		return shape_error("a buffer is not aligned to 8 bytes");
 	self->data = (const uint8_t *)self->producer.buf + offset;
-	self->size = (uint64_t)twice / 2;
+	self->size = ROUND; /* the largest power of two that is less than what is mapped */
+	while (self->size < (uint64_t)mapped - self->size)
+		self->size *= 2;
+	self->mapped = (uint64_t)mapped;
 	return 0;
 }
 

@@ -34,6 +34,11 @@ from streamer.ring.records import Decoder, Gap, PerfBuffers, Ring
 LOOKS_IN_VAIN = 5
 """Looks at empty rings before the reader goes to sleep: at moderate rates it had better not."""
 
+AGAIN = 1 << 16
+"""Of a ring buffer's data, so much is mapped again behind it, for the record at its end: more than
+any record has. All of it would count as resident memory twice.
+"""
+
 _WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}
 _WAKE_WORD = struct.Struct("<I")  # struct reader_state is one for each ring buffer
 _FOREVER = 1 << 64
@@ -132,9 +137,8 @@ class RingSource(Source):
         self.size = size = transport.sizes[name]
         page = mmap.PAGESIZE
         self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._producer = mmap.mmap(
-            fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
-        )
+        mapped = page + size + min(size, AGAIN)
+        self._producer = mmap.mmap(fd, mapped, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         ring = Ring(self._consumer, self._producer, page)
         own = bulk_rings.cpus_of(name, transport.bulk_rings, transport.bulk_shift, cpus)
         super().__init__(

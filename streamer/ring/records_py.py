@@ -3,8 +3,8 @@
 The format of a ring is the kernel's (kernel/bpf/ringbuf.c). Positions are u64 that only ever
 grow; masked with the size of the data area they are offsets into it. Each record follows a
 u32 with its length, a BUSY bit while it is being written and a DISCARD bit when it was given
-up, and a u32 that is the kernel's own; the whole is rounded up to 8 bytes. The data area is
-mapped twice in a row, so no record is ever split. Hosts are little-endian and of 64 bits.
+up, and a u32 that is the kernel's own; the whole is rounded up to 8 bytes. Behind the data area
+its beginning is mapped again, so no record is ever split. Hosts are little-endian and of 64 bits.
 """
 
 from __future__ import annotations
@@ -753,7 +753,8 @@ class Ring:
         Args:
             consumer: the consumer's page: at least 8 bytes, its u64 position first. Writable.
             producer: `data_offset` bytes, the producer's u64 position first, then the data
-                area twice. Its size must be a power of two.
+                area, whose size is a power of two, and again its first bytes, or all: as many
+                as the largest record and its header have.
             data_offset: where the data area begins, in bytes; a multiple of 8.
 
         Raises:
@@ -765,11 +766,11 @@ class Ring:
         # A ctypes integer stores all 8 bytes at once, which struct.pack_into does not.
         self._consumer: ctypes.c_uint64 | None = ctypes.c_uint64.from_buffer(consumer)
         self._producer = memoryview(producer)
-        twice = self._producer.nbytes - data_offset
-        if twice < 2 * RING_HEADER or twice & (twice - 1):
-            raise ValueError("producer does not hold a power of two of data, twice")
+        self._mapped = mapped = self._producer.nbytes - data_offset
+        if mapped < 2 * RING_HEADER or mapped % 8:
+            raise ValueError("producer does not hold data, and some of it again")
         self._data_offset = data_offset
-        self._size = twice // 2
+        self._size = 1 << (mapped - 1).bit_length() - 1
         self._fence = _Fence()
         self._sequence = _Sequence()
         self._records = self._discarded = 0
@@ -901,6 +902,11 @@ class Ring:
             raise ValueError(
                 f"corrupt ring: a record of {length} bytes at {position}, "
                 f"where {pending} are pending"
+            )
+        if offset + step > self._mapped and not word & DISCARD:
+            raise ValueError(
+                f"corrupt ring: a record of {length} bytes at {position} is longer than "
+                f"what is mapped"
             )
         end = (position + step) & U64
         return _Slice(offset + RING_HEADER, length, bool(word & DISCARD), end)

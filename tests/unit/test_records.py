@@ -991,6 +991,37 @@ def test_records_that_wrap_around(reader: Reader, decoder: Any, start: int) -> N
     assert ring.records == 199
 
 
+def to_the_end(ring: Any, decoder: Any, simulated: SimulatedRing) -> None:
+    """Until a header is the last that has room in the data area."""
+    while simulated.produced % simulated.size != simulated.size - 8:
+        assert simulated.write(b"", DISCARD) is not None
+        ring.drain(decoder, 1)
+
+
+def test_no_more_is_mapped_again_than_the_largest_record_has(reader: Reader, decoder: Any) -> None:
+    """As in the agent; one that is larger is refused, once it is at the end, and not read."""
+    again = 128
+    simulated = SimulatedRing(1024)
+    mapped = memoryview(simulated.producer)[: DATA_OFFSET + 1024 + again]
+    ring = reader.Ring(simulated.consumer, mapped, DATA_OFFSET)
+    for seq in range(1, 100):
+        path = b"%d-" % seq + b"p" * (seq % (again - 8 - SAMPLE_SIZE - 3))
+        fill(simulated, sample(seq=seq, first=path))
+        (event,) = ring.drain(decoder, 5).events
+        assert (event.seq, event.first) == (seq, path.decode())
+    to_the_end(ring, decoder, simulated)
+    assert simulated.write(sample(first=b"x" * 512), DISCARD) is not None
+    assert ring.drain(decoder, 1).events == []
+    to_the_end(ring, decoder, simulated)
+    at = simulated.produced
+    record = sample(first=b"x" * 512)
+    fill(simulated, record)
+    message = f"a record of {len(record)} bytes at {at} is longer than what is mapped"
+    corrupt(ring, decoder, simulated, message)
+    ring.close()
+    mapped.release()
+
+
 def test_a_record_that_fills_the_ring(reader: Reader, decoder: Any) -> None:
     simulated = SimulatedRing(1024, 512)
     ring = ring_of(reader, simulated)
@@ -1151,6 +1182,7 @@ def test_a_producer_position_within_a_record_header(reader: Reader, decoder: Any
         (7, 4096 + 128, 4096),
         (8, 4096, 4096),
         (8, 4096 + 100, 4096),
+        (8, 4096 + 15, 4096),
         (8, 4096 + 8, 4096),
         (8, 128, 0),
         (8, 128 + 12, 12),

@@ -14,9 +14,10 @@ import msgspec
 import pytest
 
 from streamer.events.batch import NO_SPANS, Batch, Spans
+from streamer.events.kinds import RECORDS
 from streamer.kernel.objects import CONTRACT
 from streamer.ring.gaps import GapTracker
-from streamer.ring.reader import LOOKS_IN_VAIN, RingReader
+from streamer.ring.reader import AGAIN, LOOKS_IN_VAIN, RingReader
 
 INTERVAL_MS = 2
 WAKE = {name: number for name, number, _ in CONTRACT["enum wake"]}
@@ -314,3 +315,8 @@ async def test_a_backlog_is_drained_without_waiting_for_the_timer(bench: Bench) 
     bench.bulk.ring.held = 1000
     bench.reader.start()
     await bench.until_read(1000)
+
+
+def test_no_record_is_larger_than_what_is_mapped_again() -> None:
+    assert max(record.max_size for record in RECORDS.values()) + 8 <= AGAIN
+    assert AGAIN % mmap.PAGESIZE == 0
