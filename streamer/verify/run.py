@@ -24,6 +24,10 @@ SILENT_NS = 60_000_000_000
 MOST_STEPS = 100
 """Clock steps that are reported for a run."""
 
+STALE_NS = 5_000_000_000
+"""So long after the clock was set events may still go by how it was before: an agent looks once a
+second, a slow one later. Its own records do not."""
+
 
 class Run:
     """A run. Records of other releases may lack what is asked for here."""
@@ -38,6 +42,7 @@ class Run:
         self.offset = line.time_ns - line.boot_ns
         self.steps: list[report.ClockStep] = []
         self.steps_total = 0
+        self._clocks = deque([(line.boot_ns, self.offset)], maxlen=MOST_STEPS)
         self.first_ns = self.last_ns = line.time_ns
         self.first_boot_ns = self.last_boot_ns = line.boot_ns
         self.lanes: set[str] = set()
@@ -68,13 +73,28 @@ class Run:
     def set_clock(self, line: Line) -> None:
         """The wall clock is another than before: it was set, or slewed."""
         offset = line.time_ns - line.boot_ns
+        self.saw(line)
+        if self._by_an_older_clock(line.boot_ns, offset):
+            return
         step = offset - self.offset
         self.offset = offset
-        self.saw(line)
         if abs(step) >= STEP_NS:
+            self._clocks.append((line.boot_ns, offset))
             self.steps_total += 1
             if len(self.steps) < MOST_STEPS:
                 self.steps.append(report.ClockStep(line.boot_ns, line.time_ns, step))
+        else:
+            self._clocks[-1] = (self._clocks[-1][0], offset)
+
+    def _by_an_older_clock(self, boot_ns: int, offset: int) -> bool:
+        """Whether it was in force when that happened, or a moment before, and is no longer: the
+        record has come late, or once more, or the agent had not looked yet.
+        """
+        until = [since for since, _ in self._clocks][1:]
+        return any(
+            boot_ns < ended + STALE_NS and abs(offset - known) < STEP_NS
+            for (_, known), ended in zip(self._clocks, until, strict=False)
+        )
 
     def take_manifest(self, manifest: Manifest, ours: tuple[str, ...] = ()) -> None:
         """What the run says of itself. `ours`: how the names of sinks end that are read.

@@ -404,6 +404,27 @@ def test_the_clock_is_set() -> None:
     assert run.clock_steps_total == 1
 
 
+def test_the_clock_is_set_and_some_come_by_the_old_one() -> None:
+    """The agent's own records go by the new one at once, events a second later, or are late."""
+    stream = Stream()
+    records = [stream.manifest(), stream.event(1)]
+    stream.offset += 3600 * SECOND
+    records.append(stream.heartbeat())
+    stream.offset -= 3600 * SECOND
+    records.append(stream.event(2))
+    stream.offset += 3600 * SECOND
+    records.append(stream.event(3))
+    stream.boot_ns += 10 * SECOND
+    stream.offset -= 7200 * SECOND
+    records += [stream.event(4), records[1]]
+    stream.boot_ns += 10 * SECOND
+    stream.offset += 3600 * SECOND
+    records += [stream.event(5), records[-2]]
+    run = only_run(verified(records))
+    assert [step.step_ns // SECOND for step in run.clock_steps] == [3600, -7200, 3600]
+    assert run.clock_steps_total == 3
+
+
 # ---------------------------------------------------------------- what does not add up
 
 
