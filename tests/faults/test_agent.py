@@ -10,13 +10,14 @@ import signal
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from streamer.events.stream import PreviousRun, SeqRange
 from tests.faults.conftest import Cluster, Faults
 from tests.faults.consumers import KafkaFollower, by_kcat
 from tests.faults.experiment import (
@@ -55,7 +56,7 @@ def outage(cluster: Cluster, experiment: Experiment, seconds: float) -> None:
 @slow
 def test_stopped(kafka_fault: Faults, record: Record) -> None:
     """What finds no room in the rings meanwhile is told: of what is critical nothing."""
-    with kafka_fault("SIGSTOP of the agent for 20 s", rate=10_000) as experiment:
+    with kafka_fault("SIGSTOP of the agent for 20 s", rate=20_000) as experiment:
         experiment.steady()
         experiment.agent.send(signal.SIGSTOP)
         time.sleep(20)
@@ -164,12 +165,44 @@ def limit_descriptors(pid: int, limit: str) -> None:
 
 
 class Numbered(msgspec.Struct):
-    """Of a record what says which one it was of those that the load made."""
+    """Of a record what says which one it was of those that the load made, and how far runs came."""
 
     event: str
     id: str
     path: str = ""
     argv: list[str] = []
+    previous: PreviousRun | None = None
+    run_id: str = ""
+    ranges: list[SeqRange] = []
+
+
+Numbers = dict[tuple[str, int], set[int]]
+"""Of a run: those of its events that are there, or told as lost, by ring and CPU."""
+
+
+def check_marks(
+    runs: Mapping[str, Numbers], before: Mapping[str, PreviousRun], offered: Mapping[str, Counts]
+) -> int:
+    """Of each run `before` all is there up to the number that the next manifest names, and nothing
+    more, so that what was lost is what comes after it. `offered` is what its loads made, by ring:
+    nobody can have numbered more. How many runs were compared.
+    """
+    compared = 0
+    for run, numbers in runs.items():
+        if run not in before:  # the next was killed before its manifest was on disk
+            assert any(one.run_id == run for last in before.values() for one in last.untold), run
+            continue
+        marks = {(mark.ring, mark.cpu): mark for mark in before[run].marks}
+        assert before[run].ended == "killed"
+        assert numbers.keys() <= marks.keys()
+        for place, mark in marks.items():
+            assert numbers.get(place, set()) == set(range(1, mark.last + 1)), f"{run} {mark}"
+            assert mark.seq <= mark.last, f"{run} {mark}"
+        for ring, made in offered[run].items():
+            taken = sum(max(mark.taken, mark.last) for mark in marks.values() if mark.ring == ring)
+            assert taken <= made, f"{run}: {taken} of {made} in {ring}: {before[run].marks}"
+        compared += 1
+    return compared
 
 
 @slow
@@ -177,7 +210,8 @@ def test_killed(cluster: Cluster, scope: Scope, tmp_path: Path, record: Record) 
     """SIGKILL at 50 random moments, some of them while it starts; what was read is not lost.
 
     Each run has a load of its own: the numbers of those that are there have no hole, so that only
-    the newest are missing. What is offered while no agent runs is nobody's.
+    the newest are missing, and the next manifest says from where on. What is offered while no
+    agent runs is nobody's.
     """
     topic = "faults-kills"
     cluster.create(topic)
@@ -185,6 +219,7 @@ def test_killed(cluster: Cluster, scope: Scope, tmp_path: Path, record: Record) 
     sink = f'type = "kafka"\nbootstrap = [{bootstrap}]\ntopic = "{topic}"'
     chance = random.Random(8)
     peak, offered, done = 0.0, Counts(), {}
+    offered_in: dict[int, Counts] = {}
     with ExitStack() as stack:
         follower = stack.enter_context(KafkaFollower(cluster.address, topic, tmp_path))
         for run in range(KILLS):
@@ -203,7 +238,10 @@ def test_killed(cluster: Cluster, scope: Scope, tmp_path: Path, record: Record) 
                 time.sleep(chance.uniform(0.0, 1.5))
                 agent.kill()
                 done[run] = opens.stop(), spawns.stop()
-                offered += opens.expected + spawns.expected
+                both = opens.expected + spawns.expected
+                offered += both
+                bulk = both["file.open"]
+                offered_in[run] = Counts({"bulk": bulk, "critical": both.total() - bulk})
             if not starting:
                 peak = max(peak, memory.end())
         agent = configured(scope, tmp_path / "agent", sink, spool="wal")
@@ -219,15 +257,26 @@ def test_killed(cluster: Cluster, scope: Scope, tmp_path: Path, record: Record) 
     decode = msgspec.json.Decoder(Numbered).decode
     records, known = 0, set[str]()
     numbers: dict[str, list[int]] = defaultdict(list)
+    runs: dict[str, Numbers] = defaultdict(lambda: defaultdict(set))
+    before: dict[str, PreviousRun] = {}
+    number_of: dict[str, int] = {}
     for line in by_kcat(cluster.address, topic):
         seen = decode(line)
         records += 1
+        if seen.previous is not None:
+            before[seen.previous.run_id] = seen.previous
+        for one in seen.ranges:
+            runs[seen.run_id][one.ring, one.cpu].update(range(one.seq_from, one.seq_to + 1))
         if seen.event.startswith("stream.") or seen.id in known:
             continue
         known.add(seen.id)
+        run_id, ring, cpu, seq = seen.id.rsplit("-", 3)
+        runs[run_id][ring, int(cpu)].add(int(seq))
         if seen.path:
             _, _, run_name, number = seen.path.split("/")
             numbers[run_name].append(int(number))
+            if run_name != "last":
+                number_of[run_id] = int(run_name)
         elif seen.event == "process.exec" and seen.argv[0].startswith("run-"):
             numbers[seen.argv[0]].append(int(seen.argv[1]))
     for name, found in numbers.items():
@@ -236,8 +285,11 @@ def test_killed(cluster: Cluster, scope: Scope, tmp_path: Path, record: Record) 
     for run, (opened, spawned) in done.items():
         assert numbers[f"{run}"][-1:] < [opened]
         assert numbers[f"run-{run}"][-1:] < [spawned]
+    killed = {run: found for run, found in runs.items() if run in number_of}
+    made = {run: offered_in[number] for run, number in number_of.items()}
+    assert check_marks(killed, before, made) >= KILLS // 2
     report = verify(f"kafka://{cluster.address}/{topic}", records)
-    assert report.ok, report
+    assert report.ok, [run for host in report.hosts.values() for run in host.runs if run.problems]
     assert report.events == len(known)
     row = Row(
         f"SIGKILL of the agent, {KILLS} times",
