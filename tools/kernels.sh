@@ -15,6 +15,8 @@
 # written to, and vanish. What COMMAND writes to its output is seen here at once. Files come back
 # from the directory that $OUT names there and $KERNEL_OUT, if set, names here; it has to exist.
 # The exit status is that of COMMAND; 124 when it took longer than $KERNEL_SECONDS (3600).
+# Who is suspended loses the file systems that are mounted: the device `back`, which nobody has
+# mounted till then, is that directory once more (tests/faults/guest/suspended.py).
 #
 # Starting takes 15 s, and the command ten to thirty times what it takes here.
 #
@@ -272,7 +274,8 @@ emulate() { # emulate SUITE RELEASE INITRAMFS OUT: in the background: it becomes
         -append "console=$console panic=-1 mitigations=off tsc=reliable loglevel=5" \
         -serial "file:$kernels/$1.log" \
         -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
-        -virtfs "local,path=$4,mount_tag=out,security_model=none" </dev/null
+        -virtfs "local,path=$4,mount_tag=out,security_model=none" \
+        -virtfs "local,path=$4,mount_tag=back,security_model=none" </dev/null
 }
 
 # The command's output comes by way of files: the generic kernels have virtio-console as a module

@@ -13,12 +13,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from streamer.sinks.kafka.client import partition_of
 from tests.brokers import KafkaCluster, MosquittoBroker, free_port
 from tests.faults import table
-from tests.faults.consumers import QUICK, KafkaFollower, MosquittoFollower, by_kcat, by_mosquitto
+from tests.faults.consumers import (
+    QUICK,
+    FileFollower,
+    KafkaFollower,
+    MosquittoFollower,
+    by_kcat,
+    by_mosquitto,
+)
 from tests.faults.experiment import Experiment, configured
 from tests.faults.proxy import Proxy
 from tests.faults.table import Row
@@ -33,6 +41,7 @@ _topics = (f"faults-{number}" for number in itertools.count())
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write", action="store_true", help="put what came of it into the table")
+    parser.addoption("--rows", type=Path, help="write what came of it there, JSON lines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,6 +63,9 @@ def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
 
     def keep(row: Row) -> None:
         rows[row.fault] = row
+        if place := request.config.getoption("--rows"):
+            with place.open("ab") as file:
+                file.write(msgspec.json.encode(row) + b"\n")
         if request.config.getoption("--write"):
             table.PAGE.write_text(table.written(table.PAGE.read_text(), {row.fault: row}))
 
@@ -183,11 +195,13 @@ def mosquitto(tmp_path: Path) -> Iterator[MosquittoBroker]:
 
 @pytest.fixture
 def mqtt_fault(mosquitto: MosquittoBroker, scope: Scope, tmp_path: Path) -> Faults:
-    """Makes an experiment with Mosquitto; the agent may be given another `port`: a proxy's."""
+    """Makes an experiment with Mosquitto; the agent may be given another address for it."""
 
-    def make(fault: str, *, port: int | None = None, **options: Any) -> Experiment:
+    def make(
+        fault: str, *, host: str = "127.0.0.1", port: int | None = None, **options: Any
+    ) -> Experiment:
         port = port or mosquitto.port
-        sink = f'type = "mqtt"\nhost = "127.0.0.1"\nport = {port}\ntopic = "kernel"'
+        sink = f'type = "mqtt"\nhost = "{host}"\nport = {port}\ntopic = "kernel"'
         agent = configured(scope, tmp_path / "agent", sink, **options)
         return Experiment(
             fault,
@@ -196,6 +210,27 @@ def mqtt_fault(mosquitto: MosquittoBroker, scope: Scope, tmp_path: Path) -> Faul
             lambda: MosquittoFollower(mosquitto, "kernel", tmp_path),
             lambda: by_mosquitto(tmp_path / "arrived"),
             lambda: str(tmp_path / "arrived"),
+        )
+
+    return make
+
+
+@pytest.fixture
+def file_fault(scope: Scope, tmp_path: Path) -> Faults:
+    """Makes an experiment with a file."""
+
+    def make(fault: str, **options: Any) -> Experiment:
+        path = tmp_path / "arrived"
+        path.touch()
+        sink = f'type = "file"\npath = "{path}"'
+        agent = configured(scope, tmp_path / "agent", sink, spool=None, **options)
+        return Experiment(
+            fault,
+            agent,
+            scope,
+            lambda: FileFollower(path),
+            lambda: path.read_bytes().splitlines(),
+            lambda: str(path),
         )
 
     return make

@@ -138,6 +138,22 @@ class MosquittoFollower:
         self.end()
 
 
+class FileFollower:
+    """Watches a file that the agent writes itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.arrivals = Arrivals(path)
+
+    def end(self) -> None:
+        self.arrivals.end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+
 # ---------------------------------------------------------------- what is there
 
 

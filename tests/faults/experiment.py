@@ -27,20 +27,22 @@ from tests.faults.consumers import Arrivals, Found
 from tests.faults.load import Counts, Load, build
 from tests.faults.table import Row
 from tests.kernel.agent import ROOT, START_SECONDS, Agent
+from tests.kernel.pace import repetitions, seconds
 from tests.kernel.scope import Scope
 
-RATE = 5_000
+RATE = repetitions(5_000, 100)
 """Opens a second of the load that is always there."""
-SPAWNS = 20
+SPAWNS = repetitions(20, 1)
 """Its processes a second: what is critical."""
 MINE = "mine"
 CRITICAL = ("process.exec", "process.fork", "process.exit")
 EVENTS = "process.*,file.open"
 MOST_MB = 150.0
-MOST_RECOVERY = 5.0
+MOST_RECOVERY = seconds(5.0)
 LEAST_RATE = 0.9
 """Of the offered rate, as what counts as the full one: both are of a second at a time."""
-DRAIN_SECONDS = 120.0
+DRAIN_SECONDS = seconds(120.0)
+END_SECONDS = seconds(60.0)
 
 
 class Memory:
@@ -135,22 +137,25 @@ def configured(
     directory: Path,
     sink: str,
     *,
-    spool: str = "spill",
+    spool: str | None = "spill",
     place: Path | None = None,
     top: str = "",
     more: str = "",
     events: str = EVENTS,
     prefix: tuple[str, ...] = (),
 ) -> Faulty:
-    """An agent that observes the scope alone. `sink` are its lines of TOML; `place`: see spool."""
+    """An agent that observes the scope alone. `sink` are its lines of TOML; `place`: see spool.
+
+    A file has no spool (None).
+    """
     config = f"""heartbeat_seconds = 1
-grace_seconds = 10
+grace_seconds = {seconds(10):.0f}
 {top}
 [spool]
 directory = "{place or directory / "state" / "spool"}"
 [[sinks]]
 {sink}
-spool = "{spool}"
+{f'spool = "{spool}"' if spool else ""}
 {more}
 """
     return Faulty(
@@ -185,6 +190,8 @@ class Experiment:
         self.healed: float | None = None
         self.follower: Any = None
         self.topic = ""
+        self.report: VerifyReport | None = None
+        """What `streamer verify` says, once it is finished."""
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -212,10 +219,10 @@ class Experiment:
     def arrivals(self) -> Arrivals:
         return self.follower.arrivals  # type: ignore[no-any-return]
 
-    def steady(self, seconds: float = 2.0) -> None:
+    def steady(self, duration: float = 2.0) -> None:
         """Let it run until all arrives at the rate at which it is offered."""
-        deadline = time.monotonic() + seconds + 20
-        time.sleep(seconds)
+        deadline = time.monotonic() + duration + seconds(20)
+        time.sleep(duration)
         while self.arrivals.at_rate_after(time.monotonic() - 1.5, LEAST_RATE * self.rate) is None:
             arrived = self.arrivals.lines
             assert time.monotonic() < deadline, f"{arrived} have arrived: {self.agent.stderr}"
@@ -241,15 +248,15 @@ class Experiment:
         assert self.healed is not None
         time.sleep(after)
         for load in self._loads:
-            load.stop()
+            load.stop(END_SECONDS)
         self.agent.drain()
         self.memory.note()
         self.agent.process.terminate()
-        assert self.agent.process.wait(60) == 0, self.agent.stderr
+        assert self.agent.process.wait(END_SECONDS) == 0, self.agent.stderr
         peak = self.memory.end()
         found = consumers.count(self._read(), [MINE])
         self.follower.end()
-        report = verify(self._source(), found.records)
+        report = self.report = verify(self._source(), found.records)
         offered = sum((load.expected for load in self._loads), Counts())
         recovery = self.arrivals.at_rate_after(self.healed, LEAST_RATE * self.rate)
         self.check(found, report, offered, flooder)
@@ -296,7 +303,7 @@ class Experiment:
 def verify(source: str, records: int) -> VerifyReport:
     """The report of the real command."""
     command = [sys.executable, "-m", "streamer", "verify", "--json", "--ended", source]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds(300))
     assert done.stdout, done.stderr
     report = msgspec.json.decode(done.stdout, type=VerifyReport)
     assert report.records == records

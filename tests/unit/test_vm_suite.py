@@ -10,6 +10,7 @@ import pytest
 from tests.vm import kinds
 from tests.vm.kinds import Kind, Kinds
 from tests.vm.suite import (
+    ALL,
     MOST_STARTS,
     NOT_FINISHED,
     Guest,
@@ -160,7 +161,7 @@ def test_what_a_kernel_lacks_has_to_pass_on_another(tmp_path: Path) -> None:
 
 def test_files_that_are_named_are_run_alone() -> None:
     """Else those of the variant, or all."""
-    assert which((), ["-x"]) == ["tests/kernel", "-x"]
+    assert which(ALL, ["-x"]) == ["tests/kernel", "tests/faults/guest", "-x"]
     assert which(("tests/kernel/test_a.py",), ["-x"]) == ["tests/kernel/test_a.py", "-x"]
     named = ["tests/kernel/test_b.py::test_c", "-x"]
     assert which(("tests/kernel/test_a.py",), named) == named
