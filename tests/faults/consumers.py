@@ -165,6 +165,7 @@ class Seen(msgspec.Struct, gc=False):
     uid: int = -1
     argv: list[str] = []
     stage: str = ""
+    ring: str | None = None
     count: int = 0
     kinds: dict[str, int] = {}
     sink: str | None = None
@@ -182,6 +183,10 @@ class Found(msgspec.Struct):
     duplicates: int = 0
     told: Counts = msgspec.field(default_factory=Counter)
     """Events per kind in records of losses."""
+    skipped: int = 0
+    """Runs of programs that the kernel has left out, as it does now and then where it is emulated:
+    the stream tells how many, and not of which kind.
+    """
     stages: Counts = msgspec.field(default_factory=Counter)
     """Events told as lost, per stage."""
     named: dict[str, list[int]] = msgspec.field(default_factory=dict)
@@ -211,6 +216,8 @@ def count(lines: Iterable[bytes], words: Iterable[str]) -> Found:
         elif seen.event == "stream.loss":
             found.told.update(seen.kinds)
             found.stages[seen.stage] += seen.count
+            if seen.stage == "kernel" and seen.ring is None:
+                found.skipped += seen.count
         elif seen.final:
             found.refused = sum((Counter(one["kinds"]) for one in seen.refused), Counter())
             found.payers = {(one["payer"], one["id"]) for one in seen.refused}

@@ -35,5 +35,5 @@ def test_clock_is_stepped(
         row = experiment.finish()
         ((run,),) = (host.runs for host in experiment.report.hosts.values())
         assert [round(one.step_ns / 1e9 / HOUR) for one in run.clock_steps] == [1, -2]
-        assert (run.clock_steps_total, row.accounted, row.duplicates) == (2, 0, 0)
+        assert (run.clock_steps_total, row.duplicates) == (2, 0)
         record(row)
