@@ -196,6 +196,7 @@ struct dns_stream {
 };
 
 #define SENT_BYTES 512
+#define KEPT_AT_ONCE 2048
 
 /* With the socket. The messages begin so that the question, which is hashed by words, is aligned; the
  * verifier wants as much room again, wherever what comes is put. */
@@ -207,7 +208,9 @@ struct dns_connection {
 	__u8 transfers;
 	__u8 pad[5];
 	__u8 sent_bytes[2 * SENT_BYTES];
-	__u8 received_bytes[2 * DNS_MESSAGE_LEN];
+	/* From 7.0 on nothing of a socket's can be larger than 8 KiB. The verifier wants room behind the
+	 * last place for what is kept at once. */
+	__u8 received_bytes[DNS_MESSAGE_LEN + KEPT_AT_ONCE];
 };
 
 struct {
@@ -992,24 +995,42 @@ static __always_inline __u32 take_length(struct __sk_buff *skb, struct dns_strea
 	return taken;
 }
 
-/* Keeps what is the message's, as far as there is room. */
-static __always_inline void keep_bytes(struct __sk_buff *skb, struct dns_stream *stream, __u8 *to,
-				       __u32 room, __u32 at, __u32 length)
+/* Keeps what is the message's, as far as there is room, `most` at once. How many bytes were kept. */
+static __always_inline __u32 keep_bytes(struct __sk_buff *skb, struct dns_stream *stream, __u8 *to,
+					__u32 room, __u32 most, __u32 at, __u32 length)
 {
 	__u32 filled = stream->filled, last;
 
 	if (stream->partial || filled >= room)
-		return;
+		return 0;
 	if (length > room - filled)
 		length = room - filled;
+	if (length > most)
+		length = most;
 	barrier_var(filled);
 	last = last_of(length);
-	if (filled < room && last < room) {
-		if (bpf_skb_load_bytes(skb, at, to + filled, last + 1))
-			stream->partial = 1;
-		else
-			stream->filled = filled + length;
+	if (filled >= room || last >= most)
+		return 0;
+	if (bpf_skb_load_bytes(skb, at, to + filled, last + 1)) {
+		stream->partial = 1;
+		return 0;
 	}
+	stream->filled = filled + length;
+	return length;
+}
+
+/* Keeps a response's, in two goes. */
+static __always_inline void keep_response(struct __sk_buff *skb, struct dns_connection *connection,
+					  __u32 at, __u32 length)
+{
+	struct dns_stream *stream = &connection->received;
+	__u8 *to = connection->received_bytes;
+	__u32 kept;
+
+	_Static_assert(2 * KEPT_AT_ONCE >= DNS_MESSAGE_LEN, "two goes are enough");
+	kept = keep_bytes(skb, stream, to, DNS_MESSAGE_LEN, KEPT_AT_ONCE, at, length);
+	if (kept && kept < length)
+		keep_bytes(skb, stream, to, DNS_MESSAGE_LEN, KEPT_AT_ONCE, at + kept, length - kept);
 }
 
 static __always_inline void lose_stream(struct __sk_buff *skb, struct dns_stream *stream)
@@ -1076,11 +1097,10 @@ __noinline int take_piece(struct __sk_buff *skb, __u32 sent)
 	} else {
 		taken = whole ? stream->left : stream->brings;
 		if (sent)
-			keep_bytes(skb, stream, connection->sent_bytes, SENT_BYTES, stream->at,
-				   taken);
-		else
-			keep_bytes(skb, stream, connection->received_bytes, DNS_MESSAGE_LEN,
+			keep_bytes(skb, stream, connection->sent_bytes, SENT_BYTES, SENT_BYTES,
 				   stream->at, taken);
+		else
+			keep_response(skb, connection, stream->at, taken);
 		stream->left -= taken;
 	}
 	stream->next += taken;

@@ -474,6 +474,7 @@ def ask_in_pieces() -> None:
             read_framed(client)
 
 
+@pytest.mark.every_kernel
 def test_messages_over_tcp_however_they_are_cut(tmp_path: Path, scope: Scope) -> None:
     _, recording = recorded(tmp_path, scope, ask_in_pieces)
     events = recording.of("net.dns")
