@@ -118,14 +118,30 @@ static __always_inline void fill_exe(struct process_exec *record, struct file *e
 			      (!record->exe_nlink || !READ(struct dentry, dentry, d_hash.pprev));
 }
 
+/* What is executed, as far as nothing but the kernel's arguments of execve() has it. */
+struct image {
+	const char *filename;
+	const char *interp; /* NULL: it is not known */
+	int argc;
+};
+
+static __always_inline struct image image_of(struct linux_binprm *bprm)
+{
+	struct image image = {
+		.filename = READ(struct linux_binprm, bprm, filename),
+		.interp = READ(struct linux_binprm, bprm, interp),
+		.argc = READ(struct linux_binprm, bprm, argc),
+	};
+
+	return image;
+}
+
 static __always_inline void fill_exec(struct process_exec *record, struct task_struct *task,
-				      struct linux_binprm *bprm)
+				      const struct image *image)
 {
 	struct task_struct *parent = READ(struct task_struct, task, real_parent);
 	struct mm_struct *mm = READ(struct task_struct, task, mm);
 	struct fs_struct *fs = READ(struct task_struct, task, fs);
-	const char *filename = READ(struct linux_binprm, bprm, filename);
-	const char *interp = READ(struct linux_binprm, bprm, interp);
 	struct path_buffer *path;
 	struct file *parent_exe;
 	__u32 position;
@@ -135,7 +151,7 @@ static __always_inline void fill_exec(struct process_exec *record, struct task_s
 	record->auid = -1;
 	if (bpf_core_field_exists(task->loginuid))
 		record->auid = READ(struct task_struct, task, loginuid.val);
-	record->argc = READ(struct linux_binprm, bprm, argc);
+	record->argc = image->argc;
 	__builtin_memset(record->pad, 0, sizeof(record->pad));
 	__builtin_memset(record->parent_comm, 0, sizeof(record->parent_comm));
 	if (bpf_probe_read_kernel_str(record->parent_comm, sizeof(record->parent_comm),
@@ -162,16 +178,18 @@ static __always_inline void fill_exec(struct process_exec *record, struct task_s
 	record->parent_exe_mntns_initial = is_initial_mntns(record->parent_exe_mntns);
 	position += record->parent_exe_len;
 
-	record->filename_len = append_string(record, filename, position, 3 * PATH_LEN + ARGV_LEN,
-					     EXEC_FILENAME);
+	record->filename_len = append_string(record, image->filename, position,
+					     3 * PATH_LEN + ARGV_LEN, EXEC_FILENAME);
 	position += record->filename_len;
 	record->interp_len = 0;
-	if (interp != filename)
-		record->interp_len = append_string(record, interp, position,
+	if (!image->interp)
+		unreadable(&record->base, EXEC_INTERP);
+	else if (image->interp != image->filename)
+		record->interp_len = append_string(record, image->interp, position,
 						   4 * PATH_LEN + ARGV_LEN, EXEC_INTERP);
 }
 
-static __always_inline int executed(void *ctx, struct task_struct *task, struct linux_binprm *bprm)
+static __always_inline int executed(void *ctx, struct task_struct *task, const struct image *image)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
 	struct process_exec *record = bpf_map_lookup_elem(&exec_records, &cpu);
@@ -187,7 +205,7 @@ static __always_inline int executed(void *ctx, struct task_struct *task, struct 
 	identify(&record->task);
 	if (!admits(&record->base, &record->task, KIND_PROCESS_EXEC))
 		return 0;
-	fill_exec(record, task, bprm);
+	fill_exec(record, task, image);
 	size = offsetof(struct process_exec, data) + record->exe_len + record->argv_len +
 	       record->cwd_len + record->parent_exe_len + record->filename_len +
 	       record->interp_len;
@@ -196,13 +214,88 @@ static __always_inline int executed(void *ctx, struct task_struct *task, struct 
 	return 0;
 }
 
-SEC("raw_tp/sched_process_exec") EMITS("process.exec")
-int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+/*
+ * From 7.0 on raw tracepoints can be preempted (a46023d5616e), and a program is left out on a CPU for as long
+ * as a task waits there that was preempted within it: at its end, where it lets go of the CPU. So long is up
+ * to its user, who may have a task wait, and execute what he likes beside it. What is behind a perf event
+ * of the tracepoint keeps the CPU from before the kernel's guard until after it (16718274ee75). So there
+ * the programs are of that sort; but its record of an exec has less than its arguments have.
+ */
+#define PREEMPTED NEEDS("variable:tracepoint_srcu_srcu_data,no function:srcu_free_old_probes")
+
+/* What is being executed, by the task that does: kept when nothing can fail any more, which is before it
+ * happens. */
+struct prepared {
+	struct linux_binprm *bprm;
+	__u32 execs; /* of the task, until then */
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct prepared);
+} exec_prepared SEC(".maps") PREEMPTED;
+
+/* A task that is preempted in here can have it left out for others, too: of their exec is missing then
+ * whether it has an interpreter, and it is said to. It is short, and lets go of no CPU. */
+SEC("raw_tp/sched_prepare_exec") PREEMPTED COMPLETES("process.exec")
+DOC("interpreters of scripts")
+int BPF_PROG(on_prepare_exec, struct task_struct *task, struct linux_binprm *bprm)
 {
-	return UNPREEMPTED(executed(ctx, task, bprm));
+	struct task_struct *current = bpf_get_current_task_btf();
+	struct prepared *kept;
+
+	if (!enabled(KIND_PROCESS_EXEC))
+		return 0;
+	kept = bpf_task_storage_get(&exec_prepared, current, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!kept) /* the event will say that it is incomplete */
+		return 0;
+	kept->bprm = bprm;
+	kept->execs = READ(struct task_struct, current, self_exec_id);
+	return 0;
 }
 
-static __always_inline int forked(void *ctx, struct task_struct *parent, struct task_struct *child)
+/* As image_of(), where the arguments of execve() are not known: the new program finds the number of its
+ * own where its stack begins. */
+static __always_inline struct image image_from_outside(struct trace_event_raw_sched_process_exec *ctx,
+						       struct task_struct *task)
+{
+	struct mm_struct *mm = READ(struct task_struct, task, mm);
+	struct image image = {
+		.filename = (const char *)ctx + (ctx->__data_loc_filename & 0xffff),
+	};
+
+	if (bpf_probe_read_user(&image.argc, sizeof(image.argc),
+				(void *)READ(struct mm_struct, mm, start_stack)))
+		count_fault(FAULT_UNREADABLE);
+	return image;
+}
+
+SEC("tracepoint/sched/sched_process_exec") HOOK("exec") PREEMPTED EMITS("process.exec")
+int on_exec_unpreempted(struct trace_event_raw_sched_process_exec *ctx)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct prepared *kept = bpf_task_storage_get(&exec_prepared, task, NULL, 0);
+	struct image image;
+
+	if (kept && kept->bprm && kept->execs + 1 == READ(struct task_struct, task, self_exec_id))
+		image = image_of(kept->bprm);
+	else
+		image = image_from_outside(ctx, task);
+	return executed(ctx, task, &image);
+}
+
+SEC("raw_tp/sched_process_exec") HOOK("exec") EMITS("process.exec")
+int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+{
+	struct image image = image_of(bprm);
+
+	return UNPREEMPTED(executed(ctx, task, &image));
+}
+
+static __always_inline int forked(void *ctx, struct task_struct *child)
 {
 	struct event_base base;
 	struct event_task who;
@@ -234,10 +327,32 @@ static __always_inline int forked(void *ctx, struct task_struct *parent, struct 
 	return 0;
 }
 
-SEC("raw_tp/sched_process_fork") EMITS("process.fork")
+#if PLAIN_LOADS
+extern struct task_struct *bpf_task_from_pid(__s32 pid) __ksym __weak;
+extern void bpf_task_release(struct task_struct *task) __ksym __weak;
+#else /* without BTF of the kernel's own there is nothing to name them by */
+#define bpf_task_from_pid(pid) ((struct task_struct *)NULL)
+#define bpf_task_release(task) (void)(task)
+#endif
+
+SEC("tracepoint/sched/sched_process_fork") HOOK("fork") PREEMPTED EMITS("process.fork")
+int on_fork_unpreempted(struct trace_event_raw_sched_process_fork *ctx)
+{
+	struct task_struct *child = bpf_task_from_pid(ctx->child_pid);
+
+	if (!child) { /* it has not run yet, and cannot have ended */
+		count_fault(FAULT_UNREADABLE);
+		return 0;
+	}
+	forked(ctx, child);
+	bpf_task_release(child);
+	return 0;
+}
+
+SEC("raw_tp/sched_process_fork") HOOK("fork") EMITS("process.fork")
 int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 {
-	return UNPREEMPTED(forked(ctx, parent, child));
+	return UNPREEMPTED(forked(ctx, child));
 }
 
 struct exit_key {
@@ -307,7 +422,13 @@ static __always_inline int ended(void *ctx, struct task_struct *task)
 	return 0;
 }
 
-SEC("raw_tp/sched_process_exit") EMITS("process.exit")
+SEC("tracepoint/sched/sched_process_exit") HOOK("exit") PREEMPTED EMITS("process.exit")
+int on_exit_unpreempted(void *ctx)
+{
+	return ended(ctx, (struct task_struct *)bpf_get_current_task());
+}
+
+SEC("raw_tp/sched_process_exit") HOOK("exit") EMITS("process.exit")
 int BPF_PROG(on_exit, struct task_struct *task)
 {
 	return UNPREEMPTED(ended(ctx, task));

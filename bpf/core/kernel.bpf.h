@@ -149,6 +149,7 @@ struct files_struct {
 
 struct mm_struct {
 	unsigned long arg_start, arg_end;
+	unsigned long start_stack;
 	struct file *exe_file;
 };
 
@@ -257,6 +258,7 @@ struct task_struct {
 	kuid_t loginuid;
 	__u64 start_boottime;
 	int exit_code;
+	__u32 self_exec_id;
 	char comm[16];
 };
 
@@ -384,6 +386,14 @@ struct trace_event_raw_sys_enter {
 struct trace_event_raw_sys_exit {
 	long id;
 	long ret;
+};
+
+struct trace_event_raw_sched_process_exec {
+	__u32 __data_loc_filename; /* where it is in the record, and above 16 bits its length */
+};
+
+struct trace_event_raw_sched_process_fork {
+	int child_pid;
 };
 
 /* The registers of the task in user space, as the kernel keeps them on its stack. */

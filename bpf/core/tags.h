@@ -16,6 +16,7 @@
  *                        x86_64, aarch64          the machine
  *                        function:NAME            a function of the running kernel (in its BTF)
  *                        no function:NAME         the lack of it
+ *                        variable:NAME            a variable of each CPU's (in the kernel's own BTF)
  *                        fentry, no fentry        that programs at functions (fentry, fexit) load,
  *                                                 or that they do not
  *                        option:NAME              a setting of the configuration

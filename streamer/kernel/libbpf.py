@@ -31,7 +31,7 @@ from typing import Self
 
 from streamer.errors import KernelError
 
-_BTF_KIND_ENUM, _BTF_KIND_FUNC = 6, 12
+_BTF_KIND_ENUM, _BTF_KIND_FUNC, _BTF_KIND_VAR = 6, 12, 14
 _MAPS_BY_CPU = (5, 6, 10, 21)  # BPF_MAP_TYPE_PERCPU_HASH and so on
 _BPF_XDP = 37  # enum bpf_attach_type
 PERF_EVENT_ARRAY = 4  # BPF_MAP_TYPE_PERF_EVENT_ARRAY
@@ -265,12 +265,19 @@ def _types_of(btf: str | None) -> Iterator[int]:
 
 def functions_of(names: Iterable[str], btf: str | None = None) -> set[str]:
     """Those of `names` that are functions in the kernel's BTF, or in the BTF file given."""
+    return _known(names, _BTF_KIND_FUNC, btf)
+
+
+def variables_of(names: Iterable[str]) -> set[str]:
+    """Those of `names` that are variables in the kernel's BTF: it has those of each CPU's own."""
+    return _known(names, _BTF_KIND_VAR, None)
+
+
+def _known(names: Iterable[str], kind: int, btf: str | None) -> set[str]:
     library = _library()
     with _types_of(btf) as types:
         return {
-            name
-            for name in names
-            if library.btf__find_by_name_kind(types, name.encode(), _BTF_KIND_FUNC) > 0
+            name for name in names if library.btf__find_by_name_kind(types, name.encode(), kind) > 0
         }
 
 

@@ -28,6 +28,7 @@ from streamer.kernel.libbpf import (
     functions_of,
     make_ring,
     names_of_enum,
+    variables_of,
 )
 from streamer.kernel.objects import CONTRACT, KIND_END, SENSORS
 from streamer.kernel.perf_buffers import EVENTS_OF_A_CPU, PerfBuffers
@@ -228,7 +229,7 @@ class Loader:
         self._prepared = False
         self._core: Object | None = None
         self._shared: dict[str, Map] = {}
-        self._functions: set[str] = set()
+        self._known: set[str] = set()
         self._common: dict[str, int] = {}  # descriptors of maps that sensors share
         self.no_functions = "not tried"
         """Why programs at functions (fentry, fexit) do not load; empty where they do."""
@@ -309,7 +310,7 @@ class Loader:
             else:
                 self._make_more_rings(core)
             self._find_out_who(core)
-            self._functions = self._known_functions()
+            self._known = self._known_functions() | self._known_variables()
             self.no_functions = self._try_function()
         except OSError as error:
             self._close_core(core)
@@ -444,15 +445,22 @@ class Loader:
     def _known_functions(self) -> set[str]:
         return functions_of(self._wanted_functions(), self.types.path)
 
+    def _known_variables(self) -> set[str]:
+        """None where the kernel has no BTF of its own: no file that stands in for it has any."""
+        return set() if self.types.path else variables_of(self._wanted("variable"))
+
     def _wanted_functions(self) -> set[str]:
+        return self._wanted("function")
+
+    def _wanted(self, what: str) -> set[str]:
+        """What programs and maps need, or need the lack of, of that sort."""
         needs = [
-            need
+            need.removeprefix("no ").partition(":")
             for sensor in self._catalogue.values()
             for tagged in (*(p.needs for p in sensor.programs), *(m.needs for m in sensor.maps))
             for need in tagged
         ]
-        named = (need.removeprefix("no ") for need in needs if "function:" in need)
-        return {need.removeprefix("function:") for need in named}
+        return {name for sort, _, name in needs if sort == what}
 
     def _try_function(self) -> str:
         trial = self._open(CORE)
@@ -569,8 +577,8 @@ class Loader:
             what, _, name = need.partition(":")
             if what == "option":
                 met = bool(made.options.get(name))
-            elif name and what.endswith("function"):
-                met = (name in self._functions) != what.startswith("no ")
+            elif name:
+                met = (name in self._known) != what.startswith("no ")
             else:
                 met = need in given
             if not met:

@@ -46,6 +46,11 @@ def kernel_is(major: int, minor: int) -> bool:
     return tuple(map(int, found)) >= (major, minor)
 
 
+def preempts_tracepoints() -> bool:
+    """Whether programs at raw tracepoints can be preempted here: from 7.0 on."""
+    return kernel_knows("tracepoint_srcu_srcu_data") and not kernel_knows("srcu_free_old_probes")
+
+
 def open_missing(prefix: str, count: int) -> None:
     """Try to open `count` files that are not there: `prefix` and a number each."""
     for i in range(count):

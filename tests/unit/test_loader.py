@@ -169,6 +169,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     monkeypatch.setattr(module, "Object", lambda path, btf: FakeObject(made, path))
     monkeypatch.setattr(module, "functions_of", lambda wanted, btf: set())
+    monkeypatch.setattr(module, "variables_of", lambda wanted: set())
     monkeypatch.setattr(types, "find", lambda wanted, headers: types.KernelTypes())
     return made
 
@@ -414,6 +415,8 @@ def test_only_a_helper_hides_its_parent(kernel: Kernel) -> None:
         ("function:gone", False),
         ("no function:there", False),
         ("no function:gone", True),
+        ("variable:by_cpu", True),
+        ("variable:gone", False),
         ("option:more", True),
         ("option:off", False),
         ("option:unknown", False),
@@ -427,8 +430,9 @@ def test_only_a_helper_hides_its_parent(kernel: Kernel) -> None:
 def test_what_a_program_needs(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, need: str, met: bool
 ) -> None:
-    """Functions of the kernel, options, the machine, and something to attach to."""
+    """Functions and variables of the kernel, options, the machine, and what to attach to."""
     monkeypatch.setattr(module, "functions_of", lambda wanted, btf: {"there"})
+    monkeypatch.setattr(module, "variables_of", lambda wanted: {"by_cpu"})
     made = loaded(kernel)
     options = {"more": 1, "off": 0}
     sensor = module._Sensor(CATALOGUE["thing"], options, Targets(interfaces=("lo",)))

@@ -13,7 +13,7 @@ _PLAIN_NEEDS = (
     *("x86_64", "aarch64", "fentry", "no fentry"),
     *("interface", "cgroup", "rate", "functions"),
 )
-_GIVEN_BY = ("function:", "no function:", "option:")
+_GIVEN_BY = ("function:", "no function:", "variable:", "option:")
 _SIZES = ("cpus", "cpus,kinds", "cpus,slots", "cpus,interfaces", "bulk_rings")
 _TABLES = ("table:", "cpus,table:")
 _CORE, _SENSORS = "core", "sensors"

@@ -1,0 +1,97 @@
+"""Programs at perf events of tracepoints, which kernels from 7.0 on have instead of raw ones."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamer.kernel import loader
+from streamer.kernel.loader import OBJECTS
+from tests.bpf_variant import Variant
+from tests.conftest import Require
+from tests.kernel.live import Live
+from tests.kernel.scope import Scope
+from tests.kernel.system import kernel_knows, preempts_tracepoints
+
+pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+
+KINDS = {"process.exec", "process.fork", "process.exit"}
+TIMES = 20
+
+
+@pytest.fixture
+def as_if_preempted(monkeypatch: pytest.MonkeyPatch, require_kernel: Require) -> None:
+    """What is used on 7.0 is used here, too, where the kernel has all that it takes."""
+    there = kernel_knows("btf_trace_sched_prepare_exec") and kernel_knows("bpf_task_from_pid")
+    tells = preempts_tracepoints() or not kernel_knows("srcu_free_old_probes")
+    require_kernel(there and tells, "this kernel has raw tracepoints alone for it")
+    monkeypatch.setattr(loader, "variables_of", set)
+
+
+def run_each(script: str) -> list[tuple[int, int]]:
+    """A program and a script, each so often. Their pids."""
+    return [(run(["/bin/true", "a", ""]), run([script, "given"])) for _ in range(TIMES)]
+
+
+def run(argv: list[str]) -> int:
+    pid = os.posix_spawn(argv[0], argv, {})
+    os.waitpid(pid, 0)
+    return pid
+
+
+def observed(scope: Scope, directory: Path, objects: str) -> tuple[list[Any], list[Any]]:
+    """The execs of the program, and those of the script; one of each kind for each process."""
+    script = directory / "script"
+    script.write_text("#!/bin/sh -e\nexit 3\n")
+    script.chmod(0o755)
+    with Live(scope, KINDS, directory=objects) as live:
+        ways = {one.name: one.way for one in live.state.statuses if one.status == "attached"}
+        for hook in ("exec", "fork", "exit"):
+            way = f"tracepoint/sched/sched_process_{hook}"
+            assert ways[f"on_{hook}_unpreempted"] == way
+            assert f"on_{hook}" not in ways
+        pids = scope.act(run_each, str(script))
+        live.check()
+    events = live.events
+    execs = {one.pid: one for one in events if type(one).__name__ == "ProcessExec"}
+    forks = Counter(one.child_pid for one in events if type(one).__name__ == "ProcessFork")
+    exits = {one.pid: one for one in events if type(one).__name__ == "ProcessExit"}
+    all_pids = {pid for pair in pids for pid in pair}
+    assert len(execs) == len([one for one in events if type(one).__name__ == "ProcessExec"])
+    assert execs.keys() == all_pids
+    assert {pid: forks[pid] for pid in all_pids} == dict.fromkeys(all_pids, 1)
+    assert {exits[script_pid].exit_code for _, script_pid in pids} == {3}
+    return [execs[plain] for plain, _ in pids], [execs[other] for _, other in pids]
+
+
+@pytest.mark.usefixtures("as_if_preempted")
+def test_what_is_told_is_the_same(scope: Scope, tmp_path: Path) -> None:
+    """As by the raw ones: one of each, with the interpreter of a script."""
+    plain, scripts = observed(scope, tmp_path, OBJECTS)
+    for event in plain:
+        assert (event.filename, event.interp, event.argc) == ("/bin/true", "", 3)
+    for event in scripts:
+        assert (event.filename, event.interp) == (str(tmp_path / "script"), "/bin/sh")
+        assert event.argv == ["/bin/sh", "-e", str(tmp_path / "script"), "given"]
+        assert event.argc == 4
+    assert not any(event.incomplete or event.truncated for event in plain + scripts)
+
+
+@pytest.mark.usefixtures("as_if_preempted")
+def test_an_interpreter_that_is_not_known_is_said_to_be(
+    scope: Scope, tmp_path: Path, variant: Callable[..., Variant]
+) -> None:
+    """Where what is executed was not kept before: all else is there."""
+    made = variant({"process.bpf.c": ("kept->bprm = bprm;", "kept->bprm = NULL;")})
+    plain, scripts = observed(scope, tmp_path, str(made.objects))
+    for event in plain:
+        assert (event.filename, event.argc) == ("/bin/true", 3)
+    for event in scripts:
+        assert (event.filename, event.argc) == (str(tmp_path / "script"), 4)
+    for event in plain + scripts:
+        assert (event.interp, event.truncated, event.incomplete) == ("", ("interp",), True)
