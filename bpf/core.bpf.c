@@ -19,8 +19,29 @@ static __always_inline __u32 mntns_of_init(struct task_struct *task)
 	return BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
 }
 
-/* Never attached: the agent's privileged process, the child of the other one, runs it in itself.
- * So it learns both pids as the hooks see them, whatever pid namespace the agent is in. */
+#define MOST_CHILDREN (MOST_FURTHER_WORKERS + 1)
+
+/* The children of the agent's first process but for the one that runs this: further workers. */
+static __always_inline void learn_workers(struct identity *identity, struct task_struct *agent)
+{
+	void *head = (void *)agent + bpf_core_field_offset(struct task_struct, children);
+	struct list_head *at = BPF_CORE_READ((struct list_head *)head, next);
+	struct task_struct *child;
+	__u32 pid, found = 0;
+	int i;
+
+	for (i = 0; i < MOST_CHILDREN && at && at != head; i++) {
+		child = (void *)at - bpf_core_field_offset(struct task_struct, sibling);
+		pid = BPF_CORE_READ(child, tgid);
+		if (pid != identity->agent_pids[1] && found < MOST_FURTHER_WORKERS)
+			identity->worker_pids[found++] = pid;
+		at = BPF_CORE_READ(at, next);
+	}
+	identity->further_workers = found;
+}
+
+/* Never attached: the agent's privileged process, the child of the first one, runs it in itself.
+ * So it learns all pids as the hooks see them, whatever pid namespace the agent is in. */
 SEC("raw_tp/streamer_learn_pids")
 int learn_pids(void *ctx)
 {
@@ -29,9 +50,11 @@ int learn_pids(void *ctx)
 
 	if (!identity)
 		return 1;
-	if (bpf_core_type_exists(struct task_struct)) /* else the loader knows, if anybody does */
-		identity->agent_pids[0] = BPF_CORE_READ(task, real_parent, tgid);
 	identity->agent_pids[1] = bpf_get_current_pid_tgid() >> 32;
+	if (bpf_core_type_exists(struct task_struct)) { /* else the loader knows, if anybody does */
+		identity->agent_pids[0] = BPF_CORE_READ(task, real_parent, tgid);
+		learn_workers(identity, BPF_CORE_READ(task, real_parent));
+	}
 	identity->initial_mntns = mntns_of_init(task);
 	return 0;
 }

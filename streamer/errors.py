@@ -6,6 +6,7 @@ StreamerError
 ├── KernelError        exit 3: no BPF, no BTF, an object that does not load
 │   ├── ContractError  exit 3: the object and `events/kinds.py` disagree
 │   └── HelperGone     exit 3: the process that holds the privileges has ended
+├── WorkerGone         exit 3: one of several processes that read has ended
 ├── SinkError          exit 4: a sink that cannot go on
 └── NoAnswer           exit 3: no agent answers about itself
 
@@ -47,6 +48,12 @@ class ContractError(KernelError):
 
 class HelperGone(KernelError):
     """The privileged helper has ended, or does not do what it should."""
+
+
+class WorkerGone(StreamerError):
+    """A further worker has ended, or does not do what it should."""
+
+    exit_code = 3
 
 
 class SinkError(StreamerError):

@@ -141,11 +141,27 @@ static __always_inline bool enabled(enum event_kind kind)
 	return mine && mine->enabled;
 }
 
+/* Not static, so that its loop is verified once in each program. */
+__noinline int is_further_worker(__u32 pid)
+{
+	struct identity *identity = ONLY_ENTRY(identities);
+	__u32 i;
+
+	for (i = 0; identity && i < MOST_FURTHER_WORKERS && i < identity->further_workers; i++) {
+		if (pid == identity->worker_pids[i])
+			return true;
+	}
+	return false;
+}
+
 static __always_inline bool is_agent(__u32 pid)
 {
 	struct identity *identity = ONLY_ENTRY(identities);
 
-	return identity && (pid == identity->agent_pids[0] || pid == identity->agent_pids[1]);
+	if (!identity)
+		return false;
+	return pid == identity->agent_pids[0] || pid == identity->agent_pids[1] ||
+	       (identity->further_workers && is_further_worker(pid));
 }
 
 static __always_inline bool is_initial_mntns(__u32 mntns)

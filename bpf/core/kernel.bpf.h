@@ -239,12 +239,18 @@ struct thread_info {
 	__u32 status; /* on x86 alone */
 };
 
+struct list_head {
+	struct list_head *next;
+};
+
 struct task_struct {
 	struct thread_info thread_info;
 	unsigned int flags;
 	int pid;
 	int tgid;
 	struct task_struct *real_parent;
+	struct list_head children;
+	struct list_head sibling;
 	struct task_struct *group_leader;
 	struct mm_struct *mm;
 	struct fs_struct *fs;

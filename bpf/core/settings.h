@@ -18,6 +18,7 @@ enum filter_verdict {
 };
 
 #define AGENT_PIDS 2
+#define MOST_FURTHER_WORKERS 15
 #define MOST_INTERFACES 64
 
 #define GENERATIONS 2
@@ -60,6 +61,8 @@ struct kind_settings {
 struct identity {
 	__u32 agent_pids[AGENT_PIDS]; /* of both processes of the agent, as the hooks see them */
 	__u32 initial_mntns;          /* inode number of the mount namespace of the host's init */
+	__u32 further_workers;        /* how many read beside the agent's first process */
+	__u32 worker_pids[MOST_FURTHER_WORKERS];
 	__u32 pad;
 };
 

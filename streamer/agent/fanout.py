@@ -367,16 +367,19 @@ class Fanout(Listener):
                 self._owed[sink].dropped(kinds["stream.loss"], first, last)
         events = _events(kinds)
         if events:
-            lost = Lost.of_sink(events, reason, spans)
-            self._owed[sink].add(lost)
-            self.lost.add(lost, sink.name)
-            if not self.ended_as_it_should(sink):
-                self.log.add([lost], sink.name)
-            if self.ending and not sink.ends_quietly:
-                what = f"{sink.name}: {lost.reason}"
-                if len(self._given_up) > _MOST_GIVEN_UP and what not in self._given_up:
-                    what = f"{sink.name}: {OTHER_REASONS}"
-                self._given_up[what] += lost.count
+            self.note_dropped(sink, Lost.of_sink(events, reason, spans))
+
+    def note_dropped(self, sink: Sink, lost: Lost) -> None:
+        """A sink has lost events, here or in another worker: it is owed to be told."""
+        self._owed[sink].add(lost)
+        self.lost.add(lost, sink.name)
+        if not self.ended_as_it_should(sink):
+            self.log.add([lost], sink.name)
+        if self.ending and not sink.ends_quietly:
+            what = f"{sink.name}: {lost.reason}"
+            if len(self._given_up) > _MOST_GIVEN_UP and what not in self._given_up:
+                what = f"{sink.name}: {OTHER_REASONS}"
+            self._given_up[what] += lost.count
 
 
 def _events(kinds: Mapping[str, int]) -> dict[str, int]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from streamer import __version__
+from streamer.agent.crew import Crew
 from streamer.agent.fanout import Fanout
 from streamer.agent.reports import Reporter
 from streamer.agent.shedding import Shedding
@@ -47,8 +48,12 @@ class Looks:
         fanout: Fanout,
         read: Counter[str],
         shedding: Shedding,
+        crew: Crew,
+        sources: Sequence[Source],
     ) -> None:
-        """`read` counts what was read, per kind."""
+        """`read` counts what was read, per kind, and `sources` are all there are: those that
+        further workers (`crew`) read, too.
+        """
         self._envelope = envelope
         self._kernel = kernel
         self._reader = reader
@@ -56,6 +61,7 @@ class Looks:
         self._fanout = fanout
         self._read = read
         self._shedding = shedding
+        self._crew, self._sources = crew, sources
         self._history = deque([(time.monotonic(), Counter[str]())], RATE_SECONDS + 1)
 
     def tick(self) -> None:
@@ -79,15 +85,16 @@ class Looks:
             losses=[LossLook(*where, count) for where, count in self._fanout.lost.counts.items()],
             rings=self._rings(),
             marks=reporter.marks(),
-            paused=self._reader.paused,
+            paused=self._reader.paused or self._crew.paused,
             reader=reporter.reader_counts(),
-            sinks={sink.name: _sink(sink) for sink in self._fanout.sinks},
+            sinks={sink.name: self._sink(sink) for sink in self._fanout.sinks},
             faults=reporter.faults(),
             missed=reporter.missed_by_program,
             tables=self._tables(),
             coverage={kind: KindLook(one.status, one.reason) for kind, one in coverage.items()},
             programs=reporter.programs(),
             shedding=self._shedding.look(),
+            workers=[os.getpid(), *(member.pid for member in self._crew.members)],
         )
 
     def _not_ready(self, phase: Phase) -> Iterator[str]:
@@ -96,6 +103,7 @@ class Looks:
         for sink in self._fanout.sinks:
             if sink.status != "up":
                 yield f"{sink.name} is {sink.status}"
+        yield from self._crew.not_ready()
 
     def _rates(self) -> dict[str, float]:
         (then, before), now = self._history[0], time.monotonic()
@@ -107,10 +115,26 @@ class Looks:
     def _rings(self) -> dict[str, RingLook]:
         found = {}
         for ring, size in self._kernel.ring_bytes.items():
-            buffers = [one for one in self._reader.sources if one.name == ring]
+            buffers = [one for one in self._sources if one.name == ring]
             used, read = (sum(map(of, buffers)) for of in (_used_bytes, _read_bytes))
             found[ring] = RingLook(size, used, read)
         return found
+
+    def _sink(self, sink: Sink) -> SinkLook:
+        account, others = sink.account, self._crew.of_sink(self._fanout.sinks.index(sink))
+        budget, lags = sink.watermarks.high, (one.lag_seconds for one in others)
+        return SinkLook(
+            status=sink.status,
+            received=dict(account.received),
+            delivered=dict(account.delivered),
+            dropped=dict(account.dropped),
+            delivered_bytes=sink.delivered_bytes,
+            pending=account.pending,
+            held_bytes=max(sink.watermarks.held, 0) + sum(one.held for one in others),
+            budget_bytes=budget * (1 + len(others)),
+            lag_seconds=round(max([sink.latency.lag_seconds, *lags]), 6),
+            latency=Latency(BOUNDS, tuple(sink.latency.counts), sink.latency.sum_seconds),
+        )
 
     def _tables(self) -> dict[str, TableLook]:
         flows = self._kernel.flows
@@ -125,19 +149,3 @@ def _used_bytes(source: Source) -> int:
 
 def _read_bytes(source: Source) -> int:
     return source.read_bytes
-
-
-def _sink(sink: Sink) -> SinkLook:
-    account = sink.account
-    return SinkLook(
-        status=sink.status,
-        received=dict(account.received),
-        delivered=dict(account.delivered),
-        dropped=dict(account.dropped),
-        delivered_bytes=sink.delivered_bytes,
-        pending=account.pending,
-        held_bytes=max(sink.watermarks.held, 0),
-        budget_bytes=sink.watermarks.high,
-        lag_seconds=round(sink.latency.lag_seconds, 6),
-        latency=Latency(BOUNDS, tuple(sink.latency.counts), sink.latency.sum_seconds),
-    )

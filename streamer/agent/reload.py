@@ -37,6 +37,7 @@ FIXED: Mapping[str, str] = {
     "btf": "programs were loaded with it",
     "rfc3339_time": "the decoders were made with it",
     "user": _PRIVILEGES,
+    "workers": "the processes were started with privileges",
     "oom_score_adj": _PRIVILEGES,
     "nice": _PRIVILEGES,
     "state_file": _PRIVILEGES,
@@ -55,6 +56,7 @@ FIXED: Mapping[str, str] = {
 }
 """Why a setting, or a section, cannot be changed while the agent runs."""
 
+_OF_WORKERS = "several workers have it from the start of a run to its end (workers)"
 _SPOOL = "what has a spool has it from the start of a run to its end"
 _TABLES = "what counts it is set up at the start, and read until the end"
 _UNTOLD = "the privileged helper opens only what it was told of at the start: "
@@ -216,16 +218,20 @@ def _gone(running: Running, kept: tuple[int | None, ...]) -> list[AnySink]:
 
 def _sinks(running: Running, wanted: Wanted, kept: tuple[int | None, ...]) -> Iterator[Refusal]:
     for sink in _gone(running, kept):
+        if running.settings.workers > 1:
+            yield Refusal("sinks", f"{sink.name}: {_OF_WORKERS}")
         if spool_mode(sink) != "off":
             yield Refusal("sinks", f"{sink.name}: {_SPOOL}")
     for index, (sink, found) in enumerate(zip(wanted.settings.sinks, kept, strict=True)):
         key = f"sinks[{index}]"
         if found is None:
             yield from _to_make(running, wanted, sink, key)
-        elif spool_mode(sink) != "off":
-            before = running.settings.sinks[found]
-            if before.budget_bytes != sink.budget_bytes:
-                yield Refusal(f"{key}.budget_bytes", "it is shared out between sink and spool")
+            continue
+        before = running.settings.sinks[found]
+        if spool_mode(sink) != "off" and before.budget_bytes != sink.budget_bytes:
+            yield Refusal(f"{key}.budget_bytes", "it is shared out between sink and spool")
+        if running.settings.workers > 1 and _core(sink) == _core(before) and sink != before:
+            yield Refusal(key, _OF_WORKERS)
     names = [sink.name for sink in wanted.settings.sinks]
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -233,6 +239,8 @@ def _sinks(running: Running, wanted: Wanted, kept: tuple[int | None, ...]) -> It
 
 
 def _to_make(running: Running, wanted: Wanted, sink: AnySink, key: str) -> Iterator[Refusal]:
+    if running.settings.workers > 1:
+        yield Refusal(key, _OF_WORKERS)
     if spool_mode(sink) != "off":
         yield Refusal(f"{key}.spool", _SPOOL)
     paths = {file.path: file for file in running.files if file.use == "append"}

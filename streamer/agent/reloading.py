@@ -147,7 +147,7 @@ class Reloader:
             service.kinds,
             service.kernel.loaded_for,
             split.targets,
-            split.files,
+            frozenset(split.files),
             not service.kernel.no_functions,
         )
         found = plan(running, Wanted(settings, kinds, split.directory))

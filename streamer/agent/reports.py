@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
 
 from streamer import __version__
-from streamer.agent.counters import KernelCounters, LossLedger, faults
+from streamer.agent.counters import KernelCounters, faults
+from streamer.agent.crew import Crew
 from streamer.agent.losses import Lost
 from streamer.agent.payers import Payers
+from streamer.agent.ring_account import Marks, RingAccount
 from streamer.agent.watermarks import Watermarks
 from streamer.config.settings import Filters
 from streamer.events.catalogue import SELECTABLE
 from streamer.events.envelope import Envelope
-from streamer.events.kinds import KINDS, TaskEvent
+from streamer.events.kinds import TaskEvent
 from streamer.events.stream import (
     CpuMark,
     KindCounts,
@@ -26,7 +28,6 @@ from streamer.events.stream import (
     PreviousRun,
     ProgramReport,
     ReaderCounts,
-    SeqRange,
     SinkCounts,
     StreamHeartbeat,
     StreamLoss,
@@ -35,30 +36,32 @@ from streamer.events.stream import (
 from streamer.kernel.cgroups import what_is_unseen as cgroups_unseen
 from streamer.kernel.grace_period import wait_for_programs
 from streamer.kernel.state import KernelState
-from streamer.ring.gaps import Loss
 from streamer.ring.reader import RingReader
 from streamer.sinks.base import Sink, SinkAccount
-
-_UNREAD = "not read when the agent stopped; those in kinds found no room in the kernel"
 
 
 class Reporter:
     """Makes the records of the stream from the state of kernel, reader and sinks."""
 
     def __init__(
-        self, envelope: Envelope, kernel: KernelState, reader: RingReader, filters: Filters
+        self,
+        envelope: Envelope,
+        kernel: KernelState,
+        reader: RingReader,
+        filters: Filters,
+        crew: Crew,
     ) -> None:
-        """`filters` are named in the manifest."""
+        """`filters` are named in the manifest; `crew` are the further workers."""
         self._envelope = envelope
         self._kernel = kernel
-        self._reader = reader
+        self._crew = crew
         self._filters = filters
         self._since_ns = 0
         self._counters = KernelCounters(kernel.counters, kernel.kind_counters, kernel.cpus)
-        self._ledger = LossLedger(self._counters, {k: info.ring for k, info in KINDS.items()})
+        self.account = RingAccount(reader, self._counters)
+        """Of what this process reads."""
         self._payers = Payers(kernel)
         self.watermarks = Watermarks(self.seqs, wait_for_programs)
-        self._undecodable_told = 0
         self._missed_told: Counter[str] = Counter()
         self._started = time.monotonic()
 
@@ -97,11 +100,7 @@ class Reporter:
 
     def marks(self) -> list[CpuMark]:
         """How far the sequence of each ring and CPU has come."""
-        passed = {
-            (source.name, cpu): source.ring.next_seq(cpu) - 1
-            for source in self._reader.sources
-            for cpu in source.cpus
-        }
+        passed = self.account.passed() | self._crew.passed
         return self._counters.marks(passed, self._watermark)
 
     def _watermark(self, ring: str, cpu: int) -> int:
@@ -146,6 +145,7 @@ class Reporter:
             previous=previous,
             kernel_types=self._kernel.types.words,
             shedding=self._kernel.shedding,
+            workers=len(self._crew.members) + 1,
             since_boot_ns=self._since_ns,
             changes=list(changes),
         )
@@ -159,7 +159,7 @@ class Reporter:
             uptime_seconds=round(self.uptime, 3),
             counts=self.counts(read),
             marks=self.marks(),
-            sink_counts=counts_by_name(sinks),
+            sink_counts=counts_by_name(sinks, self._crew.held),
             reader=self.reader_counts(),
             faults=self.faults(),
             missed=self._kernel.missed(),
@@ -167,27 +167,17 @@ class Reporter:
             refused=self._payers.refused(),
         )
 
-    def complete(self) -> dict[tuple[str, int], int]:
-        """Per ring and CPU, the number up to which each event was read or is known to be lost."""
-        found = {}
-        for source in self._reader.sources:
-            for cpu in source.cpus:
-                number = source.gaps.complete(cpu, source.ring.next_seq(cpu) - 1)
-                if number:
-                    found[source.name, cpu] = number
-        return found
+    def complete(self) -> Marks:
+        """Per ring and CPU, the number up to which each event was read or is known to be lost.
+
+        Of what further workers read, up to which all were delivered, or are told as lost: they do
+        not wait for what is published here.
+        """
+        return self.account.complete() | self._crew.settled
 
     def seqs(self) -> dict[str, list[int]]:
         """Per ring, the last sequence number taken on each CPU."""
         return self._counters.seqs()
-
-    def losses(self, *, final: bool = False) -> list[Lost]:
-        """What was lost in the kernel or in the decoder since the last time.
-
-        With `final`, also what is still in the rings: nobody will read it.
-        """
-        unread = {source.name for source in self._reader.sources if final and source.ring.pending}
-        return [*self._kernel_losses(unread, final=final), *self._undecodable()]
 
     def missed(self) -> list[Lost]:
         """Runs of programs that the kernel left out since the last time."""
@@ -221,47 +211,9 @@ class Reporter:
             ranges=list(lost.ranges),
         )
 
-    def _kernel_losses(self, unread: set[str], *, final: bool) -> Iterator[Lost]:
-        found: dict[tuple[str, int], list[Loss]] = defaultdict(list)
-        for ring, loss in self._reader.losses(final=final):
-            found[ring, loss.cpu].append(loss)
-        for (ring, cpu), losses in found.items():
-            count = sum(loss.count for loss in losses)
-            kinds = self._ledger.kinds(ring, cpu, count)
-            stopped = ring in unread and sum(kinds.values()) < count
-            yield Lost(
-                stage="stop" if stopped else "kernel",
-                reason=_UNREAD if stopped else "no room in the kernel",
-                count=count,
-                kinds=kinds,
-                ranges=tuple(SeqRange(ring, cpu, loss.first, loss.last) for loss in losses),
-                ring=ring,
-                cpu=cpu,
-            )
-
-    def _undecodable(self) -> Iterator[Lost]:
-        counts = self.reader_counts()
-        refused = counts.unknown_kind + counts.short_record
-        if refused > self._undecodable_told:
-            count, self._undecodable_told = refused - self._undecodable_told, refused
-            yield Lost(
-                stage="decode",
-                count=count,
-                kinds={},
-                reason="records of unknown kind, or shorter than their kind",
-            )
-
     def reader_counts(self) -> ReaderCounts:
-        """What the reader met."""
-        decoders = [source.decoder for source in self._reader.sources]
-        return ReaderCounts(
-            unknown_kind=sum(d.unknown_kind for d in decoders),
-            short_record=sum(d.short_record for d in decoders),
-            invalid_utf8=sum(d.invalid_utf8 for d in decoders),
-            truncated=sum(d.truncated for d in decoders),
-            incomplete=sum(d.incomplete for d in decoders),
-            pauses=self._reader.pauses,
-        )
+        """What the readers met."""
+        return self._crew.reader_counts(self.account.reader_counts())
 
 
 def unseen_of(kind: str) -> tuple[str, ...]:
@@ -281,26 +233,28 @@ def filters_in_force(filters: Filters) -> dict[str, list[str]]:
     }
 
 
-def sink_counts(sink: Sink) -> SinkCounts:
-    """A sink's account in totals."""
+def sink_counts(sink: Sink, elsewhere: int = 0) -> SinkCounts:
+    """A sink's account in totals; `elsewhere`, by other workers, so many bytes are held for it."""
     account = sink.account
     return SinkCounts(
         received=account.received.total(),
         delivered=account.delivered.total(),
         dropped=account.dropped.total(),
         pending=account.pending,
-        pending_bytes=sink.watermarks.held,
+        pending_bytes=sink.watermarks.held + elsewhere,
         status=sink.status,
         spooled=sink.spooled,
         recovered=sink.recovered,
     )
 
 
-def counts_by_name(sinks: Iterable[Sink]) -> dict[str, SinkCounts]:
+def counts_by_name(
+    sinks: Iterable[Sink], elsewhere: Callable[[Sink], int]
+) -> dict[str, SinkCounts]:
     """The accounts of sinks. Of two of one name, of which the later replaces the other, the sum."""
     found: dict[str, SinkCounts] = {}
     for sink in sinks:
-        counts = sink_counts(sink)
+        counts = sink_counts(sink, elsewhere(sink))
         if (before := found.get(sink.name)) is not None:
             for name in SinkCounts.__struct_fields__:
                 if name != "status":

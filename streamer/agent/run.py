@@ -9,16 +9,18 @@ import os
 import re
 import select
 import signal
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypedDict
 
 import msgspec
-import uvloop
 
-from streamer.agent import signals
+from streamer.agent import signals, worker
 from streamer.agent.allocator import keep_freed_memory
 from streamer.agent.announcing import announcing
 from streamer.agent.answering import Listeners
+from streamer.agent.crew import Crew
+from streamer.agent.fanout import Policy, policy_of
+from streamer.agent.loop import run_loop
 from streamer.agent.reloading import Reloader, Reread
 from streamer.agent.run_file import RunFile, bounded
 from streamer.agent.service import Outcome, Service
@@ -29,6 +31,7 @@ from streamer.config.settings import (
     AnySink,
     KafkaSink,
     Limits,
+    MqttSink,
     Settings,
     StdoutSink,
     spool_mode,
@@ -39,9 +42,11 @@ from streamer.events.batch import Batch
 from streamer.events.envelope import host_name
 from streamer.events.stream import PreviousRun
 from streamer.events.timing import Timing
-from streamer.kernel import capabilities, state
+from streamer.kernel import bulk_rings, capabilities, state
+from streamer.kernel.loader import present_cpus
 from streamer.kernel.targets import in_vain
 from streamer.operation.notify import Notifier
+from streamer.privilege.channel import Channel
 from streamer.privilege.named import exposed_secrets
 from streamer.privilege.split import Split
 from streamer.sinks.base import Sink
@@ -59,9 +64,8 @@ CLOSE_SECONDS = 1.0
 KAFKA_SHARES = 8
 """As `sinks/kafka` has it, which is imported only where it is used."""
 
-T = TypeVar("T")
-
 NOTHING_BEFORE = Before()
+NOBODY = Crew()
 
 _log = logging.getLogger("streamer")
 
@@ -111,14 +115,21 @@ def _split_and_run(
         _log.warning("%s", said)
     with contextlib.ExitStack() as stack:
         terminal = stack.enter_context(_controlling_terminal())  # while there is one
-        split = Split(settings, kinds, reread.path if reread is not None else None)
+        further = _further_workers(settings, limits) if sink is None else 0
+        split = Split(settings, kinds, reread.path if reread is not None else None, further)
         stack.callback(split.close)
+        timing = timing_of(settings)
+        # Before anything is loaded: programs have to know them, and not to observe them.
+        crew = _start_crew(settings, split, timing)
+        stack.callback(crew.close)
         kernel = state.load(settings, kinds, split.loader)
         stack.callback(kernel.close)
+        if crew.members and kernel.transport.name == "perf":
+            _log.warning("workers: perf buffers are read by one alone")
+            crew.dismiss()
         notes = RunFile.open(settings.state_file) if settings.state_file else None
         if notes is not None:
             stack.callback(notes.close)
-        timing = timing_of(settings)
         # Who looks at the host for a moment, as `profile` does, is not asked.
         listeners = Listeners.open(settings) if sink is None else Listeners()
         stack.callback(listeners.close)
@@ -134,26 +145,42 @@ def _split_and_run(
         given = Surroundings(
             *(line, split, kernel, terminal, notes, timing),
             *(sink, listeners, notifier, spool, before, reread),
+            crew=crew,
         )
         return run_loop(_run(settings, kinds, limits, given))
 
 
-def run_loop(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` on a loop of its own, which is not closed: the process ends after it.
+def _further_workers(settings: Settings, limits: Limits) -> int:
+    """How many processes read beside this one.
 
-    A name that is being looked up can take a minute. `asyncio.run`, and the loop's own `close`,
-    would wait for it after everything is delivered and said.
+    None where a run ends after so many events: one reader alone can count to that.
     """
-    loop = uvloop.new_event_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        return loop.run_until_complete(main)
-    finally:
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
+    if settings.workers == 1 or settings.rings.transport == "perf" or limits.max_events is not None:
+        return 0
+    rings = state.ring_buffers(settings.rings, len(present_cpus()), settings.workers)
+    bulk = sum(bulk_rings.ring_of(name) == bulk_rings.BULK for name in rings)
+    return min(settings.workers, bulk) - 1
+
+
+def _start_crew(settings: Settings, split: Split, timing: Timing | None) -> Crew:
+    """Start further workers, one for each end that the helper has for one."""
+
+    def serve(number: int, channel: Channel) -> int:
+        opener = split.drop_further(split.ends[number - 1])
+        host = host_name(settings.host)
+        policies = [policy_of(one.on_full, len(settings.sinks)) for one in settings.sinks]
+
+        def make_sinks() -> list[tuple[Sink, Policy]]:
+            chosen = [one_of(one, len(split.ends) + 1, number) for one in _budgeted(settings)]
+            sinks = [make_sink(one, host, None, opener) for one in chosen]
+            return list(zip(sinks, policies, strict=True))
+
+        return worker.serve(channel, settings, timing, make_sinks)
+
+    crew = Crew.start(len(split.ends), serve)
+    for end in split.ends:
+        end.close()
+    return crew
 
 
 class _Noted(TypedDict, total=False):
@@ -185,6 +212,8 @@ class Surroundings(NamedTuple):
     """What the spool knows of the runs before."""
     reread: Reread | None = None
     """Where the configuration is from."""
+    crew: Crew = NOBODY
+    """Further workers."""
 
 
 async def _run(
@@ -214,8 +243,12 @@ def _sinks(settings: Settings, given: Surroundings) -> list[Sink]:
     for problem in host_problems(settings, host):
         raise ConfigError(problem)
     render = _render(settings, given.line)
-    chosen = with_budgets(settings.sinks)
-    return [_sink(one, host, render, given) for one in chosen]
+    workers = len(given.crew.members) + 1
+    return [_sink(one_of(one, workers), host, render, given) for one in _budgeted(settings)]
+
+
+def _budgeted(settings: Settings) -> tuple[AnySink, ...]:
+    return with_budgets(settings.sinks)
 
 
 def _reloader(service: Service, given: Surroundings) -> Reloader | None:
@@ -244,7 +277,24 @@ def _sink(chosen: AnySink, host: str, render: Render | None, given: Surroundings
 
 def behind_spool(chosen: AnySink) -> AnySink:
     """The settings of a sink that has a spool: with its share of the budget."""
-    budget = chosen.budget // SHARE
+    return _with_share(chosen, SHARE)
+
+
+def one_of(chosen: AnySink, workers: int, number: int = 0) -> AnySink:
+    """The settings of a sink for one of so many workers: of each the same destination.
+
+    The first has the number 0.
+    """
+    if workers == 1:
+        return chosen
+    one = _with_share(chosen, workers)
+    if number and isinstance(one, MqttSink) and one.client_id is not None:
+        return msgspec.structs.replace(one, client_id=f"{one.client_id}-{number}")
+    return one
+
+
+def _with_share(chosen: AnySink, share: int) -> AnySink:
+    budget = chosen.budget // share
     behind = msgspec.structs.replace(chosen, budget_bytes=budget)
     if isinstance(behind, KafkaSink):  # which sends no more at once than a share of that again
         most = max(1024, min(behind.batch_bytes, budget // KAFKA_SHARES))
@@ -284,6 +334,7 @@ def _service(
             status_line=given.line,
             timing=given.timing,
             spool=given.spool,
+            crew=given.crew,
             **noted,
         )
     except OSError as error:

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from streamer import __version__
+from streamer.agent.crew import Crew
 from streamer.agent.fanout import Fanout, Policy, policy_of
 from streamer.agent.looks import Looks
 from streamer.agent.losses import Lost
@@ -21,14 +22,16 @@ from streamer.config.settings import Limits, Settings, spool_mode, with_budgets
 from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
+from streamer.events.kinds import KINDS
 from streamer.events.stream import PreviousRun, StreamHeartbeat, StreamManifest, UntoldLoss
 from streamer.events.timing import Timing
+from streamer.kernel.bulk_rings import BULK
 from streamer.kernel.flows import KIND, FlowWalk
 from streamer.kernel.loader import Attached, Loaded
 from streamer.kernel.state import KernelState, KindStatus
 from streamer.operation.activity import Watch
 from streamer.operation.look import Look, Phase, TopLook
-from streamer.ring.reader import PerfSource, RingReader, open_sources
+from streamer.ring.reader import PerfSource, RingReader, RingSource, Source, open_sources
 from streamer.sinks.base import Sink
 from streamer.spool.spool import Spool
 from streamer.summaries.period import Summaries
@@ -53,6 +56,8 @@ _SETTLE_SECONDS = 0.02
 """A packet may still be counted that came before the programs were detached."""
 _UNREPORTED = "flows that were not reported when the agent stopped"
 
+_CREWS = 0.85
+"""Of the grace period, what further workers have to come to their end."""
 _DELIVERING = 0.75
 """Of the grace period, for delivering what is held; the rest is for telling what was not."""
 
@@ -110,11 +115,13 @@ class Service:
         previous: PreviousRun | None = None,
         leave_note: Callable[[PreviousRun], None] = lambda note: None,
         spool: Spool | None = None,
+        crew: Crew | None = None,
     ) -> None:
         """`kernel` is loaded and not attached; `sinks` are in the order of `settings.sinks`.
 
         `timing` makes times coarse. `previous` is the run before, for the manifest; `leave_note`
-        keeps a note for the next. `spool` is what some of the sinks use.
+        keeps a note for the next. `spool` is what some of the sinks use. `crew` are the further
+        workers, which were started.
 
         Raises:
             OSError: a ring or a table cannot be mapped.
@@ -143,8 +150,14 @@ class Service:
             timing=timing,
             hidden_names=settings.kernel.dns_redact,
         )
+        self._crew = crew = Crew() if crew is None else crew
+        sources = open_sources(
+            kernel.transport, kernel.ring_fds, kernel.buffers, envelope, kernel.cpus
+        )
+        whose = crew.share(kernel.ring_fds)
+        self._others = [one for one in sources if whose[one.buffer] and isinstance(one, RingSource)]
         self.reader = RingReader(
-            open_sources(kernel.transport, kernel.ring_fds, kernel.buffers, envelope, kernel.cpus),
+            [one for one in sources if not whose[one.buffer]],
             kernel.reader_state,
             on_batch=self._on_batch,
             on_error=self._on_error,
@@ -157,7 +170,7 @@ class Service:
         )
         self._summaries = Summaries(kernel, envelope, kinds)
         self._summary: asyncio.Task[None] | None = None
-        self._reporter = Reporter(envelope, kernel, self.reader, settings.filters)
+        self._reporter = Reporter(envelope, kernel, self.reader, settings.filters, crew)
         self.fanout = Fanout(
             _with_policies(sinks, settings),
             pause=self.reader.pause,
@@ -169,6 +182,7 @@ class Service:
         """Programs are attached while it is `streaming`."""
         self.ticked = time.monotonic()
         """When it last did what is done every second, by the monotonic clock."""
+        self._left_by = ""  # how a worker has ended, and left its rings
         self._partings: set[asyncio.Task[None]] = set()
         self.changing: asyncio.Task[None] | None = None
         """What reads the configuration anew, while it does."""
@@ -176,11 +190,13 @@ class Service:
         """Whether the helper is kept busy: what is asked of it every second is left out then."""
         self._watch = Watch()
         self.shedding = Shedding(
-            settings.shedding, envelope, kernel, self.reader, self._reporter, self.fanout
+            settings.shedding, envelope, kernel, sources, self._reporter, self.fanout, crew
         )
         self._looks = Looks(
-            envelope, kernel, self.reader, self._reporter, self.fanout, self._read, self.shedding
+            *(envelope, kernel, self.reader, self._reporter, self.fanout, self._read),
+            *(self.shedding, crew, sources),
         )
+        crew.join(self, sinks, self._read)
 
     def look(self) -> Look:
         """How things are now, as long as it runs."""
@@ -188,7 +204,7 @@ class Service:
 
     def top(self) -> TopLook:
         """The same, and who the events come from."""
-        return TopLook(self.look(), self._watch.look())
+        return TopLook(self.look(), self._crew.look(self._watch.look()))
 
     @property
     def ended_quietly(self) -> bool:
@@ -209,6 +225,41 @@ class Service:
         if self._error is None:
             self._error = error
         self.stop()
+
+    # ------------------------------------------------------------ further workers
+
+    def lose(self, lost: list[Lost]) -> None:
+        """See `crew.Run`."""
+        self._lose(lost)
+
+    def give_up(self, sink: Sink, lost: Lost) -> None:
+        """See `crew.Run`."""
+        self.fanout.note_dropped(sink, lost)
+
+    def take_over(self, sources: Sequence[Source], reason: str) -> None:
+        """See `crew.Run`."""
+        self._left_by = reason
+        self._reporter.account.take_over(sources)
+        self.reader.take_over(sources)
+
+    def _tell_left_behind(self) -> None:
+        """When all is read: what a worker that ended had read, and never said what became of it."""
+        if not self._left_by:
+            return
+        counts = self._reporter.counts(self._read)
+        unread = {
+            kind: one.produced - one.filtered - one.shed - one.lost - one.read
+            for kind, one in counts.items()
+            if kind in KINDS and KINDS[kind].ring == BULK
+        }
+        left = self._reporter.account.left_behind(unread, self._left_by)
+        self._read.update(left.kinds)
+        for sink in self.fanout.sinks if left.count else ():
+            sink.account.received.update(left.kinds)
+            sink.account.dropped.update(left.kinds)
+            self.fanout.note_dropped(sink, left)
+
+    # ------------------------------------------------------------ from outside
 
     def reopen(self) -> None:
         """Let every sink open anew what it opened by name."""
@@ -246,7 +297,7 @@ class Service:
         self._settings, self._kinds = change.settings, change.kinds
         for one, sink in zip(with_budgets(change.settings.sinks), change.sinks, strict=True):
             if spool_mode(one) == "off":
-                sink.set_budget(one.budget)
+                sink.set_budget(one.budget // (len(self._crew.members) + 1))
         _log.setLevel(change.settings.log_level.upper())
         self._reporter.configured(
             change.settings.filters, time.clock_gettime_ns(time.CLOCK_BOOTTIME)
@@ -452,6 +503,9 @@ class Service:
                 await sink.start()
             except ConfigError as error:
                 raise ConfigError(f"{sink.name}: {error}") from None
+        await self._crew.begin(self._kernel, self.envelope.run_id, self._others)
+        if self._error is not None:
+            raise self._error
         self._attach()
         names = ", ".join(sink.name for sink in self.fanout.sinks)
         kinds = [kind for kind in sorted(self._kinds) if self._coverage[kind].status != "missing"]
@@ -657,7 +711,7 @@ class Service:
         more = self.reader.drain_once()
         if final or not (more or self.reader.paused or self.reader.done):
             self.reader.look_for_tails(seqs, final=final)
-        self._lose(self._reporter.losses(final=final))
+        self._lose(self._reporter.account.losses(final=final))
         self._tell(self._reporter.missed())  # how many events these were is not known
 
     def _lose(self, lost: list[Lost]) -> None:
@@ -683,12 +737,16 @@ class Service:
         try:
             if any(sink.waiting and sink.status != "up" for sink in self.fanout.sinks):
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
+            self._crew.end(grace * _CREWS)
             await self._end_changes(grace / 4)
             # Half for reading what is left, so that there is time to deliver it.
             await self._flush_flows(begun + grace / 4)
             await self._drain_rest(begun + grace / 2)
             await self._last_summary(grace / 2)
+            await self._crew.ended(begun + grace * _CREWS)
+            await self._drain_rest(begun + grace * _CREWS)  # what one of them has left
             self._find_losses(final=True)
+            self._tell_left_behind()
             complete = self._reporter.complete()
             self.reader.close()
             await self._deliver(begun + grace * _DELIVERING)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from streamer.agent.crew import Crew
 from streamer.agent.fanout import Fanout
 from streamer.agent.pressure import LOOK_SECONDS, Cause, Pressure, SinkState, Thresholds, causes
 from streamer.agent.reports import Reporter
@@ -16,7 +17,7 @@ from streamer.events.envelope import Envelope
 from streamer.events.stream import PressureCause, StreamShed
 from streamer.kernel.state import KernelState
 from streamer.operation.look import SheddingLook
-from streamer.ring.reader import RingReader
+from streamer.ring.reader import Source
 
 MOST_CAUSES = 3
 """Causes that are said in words."""
@@ -32,16 +33,20 @@ class Shedding:
         settings: SheddingSection,
         envelope: Envelope,
         kernel: KernelState,
-        reader: RingReader,
+        sources: Sequence[Source],
         reporter: Reporter,
         fanout: Fanout,
+        crew: Crew,
     ) -> None:
-        """The level is 0, and stays 0 unless `settings` have it `enabled`."""
+        """The level is 0, and stays 0 unless `settings` have it `enabled`.
+
+        `sources` are all there are: those that further workers (`crew`) read, too.
+        """
         self.enabled = settings.enabled
         self.pressure = Pressure()
         self._thresholds = Thresholds.of(settings)
-        self._envelope, self._kernel, self._reader = envelope, kernel, reader
-        self._reporter, self._fanout = reporter, fanout
+        self._envelope, self._kernel, self._sources = envelope, kernel, sources
+        self._reporter, self._fanout, self._crew = reporter, fanout, crew
         self._causes: list[Cause] = []
         self._since_boot_ns = 0
         self._counted: Mapping[str, int] = {}  # what was shed by the last record
@@ -150,10 +155,14 @@ class Shedding:
                     sink.spool_filled,
                     sink.latency.lag_seconds,
                 )
+        for index, sink in enumerate(fanout.sinks):
+            for one in self._crew.of_sink(index):
+                if one.status != "closed":
+                    yield SinkState(sink.name, fanout.pauses(sink), one.full, 0.0, one.lag_seconds)
 
     def _rings(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for one in self._reader.sources:  # the fullest buffer is the first to overflow
+        for one in self._sources:  # the fullest buffer is the first to overflow
             found[one.name] = max(found.get(one.name, 0.0), one.filled)
         return found
 

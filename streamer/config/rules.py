@@ -64,6 +64,17 @@ def problems(settings: Settings) -> Iterator[str]:
     for index, sink in enumerate(settings.sinks):
         yield from (f"sinks[{index}].{problem}" for problem in sink_problems(sink))
     yield from _same_destination(settings.sinks)
+    if settings.workers > 1:
+        yield from _workers(settings.sinks)
+
+
+def _workers(sinks: tuple[AnySink, ...]) -> Iterator[str]:
+    """What several processes cannot write to at once."""
+    for index, sink in enumerate(sinks):
+        if isinstance(sink, FileSink | StdoutSink):
+            yield f"sinks[{index}]: several workers cannot write to it, allowed: Kafka and MQTT"
+        elif sink.spool != "off":
+            yield mistake(f"sinks[{index}].spool", sink.spool, '"off", where workers is above 1')
 
 
 def host_problems(settings: Settings, host: str) -> Iterator[str]:

@@ -791,10 +791,21 @@ class Settings(Section, frozen=True, kw_only=True):
         Text,
         doc("Who the process that reads events and talks to brokers becomes; it is never root."),
     ] = "nobody"
+    workers: Annotated[
+        int,
+        Meta(ge=1, le=16),
+        doc(
+            "Processes that read bulk rings and publish, each for some of the CPUs: more than one "
+            "where one core does not carry the events of a host. All are one run with one account. "
+            "Each has connections of its own, and its part of each `budget_bytes`; so all sinks "
+            "have to be Kafka or MQTT, without a spool. There are no more than `bulk_rings`, of "
+            "which there are at least as many unless `bulk_bytes` is too small."
+        ),
+    ] = 1
     oom_score_adj: Annotated[
         Annotated[int, Meta(ge=-1000, le=1000)] | None,
         doc(
-            "How much rather than others the agent's two processes are ended when memory runs out: "
+            "How much rather than others the agent's processes are ended when memory runs out: "
             "-1000 is never, 1000 first. Lowering it takes CAP_SYS_RESOURCE; without the setting "
             "they have -900 where that can be had, and what they were started with elsewhere."
         ),

@@ -42,18 +42,20 @@ class Envelope:
         rfc3339_time: bool = False,
         timing: Timing | None = None,
         hidden_names: tuple[str, ...] = (),
+        run: str | None = None,
     ) -> None:
         """`host` is the name as configured. With `rfc3339_time` records say their time in words.
 
         `timing` is how coarse times and durations are; None: as they are. What is in front of
-        `hidden_names` is not told of DNS names.
+        `hidden_names` is not told of DNS names. `run` is the id of the run that this process has a
+        part in; a new one unless given.
         """
         self.host = host_name(host)
         self.rfc3339_time = rfc3339_time
         self.timing = timing
         self.hidden_names = hidden_names
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self.run_id = run_id(self.boot_id, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+        self.run_id = run or run_id(self.boot_id, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         self._numbers = count(1)
 
     def constants(self, ring: str) -> dict[str, Any]:

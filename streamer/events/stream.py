@@ -196,6 +196,9 @@ class StreamManifest(StreamRecord, tag="stream.manifest", gc=False):
             "reported at the levels 1, 2 and 3; empty if shedding is off"
         ),
     ] = field(default_factory=dict)
+    workers: Annotated[
+        int, Meta(ge=1, description="processes that read and publish, of this one run")
+    ] = 1
     kernel_types: Annotated[
         str,
         Meta(

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import platform
+import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +40,7 @@ from streamer.kernel.traffic import FilterLink, TrafficFilters
 
 OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
 CORE = "core"
+_IDENTITY = struct.Struct(f"<{max(at + size for _, at, size in CONTRACT['identity']) // 4}I")
 _LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
 _TRY_RINGS = "try_rings"
 PERF_BUFFERS = "perf_buffers"
@@ -215,12 +217,15 @@ class Loader:
         sensors: Mapping[str, SensorInfo] = SENSORS,
         directory: str = OBJECTS,
         targets: Mapping[str, Targets] = NO_TARGETS,
+        workers: int = 0,
     ) -> None:
         """`parent_is_agent`: the process that started this one is the agent too, and no more
-        observed than this one. `sensors` and their objects in `directory` are ours unless given.
+        observed than this one; so are `workers` others that it started. `sensors` and their
+        objects in `directory` are ours unless given.
         `targets` are what a sensor's programs attach to, by its name.
         """
         self._parent_is_agent = parent_is_agent
+        self._workers = workers
         self._catalogue = sensors
         self._directory = directory
         self._targets = targets
@@ -434,13 +439,17 @@ class Loader:
             raise OSError(errno.EFAULT, "the agent cannot be told from others")
         identities = core.maps["identities"]
         ((key, value),) = identities.entries()
-        own = value[4:8]
+        first, own, mntns, found, *others = _IDENTITY.unpack(value)
         if not self._parent_is_agent:
-            # There is no other process of the agent: its parent is observed like anybody.
-            identities.update(key, own + value[4:])
-        elif not any(value[:4]) and int.from_bytes(own, "little") == os.getpid():
+            first = own  # there is no other process: its parent is observed like anybody
+        elif first == 0 and own == os.getpid():
             # The program could not tell; in the initial pid namespace the kernel's are our numbers.
-            identities.update(key, os.getppid().to_bytes(4, "little") + value[4:])
+            first = os.getppid()
+        elif found != self._workers and self._workers:
+            raise OSError(errno.ESRCH, f"{self._workers} workers of the agent, and found {found}")
+        if not self._workers:  # then other children of its are observed like anybody
+            found, others = 0, [0] * len(others)
+        identities.update(key, _IDENTITY.pack(first, own, mntns, found, *others))
 
     def _known_functions(self) -> set[str]:
         return functions_of(self._wanted_functions(), self.types.path)

@@ -14,7 +14,7 @@ CONTRACT: dict[str, tuple[tuple[str, int, int], ...]] = {
     "event_task": (('start_boot_ns', 0, 8), ('cgroup_id', 8, 8), ('pid', 16, 4), ('tid', 20, 4), ('ppid', 24, 4), ('uid', 28, 4), ('gid', 32, 4), ('pidns', 36, 4), ('ns_pid', 40, 4), ('pad', 44, 4), ('comm', 48, 16)),
     "settings": (('wakeup_bytes', 0, 16), ('generation', 16, 8), ('filters', 24, 16)),
     "kind_settings": (('enabled', 0, 4), ('pad', 4, 4), ('rates', 8, 16)),
-    "identity": (('agent_pids', 0, 8), ('initial_mntns', 8, 4), ('pad', 12, 4)),
+    "identity": (('agent_pids', 0, 8), ('initial_mntns', 8, 4), ('further_workers', 12, 4), ('worker_pids', 16, 60), ('pad', 76, 4)),
     "kind_counters": (('produced', 0, 8), ('filtered', 8, 8), ('shed', 16, 8), ('lost', 24, 8)),
     "cpu_counters": (('seq', 0, 16), ('skipped', 16, 16), ('pad', 32, 32)),
     "reader_state": (('wake', 0, 260),),

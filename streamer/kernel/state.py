@@ -101,9 +101,10 @@ _PROFILE, _MISSING = "profile.sample", KindStatus("missing")
 # ---------------------------------------------------------------- what is to be loaded
 
 
-def ring_buffers(rings: Rings, cpus: int) -> dict[str, int]:
-    """Names and bytes of the ring buffers for a host that has so many CPUs."""
-    count = bulk_rings.count_of(rings.bulk_rings, cpus, rings.bulk_bytes)
+def ring_buffers(rings: Rings, cpus: int, workers: int = 1) -> dict[str, int]:
+    """Names and bytes of the ring buffers for a host that has so many CPUs, and for `workers`."""
+    asked = max(rings.bulk_rings, workers if workers > 1 else 0)
+    count = bulk_rings.count_of(asked, cpus, rings.bulk_bytes)
     each = rings.bulk_bytes // count
     return {"critical": rings.critical_bytes} | dict.fromkeys(bulk_rings.named(count), each)
 
@@ -558,7 +559,7 @@ class KernelState:
         """What they are relocated against."""
         self.no_functions = "not tried"
         """Why programs at functions (fentry, fexit) do not load; empty where they do."""
-        asked = ring_buffers(settings.rings, len(present_cpus()))
+        asked = ring_buffers(settings.rings, len(present_cpus()), settings.workers)
         self._check_contract(CORE)
         maps = loader.load_core(asked, settings.btf, settings.rings.transport)
         self.no_functions, self.types = loader.no_functions, loader.types
@@ -572,6 +573,8 @@ class KernelState:
             self._open_buffers(online_cpus())
             self.ring_fds = {name: maps[name] for name in self.transport.sizes}
             """Descriptors of the ring buffers (or maps of perf events), by name."""
+            self.map_fds = dict(maps)
+            """Descriptors of the maps that all share, by name: the loader's."""
             self.counters = self._map(maps["counters"], size_of("cpu_counters") * self.cpus)
             self.kind_counters = self._map(
                 maps["kind_counters"], size_of("kind_counters") * self.cpus * KIND_END
@@ -669,7 +672,7 @@ class KernelState:
         return made
 
     def _read_identity(self, fd: int) -> Identity:
-        one, other, mntns, _ = struct.unpack_from("<4I", self._map(fd, size_of("identity")))
+        one, other, mntns = struct.unpack_from("<3I", self._map(fd, size_of("identity")))
         return Identity((one, other), mntns)
 
     def _check_contract(self, name: str) -> None:

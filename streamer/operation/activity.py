@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from streamer.events.batch import Batch, Event
 from streamer.events.kinds import TaskEvent
@@ -78,6 +78,26 @@ class Watch:
         self._kinds = Counter[str]()
         self._actors = Counter[Key]()
         self._looked_at = 0
+
+
+def joined(parts: Sequence[Activity]) -> Activity:
+    """What several have seen in windows of about the same time; the first numbers them."""
+    first = parts[0]
+    kinds, actors, cgroups = Counter[str](), Counter[Key](), Counter[str]()
+    for part in parts:
+        kinds.update(part.kinds)
+        cgroups.update(part.cgroups)
+        for one in part.processes:
+            actors[one.pid, one.comm, one.cgroup_id] += one.events
+    return Activity(
+        number=first.number,
+        seconds=first.seconds,
+        read=sum(part.read for part in parts),
+        looked_at=sum(part.looked_at for part in parts),
+        kinds=dict(kinds),
+        processes=[Actor(*key, count) for key, count in actors.most_common(MOST_ACTORS)],
+        cgroups=dict(cgroups.most_common(MOST_ACTORS)),
+    )
 
 
 def _key(event: Event) -> Key | None:

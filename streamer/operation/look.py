@@ -149,6 +149,9 @@ class Look(Struct, frozen=True):
     ]
     coverage: Annotated[dict[str, KindLook], Meta(description="how far each kind is observed")]
     programs: Annotated[list[ProgramReport], Meta(description="the BPF programs")]
+    workers: Annotated[
+        list[Pid], Meta(description="the processes that read, the first one first")
+    ] = field(default_factory=list)
     shedding: Annotated[
         SheddingLook, Meta(description="what is left out because the sinks cannot keep up")
     ] = field(default_factory=_never_shed)

@@ -7,6 +7,7 @@ import binascii
 import errno
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ from streamer.kernel.loader import (
 )
 from streamer.kernel.processes import Located, Module
 from streamer.kernel.types import KernelTypes
-from streamer.privilege.channel import Channel, Message, MessageError
+from streamer.privilege.channel import MOST_DESCRIPTORS, Channel, Message, MessageError
 from streamer.privilege.files import (
     Appendable,
     AppendFile,
@@ -54,7 +55,7 @@ class HelperClient:
     """Asks the helper. Every request waits for its answer; they are few and short."""
 
     def __init__(self, channel: Channel, process: subprocess.Popen[bytes]) -> None:
-        """`process` is the helper, a child of this one."""
+        """`process` is the helper, a child of the first worker."""
         self._channel = channel
         self._process = process
         self._lock = Lock()
@@ -71,10 +72,12 @@ class HelperClient:
         files: Sequence[NamedFile],
         targets: Mapping[str, Targets] = NO_TARGETS,
         headers: str = "off",
+        workers: int = 0,
     ) -> None:
         """Name the files, and what each sensor attaches to, which ends the helper's start.
 
-        `headers` as for `kernel.types.find`.
+        `headers` as for `kernel.types.find`. So many further `workers` are started before anything
+        is loaded.
 
         Raises:
             HelperGone: it did not start.
@@ -82,8 +85,8 @@ class HelperClient:
         """
         with self._lock:
             named = {sensor: list(one) for sensor, one in targets.items()}
-            message = {"files": [list(file) for file in files], "targets": named}
-            message |= {"headers": headers}
+            message: Message = {"files": [list(file) for file in files], "targets": named}
+            message |= {"headers": headers, "workers": workers}
             self._send(message, START_SECONDS)
             self._receive(0)
 
@@ -157,6 +160,14 @@ class HelperClient:
         if code < 0:
             return f"the privileged helper was ended by {signal.Signals(-code).name}"
         return f"the privileged helper ended with exit code {code}"
+
+    def for_further(self, end: socket.socket) -> HelperClient:
+        """What another worker asks the same helper with, in its own process, on `end`.
+
+        This one is closed there, without a word to the helper.
+        """
+        self._channel.close()
+        return HelperClient(Channel(end, MOST_DESCRIPTORS), self._process)
 
     def farewell(self) -> None:
         """Say that the end is meant, without waiting for anything."""
@@ -348,10 +359,13 @@ class RemoteLoader:
 class RemoteOpener:
     """An `Opener` that has the helper open what was named to it."""
 
-    def __init__(self, client: HelperClient, files: Sequence[NamedFile]) -> None:
-        """`files` are those that the helper was told."""
+    def __init__(
+        self, client: HelperClient, files: Sequence[NamedFile], directory: str | None = None
+    ) -> None:
+        """`files` are those that the helper was told, `directory` where relative paths begin."""
         self._client = client
-        self._directory = os.getcwd()  # it is another one when privileges are given up
+        # It is another one when privileges are given up.
+        self._directory = directory if directory is not None else os.getcwd()
         self._indexes: dict[tuple[str, str], int] = {
             (file.path, file.use): index for index, file in enumerate(files)
         }

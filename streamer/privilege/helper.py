@@ -32,6 +32,8 @@ from streamer.privilege.policies import helper_filter
 from streamer.privilege.requests import Refused, parse
 
 SEND_SECONDS = 60.0
+FURTHER_SECONDS = 1.0
+"""The same, of an answer to a further worker."""
 LOOKUP_SECONDS = 1.0
 """How long to wait for what is asked about a process: it may keep whoever asks waiting."""
 MOST_STUCK = 32
@@ -119,17 +121,26 @@ class Helper:
     """Does what is asked, one request after the other."""
 
     def __init__(
-        self, channel: Channel, worker: int, files: Files, loader: LoaderLike, *, profiles: bool
+        self,
+        channel: Channel,
+        worker: int,
+        files: Files,
+        loader: LoaderLike,
+        *,
+        profiles: bool,
+        further: Sequence[Channel] = (),
     ) -> None:
         """`worker` is a pidfd: another process may have got the socket from it, and outlive it.
 
-        `profiles`: there is a sampling rate, and the code of processes may be looked up.
+        `profiles`: there is a sampling rate, and the code of processes may be looked up. `further`
+        workers may have files opened to be read, and nothing else.
         """
         self._channel = channel
         self._worker = worker
         self._last = _LAST_MESSAGES
         self._poll = select.poll()
-        for source in (worker, channel.fileno()):
+        self._further = {one.fileno(): one for one in further}
+        for source in (worker, channel.fileno(), *self._further):
             self._poll.register(source, select.POLLIN)
         self._files = files
         self._loader = loader
@@ -172,39 +183,53 @@ class Helper:
                 received = self._channel.receive()
                 if received is None:
                     return False
-                self._answer(received[0])
+                self._answer(self._channel, received[0], self._requests)
             except MessageError as error:
-                self._refuse(None, Refused(str(error)))
+                _refuse(self._channel, None, Refused(str(error)))
         return True
 
     def _wait(self) -> bool:
-        """Wait for a message. False: the worker has ended."""
-        ready = dict(self._poll.poll())
-        if self._worker in ready:
-            self._last -= 1
+        """Wait for a message, and serve further workers meanwhile. False: the worker has ended."""
+        while True:
+            ready = dict(self._poll.poll())
+            for descriptor in self._further.keys() & ready.keys():
+                self._serve_further(descriptor)
+            if self._worker in ready:
+                self._last -= 1
+                break
+            if self._channel.fileno() in ready:
+                break
         return self._channel.fileno() in ready and self._last >= 0
 
-    def _answer(self, message: Message) -> None:
+    def _serve_further(self, descriptor: int) -> None:
+        """Answer one request of a further worker; forget it when it has gone."""
+        channel = self._further[descriptor]
+        channel.settimeout(FURTHER_SECONDS)  # whoever does not read must not keep others waiting
+        try:
+            received = channel.receive()
+            if received is not None:
+                self._answer(channel, received[0], {"open": self._open_to_read})
+                return
+        except MessageError as error:
+            _refuse(channel, None, Refused(str(error)))
+            return
+        except OSError:
+            pass
+        self._poll.unregister(descriptor)
+        self._further.pop(descriptor).close()
+
+    def _answer(
+        self, channel: Channel, message: Message, requests: Mapping[str, Callable[..., Any]]
+    ) -> None:
         number: int | None = None
         try:
             number, name, parameters = parse(message)
-            for answer in self._requests[name](**parameters):
-                self._send(number, answer)
+            if name not in requests:
+                raise Refused("not for a further worker")
+            for answer in requests[name](**parameters):
+                _send(channel, number, answer)
         except Exception as error:  # of this request; the next may be in order
-            self._refuse(number, error)
-
-    def _send(self, number: int, answer: Answer) -> None:
-        message = {"id": number, "result": answer.result, "more": answer.more}
-        try:
-            self._channel.send(message, answer.descriptors)
-        finally:
-            for fd in answer.descriptors if answer.owned else ():
-                os.close(fd)
-
-    def _refuse(self, number: int | None, error: Exception) -> None:
-        # Without a worker there is nobody to tell: the next `receive` notices.
-        with suppress(OSError):
-            self._channel.send({"id": number, "error": told(error)})
+            _refuse(channel, number, error)
 
     # ------------------------------------------------------------ the kernel
 
@@ -307,6 +332,10 @@ class Helper:
     def _open(self, index: int) -> Iterator[Answer]:
         yield self._files.open(index)
 
+    def _open_to_read(self, index: int) -> Iterator[Answer]:
+        self._files.path_to_read(index)
+        yield self._files.open(index)
+
     def _current(self, index: int) -> Iterator[Answer]:
         yield Answer(self._files.target(index).current())
 
@@ -329,6 +358,21 @@ class Helper:
         self._ended = True
         _close(self._loader)
         yield Answer(None)
+
+
+def _send(channel: Channel, number: int, answer: Answer) -> None:
+    message = {"id": number, "result": answer.result, "more": answer.more}
+    try:
+        channel.send(message, answer.descriptors)
+    finally:
+        for fd in answer.descriptors if answer.owned else ():
+            os.close(fd)
+
+
+def _refuse(channel: Channel, number: int | None, error: Exception) -> None:
+    # Without a worker there is nobody to tell: the next `receive` notices.
+    with suppress(OSError):
+        channel.send({"id": number, "error": told(error)})
 
 
 def _in_parts(entries: Iterable[tuple[bytes, bytes]]) -> Iterator[Answer]:
@@ -392,23 +436,32 @@ class OwnLoader(LoaderLike, Protocol):
         """Whether a program may be attached where it could stop packets."""
 
 
-MakeLoader = Callable[[Mapping[str, Targets]], OwnLoader]
-"""A loader for sensors that attach to these targets, by the sensor's name."""
+MakeLoader = Callable[[Mapping[str, Targets], int], OwnLoader]
+"""A loader for sensors that attach to these targets, by the sensor's name, and so many further
+workers."""
 
 
-def main(descriptor: int, make_loader: MakeLoader | None = None) -> int:
-    """Run the helper on its end of the socketpair. The exit code of the process."""
+def main(
+    descriptor: int, further: Sequence[int] = (), make_loader: MakeLoader | None = None
+) -> int:
+    """Run the helper on its end of the socketpair. The exit code of the process.
+
+    `further` are those of socketpairs to further workers, which the first one starts.
+    """
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the worker had them all blocked
-    channel = Channel(socket.socket(fileno=descriptor), descriptors=0)
+    channel, *others = (
+        Channel(socket.socket(fileno=one), descriptors=0) for one in (descriptor, *further)
+    )
     worker = os.pidfd_open(os.getppid())
     started = _start(channel, make_loader or _kernel_loader)
     if started is None:
         return 1
     files, loader, profiles = started
     try:
-        orderly = Helper(channel, worker, files, loader, profiles=profiles).serve()
+        helper = Helper(channel, worker, files, loader, profiles=profiles, further=others)
+        orderly = helper.serve()
     finally:
         _close(loader)
         channel.close()
@@ -434,9 +487,9 @@ def _say(line: str) -> None:
             os.write(2, f"{line}\n".encode())
 
 
-def _kernel_loader(targets: Mapping[str, Targets]) -> Loader:
+def _kernel_loader(targets: Mapping[str, Targets], workers: int) -> Loader:
     ensure_tracefs()  # afterwards nothing can be mounted; what failed is found out again
-    return Loader(parent_is_agent=True, targets=targets)
+    return Loader(parent_is_agent=True, targets=targets, workers=workers)
 
 
 def _start(channel: Channel, make_loader: MakeLoader) -> tuple[Files, LoaderLike, bool] | None:
@@ -454,7 +507,7 @@ def _start(channel: Channel, make_loader: MakeLoader) -> tuple[Files, LoaderLike
             for sensor, (interfaces, cgroup, rate, functions) in received[0]["targets"].items()
         }
         files = Files(named)
-        loader = make_loader(targets)
+        loader = make_loader(targets, int(received[0]["workers"]))
         loader.prepare(str(received[0]["headers"]))
         profiles = any(one.rate for one in targets.values())
         confine(

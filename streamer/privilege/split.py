@@ -41,7 +41,7 @@ class Helped(NamedTuple):
     client: HelperClient
     loader: RemoteLoader
     opener: RemoteOpener
-    files: frozenset[NamedFile]
+    files: tuple[NamedFile, ...]
     targets: Mapping[str, Targets]
     """What the helper was told."""
 
@@ -49,8 +49,12 @@ class Helped(NamedTuple):
 class Split:
     """The worker's side of a split that has begun: the helper runs, and `drop` ends it."""
 
-    def __init__(self, settings: Settings, kinds: Set[str], config: str | None = None) -> None:
+    def __init__(
+        self, settings: Settings, kinds: Set[str], config: str | None = None, further: int = 0
+    ) -> None:
         """Import what the worker will need, and start the helper, see `with_helper`.
+
+        For so many `further` workers, `ends` has what each asks the helper with.
 
         Raises:
             ConfigError: there is no such user as the settings name.
@@ -61,7 +65,9 @@ class Split:
         for said in endure.endure(settings.oom_score_adj, settings.nice):
             _log.warning("%s", said)
         self.directory = os.getcwd()  # it is another one when privileges are given up
-        helped = with_helper(settings, kinds, config)
+        pairs = [socketpair() for _ in range(further)]
+        self.ends = [own for own, _ in pairs]
+        helped = with_helper(settings, kinds, config, [other for _, other in pairs])
         self.client, self.loader, self.opener, self.files, self.targets = helped
 
     def drop(self, *, answers: bool = False) -> None:
@@ -70,29 +76,48 @@ class Split:
             _log.warning("without CAP_SETUID and CAP_SETGID the worker remains root's process")
         drop.drop_privileges(self._account, answers=answers)
 
+    def drop_further(self, end: socket.socket) -> RemoteOpener:
+        """In the process of a further worker: give up every privilege. What it opens files with.
+
+        `end` is one of `ends`. Raises PrivilegeError.
+        """
+        client = self.client.for_further(end)
+        for one in self.ends:
+            if one is not end:
+                one.close()
+        opener = RemoteOpener(client, tuple(self.files), self.directory)
+        drop.drop_privileges(self._account)
+        return opener
+
     def close(self) -> None:
         """End the helper. Harmless when it has ended."""
         self.client.close()
 
 
-def with_helper(settings: Settings, kinds: Set[str], config: str | None = None) -> Helped:
+def with_helper(
+    settings: Settings,
+    kinds: Set[str],
+    config: str | None = None,
+    further: Sequence[socket.socket] = (),
+) -> Helped:
     """Start a helper for a configuration, whose files it is told, and what `kinds` attach to.
 
-    `config` is the configuration's own file, if that may be read again.
+    `config` is the configuration's own file, if that may be read again. `further` are the ends
+    that the helper is given, of pairs whose others are for further workers; they are closed here.
 
     Raises:
         StreamerError: it does not start.
     """
     files = named_files(settings, config)
     targets = targets_of(settings.kernel, kinds)
-    client = start_helper()
+    client = start_helper(further=further)
     try:
-        client.set_up(files, targets, headers_of(settings))
+        client.set_up(files, targets, headers_of(settings), len(further))
     except BaseException:
         client.close()
         raise
     loader, opener = RemoteLoader(client, files), RemoteOpener(client, files)
-    return Helped(client, loader, opener, frozenset(files), targets)
+    return Helped(client, loader, opener, files, targets)
 
 
 def headers_of(settings: Settings) -> str:
@@ -100,23 +125,30 @@ def headers_of(settings: Settings) -> str:
     return "off" if settings.btf is not None else settings.kernel.headers
 
 
-def start_helper(program: str = HELPER) -> HelperClient:
-    """Run `program` with one end of a socketpair, and nothing else that is open here.
+def socketpair() -> tuple[socket.socket, socket.socket]:
+    """Both ends of what a `Channel` is made of, with room for its largest message."""
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in pair:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_BYTES)
+    return pair
+
+
+def start_helper(program: str = HELPER, further: Sequence[socket.socket] = ()) -> HelperClient:
+    """Run `program` with one end of a socketpair, those of `further`, and nothing else open here.
 
     Raises:
         PrivilegeError: it cannot be run.
     """
-    own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    for end in (own, other):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_BYTES)
+    own, other = socketpair()
+    given = [one.fileno() for one in (other, *further)]
     # Blocked until the helper ignores them: it lives on when they are meant for the worker.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         process = subprocess.Popen(
-            [sys.executable, *_OPTIONS, program, str(other.fileno())],
+            [sys.executable, *_OPTIONS, program, *map(str, given)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=(other.fileno(),),
+            pass_fds=given,
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )
     except OSError as error:
@@ -125,7 +157,8 @@ def start_helper(program: str = HELPER) -> HelperClient:
         raise PrivilegeError(f"the privileged helper cannot be started: {reason}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        other.close()
+        for end in (other, *further):
+            end.close()
     return HelperClient(Channel(own, MOST_DESCRIPTORS), process)
 
 

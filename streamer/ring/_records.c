@@ -1749,6 +1749,33 @@ static PyObject *next_seq(Consumer *self, PyObject *number)
 	return PyLong_FromUnsignedLongLong((cpu < self->cpus ? self->last_seq[cpu] : 0) + 1);
 }
 
+static PyObject *expect(Consumer *self, PyObject *const *args, Py_ssize_t count)
+{
+	unsigned long long seq;
+	uint64_t *last;
+	long cpu;
+
+	if (count != 2) {
+		PyErr_Format(PyExc_TypeError, "expect() takes 2 arguments, not %zd", count);
+		return NULL;
+	}
+	cpu = cpu_from(args[0]);
+	if (cpu < 0)
+		return NULL;
+	seq = PyLong_AsUnsignedLongLong(args[1]);
+	if (seq == (unsigned long long)-1 && PyErr_Occurred())
+		return NULL;
+	if (seq == 0) {
+		PyErr_SetString(PyExc_ValueError, "seq is 0, and numbers begin at 1");
+		return NULL;
+	}
+	last = last_seq_of(self, (uint16_t)cpu);
+	if (!last)
+		return NULL;
+	*last = seq - 1;
+	Py_RETURN_NONE;
+}
+
 static int shape_error(const char *trouble)
 {
 	PyErr_SetString(PyExc_ValueError, trouble);
@@ -1973,6 +2000,8 @@ static PyMethodDef ring_methods[] = {
 		"Consume and decode up to max_records records; a Drained.")},
 	{"next_seq", (PyCFunction)next_seq, METH_O, PyDoc_STR(
 		"next_seq(cpu, /)\n--\n\nThe sequence number that the CPU's next record should have.")},
+	{"expect", (PyCFunction)(void (*)(void))expect, METH_FASTCALL, PyDoc_STR(
+		"expect(cpu, seq, /)\n--\n\nGo on where another reader has come to: next is seq.")},
 	{"close", (PyCFunction)ring_close, METH_NOARGS, PyDoc_STR(
 		"close()\n--\n\nLet go of both buffers. Harmless when called twice.")},
 	{NULL, NULL, 0, NULL},

@@ -64,13 +64,16 @@ class Source(ABC):
         *,
         own: Collection[int] | None = None,
         wake_index: int | None = None,
+        buffer: str | None = None,
     ) -> None:
         """`fd` is readable when there are records and the reader is to be woken for them.
 
-        `name` is the ring's; `own` are those of `cpus` that write here, all unless given, and
-        `wake_index` is the place in `struct reader_state`, the ring's unless given.
+        `name` is the ring's, `buffer` that of the ring buffer, the same unless given; `own` are
+        those of `cpus` that write here, all unless given, and `wake_index` is the place in
+        `struct reader_state`, the ring's unless given.
         """
         self.name = name
+        self.buffer = buffer or name
         self.fd = fd
         self.cpus = range(cpus) if own is None else own
         self.wake_index = RINGS.index(name) if wake_index is None else wake_index
@@ -149,7 +152,14 @@ class RingSource(Source):
             cpus,
             own=own,
             wake_index=bulk_rings.wake_index(name),
+            buffer=name,
         )
+        self._ring = ring
+
+    def go_on(self, cpu: int, seq: int) -> None:
+        """Another reader has left it, and had passed what is before `seq` of a CPU."""
+        self._ring.expect(cpu, seq)
+        self._next[cpu] = seq
 
     def produced(self, cpu: int) -> int:
         """See `Source`."""
@@ -298,6 +308,12 @@ class RingReader:
         self._looks = True
         self._wake()
 
+    def take_over(self, sources: Sequence[Source]) -> None:
+        """Read these as well from now on: nobody else does any more."""
+        self.sources = [*self.sources, *sources]
+        if not self.paused:
+            self.resume()
+
     def stop(self) -> None:
         """Stop looking by itself; `drain_once` still works, until `close`."""
         self._looks = False
@@ -321,7 +337,7 @@ class RingReader:
             self._halt()
 
     def resume(self) -> None:
-        """Read on."""
+        """Read on, everything."""
         self.paused = False
         self._reading = self.sources
         self._wake()

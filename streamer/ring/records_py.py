@@ -718,6 +718,9 @@ class _Sequence:
     def expected(self, cpu: int) -> int:
         return self._expected.get(cpu, 1)
 
+    def expect(self, cpu: int, seq: int) -> None:
+        self._expected[cpu] = seq
+
     def follow(self, cpu: int, seq: int, skipped: int) -> list[Gap]:
         """The anomalies that a record shows."""
         gaps: list[Gap] = []
@@ -795,6 +798,14 @@ class Ring:
     def next_seq(self, cpu: int, /) -> int:
         """The sequence number that the next record of `cpu` (0 to 65535) should have."""
         return self._sequence.expected(_between(0, cpu, 65535, "cpu"))
+
+    def expect(self, cpu: int, seq: int, /) -> None:
+        """Go on where another reader of the ring has come to: the next of `cpu` is `seq` (1 on)."""
+        if seq == 0:
+            raise ValueError("seq is 0, and numbers begin at 1")
+        if not 0 < seq <= U64:
+            raise OverflowError("seq does not fit into 64 bits")
+        self._sequence.expect(_between(0, cpu, 65535, "cpu"), seq)
 
     def close(self) -> None:
         """Let go of both buffers, so that they can be unmapped. Harmless when called twice."""

@@ -54,11 +54,11 @@ sys.path.append({root!r})
 from streamer.kernel.loader import Loader
 from streamer.privilege.helper import main
 from tests.kernel.targets_sensor import CATALOGUE
-def make_loader(targets):
+def make_loader(targets, workers):
     return Loader(
         parent_is_agent=True, sensors=CATALOGUE, directory={directory!r}, targets=targets
     )
-sys.exit(main(int(sys.argv[1]), make_loader))
+sys.exit(main(int(sys.argv[1]), make_loader=make_loader))
 """
 
 

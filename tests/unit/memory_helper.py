@@ -104,4 +104,5 @@ class MemoryLoader:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), lambda targets: MemoryLoader()))
+    further = [int(one) for one in sys.argv[2:]]
+    sys.exit(main(int(sys.argv[1]), further, make_loader=lambda targets, workers: MemoryLoader()))

@@ -37,7 +37,7 @@ BULK = sorted(kind for kind, info in events.KINDS.items() if info.ring == "bulk"
 ROOT_KEYS = (
     "btf, control, events, filters, grace_seconds, heartbeat_seconds, host, kernel, "
     "log_level, metrics, nice, oom_score_adj, rfc3339_time, rings, shedding, sinks, spool, "
-    "state_file, summary_seconds, timing, user"
+    "state_file, summary_seconds, timing, user, workers"
 )
 SINKS = '"stdout", "file", "kafka", "mqtt"'
 PAGE = mmap.PAGESIZE
@@ -305,6 +305,17 @@ MISTAKES = [
         '[[sinks]]\ntype = "mqtt"\nhost = "b"\ntopic = "t"\nspool = "wal"',
         "sinks[1]: found mqtt://b:1883/t with a spool again, allowed: once (it is sinks[0])",
     ),
+    # several workers
+    (
+        'workers = 2\n[[sinks]]\ntype = "file"\npath = "a"',
+        "sinks[0]: several workers cannot write to it, allowed: Kafka and MQTT",
+    ),
+    ("workers = 2", "sinks[0]: several workers cannot write to it, allowed: Kafka and MQTT"),
+    (
+        "workers = 2\n" + KAFKA + 'spool = "wal"',
+        'sinks[0].spool: found "wal" (string), allowed: "off", where workers is above 1',
+    ),
+    ("workers = 17", "workers: found 17 (integer), allowed: an integer from 1 to 16"),
     # secrets
     (
         KAFKA + 'sasl = {mechanism = "PLAIN", username = "u", password_env = "A"}',

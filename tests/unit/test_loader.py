@@ -400,8 +400,8 @@ def test_a_core_that_does_not_load_says_why_and_is_closed(
 def test_only_a_helper_hides_its_parent(kernel: Kernel) -> None:
     """The parent of an agent that is one process is a shell, and observed like anybody."""
     for parent_is_agent, own in (
-        (True, bytes(range(16))),
-        (False, bytes((4, 5, 6, 7, *range(4, 16)))),
+        (True, bytes(range(12))),
+        (False, bytes((4, 5, 6, 7, *range(4, 12)))),
     ):
         made = loaded(kernel, parent_is_agent=parent_is_agent)
         assert dict(made.read("identities"))[bytes(4)] == own

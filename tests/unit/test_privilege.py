@@ -473,14 +473,19 @@ class Raw:
 
     def __init__(self, directory: Path) -> None:
         self.near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.near.settimeout(30)
+        self.further, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.near, self.further):
+            end.settimeout(30)
+        given = far.fileno(), other.fileno()
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", PROGRAM, str(far.fileno())], pass_fds=(far.fileno(),)
+            [sys.executable, "-I", "-S", PROGRAM, *map(str, given)], pass_fds=given
         )
         far.close()
+        other.close()
         (directory / "secret").write_bytes(SECRET)
         files = [[str(directory / "secret"), "read", 0], [str(directory / "events"), "append", 416]]
-        assert self.ask({"files": files, "targets": {}, "headers": "off"})["result"] is None
+        start = {"files": files, "targets": {}, "headers": "off", "workers": 1}
+        assert self.ask(start)["result"] is None
 
     def ask(self, message: object) -> dict[str, Any]:
         return self.send(json.dumps(message).encode())
@@ -500,7 +505,14 @@ class Raw:
         """It answers a request that is in order."""
         assert self.ask(GOOD) == {"id": 77, "result": None, "more": False}
 
+    def ask_as_further(self, message: object) -> tuple[dict[str, Any], list[int]]:
+        """As a further worker does: the answer, and descriptors."""
+        self.further.send(json.dumps(message).encode())
+        reply, found, _, _ = socket.recv_fds(self.further, MESSAGE_BYTES, 10)
+        return json.loads(reply), found
+
     def close(self) -> None:
+        self.further.close()
         self.near.close()
         assert self.process.wait(30) == 0
 
@@ -510,6 +522,26 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raw]:
     made = Raw(tmp_path_factory.mktemp("raw"))
     yield made
     made.close()
+
+
+def test_a_further_worker_reads_files_and_nothing_else(raw: Raw) -> None:
+    """What is named to be read is opened for it; neither the kernel nor other files are its own."""
+    answer, (fd,) = raw.ask_as_further({"request": "open", "id": 5, "index": 0})
+    assert answer == {"id": 5, "result": {"torn": False}, "more": False}
+    with open(fd, "rb") as file:
+        assert file.read() == SECRET
+    for request in (
+        {"request": "open", "id": 6, "index": 1},
+        {"request": "current", "id": 6, "index": 1},
+        {"request": "read", "id": 6, "map": "m"},
+        {"request": "proc", "id": 6, "pid": os.getpid(), "name": "comm"},
+        {"request": "end", "id": 6},
+        GOOD,
+        ["no object"],
+    ):
+        answer, found = raw.ask_as_further(request)
+        assert (answer["error"]["kind"], found) == ("Refused", []), request
+    raw.check_alive()
 
 
 def refused(raw: Raw, message: object) -> str:
@@ -764,7 +796,7 @@ def orphan(directory: Path, last: dict[str, Any] | None) -> tuple[int, str]:
     ) as process:
         far.close()
         near.settimeout(30)
-        near.send(json.dumps({"files": [], "targets": {}, "headers": "off"}).encode())
+        near.send(json.dumps({"files": [], "targets": {}, "headers": "off", "workers": 0}).encode())
         near.recv(MESSAGE_BYTES)
         if last is not None:
             near.send(json.dumps(last).encode())
@@ -821,7 +853,9 @@ def test_a_helper_that_cannot_run(tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_a_helper_that_did_not_start_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(split, "start_helper", lambda: start_helper(str(tmp_path / "none.py")))
+    monkeypatch.setattr(
+        split, "start_helper", lambda further: start_helper(str(tmp_path / "none.py"))
+    )
     with pytest.raises(HelperGone):
         split.with_helper(Settings(), frozenset())
     assert "none.py" in capfd.readouterr().err

@@ -1097,6 +1097,21 @@ def test_each_cpu_has_its_own_sequence(ring: Any, decoder: Any, simulated: Simul
             ring.next_seq(cpu)
 
 
+def test_it_goes_on_where_another_reader_was(
+    ring: Any, decoder: Any, simulated: SimulatedRing
+) -> None:
+    """What that one has passed is not missing here; what it had passed and not said is."""
+    ring.expect(0, 5)
+    ring.expect(9, 1)
+    ring.expect(300, 1 << 40)
+    assert [ring.next_seq(cpu) for cpu in (0, 9, 300)] == [5, 1, 1 << 40]
+    assert gaps_of(ring, decoder, simulated, fork(7), fork(1, 9)) == (("missing", 0, 5, 6),)
+    for wrong, error in (((-1, 1), ValueError), ((0, 0), ValueError), ((0, -1), OverflowError),
+                         ((0, 1 << 64), OverflowError), ((65536, 1), ValueError)):  # fmt: skip
+        with pytest.raises(error):
+            ring.expect(*wrong)
+
+
 def test_refused_records_count_in_the_sequence(
     ring: Any, decoder: Any, simulated: SimulatedRing
 ) -> None:

@@ -259,6 +259,24 @@ def test_a_sink_with_a_spool_stays_as_it_is(old: AnySink, new: AnySink, key: str
     assert planned(with_sinks(SPOOLED), with_sinks(SPOOLED, A)).kept == (0, None)
 
 
+def test_sinks_of_several_workers_stay_as_they_are() -> None:
+    """Each has its own, of which the others know nothing."""
+    slower = msgspec.structs.replace(KAFKA, linger_ms=7)
+    smaller = msgspec.structs.replace(KAFKA, budget_bytes=1 << 20)
+    many = msgspec.structs.replace(with_sinks(KAFKA), workers=2)
+    for sinks, keys in (
+        ((slower,), ["sinks", "sinks[0]"]),
+        ((smaller,), ["sinks[0]"]),
+        ((KAFKA, MQTT), ["sinks[1]"]),
+        ((), ["sinks"]),
+    ):
+        new = msgspec.structs.replace(many, sinks=sinks)
+        assert [one.key for one in refused(many, new)] == keys
+    filtered = msgspec.structs.replace(many, filters=Filters(comms=("a",)))
+    assert planned(many, filtered).filters
+    assert [one.key for one in refused(many, with_sinks(KAFKA))] == ["workers"]
+
+
 def test_two_sinks_of_one_name() -> None:
     twice = msgspec.structs.replace(KAFKA, linger_ms=7)
     (found,) = refused(with_sinks(KAFKA), with_sinks(KAFKA, twice))

@@ -1,0 +1,138 @@
+"""What the agent's first worker and the further ones say to each other, over a `Channel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from streamer.agent.losses import Lost
+from streamer.events.stream import ReaderCounts
+from streamer.operation.look import Activity
+from streamer.sinks.base import Status
+
+Mark = tuple[str, int, int]
+"""A ring, a CPU, and a number of theirs."""
+
+
+class Begin(msgspec.Struct, tag=True):
+    """To a further worker: read. With descriptors: those of `rings`, then of the maps `counters`,
+    `kind_counters`, `reader`.
+    """
+
+    run_id: str
+    rings: list[str]
+    sizes: dict[str, int]
+    """Of all ring buffers there are, in bytes."""
+    bulk_shift: int
+    cpus: int
+
+
+class End(msgspec.Struct, tag=True):
+    """To a further worker: nothing more is produced. Read what is left, and deliver it."""
+
+    grace_seconds: float
+
+
+class Watched(msgspec.Struct, tag=True):
+    """To a further worker: somebody looks at who makes the events, and will for a while."""
+
+
+class Ready(msgspec.Struct, tag=True):
+    """From one: it reads."""
+
+
+class SinkProgress(msgspec.Struct):
+    """How far a sink of a further worker has come since the start; per kind, as `SinkAccount`."""
+
+    received: dict[str, int]
+    delivered: dict[str, int]
+    dropped: dict[str, int]
+    delivered_bytes: int
+    held: int
+    """Bytes."""
+    full: float
+    """The share of its budget."""
+    status: Status
+    lag_seconds: float
+    latency: list[int]
+    latency_seconds: float
+    """See `LatencySamples`: counts and sum."""
+
+
+class Progress(msgspec.Struct, tag=True):
+    """From one, again and again: how far it has come. What it has lost was said before."""
+
+    read: dict[str, int]
+    passed: list[Mark]
+    settled: list[Mark]
+    """Numbers up to which each event was delivered, or is told as lost."""
+    sinks: list[SinkProgress]
+    """In the order of the settings."""
+    reader: ReaderCounts
+    paused: bool
+
+
+class Seen(msgspec.Struct, tag=True):
+    """From one, every second while somebody looks: who made what it has read."""
+
+    activity: Activity
+
+
+class Gone(msgspec.Struct, tag=True):
+    """From one: events were lost; by the sink of that index, or none."""
+
+    lost: Lost
+    sink: int | None = None
+
+
+class Said(msgspec.Struct, tag=True):
+    """From one: a line of its log, of a level as `logging` has them."""
+
+    level: int
+    text: str
+
+
+class Failed(msgspec.Struct, tag=True):
+    """From one: it cannot go on. What it holds it will deliver or tell as lost."""
+
+    error: str
+    """Which of `streamer.errors`."""
+    text: str
+
+
+class Done(msgspec.Struct, tag=True):
+    """From one, the last: everything was told."""
+
+
+FromWorker = Ready | Progress | Seen | Gone | Said | Failed | Done
+ToWorker = Begin | Watched | End
+
+
+def packed(message: FromWorker | ToWorker) -> dict[str, Any]:
+    """As a `Channel` sends it."""
+    found: dict[str, Any] = msgspec.to_builtins(message)
+    return found
+
+
+def from_worker(message: Mapping[str, Any]) -> FromWorker:
+    """What a further worker sent. Raises msgspec.ValidationError: none of its messages."""
+    found: FromWorker = msgspec.convert(message, FromWorker)
+    return found
+
+
+def to_worker(message: Mapping[str, Any]) -> ToWorker:
+    """What the first worker sent. Raises msgspec.ValidationError."""
+    found: ToWorker = msgspec.convert(message, ToWorker)
+    return found
+
+
+def marks_of(numbers: Mapping[tuple[str, int], int]) -> list[Mark]:
+    """As a message has them."""
+    return [(ring, cpu, number) for (ring, cpu), number in numbers.items()]
+
+
+def numbers_of(marks: list[Mark]) -> dict[tuple[str, int], int]:
+    """The other way round."""
+    return {(ring, cpu): number for ring, cpu, number in marks}
