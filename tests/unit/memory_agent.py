@@ -42,12 +42,17 @@ class OneProcess:
     """In place of `Split`: no helper, and nothing is given up."""
 
     def __init__(
-        self, settings: Settings, kinds: Collection[str], config: str | None = None
+        self,
+        settings: Settings,
+        kinds: Collection[str],
+        config: str | None = None,
+        further: int = 0,
     ) -> None:
         self.client, self.loader, self.opener = Client(), None, DIRECT
         self.files = frozenset(named_files(settings, config))
         self.targets: dict[str, Targets] = {}
         self.directory = os.getcwd()
+        self.ends = [*range(further)]
 
     def drop(self, *, answers: bool = False) -> None:
         pass

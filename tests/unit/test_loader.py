@@ -10,6 +10,7 @@ import io
 import os
 import platform
 import socket
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,10 @@ CATALOGUE = {
 
 def refusal(code: int) -> OSError:
     return OSError(code, os.strerror(code))
+
+
+IDENTITY = struct.pack("<20I", 7, 8, 9, 2, 11, 12, *[0] * 14)
+"""Of an agent whose first process has two children beside the one that loads."""
 
 
 class Kernel:
@@ -147,7 +152,7 @@ class FakeObject:
         }
         self.maps = {name: FakeMap(kernel, name) for name in maps.get(self.sensor, ())}
         if self.sensor == "core":
-            self.maps["identities"].content[bytes(4)] = bytes(range(16))
+            self.maps["identities"].content[bytes(4)] = IDENTITY
         kernel.open.append(self)
 
     def load(self) -> None:
@@ -397,15 +402,28 @@ def test_a_core_that_does_not_load_says_why_and_is_closed(
     assert kernel.open == []
 
 
-def test_only_a_helper_hides_its_parent(kernel: Kernel) -> None:
-    """The parent of an agent that is one process is a shell, and observed like anybody."""
-    for parent_is_agent, own in (
-        (True, bytes(range(12))),
-        (False, bytes((4, 5, 6, 7, *range(4, 12)))),
-    ):
-        made = loaded(kernel, parent_is_agent=parent_is_agent)
-        assert dict(made.read("identities"))[bytes(4)] == own
-        made.close()
+@pytest.mark.parametrize(
+    ("parent_is_agent", "workers", "found"),
+    [
+        (True, 0, (7, 8, 9, 0, 0, 0)),  # other children of its are none of the agent's
+        (False, 0, (8, 8, 9, 0, 0, 0)),  # its parent is a shell
+        (True, 2, (7, 8, 9, 2, 11, 12)),
+    ],
+)
+def test_only_processes_of_the_agent_are_hidden(
+    kernel: Kernel, parent_is_agent: bool, workers: int, found: tuple[int, ...]
+) -> None:
+    made = loaded(kernel, parent_is_agent=parent_is_agent, workers=workers)
+    value = dict(made.read("identities"))[bytes(4)]
+    assert struct.unpack(f"<{len(value) // 4}I", value)[:6] == found
+    made.close()
+
+
+def test_all_workers_have_to_be_found(kernel: Kernel) -> None:
+    """Else the agent would observe itself."""
+    with pytest.raises(KernelError, match="3 workers of the agent, and found 2"):
+        loaded(kernel, parent_is_agent=True, workers=3)
+    assert kernel.open == []
 
 
 @pytest.mark.parametrize(
