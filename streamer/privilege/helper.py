@@ -32,8 +32,6 @@ from streamer.privilege.policies import helper_filter
 from streamer.privilege.requests import Refused, parse
 
 SEND_SECONDS = 60.0
-FURTHER_SECONDS = 1.0
-"""The same, of an answer to a further worker."""
 LOOKUP_SECONDS = 1.0
 """How long to wait for what is asked about a process: it may keep whoever asks waiting."""
 MOST_STUCK = 32
@@ -204,7 +202,7 @@ class Helper:
     def _serve_further(self, descriptor: int) -> None:
         """Answer one request of a further worker; forget it when it has gone."""
         channel = self._further[descriptor]
-        channel.settimeout(FURTHER_SECONDS)  # whoever does not read must not keep others waiting
+        channel.settimeout(0)  # whoever does not read gets no answer, and keeps nobody waiting
         try:
             received = channel.receive()
             if received is not None:

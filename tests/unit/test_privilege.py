@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import ctypes
 import gzip
 import json
@@ -542,6 +543,19 @@ def test_a_further_worker_reads_files_and_nothing_else(raw: Raw) -> None:
         answer, found = raw.ask_as_further(request)
         assert (answer["error"]["kind"], found) == ("Refused", []), request
     raw.check_alive()
+
+
+def test_a_further_worker_that_reads_no_answer_keeps_nobody_waiting(tmp_path: Path) -> None:
+    raw = Raw(tmp_path)
+    raw.further.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):  # then there is no room for an answer either
+        while True:
+            raw.further.send(b'{"request":"open","id":5,"index":1}')
+    begun = time.monotonic()
+    for _ in range(5):
+        raw.check_alive()
+    raw.close()
+    assert time.monotonic() - begun < 1
 
 
 def refused(raw: Raw, message: object) -> str:
