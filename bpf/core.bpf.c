@@ -21,11 +21,13 @@ static __always_inline __u32 mntns_of_init(struct task_struct *task)
 
 #define MOST_CHILDREN (MOST_FURTHER_WORKERS + 1)
 
-/* The children of the agent's first process but for the one that runs this: further workers. */
+/* The children of the agent's first process that are younger than the one that runs this: further
+ * workers. An older one is whoever's was there before the agent, in the same process. They are in
+ * the order in which they came, so these are the last ones. */
 static __always_inline void learn_workers(struct identity *identity, struct task_struct *agent)
 {
 	void *head = (void *)agent + bpf_core_field_offset(struct task_struct, children);
-	struct list_head *at = BPF_CORE_READ((struct list_head *)head, next);
+	struct list_head *at = BPF_CORE_READ((struct list_head *)head, prev);
 	struct task_struct *child;
 	__u32 pid, found = 0;
 	int i;
@@ -33,9 +35,12 @@ static __always_inline void learn_workers(struct identity *identity, struct task
 	for (i = 0; i < MOST_CHILDREN && at && at != head; i++) {
 		child = (void *)at - bpf_core_field_offset(struct task_struct, sibling);
 		pid = BPF_CORE_READ(child, tgid);
-		if (pid != identity->agent_pids[1] && found < MOST_FURTHER_WORKERS)
-			identity->worker_pids[found++] = pid;
-		at = BPF_CORE_READ(at, next);
+		if (pid == identity->agent_pids[1])
+			break;
+		if (found < MOST_FURTHER_WORKERS)
+			identity->worker_pids[found] = pid;
+		found++;
+		at = BPF_CORE_READ(at, prev);
 	}
 	identity->further_workers = found;
 }

@@ -240,7 +240,7 @@ struct thread_info {
 };
 
 struct list_head {
-	struct list_head *next;
+	struct list_head *prev;
 };
 
 struct task_struct {

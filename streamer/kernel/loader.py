@@ -445,7 +445,9 @@ class Loader:
         elif first == 0 and own == os.getpid():
             # The program could not tell; in the initial pid namespace the kernel's are our numbers.
             first = os.getppid()
-        elif found != self._workers and self._workers:
+            others[: self._workers] = younger = younger_siblings() if self._workers else []
+            found = len(younger)
+        if found != self._workers and self._workers:
             raise OSError(errno.ESRCH, f"{self._workers} workers of the agent, and found {found}")
         if not self._workers:  # then other children of its are observed like anybody
             found, others = 0, [0] * len(others)
@@ -1220,6 +1222,14 @@ def last_possible_cpu() -> int:
     """The highest number of a CPU that the kernel may ever bring up; there can be gaps below."""
     with open("/sys/devices/system/cpu/possible") as file:
         return max(_numbers_in(file.read()))
+
+
+def younger_siblings() -> list[int]:
+    """Processes that the parent of this one has started after it. Raises OSError."""
+    parent = os.getppid()
+    with open(f"/proc/{parent}/task/{parent}/children") as file:
+        children = [int(one) for one in file.read().split()]
+    return children[children.index(os.getpid()) + 1 :]
 
 
 def present_cpus() -> list[int]:

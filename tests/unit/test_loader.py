@@ -11,6 +11,8 @@ import os
 import platform
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +75,7 @@ class Kernel:
         self.detached: list[str] = []
         self.ran: list[tuple[str, tuple[str, ...]]] = []  # and what was attached by then
         self.fds = iter(range(1000, 2000))
+        self.identity = IDENTITY
 
 
 class FakeMap:
@@ -152,7 +155,7 @@ class FakeObject:
         }
         self.maps = {name: FakeMap(kernel, name) for name in maps.get(self.sensor, ())}
         if self.sensor == "core":
-            self.maps["identities"].content[bytes(4)] = IDENTITY
+            self.maps["identities"].content[bytes(4)] = kernel.identity
         kernel.open.append(self)
 
     def load(self) -> None:
@@ -424,6 +427,49 @@ def test_all_workers_have_to_be_found(kernel: Kernel) -> None:
     with pytest.raises(KernelError, match="3 workers of the agent, and found 2"):
         loaded(kernel, parent_is_agent=True, workers=3)
     assert kernel.open == []
+
+
+def test_further_workers_of_a_kernel_without_types(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program cannot follow pointers there: /proc has their numbers."""
+    kernel.identity = struct.pack("<20I", 0, os.getpid(), 19, *[0] * 17)
+    monkeypatch.setattr(module, "younger_siblings", lambda: [30, 31])
+    made = loaded(kernel, workers=2, parent_is_agent=True)
+    value = dict(made.read("identities"))[bytes(4)]
+    own = os.getppid(), os.getpid(), 19, 2, 30, 31
+    assert struct.unpack("<20I", value) == (*own, *[0] * 14)
+    made.close()
+
+
+def test_younger_siblings() -> None:
+    """Not those that were there before."""
+    program = """
+import os, signal
+from streamer.kernel.loader import younger_siblings
+def start(work):
+    pid = os.fork()
+    if pid == 0:
+        work()
+        os._exit(0)
+    return pid
+near, far = os.pipe()
+def look():
+    os.read(near, 1)
+    print(younger_siblings(), flush=True)
+older, looking = start(signal.pause), start(look)
+younger = [start(signal.pause), start(signal.pause)]
+os.write(far, b"g")
+os.waitpid(looking, 0)
+print(younger)
+for pid in (older, *younger):
+    os.kill(pid, signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, text=True
+    )
+    found, started = done.stdout.splitlines()
+    assert found == started
 
 
 @pytest.mark.parametrize(
