@@ -14,6 +14,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import msgspec
@@ -31,13 +32,15 @@ from streamer.agent.crew_messages import (
     Seen,
     SinkProgress,
     Watched,
+    brief,
     from_worker,
     numbers_of,
     packed,
 )
-from streamer.agent.losses import Lost
+from streamer.agent.losses import MOST_REASON, MOST_REASONS, Lost
 from streamer.agent.ring_account import Marks
 from streamer.errors import KernelError, StreamerError, WorkerGone
+from streamer.events.kinds import KINDS
 from streamer.events.stream import ReaderCounts, SeqRange
 from streamer.kernel import bulk_rings
 from streamer.kernel.state import KernelState
@@ -47,16 +50,23 @@ from streamer.privilege.channel import Channel, MessageError
 from streamer.privilege.split import socketpair
 from streamer.ring.reader import RingSource, Source
 from streamer.sinks.base import Sink
+from streamer.terminal.log import traceback_of
 
 START_SECONDS = 60.0
 """How long a further worker may take until it reads: an emulated machine is slow."""
 SILENT_SECONDS = 10.0
 """Without a word from one, it is not ready."""
+MOST_HEARD = 64
+"""Messages of one that are taken before everything else has its turn again."""
 
 _log = logging.getLogger("streamer")
 
 Serve = Callable[[int, Channel], int]
 """What a further worker does, given its number and its end of the channel. Its exit code."""
+
+
+Told = Mapping[tuple[str, int], int]
+"""How many were lost, of each ring and CPU."""
 
 
 class Run(Protocol):
@@ -68,8 +78,14 @@ class Run(Protocol):
     def give_up(self, sink: Sink, lost: Lost) -> None:
         """A sink of theirs has lost events."""
 
-    def take_over(self, sources: Sequence[Source], reason: str) -> None:
-        """One has ended: read what is left in its rings."""
+    def take_over(
+        self, sources: Sequence[Source], reason: str, unsettled: Sequence[SeqRange], told: Told
+    ) -> None:
+        """One has ended: read what is left in its rings.
+
+        What it had passed has `unsettled` numbers, and of all it had `told` so many as lost in the
+        kernel.
+        """
 
     def fail(self, error: StreamerError) -> None:
         """The run cannot go on."""
@@ -87,6 +103,10 @@ class Member:
         """Its ring buffers, mapped here too, and not read."""
         self.progress: Progress | None = None
         self.activity: Activity | None = None
+        self.given_up: list[tuple[int, Lost]] = []
+        """Losses of its sinks, by index, that its next progress has in their accounts."""
+        self.told: Counter[tuple[str, int]] = Counter()
+        """What it has told as lost on the way to it, of each ring and CPU."""
         self.heard = time.monotonic()
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
@@ -160,13 +180,11 @@ class Crew:
             made = kernel.transport
             begin = Begin(run_id, rings, dict(made.sizes), made.bulk_shift, kernel.cpus)
             maps = (kernel.map_fds[name] for name in ("counters", "kind_counters", "reader"))
-            try:
-                member.channel.settimeout(START_SECONDS)
+            member.channel.settimeout(START_SECONDS)
+            with suppress(OSError):  # one that has ended is heard of, and why
                 member.channel.send(
                     packed(begin), [*(kernel.ring_fds[name] for name in rings), *maps]
                 )
-            except (OSError, MessageError) as error:
-                raise WorkerGone(f"{member.name} cannot be told to begin: {error}") from error
             member.channel.settimeout(0)
             loop.add_reader(member.channel.fileno(), self._hear, member)
         for member in self.members:
@@ -178,8 +196,10 @@ class Crew:
     # ------------------------------------------------------------ what they say
 
     def _hear(self, member: Member) -> None:
-        """Take all that there is."""
-        while not member.ended.is_set():
+        """Take what there is, and no more at once than is fair."""
+        for _ in range(MOST_HEARD):
+            if member.ended.is_set():
+                return
             try:
                 received = member.channel.receive()
             except (BlockingIOError, InterruptedError):
@@ -188,7 +208,7 @@ class Crew:
                 self._lose_member(member, f"cannot be understood: {error}")
                 return
             if received is None:
-                self._lose_member(member, _how_it_ended(member.pid))
+                self._lose_member(member, how_it_ended(member.pid))
                 return
             member.heard = time.monotonic()
             try:
@@ -205,18 +225,24 @@ class Crew:
                 self._advance(member, message)
             case Seen(activity):
                 member.activity = activity
-            case Gone(lost, None):
+            case Gone(lost, index):
+                self._check_lost(member, lost, index)
+                if index is not None:  # with what it is in: that is told once, or not at all
+                    member.given_up.append((index, lost))
+                    return
+                if lost.ring is not None and lost.cpu is not None:
+                    member.told[lost.ring, lost.cpu] += lost.count
                 run.lose([lost])
-            case Gone(lost, index) if index is not None and index < len(self._sinks):
-                run.give_up(self._sinks[index], lost)
             case Said(level, text):
                 _log.log(level, "%s: %s", member.name, text)
             case Failed(kind, text):
                 member.ready.set()
                 run.fail(_error(kind, f"{member.name}: {text}"))
-            case Done():
+            case Done() if self._ending:
                 member.done = True
                 self._part(member)
+            case Done():
+                self._lose_member(member, "ended by itself")
 
     @property
     def _joined(self) -> Run:
@@ -225,21 +251,75 @@ class Crew:
 
     def _advance(self, member: Member, now: Progress) -> None:
         """Add what is new to the accounts."""
-        before, member.progress = member.progress, now
-        if len(now.sinks) != len(self._sinks):
-            raise msgspec.ValidationError(f"{len(now.sinks)} sinks of {len(self._sinks)}")
-        _add(self._read, now.read, before.read if before is not None else {})
-        earlier = before.sinks if before is not None else [NOTHING] * len(now.sinks)
-        for sink, one, past in zip(self._sinks, now.sinks, earlier, strict=True):
+        before = member.progress or self._nothing()
+        self._check(member, now, before)
+        member.progress = now
+        _add(self._read, now.read, before.read)
+        for sink, one, past in zip(self._sinks, now.sinks, before.sinks, strict=True):
             account = sink.account
             _add(account.received, one.received, past.received)
             _add(account.delivered, one.delivered, past.delivered)
             _add(account.dropped, one.dropped, past.dropped)
             sink.delivered_bytes += one.delivered_bytes - past.delivered_bytes
-            latency = zip(one.latency, past.latency or [0] * len(one.latency), strict=True)
+            latency = zip(one.latency, past.latency, strict=True)
             for index, (count, known) in enumerate(latency):
                 sink.latency.counts[index] += count - known
             sink.latency.sum_seconds += one.latency_seconds - past.latency_seconds
+        given_up, member.given_up = member.given_up, []
+        for index, lost in given_up:
+            self._joined.give_up(self._sinks[index], lost)
+
+    def _nothing(self) -> Progress:
+        """How far one has come that has not begun."""
+        sinks = [
+            SinkProgress({}, {}, {}, 0, 0, 0.0, "starting", 0.0, [0] * len(one.latency.counts), 0.0)
+            for one in self._sinks
+        ]
+        return Progress({}, [], [], sinks, ReaderCounts(0, 0, 0, 0, 0, 0), False)
+
+    def _check(self, member: Member, now: Progress, before: Progress) -> None:
+        """What is added up for ever is of what there is. Raises msgspec.ValidationError."""
+        if len(now.sinks) != len(self._sinks):
+            raise msgspec.ValidationError(f"{len(now.sinks)} sinks of {len(self._sinks)}")
+        pairs: list[tuple[Mapping[str, int], Mapping[str, int]]] = [(now.read, before.read)]
+        for one, past in zip(now.sinks, before.sinks, strict=True):
+            pairs += (
+                (one.received, past.received),
+                (one.delivered, past.delivered),
+                (one.dropped, past.dropped),
+                (_by_index(one.latency), _by_index(past.latency)),
+                ({"bytes": one.delivered_bytes}, {"bytes": past.delivered_bytes}),
+            )
+            if len(one.latency) != len(past.latency):
+                raise msgspec.ValidationError(f"{len(one.latency)} latencies")
+            _check_kinds(one.received, one.delivered, one.dropped)
+        _check_kinds(now.read)
+        for counts, earlier in pairs:
+            if any(counts.get(what, 0) < count for what, count in earlier.items()):
+                raise msgspec.ValidationError("a count that has become less")
+        _check_places(member, ((ring, cpu) for ring, cpu, _ in (*now.passed, *now.settled)))
+
+    def _check_lost(self, member: Member, lost: Lost, index: int | None) -> None:
+        """The same, of a loss."""
+        if index is not None and index >= len(self._sinks):
+            raise msgspec.ValidationError(f"no sink {index}")
+        if len(member.given_up) >= (MOST_REASONS + 1) * len(self._sinks):
+            raise msgspec.ValidationError("losses without an account")
+        _check_kinds(lost.kinds)
+        if not 0 <= sum(lost.kinds.values()) <= lost.count < 1 << 53:
+            raise msgspec.ValidationError(f"{lost.count} lost")
+        if min(lost.kinds.values(), default=0) < 0 or len(lost.reason) > MOST_REASON:
+            raise msgspec.ValidationError("no loss of ours")
+        if (lost.stage == "sink") != (index is not None):
+            raise msgspec.ValidationError("a loss in another place than where it is told")
+        if any(one.run_id is not msgspec.UNSET for one in lost.ranges):
+            raise msgspec.ValidationError("numbers of another run")
+        places = [(one.ring, one.cpu) for one in lost.ranges]
+        if lost.ring is not None or lost.cpu is not None:
+            places.append((str(lost.ring), -1 if lost.cpu is None else lost.cpu))
+            if not lost.ranges:
+                raise msgspec.ValidationError("a loss in the kernel without numbers")
+        _check_places(member, places)
 
     def _part(self, member: Member) -> None:
         asyncio.get_running_loop().remove_reader(member.channel.fileno())
@@ -269,9 +349,8 @@ class Crew:
         for source in member.sources:
             for cpu in source.cpus:
                 source.go_on(cpu, passed.get((source.name, cpu), 0) + 1)
-        run.take_over(member.sources, reason)
-        if not self._ending or not member.done:
-            run.fail(WorkerGone(f"{member.name} {how}: what it read is not observed any more"))
+        run.take_over(member.sources, reason, ranges, member.told)
+        run.fail(WorkerGone(f"{member.name} {how}: what it read is not observed any more"))
 
     # ------------------------------------------------------------ for the run
 
@@ -304,15 +383,16 @@ class Crew:
         names = ReaderCounts.__struct_fields__
         return ReaderCounts(**{n: sum(getattr(one, n) for one in every) for n in names})
 
-    def of_sink(self, index: int) -> list[SinkProgress]:
-        """How far each of their sinks of that index has come."""
+    def of_sink(self, sink: Sink) -> list[SinkProgress]:
+        """How far theirs of that sink have come. They have none that came with a reload."""
+        if sink not in self._sinks:
+            return []
+        index = self._sinks.index(sink)
         return [progress.sinks[index] for progress in self._heard]
 
     def held(self, sink: Sink) -> int:
         """Bytes that they hold for a sink."""
-        if sink not in self._sinks:
-            return 0
-        return sum(one.held for one in self.of_sink(self._sinks.index(sink)))
+        return sum(one.held for one in self.of_sink(sink))
 
     @property
     def paused(self) -> bool:
@@ -372,26 +452,48 @@ class Crew:
             member.channel.close()
 
 
-NOTHING = SinkProgress({}, {}, {}, 0, 0, 0.0, "starting", 0.0, [], 0.0)
-
-
 def _add(account: Counter[str], now: Mapping[str, int], before: Mapping[str, int]) -> None:
     for kind, count in now.items():
         if new := count - before.get(kind, 0):
             account[kind] += new
 
 
-def _how_it_ended(pid: int) -> str:
+def how_it_ended(pid: int) -> str:
     """In words, and reaped."""
-    for _ in range(100):
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            code = os.waitstatus_to_exitcode(status)
-            if code < 0:
-                return f"was ended by {signal.Signals(-code).name}"
-            return f"ended with exit code {code}"
-        time.sleep(0.001)
+    with suppress(ChildProcessError):  # where SIGCHLD is ignored, nobody is told
+        for _ in range(100):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                code = os.waitstatus_to_exitcode(status)
+                if code < 0:
+                    return f"was ended by {_signal(-code)}"
+                return f"ended with exit code {code}"
+            time.sleep(0.001)
     return "closed the connection"
+
+
+def _signal(number: int) -> str:
+    """Its name. Those between SIGRTMIN and SIGRTMAX have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _by_index(counts: Sequence[int]) -> Mapping[str, int]:
+    return {str(index): count for index, count in enumerate(counts)}
+
+
+def _check_kinds(*counts: Mapping[str, int]) -> None:
+    for kinds in counts:
+        if not kinds.keys() <= KINDS.keys():
+            raise msgspec.ValidationError("a kind that is none")
+
+
+def _check_places(member: Member, places: Iterable[tuple[str, int]]) -> None:
+    own = {(source.name, cpu) for source in member.sources for cpu in source.cpus}
+    if not own.issuperset(places):
+        raise msgspec.ValidationError("a ring and CPU that are not its own")
 
 
 def _error(kind: str, text: str) -> StreamerError:
@@ -402,14 +504,20 @@ def _error(kind: str, text: str) -> StreamerError:
 
 def _be_one(number: int, end: socket.socket, serve: Serve) -> None:
     """In the new process. Never returns: what the other one was about to do is not its own."""
-    code = 1
+    code, channel = 1, Channel(end, 64 + 3)
     try:
-        code = serve(number, Channel(end, 64 + 3))
-    except StreamerError as error:
-        os.write(2, f"streamer: worker {number}: {error}\n".encode())
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
+        try:
+            code = serve(number, channel)
+        except StreamerError as error:
+            _last_words(channel, Failed(type(error).__name__, brief(str(error))))
+        except BaseException as error:
+            _last_words(channel, Said(logging.ERROR, brief(traceback_of(error))))
     finally:
         os._exit(code)
+
+
+def _last_words(channel: Channel, message: Failed | Said) -> None:
+    """To the first worker. Not on standard error: a pipe that nobody reads would hold it there."""
+    with suppress(OSError, MessageError):
+        channel.settimeout(1)
+        channel.send(packed(message))

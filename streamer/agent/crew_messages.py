@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -12,7 +12,14 @@ from streamer.events.stream import ReaderCounts
 from streamer.operation.look import Activity
 from streamer.sinks.base import Status
 
-Mark = tuple[str, int, int]
+MOST_TEXT = 8000
+"""Characters of a text: of what is escaped, twelve bytes each, a message has room for more."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+"""Sums of these of all workers have a place in 64 bits."""
+Counts = dict[str, Count]
+"""Per kind."""
+Mark = tuple[str, int, Count]
 """A ring, a CPU, and a number of theirs."""
 
 
@@ -46,17 +53,17 @@ class Ready(msgspec.Struct, tag=True):
 class SinkProgress(msgspec.Struct):
     """How far a sink of a further worker has come since the start; per kind, as `SinkAccount`."""
 
-    received: dict[str, int]
-    delivered: dict[str, int]
-    dropped: dict[str, int]
-    delivered_bytes: int
-    held: int
+    received: Counts
+    delivered: Counts
+    dropped: Counts
+    delivered_bytes: Count
+    held: Count
     """Bytes."""
     full: float
     """The share of its budget."""
     status: Status
     lag_seconds: float
-    latency: list[int]
+    latency: list[Count]
     latency_seconds: float
     """See `LatencySamples`: counts and sum."""
 
@@ -64,7 +71,7 @@ class SinkProgress(msgspec.Struct):
 class Progress(msgspec.Struct, tag=True):
     """From one, again and again: how far it has come. What it has lost was said before."""
 
-    read: dict[str, int]
+    read: Counts
     passed: list[Mark]
     settled: list[Mark]
     """Numbers up to which each event was delivered, or is told as lost."""
@@ -81,10 +88,12 @@ class Seen(msgspec.Struct, tag=True):
 
 
 class Gone(msgspec.Struct, tag=True):
-    """From one: events were lost; by the sink of that index, or none."""
+    """From one: events were lost; by the sink of that index, whose account in the next `Progress`
+    has them, or by none.
+    """
 
     lost: Lost
-    sink: int | None = None
+    sink: Count | None = None
 
 
 class Said(msgspec.Struct, tag=True):
@@ -117,8 +126,15 @@ def packed(message: FromWorker | ToWorker) -> dict[str, Any]:
 
 
 def from_worker(message: Mapping[str, Any]) -> FromWorker:
-    """What a further worker sent. Raises msgspec.ValidationError: none of its messages."""
-    found: FromWorker = msgspec.convert(message, FromWorker)
+    """What a further worker sent. Raises msgspec.ValidationError: none of its messages.
+
+    Nor is what could not be said in the stream: numbers of more than 64 bits, half characters.
+    """
+    try:
+        data = msgspec.json.encode(message)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise msgspec.ValidationError(str(error)) from None
+    found: FromWorker = msgspec.json.decode(data, type=FromWorker)
     return found
 
 
@@ -126,6 +142,11 @@ def to_worker(message: Mapping[str, Any]) -> ToWorker:
     """What the first worker sent. Raises msgspec.ValidationError."""
     found: ToWorker = msgspec.convert(message, ToWorker)
     return found
+
+
+def brief(text: str) -> str:
+    """As much of a text as a message has, and as it may have it."""
+    return text[:MOST_TEXT].encode("utf-8", "backslashreplace").decode()[:MOST_TEXT]
 
 
 def marks_of(numbers: Mapping[tuple[str, int], int]) -> list[Mark]:

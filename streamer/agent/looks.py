@@ -121,7 +121,7 @@ class Looks:
         return found
 
     def _sink(self, sink: Sink) -> SinkLook:
-        account, others = sink.account, self._crew.of_sink(self._fanout.sinks.index(sink))
+        account, others = sink.account, self._crew.of_sink(sink)
         budget, lags = sink.watermarks.high, (one.lag_seconds for one in others)
         return SinkLook(
             status=sink.status,

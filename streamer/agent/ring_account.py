@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from streamer.agent.counters import KernelCounters, LossLedger
@@ -28,6 +28,8 @@ class RingAccount:
         self._ledger = LossLedger(counters, {k: info.ring for k, info in KINDS.items()})
         self._undecodable_told = 0
         self._taken_over: set[tuple[str, int]] = set()
+        self._told_before: Counter[tuple[str, int]] = Counter()
+        self._unsettled: list[SeqRange] = []
         self._left: list[SeqRange] = []
         self._left_count = 0
 
@@ -53,10 +55,22 @@ class RingAccount:
                     found[source.name, cpu] = number
         return found
 
-    def take_over(self, sources: Iterable[Source]) -> None:
-        """Another reader has left these: what it read last cannot be told from losses here."""
+    def take_over(
+        self,
+        sources: Iterable[Source],
+        unsettled: Iterable[SeqRange],
+        told: Mapping[tuple[str, int], int],
+    ) -> None:
+        """Another reader has left these: what it read last cannot be told from losses here.
+
+        What it had passed has `unsettled` numbers: among them may be some of which it knew, or was
+        about to find out, that they had found no room in the kernel. Of those it had `told` so
+        many, per ring and CPU.
+        """
         for source in sources:
             self._taken_over |= {(source.name, cpu) for cpu in source.cpus}
+        self._unsettled += unsettled
+        self._told_before.update(told)
 
     def left_behind(self, unread: Mapping[str, int], reason: str) -> Lost:
         """What was found missing where another reader has left, when all is read.
@@ -65,8 +79,16 @@ class RingAccount:
         became of them. Others among these numbers found no room in the kernel.
         """
         kinds = {kind: n for kind, n in unread.items() if n > 0}
-        count = max(self._left_count, sum(kinds.values()))
-        return Lost("sink", reason, count, kinds, tuple(self._left))
+        untold = sum(max(self._lost(*one) - self._told_before[one], 0) for one in self._taken_over)
+        count = max(self._left_count, sum(kinds.values()) + untold)
+        # Behind what was passed all is known; before it only that some was lost.
+        ranges = [*self._left, *(self._unsettled if untold else ())]
+        return Lost("sink", reason, count, kinds, tuple(ranges))
+
+    def _lost(self, ring: str, cpu: int) -> int:
+        """What found no room in the kernel since the start."""
+        lost = self._counters.lost(cpu).items()
+        return sum(count for kind, count in lost if KINDS[kind].ring == ring)
 
     def losses(self, *, final: bool = False) -> list[Lost]:
         """What was lost in the kernel or in the decoder since the last time.

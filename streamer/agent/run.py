@@ -166,6 +166,7 @@ def _start_crew(settings: Settings, split: Split, timing: Timing | None) -> Crew
     """Start further workers, one for each end that the helper has for one."""
 
     def serve(number: int, channel: Channel) -> int:
+        worker.ignore_signals()
         opener = split.drop_further(split.ends[number - 1])
         host = host_name(settings.host)
         policies = [policy_of(one.on_full, len(settings.sinks)) for one in settings.sinks]

@@ -23,7 +23,13 @@ from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
 from streamer.events.kinds import KINDS
-from streamer.events.stream import PreviousRun, StreamHeartbeat, StreamManifest, UntoldLoss
+from streamer.events.stream import (
+    PreviousRun,
+    SeqRange,
+    StreamHeartbeat,
+    StreamManifest,
+    UntoldLoss,
+)
 from streamer.events.timing import Timing
 from streamer.kernel.bulk_rings import BULK
 from streamer.kernel.flows import KIND, FlowWalk
@@ -236,10 +242,16 @@ class Service:
         """See `crew.Run`."""
         self.fanout.note_dropped(sink, lost)
 
-    def take_over(self, sources: Sequence[Source], reason: str) -> None:
+    def take_over(
+        self,
+        sources: Sequence[Source],
+        reason: str,
+        unsettled: Sequence[SeqRange],
+        told: Mapping[tuple[str, int], int],
+    ) -> None:
         """See `crew.Run`."""
-        self._left_by = reason
-        self._reporter.account.take_over(sources)
+        self._left_by = f"{self._left_by}; {reason}" if self._left_by else reason
+        self._reporter.account.take_over(sources, unsettled, told)
         self.reader.take_over(sources)
 
     def _tell_left_behind(self) -> None:
@@ -737,10 +749,11 @@ class Service:
         try:
             if any(sink.waiting and sink.status != "up" for sink in self.fanout.sinks):
                 _log.warning("stopping within %g s; Ctrl-C again stops at once", grace)
-            self._crew.end(grace * _CREWS)
             await self._end_changes(grace / 4)
             # Half for reading what is left, so that there is time to deliver it.
             await self._flush_flows(begun + grace / 4)
+            # Only now: flows are written into the ring of whatever CPU reports them.
+            self._crew.end(max(begun + grace * _CREWS - time.monotonic(), 0))
             await self._drain_rest(begun + grace / 2)
             await self._last_summary(grace / 2)
             await self._crew.ended(begun + grace * _CREWS)

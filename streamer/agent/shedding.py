@@ -155,8 +155,8 @@ class Shedding:
                     sink.spool_filled,
                     sink.latency.lag_seconds,
                 )
-        for index, sink in enumerate(fanout.sinks):
-            for one in self._crew.of_sink(index):
+        for sink in fanout.sinks:
+            for one in self._crew.of_sink(sink):
                 if one.status != "closed":
                     yield SinkState(sink.name, fanout.pauses(sink), one.full, 0.0, one.lag_seconds)
 

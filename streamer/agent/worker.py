@@ -32,6 +32,7 @@ from streamer.agent.crew_messages import (
     Seen,
     SinkProgress,
     Watched,
+    brief,
     marks_of,
     packed,
     to_worker,
@@ -165,7 +166,7 @@ class Worker:
     def say(self, level: int, text: str) -> None:
         """Have the first worker log a line."""
         if len(self._outbox) < _MOST_SAID:
-            self._outbox.append(Said(level, text))
+            self._outbox.append(Said(level, brief(text)))
 
     async def run(self) -> None:
         """Until the first worker says that it is the end, or has gone."""
@@ -218,7 +219,7 @@ class Worker:
     def _fail(self, error: StreamerError) -> None:
         if not self._failed:
             self._failed = True
-            self._outbox.append(Failed(type(error).__name__, str(error)))
+            self._outbox.append(Failed(type(error).__name__, brief(str(error))))
 
     def _find_losses(self, *, final: bool = False) -> None:
         """As `Service` does."""
@@ -350,6 +351,13 @@ class _Forwarding(logging.Handler):
         self._say(record.levelno, text)
 
 
+def ignore_signals() -> None:
+    """The first worker decides when all end: what reaches all is for it."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 def serve(
     channel: Channel,
     settings: Settings,
@@ -360,9 +368,6 @@ def serve(
 
     `make_sinks` makes those of the settings, and may raise StreamerError.
     """
-    for number in _IGNORED:  # the first worker decides when all end
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"streamer-worker", 0, 0, 0)
     channel.settimeout(None)
     received = channel.receive()
@@ -386,7 +391,7 @@ async def _serve(
         worker = Worker(settings, begin, descriptors, make_sinks(), channel, timing)
     except (OSError, StreamerError) as error:
         kind = type(error).__name__ if isinstance(error, StreamerError) else "KernelError"
-        channel.send(packed(Failed(kind, str(error))))
+        channel.send(packed(Failed(kind, brief(str(error)))))
         return 1
     root = logging.getLogger()
     for handler in root.handlers[:]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from tests.kernel.test_spool_mqtt import KEEPS
 pytestmark = [pytest.mark.kernel, pytest.mark.mqtt]
 
 OPENS = repetitions(20_000, 2_000)
+FLOWS = 50
 FINAL = b'"final":true'
 GONE = 3
 ENTER = ("sh", "-ec", 'echo $$ >"$0"/cgroup.procs; exec "$@"')
@@ -73,6 +75,7 @@ class Crew(Agent):
         events: str = "file.open",
         more: str = "",
         prefix: tuple[str, ...] = (),
+        arguments: tuple[str, ...] = (),
     ) -> None:
         config = f"""workers = 2
 heartbeat_seconds = 1
@@ -87,6 +90,7 @@ client_id = "crew"
         super().__init__(
             tmp_path / "agent",
             *scope.options,
+            *arguments,
             events=events,
             config=config,
             sinks=None,
@@ -97,11 +101,15 @@ client_id = "crew"
     @property
     def further(self) -> int:
         """The process id of the further worker."""
+        return self.child("streamer-worker")
+
+    def child(self, wanted: str) -> int:
+        """The process id of the child of that name."""
         names = {
             pid: Path(f"/proc/{pid}/comm").read_text().strip()
             for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         }
-        (found,) = (int(pid) for pid, name in names.items() if name == "streamer-worker")
+        (found,) = (int(pid) for pid, name in names.items() if name == wanted)
         return found
 
     def ended(self, code: int = 0) -> Recording:
@@ -230,6 +238,56 @@ def test_a_broker_that_stands_still(
     recording.check()
     assert {loss.cpu for loss in recording.losses} <= set(two_cpus()), budget
     verified(witness)
+
+
+def send_datagrams(count: int) -> None:
+    """Of so many flows."""
+    for _ in range(count):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"flow", ("127.0.0.1", 9))
+
+
+def test_flows_that_are_reported_at_the_end(
+    scope: Scope, tmp_path: Path, mqtt: MosquittoBroker, witness: Path
+) -> None:
+    """They are written into the ring of whatever CPU reports them, and somebody still reads it."""
+    more = "[kernel]\nflow_idle_seconds = 1000\nflow_active_seconds = 1000\n"
+    arguments = ("--interface", "lo")
+    with Crew(
+        tmp_path, scope, mqtt, witness, events="net.flow", more=more, arguments=arguments
+    ) as agent:
+        # Reporting is the helper's: on the CPU whose ring is not the first worker's.
+        os.sched_setaffinity(agent.child("streamer-helper"), {two_cpus()[1]})
+        scope.act(send_datagrams, FLOWS)
+        time.sleep(seconds(0.3))
+        agent.send(signal.SIGTERM)
+        recording = agent.ended()
+    recording.check()
+    counts = recording.heartbeat.counts["net.flow"]
+    assert counts.read >= FLOWS
+    assert counts.produced == counts.read + counts.filtered + counts.lost
+    assert "not read" not in recording.stderr
+    verified(witness)
+
+
+def test_a_child_from_before(
+    scope: Scope, tmp_path: Path, mqtt: MosquittoBroker, witness: Path
+) -> None:
+    """A script started it, and then became the agent: it is none of the workers, and observed."""
+    beside = f"while :; do test -e /no/child; sleep 0.05; done & echo $! >{tmp_path}/beside"
+    prefix = (*ENTER, str(scope.path), "sh", "-c", f'{beside}; exec "$@"', "sh")
+    wanted = "file.open,process.exit"
+    with Crew(tmp_path, scope, mqtt, witness, events=wanted, prefix=prefix) as agent:
+        own = {agent.pid, agent.further}
+        beside_it = int((tmp_path / "beside").read_text())
+        try:
+            agent.wait_for(b'"event":"process.exit"', 5)  # of its sleeps
+        finally:
+            os.kill(beside_it, signal.SIGKILL)
+        agent.send(signal.SIGTERM)
+        recording = agent.ended()
+    assert beside_it in {one.ppid for one in recording.of("process.exit")}
+    assert not own & {one.pid for one in recording.events if hasattr(one, "pid")}
 
 
 def test_another_configuration(

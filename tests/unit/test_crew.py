@@ -6,7 +6,9 @@ The others are sockets here, which say what a process would, or what no process 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import signal
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from streamer.agent.crew import Crew, Member
+from streamer.agent.crew import MOST_HEARD, Crew, Member, Told, how_it_ended
 from streamer.agent.crew_messages import (
     Done,
     End,
@@ -28,7 +30,7 @@ from streamer.agent.crew_messages import (
     to_worker,
 )
 from streamer.agent.losses import Lost
-from streamer.errors import SinkError, StreamerError, WorkerGone
+from streamer.errors import PrivilegeError, SinkError, StreamerError, WorkerGone
 from streamer.events.stream import ReaderCounts, SeqRange
 from streamer.kernel.loader import Transport
 from streamer.privilege.channel import Channel
@@ -71,6 +73,8 @@ class Run:
         self.given_up: list[tuple[Sink, Lost]] = []
         self.taken: list[Any] = []
         self.errors: list[StreamerError] = []
+        self.unsettled: list[SeqRange] = []
+        self.told: Counter[tuple[str, int]] = Counter()
 
     def lose(self, lost: list[Lost]) -> None:
         self.lost += lost
@@ -78,11 +82,20 @@ class Run:
     def give_up(self, sink: Sink, lost: Lost) -> None:
         self.given_up.append((sink, lost))
 
-    def take_over(self, sources: Sequence[Source], reason: str) -> None:
+    def take_over(
+        self, sources: Sequence[Source], reason: str, unsettled: Sequence[SeqRange], told: Told
+    ) -> None:
         self.taken += sources
+        self.unsettled += unsettled
+        self.told.update(told)
 
     def fail(self, error: StreamerError) -> None:
         self.errors.append(error)
+
+
+def wait_until_ended(pid: int) -> None:
+    """And leave it to be reaped."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 class Setting:
@@ -93,6 +106,7 @@ class Setting:
         pid = os.fork()
         if pid == 0:
             os._exit(7)
+        wait_until_ended(pid)  # until then it has the far end, too
         self.crew = Crew([Member(1, pid, Channel(near, 0))])
         self.member = self.crew.members[0]
         self.there = Channel(far, 10)
@@ -168,6 +182,9 @@ async def test_each_loss_is_told_where_it_was(setting: Setting) -> None:
     setting.say(Gone(in_kernel), Gone(by_sink, 0), Failed("SinkError", "no sink is left"))
     await setting.heard()
     assert setting.run.lost == [in_kernel]
+    assert setting.run.given_up == [], "no account has it yet"
+    setting.say(progress(7, 2, 1))
+    await setting.heard()
     assert setting.run.given_up == [(setting.sink, by_sink)]
     (error,) = setting.run.errors
     assert isinstance(error, SinkError)
@@ -204,18 +221,146 @@ async def test_one_ends_in_the_middle(setting: Setting) -> None:
     (error,) = setting.run.errors
     assert isinstance(error, WorkerGone)
     assert (setting.crew.passed, setting.crew.settled) == ({}, {})
+    assert setting.run.unsettled == [SeqRange("bulk", 1, 13, 30)]
+
+
+async def test_one_ends_before_it_has_said_all_of_a_loss(setting: Setting) -> None:
+    """What its sink gave up is told with what it held, and not once more."""
+    await setting.begin()
+    setting.say(progress(30, 20))
+    in_kernel = Lost("kernel", "no room", 3, {KIND: 3}, (SeqRange("bulk", 1, 4, 6),), "bulk", 1)
+    by_sink = Lost("sink", "refused", 10, {KIND: 10}, (SeqRange("bulk", 1, 7, 17),))
+    setting.say(Gone(in_kernel), Gone(by_sink, 0))
+    setting.there.close()
+    await setting.heard()
+    assert [(lost.count, lost.kinds) for _, lost in setting.run.given_up] == [(10, {KIND: 10})]
+    assert setting.sink.account.dropped == {KIND: 10}
+    assert (setting.run.lost, setting.run.told) == ([in_kernel], {("bulk", 1): 3})
+
+
+def test_how_one_has_ended_where_nobody_is_told() -> None:
+    """SIGCHLD is ignored, as whoever started the agent may have left it."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(7)
+    os.waitpid(pid, 0)
+    assert how_it_ended(pid) == "closed the connection"
+
+
+def test_one_is_ended_by_a_signal_without_a_name() -> None:
+    number = signal.SIGRTMIN + 1
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+        os._exit(0)
+    os.kill(pid, number)
+    assert how_it_ended(pid) == f"was ended by signal {number:d}"
+
+
+@pytest.mark.parametrize("error", [PrivilegeError("refused"), AssertionError("a defect")])
+async def test_one_cannot_begin(
+    error: Exception, setting: Setting, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Why is said by the first worker, in the place of what came of it."""
+
+    def serve(number: int, channel: Channel) -> int:
+        raise error
+
+    crew, run = Crew.start(1, serve), Run()
+    wait_until_ended(crew.members[0].pid)
+    crew.join(run, [setting.sink], setting.read)
+    kernel: Any = setting.kernel
+    buffer: Any = setting.buffer
+    with caplog.at_level(logging.ERROR):
+        await crew.begin(kernel, "aa" * 8, [buffer])
+    crew.close()
+    if isinstance(error, PrivilegeError):
+        assert isinstance(run.errors[0], PrivilegeError)
+        assert str(run.errors[0]) == "worker 1: refused"
+    else:
+        assert str(run.errors[0]).startswith("worker 1 ended with exit code 1")
+        assert "AssertionError: a defect" in caplog.text
+
+
+async def test_one_that_says_much_keeps_nobody_waiting(setting: Setting) -> None:
+    await setting.begin()
+    setting.say(*[Ready()] * (MOST_HEARD + 1))
+    setting.crew._hear(setting.member)
+    assert setting.member.channel.readable()
+    setting.crew._hear(setting.member)
+    assert not setting.member.channel.readable()
+
+
+async def test_sinks_in_another_order(setting: Setting) -> None:
+    """As a reload may have them: each keeps what is said of it."""
+    await setting.begin()
+    setting.say(progress(10, 4))
+    await setting.heard()
+    assert [one.held for one in setting.crew.of_sink(setting.sink)] == [7]
+    assert setting.crew.of_sink(MemorySink()) == []
+
+
+def changed(message: FromWorker, *path: str | int, to: Any) -> dict[str, Any]:
+    """A message in which one thing is another."""
+    whole = packed(message)
+    *before, last = path
+    inner: Any = whole
+    for step in before:
+        inner = inner[step]
+    inner[last] = to
+    return whole
+
+
+GOOD = progress(5, 4, settled=3)
+LOSS = Gone(Lost("sink", "refused", 1, {KIND: 1}, (SeqRange("bulk", 1, 7, 7),)), 0)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"type": "Nothing"}, {**packed(progress(1, 1)), "sinks": []}, {**packed(Ready()), "type": 1}],
+    [
+        {"type": "Nothing"},
+        {**packed(Ready()), "type": 1},
+        packed(Done()),
+        changed(GOOD, "sinks", to=[]),
+        changed(GOOD, "sinks", 0, "latency", to=[0]),
+        changed(GOOD, "sinks", 0, "latency", to=[0] * 16),
+        changed(GOOD, "sinks", 0, "received", KIND, to=-1),
+        changed(GOOD, "sinks", 0, "received", KIND, to=1),
+        changed(GOOD, "sinks", 0, "delivered_bytes", to=1),
+        changed(GOOD, "sinks", 0, "lag_seconds", to=float("inf")),
+        changed(GOOD, "read", KIND, to=1),
+        changed(GOOD, "read", KIND, to=1 << 53),
+        changed(GOOD, "read", KIND, to=1 << 64),
+        changed(GOOD, "read", "stream.loss", to=5),
+        changed(GOOD, "passed", to=[("bulk", 0, 5)]),
+        changed(GOOD, "settled", to=[("critical", 1, 5)]),
+        changed(LOSS, "sink", to=1),
+        changed(LOSS, "sink", to=-1),
+        changed(LOSS, "sink", to=None),
+        changed(LOSS, "lost", "stage", to="kernel"),
+        changed(LOSS, "lost", "count", to=1 << 53),
+        changed(LOSS, "lost", "count", to=0),
+        changed(LOSS, "lost", "kinds", to={"any": 1}),
+        changed(LOSS, "lost", "kinds", to={KIND: 2, "file.write": -1}),
+        changed(LOSS, "lost", "reason", to="x" * 1000),
+        changed(LOSS, "lost", "reason", to="\ud800"),
+        changed(LOSS, "lost", "ranges", 0, "cpu", to=0),
+        changed(LOSS, "lost", "ranges", 0, "run_id", to="bb" * 8),
+        changed(LOSS, "lost", "ring", to="any"),
+    ],
 )
 async def test_one_says_what_none_of_ours_does(setting: Setting, wrong: dict[str, Any]) -> None:
     await setting.begin()
+    setting.say(progress(5, 4))
+    await setting.heard()
+    assert setting.run.errors == []
     setting.there.send(wrong)
     await setting.heard()
     (error,) = setting.run.errors
-    assert "worker 1 cannot be understood" in str(error)
+    what = "ended by itself" if wrong == packed(Done()) else "cannot be understood"
+    assert f"worker 1 {what}" in str(error)
+    assert setting.read == {KIND: 105}
+    assert setting.sink.account.pending == 0
 
 
 async def test_one_does_not_end(setting: Setting) -> None:
