@@ -209,7 +209,7 @@ def test_one_of_them_is_killed(
     with Crew(tmp_path, scope, mqtt, witness) as agent, scope.start(flood, 3.0) as actor:
         actor.reached()
         actor.proceed()
-        agent.wait_for(b'"event":"file.open"', 500)
+        agent.wait_for(f'"path":"/no/{two_cpus()[1]}/'.encode(), 500)  # what it reads
         os.kill(agent.further, signal.SIGKILL)
         recording = agent.ended(GONE)
         opened = actor.result()
@@ -218,6 +218,33 @@ def test_one_of_them_is_killed(
     counts = recording.heartbeat.counts["file.open"]
     assert counts.produced == counts.read + counts.filtered + counts.shed + counts.lost
     assert len(recording.of("file.open")) < opened
+    verified(witness)
+
+
+def test_one_of_them_stands_still(
+    scope: Scope, tmp_path: Path, mqtt: MosquittoBroker, witness: Path
+) -> None:
+    """It does not end in time, and what it has not read is told; then it goes on, and ends."""
+    more = "grace_seconds = 2\n[rings]\nbulk_bytes = 131072\n"
+    with Crew(tmp_path, scope, mqtt, witness, more=more) as agent:
+        scope.act(open_everywhere, 100)
+        agent.wait_for(b'"event":"file.open"', 200)
+        further = agent.further
+        os.kill(further, signal.SIGSTOP)
+        try:
+            scope.act(open_everywhere, OPENS)
+            agent.send(signal.SIGTERM)
+            recording = agent.ended(GONE)
+        finally:
+            os.kill(further, signal.SIGCONT)
+    counts = recording.heartbeat.counts["file.open"]
+    assert counts.produced == counts.read + counts.filtered + counts.shed + counts.lost
+    assert counts.lost > 0
+    assert "worker 1 did not end in time" in recording.stderr
+    deadline = time.monotonic() + seconds(10)
+    while Path(f"/proc/{further}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     verified(witness)
 
 
