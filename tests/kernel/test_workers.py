@@ -74,6 +74,7 @@ class Crew(Agent):
         *,
         events: str = "file.open",
         more: str = "",
+        sink: dict[str, int] | None = None,
         prefix: tuple[str, ...] = (),
         arguments: tuple[str, ...] = (),
     ) -> None:
@@ -87,6 +88,7 @@ port = {mqtt.port}
 topic = "kernel/{{category}}"
 client_id = "crew"
 """
+        config += "".join(f"{key} = {value}\n" for key, value in (sink or {}).items())
         super().__init__(
             tmp_path / "agent",
             *scope.options,
@@ -315,6 +317,30 @@ def test_a_child_from_before(
         recording = agent.ended()
     assert beside_it in {one.ppid for one in recording.of("process.exit")}
     assert not own & {one.pid for one in recording.events if hasattr(one, "pid")}
+
+
+def open_now_and_then(cpu: int) -> None:
+    """Heartbeats are published every three seconds: at every phase of that, in steps of 0.8."""
+    for _ in range(4):
+        open_on(cpu, 10)
+        time.sleep(3.8)
+
+
+def test_watermarks_wait_for_delivery(
+    scope: Scope, tmp_path: Path, mqtt: MosquittoBroker, witness: Path
+) -> None:
+    """What one holds back for long is not passed by what the other says of its CPU."""
+    slow = {"linger_ms": 2500}
+    with Crew(tmp_path, scope, mqtt, witness, sink=slow) as agent:
+        scope.act(open_now_and_then, two_cpus()[1])
+        agent.send(signal.SIGTERM)
+        recording = agent.ended()
+    recording.check()
+    assert len(recording.of("file.open")) == 40
+    place = "bulk", two_cpus()[1]
+    beats = recording.of("stream.heartbeat")
+    marks = [m.watermark_ns for beat in beats for m in beat.marks if (m.ring, m.cpu) == place]
+    assert len(set(marks)) > 2, "they go on meanwhile"
 
 
 def test_another_configuration(
