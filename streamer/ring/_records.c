@@ -2062,6 +2062,7 @@ struct perf_buffer {
 	uint8_t *data;
 	uint64_t size;
 	uint64_t before; /* bytes that earlier buffers of its CPU have carried */
+	uint64_t added;  /* how many came before it */
 	uint16_t cpu;
 	bool replaced;   /* its CPU writes to another one by now */
 	/* In a drain: how far it has come, where the kernel was, and the next sample. */
@@ -2074,6 +2075,7 @@ typedef struct {
 	struct perf_buffer **buffers;
 	struct perf_buffer **heap; /* in a drain: those with a sample, the oldest first */
 	uint32_t count;
+	uint64_t added;
 	uint64_t lost;
 	uint8_t *scratch; /* a record that goes round the end of a buffer */
 	bool closed;
@@ -2161,8 +2163,9 @@ static int find_sample(PerfBuffers *self, const Decoder *decoder, struct perf_bu
 
 static inline bool is_older(const struct perf_buffer *one, const struct perf_buffer *other)
 {
-	return one->boot_ns < other->boot_ns ||
-	       (one->boot_ns == other->boot_ns && one->cpu < other->cpu);
+	if (one->boot_ns != other->boot_ns)
+		return one->boot_ns < other->boot_ns;
+	return one->cpu != other->cpu ? one->cpu < other->cpu : one->added < other->added;
 }
 
 static void sift_down(struct perf_buffer **heap, uint32_t count, uint32_t at)
@@ -2363,6 +2366,7 @@ static PyObject *perf_add(PerfBuffers *self, PyObject *args)
 		return NULL;
 	}
 	buffer->cpu = (uint16_t)cpu;
+	buffer->added = self->added++;
 	for (uint32_t i = 0; i < self->count; i++)
 		self->buffers[i]->replaced |= self->buffers[i]->cpu == cpu;
 	self->buffers[self->count++] = buffer;

@@ -118,6 +118,21 @@ def test_buffers_drain_equally(size: int, start: int, todo: list[Any]) -> None:
             assert one.head == one.tail
 
 
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_buffer_that_came_later_is_read_later(others: int) -> None:
+    """Although its first record is of the same time: the numbers of a CPU stay in their order."""
+    readers = TwoReaders(2048, 0)
+    for seq in range(1, 4):
+        readers.write(0, sample(seq=seq, cpu=0, boot_ns=5))
+    for cpu in CPUS[1 : 1 + others]:
+        readers.write(cpu, sample(seq=1, cpu=cpu, boot_ns=1))
+    readers.add(0, 2048, 0)
+    for seq in range(4, 7):
+        readers.write(0, sample(seq=seq, cpu=0, boot_ns=5))
+    readers.drain(100)
+    assert [one.seq for one in readers.events if one.cpu == 0] == list(range(1, 7))
+
+
 @given(
     starts,
     st.lists(st.tuples(cpus, st.integers(0, 1500)), min_size=1, max_size=30),
