@@ -142,9 +142,7 @@ class Worker:
             maps.reader,
             on_batch=self._on_batch,
             on_error=self._on_error,
-            poll_interval_ms=max(
-                settings.rings.poll_interval_ms, -(-settings.timing.resolution_us // 1000)
-            ),
+            poll_interval_ms=settings.poll_interval_ms,
             sleeps=timing is None,
             drain_records=settings.rings.drain_records,
         )

@@ -850,6 +850,11 @@ class Settings(Section, frozen=True, kw_only=True):
         StdoutSink(),
     )
 
+    @property
+    def poll_interval_ms(self) -> int:
+        """How often rings are looked at: not more often than published times are exact."""
+        return max(self.rings.poll_interval_ms, -(-self.timing.resolution_us // 1000))
+
 
 class Limits(Struct, frozen=True, kw_only=True):
     """When a run ends by itself, and whether it may draw a status line."""
