@@ -9,8 +9,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = Path("/etc/streamer/streamer.toml")
 """Read where it is there and no other is named."""
 INTERRUPTED = 130
+"""Exit code of Ctrl-C, as of a program that SIGINT ended."""
 _JUDGES = ("check", "status", "verify")
 """Commands whose exit code says whether all is well."""
-"""Exit code of Ctrl-C, as of a program that SIGINT ended."""
 DEFECT = 1
 UNEXPLAINED = 1
 """Exit code of `verify` when something is missing that nothing explains."""
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _FOREVER = 1e10
+_FOUND_LATE = {"filters.exes": "exe", "filters.exclude_exes": "exclude_exe", "sinks": "sink"}
+"""Settings of which mistakes are found after reading, with the options that replace them."""
 _TARGETS = {"interface": "interfaces", "syscall": "syscalls"}
 _LISTS = {
     "pid": "pids",
@@ -203,12 +205,28 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from streamer.agent.dry_run import dry_run
 
-        text, code = dry_run(chosen.settings, chosen.kinds)
+        with _named(arguments):
+            text, code = dry_run(chosen.settings, chosen.kinds)
         print(text)
         return code
     from streamer.agent.run import run_service
 
-    return run_service(chosen.settings, chosen.kinds, chosen.limits, reread=_reread(arguments))
+    with _named(arguments):
+        return run_service(chosen.settings, chosen.kinds, chosen.limits, reread=_reread(arguments))
+
+
+@contextmanager
+def _named(arguments: argparse.Namespace) -> Iterator[None]:
+    """Of a mistake that only the host shows, such as a file that is not there: say where it is."""
+    try:
+        yield
+    except ConfigError as error:
+        for key, option in _FOUND_LATE.items():
+            if str(error).startswith(key):
+                given = getattr(arguments, option, None)
+                where = None if given else _config_of(arguments)
+                raise ConfigError(f"{where or 'command line'}: {error}") from None
+        raise
 
 
 def _reread(arguments: argparse.Namespace) -> Reread | None:
@@ -246,7 +264,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from streamer.terminal.checked import check_code, check_text
     from streamer.terminal.tables import json_text
 
-    found = report(chosen.settings, chosen.kinds, apart=have_own_mounts())
+    with _named(arguments):
+        found = report(chosen.settings, chosen.kinds, apart=have_own_mounts())
     print(json_text(found) if arguments.json else check_text(found))
     return check_code(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ from streamer.agent.check import loaded
 from streamer.agent.reports import filters_in_force
 from streamer.config.rules import host_problems
 from streamer.config.settings import FileSink, Settings, with_budgets
-from streamer.errors import ConfigError, KernelError
+from streamer.errors import ConfigError, KernelError, SinkError
 from streamer.events.envelope import host_name
 from streamer.kernel.loader import ATTACHED
 from streamer.kernel.state import KernelState, KindStatus
@@ -75,8 +76,11 @@ def _sinks(settings: Settings) -> Iterator[str]:
         if sink.name in names:
             raise ConfigError(f"sinks: found the same one twice among {sink.name}")
         names.append(sink.name)
-        made = isinstance(one, FileSink) and not os.path.exists(one.path)
-        more = ", a file that would be made" if made else ""
+        more = ""
+        if isinstance(one, FileSink) and not os.path.exists(one.path):
+            if not os.path.isdir(os.path.dirname(one.path) or "."):
+                raise SinkError(f"{sink.name}: cannot open: {os.strerror(errno.ENOENT)}")
+            more = ", a file that would be made"
         yield f"would be published to {sink.name} ({size(one.budget)} at most held for it{more})"
 
 

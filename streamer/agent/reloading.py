@@ -95,12 +95,21 @@ class Reloader:
             if self._notifier is not None and self._service.phase == "streaming":
                 self._notifier.ready()
 
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Of a file that is not there: say which configuration asks for it."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(f"{self._reread.path}: {error}") from None
+
     async def _once(self) -> None:
         service, kernel = self._service, self._service.kernel
         await service.see_off_all()  # what one left is taken up by the next, one after the other
         settings, kinds = await asyncio.to_thread(self._reread.read, self._split.opener)
         found = self._planned(settings, kinds)
-        filters = found.filters or kernel.files_have_changed(settings.filters)
+        with self._named():
+            filters = found.filters or kernel.files_have_changed(settings.filters)
         if not found.changes and not filters:
             _log.info("%s says what it said before: nothing has changed", self._reread.path)
             return
@@ -113,7 +122,8 @@ class Reloader:
             sinks = self._sinks(settings, found)
             with self._loading():
                 if filters:
-                    await asyncio.to_thread(kernel.prepare_filters, settings.filters)
+                    with self._named():
+                        await asyncio.to_thread(kernel.prepare_filters, settings.filters)
                 for sensor in found.load:
                     sensors[sensor] = await self._load(sensor, kinds)
             await self._start(sinks)

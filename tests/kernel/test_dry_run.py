@@ -85,6 +85,11 @@ def test_nothing_is_left_that_holds_a_program(scope: Scope, tmp_path: Path) -> N
 def test_a_mistake_is_that_of_a_run(tmp_path: Path) -> None:
     done = dry_run(tmp_path, "--events", "process.*", "--exclude-exe", "/nowhere")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "filters.exclude_exes" in done.stderr
+    assert "command line: filters.exclude_exes" in done.stderr
     done = dry_run(tmp_path, "--sink", f"file:{tmp_path}/x", "--sink", f"file:{tmp_path}/./x")
     assert (done.returncode, done.stdout) == (2, "")
+    assert "command line: sinks[1]: found file" in done.stderr
+    nowhere = f"file:{tmp_path}/nowhere/x"
+    done = dry_run(tmp_path, "--sink", nowhere)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert f"{nowhere}: cannot open: No such file or directory" in done.stderr

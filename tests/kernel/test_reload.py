@@ -346,7 +346,7 @@ def test_a_broker_is_added_and_taken_out(scope: Scope, tmp_path: Path) -> None:
         ({"more": "heartbeat_second = 1"}, "heartbeat_second"),
         ({"more": "rings.bulk_bytes = 8388608"}, "rings.bulk_bytes: the rings were made"),
         ({"more": 'user = "daemon"\nhost = "x"'}, "user: it takes privileges"),
-        ({"filters": 'exes = ["/no/such/program"]'}, 'filters.exes[0]: found "/no/such/program"'),
+        ({"filters": 'exes = ["/no/such"]'}, 'streamer.toml: filters.exes[0]: found "/no/such"'),
         ({"sinks": sink_of(Path("/tmp/streamer-not-told"))}, "not /tmp/streamer-not-told"),
     ],
 )
