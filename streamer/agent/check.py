@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from streamer import __version__
 from streamer.config.cleartext import cleartext_passwords
 from streamer.config.settings import Settings
-from streamer.errors import StreamerError
+from streamer.errors import ConfigError, StreamerError
 from streamer.events.catalogue import SELECTABLE
 from streamer.kernel import capabilities, cgroups, loader, state, trials, types
 from streamer.kernel.host_settings import host_settings
@@ -39,7 +39,7 @@ _WORDS: dict[str, Status] = {"full": "full", "partial": "degraded", "missing": "
 
 def report(settings: Settings, kinds: frozenset[str], *, apart: bool = False) -> CheckReport:
     """Load and attach for `kinds`, detach again, and say what became of each; and try all that the
-    objects use. Never raises.
+    objects use. Raises ConfigError alone: a file that a filter names is not there.
 
     What is loaded for `kinds` goes through a privileged helper, as `run` does: that it has fewer
     rights can make a difference. `apart`: this process has mounts of its own.
@@ -51,6 +51,8 @@ def report(settings: Settings, kinds: frozenset[str], *, apart: bool = False) ->
     kernel_types = _types(settings)
     try:
         kernel = loaded(settings, kinds)
+    except ConfigError:  # the kernel is not to blame
+        raise
     except StreamerError as error:
         reason = str(error)
         found = {kind: KindStatus("missing", reason) for kind in sorted(kinds)}

@@ -462,3 +462,17 @@ def test_one_that_is_killed_leaves_nothing_either() -> None:
     assert seen, "none was ever there"
     await_none_left()
     assert surroundings() == before
+
+
+def test_a_mistake_is_not_blamed_on_the_kernel(tmp_path: Path) -> None:
+    config = tmp_path / "check.toml"
+    config.write_text('filters.exes = ["/nowhere"]')
+    done = subprocess.run(
+        [sys.executable, "-m", "streamer", "check", "-c", str(config)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f'{config}: filters.exes[0]: found "/nowhere"' in done.stderr
