@@ -79,7 +79,7 @@ class Thresholds(NamedTuple):
 def causes(
     thresholds: Thresholds, sinks: Iterable[SinkState], rings: Mapping[str, float]
 ) -> list[Cause]:
-    """All that says or holds a level, the worst first.
+    """All that says or holds a level, the worst first; of a sink of several workers, its worst.
 
     A sink that drops what it has no room for makes nothing wait: it counts only as far as all
     sinks are pressed. Nothing is left out of what a fast one would take for the sake of a slow one.
@@ -92,7 +92,11 @@ def causes(
     for pauses, own in by_sink:
         found += own if pauses else [_at_most(one, least_said, least_held) for one in own]
     pressing = [one for one in found if one.says or one.holds]
-    return sorted(pressing, key=lambda one: (-one.says, -one.holds, one.measure, one.where))
+    pressing.sort(key=lambda one: (-one.says, -one.holds, one.measure, one.where, -one.value))
+    worst: dict[tuple[str, str], Cause] = {}
+    for one in pressing:
+        worst.setdefault((one.measure, one.where), one)
+    return list(worst.values())
 
 
 def _of_sink(thresholds: Thresholds, sink: SinkState) -> Iterator[Cause]:

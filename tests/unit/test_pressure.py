@@ -149,6 +149,11 @@ def test_the_worst_cause_comes_first() -> None:
     ]
 
 
+def test_a_sink_of_several_workers_is_named_once_with_the_worst() -> None:
+    found = causes(THRESHOLDS, [SinkState("mqtt", True, 0.6), SinkState("mqtt", True, 0.9)], {})
+    assert found == [THRESHOLDS.cause("budget", "mqtt", 0.9)]
+
+
 def test_every_kind_of_the_bulk_ring_has_rates_and_no_other() -> None:
     """A new kind has to say what becomes of it under pressure."""
     assert SHED_BY_DEFAULT.keys() == {k for k, info in KINDS.items() if info.ring == "bulk"}
