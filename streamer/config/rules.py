@@ -72,7 +72,8 @@ def _workers(sinks: tuple[AnySink, ...]) -> Iterator[str]:
     """What several processes cannot write to at once."""
     for index, sink in enumerate(sinks):
         if isinstance(sink, FileSink | StdoutSink):
-            yield f"sinks[{index}]: several workers cannot write to it, allowed: Kafka and MQTT"
+            named = "file" if isinstance(sink, FileSink) else "stdout"
+            yield mistake(f"sinks[{index}].type", named, '"kafka", "mqtt", with several workers')
         elif sink.spool != "off":
             yield mistake(f"sinks[{index}].spool", sink.spool, '"off", where workers is above 1')
 

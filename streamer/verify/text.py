@@ -47,7 +47,8 @@ def _run(run: Run) -> Iterator[str]:
     agent = f", streamer {printable(run.agent)}" if run.agent else ""
     yield f"  run {printable(run.run_id)}{agent}: {begin}; {_ENDS[run.end]}"
     yield f"    {_moment(run.first_ns)} to {_moment(run.last_ns)}"
-    counts = f"{run.events:,} events, {run.duplicates:,} duplicates, {run.heartbeats:,} heartbeats"
+    beats = _counted(run.heartbeats, "heartbeat")
+    counts = f"{run.events:,} events, {run.duplicates:,} duplicates, {beats}"
     yield f"    {counts}{_shed(run)}"
     for place in run.places:
         yield from _place(place)

@@ -308,9 +308,12 @@ MISTAKES = [
     # several workers
     (
         'workers = 2\n[[sinks]]\ntype = "file"\npath = "a"',
-        "sinks[0]: several workers cannot write to it, allowed: Kafka and MQTT",
+        'sinks[0].type: found "file" (string), allowed: "kafka", "mqtt", with several workers',
     ),
-    ("workers = 2", "sinks[0]: several workers cannot write to it, allowed: Kafka and MQTT"),
+    (
+        "workers = 2",
+        'sinks[0].type: found "stdout" (string), allowed: "kafka", "mqtt", with several workers',
+    ),
     (
         "workers = 2\n" + KAFKA + 'spool = "wal"',
         'sinks[0].spool: found "wal" (string), allowed: "off", where workers is above 1',
