@@ -19,7 +19,7 @@ from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
 
 TOPIC = "kernel-events"
-KILLS = repetitions(10, 2)
+KILLS = repetitions(4, 2)
 FLOOD = repetitions(20_000, 5_000)
 
 
