@@ -331,7 +331,7 @@ static __always_inline int opened(void *ctx, long result, struct pt_regs___user 
 	DOC("opens by " #name "()") needs                                                \
 	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                       \
 	{                                                                                \
-		return UNPREEMPTED(opened(ctx, ctx->ret, user_registers(), call));            \
+		return AMONG_OTHERS(UNPREEMPTED(opened(ctx, ctx->ret, user_registers(), call))); \
 	}
 
 /* Newer architectures never had open() and creat(). */
@@ -367,7 +367,7 @@ static __always_inline int entered(void)
 	DOC("latencies of " #name "()") NEEDS("option:open_latency" needs)                \
 	int on_##name##_enter(void *ctx)                                                  \
 	{                                                                                 \
-		return UNPREEMPTED(entered());                                            \
+		return AMONG_OTHERS(UNPREEMPTED(entered()));                              \
 	}
 
 ON_OPEN_START(open, ",x86_64")

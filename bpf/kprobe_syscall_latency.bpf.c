@@ -393,7 +393,7 @@ int on_call_tracepoint_exit(struct trace_event_raw_sys_exit *ctx)
 {
 	long result = ctx->ret;
 
-	return UNPREEMPTED(ended(ctx, result));
+	return AMONG_OTHERS(UNPREEMPTED(ended(ctx, result)));
 }
 
 /* Every call of every process comes by here, as a rule one that nobody asked about. Of some that
@@ -429,7 +429,7 @@ int on_call_tracepoint_enter(struct trace_event_raw_sys_enter *ctx)
 {
 	__u32 number = ctx->id;
 
-	return UNPREEMPTED(began(number));
+	return AMONG_OTHERS(UNPREEMPTED(began(number)));
 }
 
 SEC("raw_tp/sys_enter") HOOK("syscall_enter") EMITS(KINDS) NEEDS("option:syscalls")

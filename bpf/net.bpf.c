@@ -719,7 +719,7 @@ SEC("tracepoint/syscalls/sys_exit_connect") HOOK("connect") EMITS("net.connect")
 DOC("connects that fail before a SYN is sent (no route, no free port)")
 int on_connect_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return UNPREEMPTED(connected(ctx, ctx->ret, user_registers()));
+	return AMONG_OTHERS(UNPREEMPTED(connected(ctx, ctx->ret, user_registers())));
 }
 
 /* ---------------------------------------------------------------- accept() */
@@ -822,7 +822,7 @@ static __always_inline int accepted(void *ctx, long fd, struct pt_regs___user *r
 	DOC("connections taken by " #name "(), and their owner at the close,")           \
 	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                       \
 	{                                                                                \
-		return UNPREEMPTED(accepted(ctx, ctx->ret, user_registers()));                \
+		return AMONG_OTHERS(UNPREEMPTED(accepted(ctx, ctx->ret, user_registers())));  \
 	}
 
 ON_ACCEPT(accept)

@@ -284,7 +284,7 @@ int on_exec_unpreempted(struct trace_event_raw_sched_process_exec *ctx)
 		image = image_of(kept->bprm);
 	else
 		image = image_from_outside(ctx, task);
-	return executed(ctx, task, &image);
+	return AMONG_OTHERS(executed(ctx, task, &image));
 }
 
 SEC("raw_tp/sched_process_exec") HOOK("exec") EMITS("process.exec")
@@ -335,18 +335,22 @@ extern void bpf_task_release(struct task_struct *task) __ksym __weak;
 #define bpf_task_release(task) (void)(task)
 #endif
 
-SEC("tracepoint/sched/sched_process_fork") HOOK("fork") PREEMPTED EMITS("process.fork")
-int on_fork_unpreempted(struct trace_event_raw_sched_process_fork *ctx)
+static __always_inline void forked_as(void *ctx, int child_pid)
 {
-	struct task_struct *child = bpf_task_from_pid(ctx->child_pid);
+	struct task_struct *child = bpf_task_from_pid(child_pid);
 
 	if (!child) { /* it has not run yet, and cannot have ended */
 		count_fault(FAULT_UNREADABLE);
-		return 0;
+		return;
 	}
 	forked(ctx, child);
 	bpf_task_release(child);
-	return 0;
+}
+
+SEC("tracepoint/sched/sched_process_fork") HOOK("fork") PREEMPTED EMITS("process.fork")
+int on_fork_unpreempted(struct trace_event_raw_sched_process_fork *ctx)
+{
+	return AMONG_OTHERS(forked_as(ctx, ctx->child_pid));
 }
 
 SEC("raw_tp/sched_process_fork") HOOK("fork") EMITS("process.fork")
@@ -425,7 +429,7 @@ static __always_inline int ended(void *ctx, struct task_struct *task)
 SEC("tracepoint/sched/sched_process_exit") HOOK("exit") PREEMPTED EMITS("process.exit")
 int on_exit_unpreempted(void *ctx)
 {
-	return ended(ctx, (struct task_struct *)bpf_get_current_task());
+	return AMONG_OTHERS(ended(ctx, (struct task_struct *)bpf_get_current_task()));
 }
 
 SEC("raw_tp/sched_process_exit") HOOK("exit") EMITS("process.exit")

@@ -179,7 +179,7 @@ static __always_inline int listened(void *ctx, long result, struct pt_regs___use
 	SEC("tracepoint/syscalls/sys_exit_" #name) HOOK(#name) EMITS(kind) NEEDS(WANTED(kind)) \
 	int on_##name##_exit(struct trace_event_raw_sys_exit *ctx)                        \
 	{                                                                                 \
-		return UNPREEMPTED(body(ctx, ctx->ret, user_registers()));                     \
+		return AMONG_OTHERS(UNPREEMPTED(body(ctx, ctx->ret, user_registers())));       \
 	}
 
 ON_CALL(bind, "net.bind", bound)

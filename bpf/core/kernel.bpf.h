@@ -493,6 +493,16 @@ extern void bpf_preempt_enable(void) __ksym __weak;
 	})
 #endif
 
+/*
+ * The work of a program at the perf event of a tracepoint, of which all that are there are asked. Where one
+ * gives back 0, nobody else is told what happens there who has opened such an event, as perf does.
+ */
+#define AMONG_OTHERS(work) \
+	({                 \
+		work;      \
+		1;         \
+	})
+
 /* The error number of a system call's result; 0 when it succeeded. A call that a signal interrupts
  * has a number of the kernel's own here, which becomes EINTR unless the call is made anew. */
 static __always_inline __u32 errno_of(long result)
