@@ -189,7 +189,7 @@ class Reporter:
                 count=runs,
                 kinds={},
                 reason=f"{name} was not run, its CPU was running a program already: "
-                "each may have been an event",
+                "each may have been an event, or something of one",
             )
             for name, runs in new.items()
         ]

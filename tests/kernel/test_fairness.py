@@ -251,7 +251,7 @@ def test_nobody_is_left_out_while_others_are_preempted(scope: Scope, tmp_path: P
         told = Counter(getattr(event, field) for event in recording.of(kind))
         assert {pid: told[pid] for pid in pids} == dict.fromkeys(pids, 1)
     assert_none_was_left_out(recording)
-    assert recording.losses == []
+    assert all("on_prepare_exec was not run" in loss.reason for loss in recording.losses)
 
 
 # ---------------------------------------------------------------- many users

@@ -584,6 +584,7 @@ async def test_runs_that_the_kernel_left_out_are_told_once(runs: Runs, seconds_f
         (2, "on_exec", "kernel", None),
         (1, "on_exit", "kernel", None),
     ]
+    assert all(loss.reason.endswith("or something of one") for loss in losses)
     assert run.of("stream.heartbeat")[-1].missed == {"on_exec": 5, "on_exit": 1}
     assert account.endswith("6 times a program was not run")
 
