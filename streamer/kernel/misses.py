@@ -12,9 +12,10 @@ def missed_runs(sensors: Iterable[Attached]) -> dict[str, int]:
     """Runs of attached programs that the kernel left out, per program that had any.
 
     It leaves one out that would run inside itself on its CPU, and from 5.12 on it counts that for
-    raw tracepoints and for programs at functions (`recursion_misses` in fdinfo). Of two programs
-    at the same place each does what the other has to leave out: no miss. What both leave out
-    they find out themselves (`change_unseen` among the faults).
+    raw tracepoints and for programs at functions (`recursion_misses` in fdinfo), from 6.7 on also
+    for those at perf events of tracepoints. Of two programs at the same place each does what the
+    other has to leave out: no miss. What both leave out they find out themselves
+    (`change_unseen` among the faults).
     """
     found: dict[str, int] = {}
     for programs, descriptors in sensors:
