@@ -222,6 +222,9 @@ static __always_inline int executed(void *ctx, struct task_struct *task, const s
  * the programs are of that sort; but its record of an exec has less than its arguments have.
  */
 #define PREEMPTED NEEDS("variable:tracepoint_srcu_srcu_data,no function:srcu_free_old_probes")
+/* Raw tracepoints there, where those perf events are not permitted. */
+#define PREEMPTIBLE                                                                              \
+	PREEMPTED LACKS("those that happen on a CPU where a task is preempted in the program")
 
 /* What is being executed, by the task that does: kept when nothing can fail any more, which is before it
  * happens. */
@@ -285,6 +288,14 @@ int on_exec_unpreempted(struct trace_event_raw_sched_process_exec *ctx)
 	else
 		image = image_from_outside(ctx, task);
 	return AMONG_OTHERS(executed(ctx, task, &image));
+}
+
+SEC("raw_tp/sched_process_exec") HOOK("exec") PREEMPTIBLE EMITS("process.exec")
+int BPF_PROG(on_exec_preemptible, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+{
+	struct image image = image_of(bprm);
+
+	return UNPREEMPTED(executed(ctx, task, &image));
 }
 
 SEC("raw_tp/sched_process_exec") HOOK("exec") EMITS("process.exec")
@@ -351,6 +362,12 @@ SEC("tracepoint/sched/sched_process_fork") HOOK("fork") PREEMPTED EMITS("process
 int on_fork_unpreempted(struct trace_event_raw_sched_process_fork *ctx)
 {
 	return AMONG_OTHERS(forked_as(ctx, ctx->child_pid));
+}
+
+SEC("raw_tp/sched_process_fork") HOOK("fork") PREEMPTIBLE EMITS("process.fork")
+int BPF_PROG(on_fork_preemptible, struct task_struct *parent, struct task_struct *child)
+{
+	return UNPREEMPTED(forked(ctx, child));
 }
 
 SEC("raw_tp/sched_process_fork") HOOK("fork") EMITS("process.fork")
@@ -430,6 +447,12 @@ SEC("tracepoint/sched/sched_process_exit") HOOK("exit") PREEMPTED EMITS("process
 int on_exit_unpreempted(void *ctx)
 {
 	return AMONG_OTHERS(ended(ctx, (struct task_struct *)bpf_get_current_task()));
+}
+
+SEC("raw_tp/sched_process_exit") HOOK("exit") PREEMPTIBLE EMITS("process.exit")
+int BPF_PROG(on_exit_preemptible, struct task_struct *task)
+{
+	return UNPREEMPTED(ended(ctx, task));
 }
 
 SEC("raw_tp/sched_process_exit") HOOK("exit") EMITS("process.exit")

@@ -305,10 +305,13 @@ SENSORS: dict[str, SensorInfo] = {
     "process": SensorInfo("process", (
         ProgramInfo("on_prepare_exec", "on_prepare_exec", ("process.exec",), "interpreters of scripts", ("variable:tracepoint_srcu_srcu_data", "no function:srcu_free_old_probes"), False),
         ProgramInfo("on_exec_unpreempted", "exec", ("process.exec",), "", ("variable:tracepoint_srcu_srcu_data", "no function:srcu_free_old_probes")),
+        ProgramInfo("on_exec_preemptible", "exec", ("process.exec",), "", ("variable:tracepoint_srcu_srcu_data", "no function:srcu_free_old_probes"), lacks="those that happen on a CPU where a task is preempted in the program"),
         ProgramInfo("on_exec", "exec", ("process.exec",), "", ()),
         ProgramInfo("on_fork_unpreempted", "fork", ("process.fork",), "", ("variable:tracepoint_srcu_srcu_data", "no function:srcu_free_old_probes")),
+        ProgramInfo("on_fork_preemptible", "fork", ("process.fork",), "", ("variable:tracepoint_srcu_srcu_data", "no function:srcu_free_old_probes"), lacks="those that happen on a CPU where a task is preempted in the program"),
         ProgramInfo("on_fork", "fork", ("process.fork",), "", ()),
         ProgramInfo("on_exit_unpreempted", "exit", ("process.exit",), "", ("variable:tracepoint_srcu_srcu_data", "no function:srcu_free_old_probes")),
+        ProgramInfo("on_exit_preemptible", "exit", ("process.exit",), "", ("variable:tracepoint_srcu_srcu_data", "no function:srcu_free_old_probes"), lacks="those that happen on a CPU where a task is preempted in the program"),
         ProgramInfo("on_exit", "exit", ("process.exit",), "", ()),
     ), (
         MapInfo("bulk", "", True, ()),

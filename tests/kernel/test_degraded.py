@@ -140,6 +140,7 @@ def at_functions() -> bool:
     return not loader.no_functions
 
 
+PROCESSES = ("process.exec", "process.fork", "process.exit")
 WITHOUT_TRACEFS = {"file.open": "missing", "net.accept": "missing"}
 WITHOUT_TRACEFS |= {"net.close": "partial", "net.connect": "partial"}
 WITHOUT_TRACEFS |= {"net.bind": "missing", "net.listen": "missing", "net.retransmit": "partial"}
@@ -157,12 +158,14 @@ def test_without_tracefs(scope: Scope, tmp_path: Path, at_functions: bool) -> No
         recording = agent.stop()
     kinds = recording.manifest.coverage
     lost = {} if at_functions else WITHOUT_TRACEFS
-    expected = dict.fromkeys(ALL_KINDS - VARYING, "full") | lost
+    less = dict.fromkeys(PROCESSES, "partial") if preempts_tracepoints() else {}
+    expected = dict.fromkeys(ALL_KINDS - VARYING, "full") | lost | less
     found = {name: kind.status for name, kind in kinds.items() if name not in VARYING}
     assert found == expected
     for name in lost:
         assert "tracefs is not mounted and cannot be" in kinds[name].reason
         assert f"streamer: {name} is " in agent.stderr
+    assert all("is preempted in the program" in kinds[name].reason for name in less)
     happened = {type(event).__name__ for event in recording.events}
     assert {"NetConnect", "ProcessExec", "ProcessExit", "ProcessFork"} <= happened
     assert ("FileOpen" in happened) == ("file.open" not in lost)
@@ -177,7 +180,8 @@ def test_check_without_tracefs(tmp_path: Path, at_functions: bool) -> None:
     assert there["reason"].startswith("tracefs is not mounted and cannot be")
     opens = "full" if at_functions else "unavailable"
     assert found["kinds"]["file.open"]["status"] == opens
-    assert found["kinds"]["process.exec"]["status"] == "full"
+    execs = "degraded" if preempts_tracepoints() else "full"
+    assert found["kinds"]["process.exec"]["status"] == execs
 
 
 # ---------------------------------------------------------------- other programs
@@ -231,16 +235,16 @@ def test_a_missing_tracepoint(variant: Callable[..., Variant]) -> None:
 
 def forks_failed(failed: Mapping[str, str]) -> str:
     """Why forks are not observed, if nothing else failed: each way to them, as there are here."""
-    ways = {"on_fork"} | ({"on_fork_unpreempted"} if preempts_tracepoints() else set())
-    assert failed.keys() == ways
+    better = {"on_fork_unpreempted", "on_fork_preemptible"} if preempts_tracepoints() else set()
+    assert failed.keys() == {"on_fork"} | better
     return failed["on_fork"]
 
 
 def test_a_missing_tracepoint_of_a_kind(variant: Callable[..., Variant]) -> None:
     """The only place of a kind: the kind is missing, others are not."""
     changes = [
-        (f"{way}/sched_process_fork", f"{way}/sched_process_fork9")
-        for way in ("tracepoint/sched", "raw_tp")
+        (f'{way}/sched_process_fork"', f'{way}/sched_process_fork9"')
+        for way in ("tracepoint/sched", "raw_tp", "raw_tp")
     ]
     kinds, failed = coverage_of(variant({"process.bpf.c": changes}).objects)
     reason = forks_failed(failed)
@@ -268,6 +272,7 @@ def test_a_program_that_the_verifier_refuses(variant: Callable[..., Variant]) ->
 def test_a_program_that_the_object_has_not(variant: Callable[..., Variant]) -> None:
     changes = [
         ("int on_fork_unpreempted(", "int on_knife("),
+        ("BPF_PROG(on_fork_preemptible, ", "BPF_PROG(on_ladle, "),
         ("BPF_PROG(on_fork, ", "BPF_PROG(on_spoon, "),
     ]
     kinds, failed = coverage_of(variant({"process.bpf.c": changes}).objects)

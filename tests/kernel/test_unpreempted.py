@@ -95,3 +95,24 @@ def test_an_interpreter_that_is_not_known_is_said_to_be(
         assert (event.filename, event.argc) == (str(tmp_path / "script"), 4)
     for event in plain + scripts:
         assert (event.interp, event.truncated, event.incomplete) == ("", ("interp",), True)
+
+
+@pytest.mark.usefixtures("as_if_preempted")
+def test_where_they_cannot_be_had_it_is_said(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is observed by the raw ones then, unless a task is preempted in one of them."""
+    monkeypatch.setattr(loader, "ensure_tracefs", lambda: "there is no tracefs")
+    with Live(scope, KINDS) as live:
+        attached = {one.name for one in live.state.statuses if one.status == "attached"}
+        assert attached >= {f"on_{hook}_preemptible" for hook in ("exec", "fork", "exit")}
+        for kind, status in live.state.coverage(KINDS).items():
+            assert status.status == "partial"
+            place = f"raw_tp/sched_{kind.replace('.', '_')}"
+            assert status.reason == (
+                f"{place}: those that happen on a CPU where a task is preempted in the program "
+                "are not observed"
+            )
+        pid = scope.act(run, ["/bin/true"])
+        live.check()
+    told = {type(one).__name__: one for one in live.events}
+    assert told["ProcessExec"].pid == told["ProcessExit"].pid == pid
+    assert "ProcessFork" in told
