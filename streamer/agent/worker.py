@@ -61,6 +61,7 @@ TICK_SECONDS = 0.25
 _TICKS_OF_A_SECOND = round(1 / TICK_SECONDS)
 _DELIVERING = 0.75
 """Of the grace period, as in `service.py`."""
+_MOST_MARKS = 256
 _MOST_SAID = 100
 """Lines of the log that wait."""
 _IGNORED = (
@@ -237,11 +238,13 @@ class Worker:
         self._report()
         if self._watch.watched and self._ticks % _TICKS_OF_A_SECOND == 0:
             self._watch.roll()
-            self._outbox.append(Seen(self._watch.look()))
+            self._outbox.append(Seen(self._watch.last))
 
     def _mark(self) -> None:
         """What is submitted from now on has a later ticket than all up to these numbers."""
         self._ticks += 1
+        if len(self._complete) >= _MOST_MARKS:  # an outage lasts: rather coarser than more of them
+            self._complete = deque(list(self._complete)[::2])
         self._complete.append((self._ticks, self._account.complete()))
         for sink in self._fanout.sinks:
             sink.ticket = self._ticks
