@@ -28,8 +28,9 @@ PACKAGED = ROOT / "streamer" / "bpf"
 WITHOUT_BTF = "nobtf"
 UNPACKAGED = ROOT / "build" / "bpf"
 
-# What libbpf's headers call the architectures that they know.
+# What libbpf's headers call the architectures that they know, and what Debian does.
 ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
+DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 class BuildError(Exception):
@@ -50,9 +51,26 @@ def compiler_flags(machine: str, root: Path = ROOT) -> list[str]:
     flags += ["-Wno-unused-parameter", f"-D__TARGET_ARCH_{ARCHITECTURES[machine]}"]
     # The BTF holds names of source files: keep the directory of the build out of them.
     flags += [f"-ffile-prefix-map={root}=.", "-Ibpf"]
-    # Debian keeps <asm/types.h> where the bpf target does not look, and another machine's apart.
-    places = (f"/usr/include/{machine}-linux-gnu", f"/usr/{machine}-linux-gnu/include")
-    return [*flags, f"-I{next(filter(os.path.isdir, places), places[0])}"]
+    return flags
+
+
+def kernel_headers(machine: str) -> Path:
+    """Where <asm/types.h> of `machine` is: where Debian keeps it, the bpf target does not look.
+
+    Raises:
+        BuildError: it is not installed.
+    """
+    places = [f"/usr/include/{machine}-linux-gnu", f"/usr/{machine}-linux-gnu/include"]
+    wanted = f"linux-libc-dev-{DEBIAN[machine]}-cross"
+    if machine == platform.machine():
+        places.append("/usr/include")  # on other distributions
+        wanted = "linux-libc-dev"
+    for place in places:
+        if Path(place, "asm/types.h").exists():
+            return Path(place)
+    raise BuildError(
+        f"the kernel's headers for {machine} are not installed (Debian: apt-get install {wanted})"
+    )
 
 
 def outputs(
@@ -105,7 +123,8 @@ def _compile(source: Path, built: Path, environ: Mapping[str, str], machine: str
     built.parent.mkdir(parents=True, exist_ok=True)
     # Named apart until it is complete, so that an interrupted build leaves nothing half done.
     partial = built.with_suffix(".o.partial")
-    flags = [*compiler_flags(machine), f"-DPLAIN_LOADS={int(built.parent.name != WITHOUT_BTF)}"]
+    flags = [*compiler_flags(machine), f"-I{kernel_headers(machine)}"]
+    flags.append(f"-DPLAIN_LOADS={int(built.parent.name != WITHOUT_BTF)}")
     _run([clang, *flags, "-c", str(source.relative_to(ROOT)), "-o", str(partial)])
     _run([strip, "-g", str(partial)])  # drops DWARF, keeps BTF
     partial.replace(built)

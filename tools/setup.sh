@@ -94,6 +94,9 @@ needed_to_test() {
     need iptables command -v iptables
     need systemd command -v systemd-analyze # one that is not running is enough
     need python3-bpfcc has_bcc # for kernels without BTF
+    if [ "$(uname -m)" = x86_64 ]; then # CI compiles the kernel programs for arm64 too
+        need linux-libc-dev-arm64-cross test -e /usr/aarch64-linux-gnu/include/asm/types.h
+    fi
     need docker-compose has_compose # checks compose.yaml; no engine is needed for that
 }
 
