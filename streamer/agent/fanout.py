@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
@@ -30,6 +31,7 @@ _MOST_GIVEN_UP = 100
 MOST_HELD = 20_000
 """Events that are held back for a sink whose predecessor still delivers."""
 _AWAY = "the configuration had no such sink at that time"
+_REMIND_SECONDS, _REMIND_MOST_SECONDS = 60.0, 3600.0
 _CRITICAL_SHARE = 5 / 4
 """Of its budget, what a sink may hold before critical events wait, or are lost, as well."""
 
@@ -39,6 +41,24 @@ def policy_of(on_full: str, sinks: int) -> Policy:
     if on_full == "auto":
         return "pause" if sinks == 1 else "drop"
     return "pause" if on_full == "pause" else "drop"
+
+
+class _Trouble:
+    """That a sink is down, since when, and when that is to be said again."""
+
+    def __init__(self, reason: str, now: float) -> None:
+        self.reason = reason
+        self._since = now
+        self._wait = _REMIND_SECONDS
+
+    def due(self, now: float) -> int:
+        """For how many minutes it is down, if that is to be said; ever less often, else 0."""
+        elapsed = now - self._since
+        if elapsed < self._wait:
+            return 0
+        while self._wait <= elapsed:
+            self._wait += min(self._wait, _REMIND_MOST_SECONDS)
+        return round(elapsed / 60)
 
 
 class Fanout(Listener):
@@ -77,11 +97,10 @@ class Fanout(Listener):
         self._pause = pause
         self._resume = resume
         self._closed = closed
-        self._down: set[Sink] = set()
         self._broken: set[Sink] = set()
         self._loss_record = loss_record
         self._owed = {sink: Owed() for sink in self.sinks}
-        self._trouble: dict[Sink, str] = {}
+        self._trouble: dict[Sink, _Trouble] = {}
         self._anew: set[Sink] = set()
         self._given_up: Counter[str] = Counter()
         self._held: dict[Sink, list[Batch]] = {}
@@ -134,7 +153,6 @@ class Fanout(Listener):
             for one in untold:
                 owed.add(one)
         self._trouble.pop(sink, None)
-        self._down.discard(sink)
 
     def begin(self, sink: Sink) -> None:
         """Give a new sink, which is started, what was held back for it."""
@@ -199,11 +217,15 @@ class Fanout(Listener):
         for sink in anew:
             self._give(sink, Batch([record()]))
 
-    def publish_if_room(self, record: StreamRecord) -> None:
-        """Give one that can be left out, such as a heartbeat, to the sinks that are not full."""
+    def publish_newest(self, record: StreamRecord) -> None:
+        """Give one that has all that the ones of its kind before it had, such as a heartbeat.
+
+        A full sink gets it when it has delivered those, so that none pile up behind a backlog.
+        """
+        batch = Batch([record])
         for sink in self.sinks:
-            if not sink.watermarks.full:
-                self._give(sink, Batch([record]))
+            if not sink.watermarks.full or not any(_pending(sink, kind) for kind in batch.kinds):
+                self._give(sink, batch)
 
     def lose(self, lost: Iterable[Lost]) -> None:
         """Note losses that every sink has to be told, see `publish_owed`."""
@@ -244,9 +266,9 @@ class Fanout(Listener):
     def discard(self, reason: str) -> None:
         """Let every sink drop what waits; each is then owed that loss."""
         for sink in self.sinks:
-            trouble = self._trouble.get(sink, "")
+            trouble = self._trouble.get(sink)
             try:
-                sink.discard(f"{reason}; {trouble}" if trouble else reason)
+                sink.discard(f"{reason}; down: {trouble.reason}" if trouble else reason)
             except Exception:  # a defect of this sink must not cost the others their account
                 _log.exception("%s could not drop what waits", sink.name)
 
@@ -330,28 +352,33 @@ class Fanout(Listener):
 
     def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
         """See `Listener`."""
+        recovered = False
         if status == "down":
-            self._trouble[sink] = f"{status}: {reason}"
+            self._trouble[sink] = _Trouble(reason, time.monotonic())
         elif status == "up":
-            self._trouble.pop(sink, None)
+            recovered = self._trouble.pop(sink, None) is not None
         if self.stopping or sink in self.leaving:
             return
-        quiet = status == "closed" and sink.ends_quietly
-        if quiet:
+        level = logging.DEBUG  # that one came up as expected, or its reader went away
+        if status == "closed" and sink.ends_quietly:
             self.log.forget(sink.name)
-        level = logging.DEBUG if quiet else self._level(sink, status)
+        elif status in ("down", "closed"):
+            level = logging.WARNING
+        elif recovered:
+            level = logging.INFO
         _log.log(level, "%s is %s%s", sink.name, status, f": {reason}" if reason else "")
         if status == "closed":
             self._fail(sink, reason)
 
-    def _level(self, sink: Sink, status: Status) -> int:
-        """Trouble is told, and its end; that a sink came up as expected is not."""
-        if status in ("down", "closed"):
-            self._down.add(sink)
-            return logging.WARNING
-        recovered = sink in self._down
-        self._down.discard(sink)
-        return logging.INFO if recovered else logging.DEBUG
+    def still_down(self, now: float) -> list[str]:
+        """What is to be logged at `now`, of the monotonic clock, of sinks that stay down."""
+        found = []
+        for sink, trouble in self._trouble.items():
+            minutes = trouble.due(now)
+            if minutes and sink.status == "down":
+                wait = f"{sink.account.pending:,} events wait for it"
+                found.append(f"{sink.name} is down for {minutes} min: {trouble.reason}; {wait}")
+        return found
 
     def sink_anew(self, sink: Sink) -> None:
         """See `Listener`. With the next second, for the sink is just taking an answer in."""
@@ -399,13 +426,15 @@ def _is_over(sink: Sink) -> bool:
     return sink.watermarks.held >= _CRITICAL_SHARE * sink.watermarks.high
 
 
+def _pending(sink: Sink, kind: str) -> int:
+    """Records of the kind that it took and has neither delivered nor dropped."""
+    account = sink.account
+    return account.received[kind] - account.delivered[kind] - account.dropped[kind]
+
+
 def _under_way(sink: Sink) -> int:
-    """Loss records that it took and has neither delivered nor dropped."""
-    received, delivered, dropped = (
-        counts["stream.loss"]
-        for counts in (sink.account.received, sink.account.delivered, sink.account.dropped)
-    )
-    return received - delivered - dropped - sink.kept.get("stream.loss", 0)
+    """Pending loss records, without those that are kept on disk."""
+    return _pending(sink, "stream.loss") - sink.kept.get("stream.loss", 0)
 
 
 def _of_another_run(spans: Spans) -> bool:

@@ -583,7 +583,7 @@ class Service:
             self._reporter.watermarks.tick()
             self.fanout.publish_owed()
             self._checkpoint(complete, taken)
-            self._log_losses()
+            self._log_troubles()
             if not self.loading:
                 self._follow_interfaces()
                 self._follow_cpus()
@@ -592,7 +592,7 @@ class Service:
                 self._begin_summary()
             if heartbeat.again(self._settings.heartbeat_seconds):
                 self.shedding.repeat()
-                self.fanout.publish_if_room(self._heartbeat())
+                self.fanout.publish_newest(self._heartbeat())
             if manifest.again(_MANIFEST_SECONDS):
                 self.fanout.publish(self._manifest())
             self.fanout.publish_anew(self._manifest)
@@ -734,8 +734,9 @@ class Service:
         self.fanout.lose(lost)
         self.fanout.log.add(one for one in lost if one.stage != "stop")
 
-    def _log_losses(self) -> None:
-        for line in self.fanout.log.lines(time.monotonic()):
+    def _log_troubles(self) -> None:
+        now = time.monotonic()
+        for line in (*self.fanout.log.lines(now), *self.fanout.still_down(now)):
             _log.warning(line)
 
     async def _finish(self) -> None:
@@ -771,7 +772,7 @@ class Service:
             self.reader.close()
             self.fanout.stopping = True
             await self._stop_sinks(max(begun + grace - time.monotonic(), 0.1))
-            self._log_losses()
+            self._log_troubles()
 
     async def _deliver(self, deadline: float) -> None:
         """Wait for the sinks. What they cannot deliver by then is told in the rest of the grace.

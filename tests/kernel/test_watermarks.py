@@ -23,7 +23,7 @@ MARK = b'{"event":"stream.heartbeat"'
 
 
 def open_until(stop: Path, cpu: int) -> None:
-    """No more than a sink takes on a slow machine, or there is no room for heartbeats."""
+    """No more than a sink takes on a slow machine: heartbeats would wait behind the backlog."""
     os.sched_setaffinity(0, {cpu})
     while not stop.exists():
         open_missing("/no/such/", 20)

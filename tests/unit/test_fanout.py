@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ from streamer.agent.fanout import Fanout, Policy, policy_of
 from streamer.agent.losses import MOST_RANGES, OWN_RECORDS, Lost
 from streamer.events.batch import Batch, Spans
 from streamer.events.envelope import Envelope
-from streamer.events.stream import SeqRange, StreamLoss
+from streamer.events.stream import SeqRange, StreamLoss, StreamRecord
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
 from tests.unit.bounds import bounded_memory
@@ -29,6 +30,10 @@ class Exec(msgspec.Struct, tag_field="event", tag="process.exec", gc=False):
     text: str
 
 
+class Beat(StreamRecord, tag="stream.heartbeat"):
+    pass
+
+
 class Calls:
     """What the fanout asked of the reader and of the service."""
 
@@ -44,6 +49,9 @@ class Calls:
             closed=lambda: self.made.append("closed"),
             loss_record=self.loss_record,
         )
+
+    def heartbeat(self) -> Beat:
+        return self._envelope.record(Beat)
 
     def loss_record(self, lost: Lost, sink: Sink) -> StreamLoss:
         return self._envelope.record(
@@ -231,6 +239,28 @@ async def test_what_a_full_sink_is_not_told_stays_owed() -> None:
         assert len(loss.ranges) <= MOST_RANGES
         assert (loss.ranges[0].seq_from, loss.ranges[-1].seq_to) == (0, 9994)
     assert sum(loss.count for loss in losses(other)) == 10_000
+
+
+@pytest.mark.parametrize("policy", ["drop", "pause"])
+async def test_of_heartbeats_one_waits_in_a_full_sink(policy: Policy) -> None:
+    """It gets the next when it has delivered that one, however full it is; others get all."""
+    sink, other = await opened("full", hold=True), await opened("other")
+    calls = Calls()
+    fanout = calls.fanout((sink, policy), (other, policy))
+    for _ in range(4):
+        fanout.submit(batch())
+    beats = [calls.heartbeat() for _ in range(4)]
+    for beat in beats[:3]:
+        fanout.publish_newest(beat)
+    assert sink.watermarks.full
+    sink.release()
+    for _ in range(4):
+        fanout.submit(batch())
+    assert sink.watermarks.full
+    fanout.publish_newest(beats[3])
+    sink.release()
+    assert [one for one in sink.events if isinstance(one, Beat)] == [beats[0], beats[3]]
+    assert [one for one in other.events if isinstance(one, Beat)] == beats
 
 
 async def test_a_loss_record_that_was_lost_is_told_again() -> None:
@@ -535,3 +565,22 @@ async def test_trouble_is_logged_once_and_its_end(caplog: pytest.LogCaptureFixtu
     assert not fanout.blocked
     levels = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert levels == [("WARNING", "broker is down: refused"), ("INFO", "broker is up")]
+
+
+async def test_that_a_sink_stays_down_is_said_ever_less_often() -> None:
+    sink, other = MemorySink("broker"), MemorySink("other")
+    fanout = Calls().fanout((sink, "pause"), (other, "pause"))
+    await sink.start()
+    sink.hold = True
+    fanout.submit(Batch([Event("x"), Event("y")]))
+    begun = time.monotonic()
+    sink._set_status("down", "refused")
+    said = [(t, line) for t in range(0, 36_000, 10) for line in fanout.still_down(begun + t + 0.5)]
+    assert [t // 60 for t, _ in said[:9]] == [1, 2, 4, 8, 16, 32, 64, 124, 184]
+    assert said[2][1] == "broker is down for 4 min: refused; 2 events wait for it"
+    sink._set_status("up")
+    assert fanout.still_down(begun + 100_000) == []
+    begun = time.monotonic()
+    sink._set_status("down", "gone")
+    assert fanout.still_down(begun + 30) == []
+    assert fanout.still_down(begun + 70) == ["broker is down for 1 min: gone; 2 events wait for it"]
