@@ -338,13 +338,9 @@ static __always_inline int forked(void *ctx, struct task_struct *child)
 	return 0;
 }
 
-#if PLAIN_LOADS
+#if PLAIN_LOADS /* without BTF of the kernel's own there is nothing to name them by */
 extern struct task_struct *bpf_task_from_pid(__s32 pid) __ksym __weak;
 extern void bpf_task_release(struct task_struct *task) __ksym __weak;
-#else /* without BTF of the kernel's own there is nothing to name them by */
-#define bpf_task_from_pid(pid) ((struct task_struct *)NULL)
-#define bpf_task_release(task) (void)(task)
-#endif
 
 static __always_inline void forked_as(void *ctx, int child_pid)
 {
@@ -363,6 +359,7 @@ int on_fork_unpreempted(struct trace_event_raw_sched_process_fork *ctx)
 {
 	return AMONG_OTHERS(forked_as(ctx, ctx->child_pid));
 }
+#endif
 
 SEC("raw_tp/sched_process_fork") HOOK("fork") PREEMPTIBLE EMITS("process.fork")
 int BPF_PROG(on_fork_preemptible, struct task_struct *parent, struct task_struct *child)

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import platform
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
 CORE = "core"
 _IDENTITY = struct.Struct(f"<{max(at + size for _, at, size in CONTRACT['identity']) // 4}I")
 _LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
+_OF_PREEMPTIBLE = "tracepoint_srcu_srcu_data"  # what tells that they are, see process.bpf.c
 _TRY_RINGS = "try_rings"
 PERF_BUFFERS = "perf_buffers"
 """The option by which programs write to perf buffers."""
@@ -457,8 +459,10 @@ class Loader:
         return functions_of(self._wanted_functions(), self.types.path)
 
     def _known_variables(self) -> set[str]:
-        """None where the kernel has no BTF of its own: no file that stands in for it has any."""
-        return set() if self.types.path else variables_of(self._wanted("variable"))
+        """Those that the kernel's own BTF has: no file that stands in for it has any."""
+        if not self.types.path:
+            return variables_of(self._wanted("variable"))
+        return {_OF_PREEMPTIBLE} if preempts_tracepoints(os.uname().release) else set()
 
     def _wanted_functions(self) -> set[str]:
         return self._wanted("function")
@@ -1196,6 +1200,15 @@ TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 def has_tracefs() -> bool:
     """Whether tracefs is mounted where it is looked for."""
     return any(os.path.isdir(os.path.join(place, "events")) for place in TRACEFS)
+
+
+def preempts_tracepoints(release: str) -> bool:
+    """Whether a kernel that has no BTF to tell is of those that preempt programs at tracepoints.
+
+    `release` is as `uname -r` says it. Mainline does since 7.0 (a46023d5616e).
+    """
+    major = re.match("[0-9]+", release)
+    return major is not None and int(major[0]) >= 7
 
 
 def ensure_tracefs() -> str:

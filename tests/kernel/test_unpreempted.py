@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from streamer.config.settings import Settings
 from streamer.kernel import loader
-from streamer.kernel.loader import OBJECTS
+from streamer.kernel.loader import OBJECTS, preempts_tracepoints
 from tests.bpf_variant import Variant
 from tests.conftest import Require
+from tests.kernel import system
 from tests.kernel.live import Live
 from tests.kernel.scope import Scope
-from tests.kernel.system import kernel_knows, preempts_tracepoints
+from tests.kernel.system import kernel_knows
 
 pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
 
@@ -28,7 +31,7 @@ TIMES = 20
 def as_if_preempted(monkeypatch: pytest.MonkeyPatch, require_kernel: Require) -> None:
     """What is used on 7.0 is used here, too, where the kernel has all that it takes."""
     there = kernel_knows("btf_trace_sched_prepare_exec") and kernel_knows("bpf_task_from_pid")
-    tells = preempts_tracepoints() or not kernel_knows("srcu_free_old_probes")
+    tells = system.preempts_tracepoints() or not kernel_knows("srcu_free_old_probes")
     require_kernel(there and tells, "this kernel has raw tracepoints alone for it")
     monkeypatch.setattr(loader, "variables_of", set)
 
@@ -116,3 +119,30 @@ def test_where_they_cannot_be_had_it_is_said(scope: Scope, monkeypatch: pytest.M
     told = {type(one).__name__: one for one in live.events}
     assert told["ProcessExec"].pid == told["ProcessExit"].pid == pid
     assert "ProcessFork" in told
+
+
+@pytest.mark.usefixtures("as_if_preempted")
+def test_without_btf_the_release_tells(
+    scope: Scope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a file in the place of the kernel's BTF, which has no variables.
+
+    A fork's child is found by a function that takes the kernel's own.
+    """
+    shutil.copyfile("/sys/kernel/btf/vmlinux", tmp_path / "vmlinux")
+    monkeypatch.setattr(loader, "preempts_tracepoints", lambda release: bool(release))
+    with Live(scope, KINDS, Settings(btf=str(tmp_path / "vmlinux"))) as live:
+        attached = {one.name for one in live.state.statuses if one.status == "attached"}
+        scope.act(run, ["/bin/true"])
+        live.check()
+    unpreempted = {"on_exec_unpreempted", "on_exit_unpreempted"}
+    assert attached == unpreempted | {"on_prepare_exec", "on_fork_preemptible"}
+    found = {kind: one.status for kind, one in live.state.coverage(KINDS).items()}
+    assert found == {"process.exec": "full", "process.exit": "full", "process.fork": "partial"}
+    told = {type(one).__name__ for one in live.events}
+    assert told == {"ProcessExec", "ProcessFork", "ProcessExit"}
+
+
+def test_from_which_release_on() -> None:
+    releases = ("5.10.0-32-amd64", "6.19.3", "7.0-rc1", "10.2")
+    assert [preempts_tracepoints(one) for one in releases] == [False, False, True, True]
