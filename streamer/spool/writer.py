@@ -7,6 +7,7 @@ together, in one transaction, so that there are no more waits for the disk than 
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 from streamer.events.batch import Batch
 from streamer.spool.records import batch_of
 from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store, Unreadable
+
+_log = logging.getLogger("streamer")
 
 TRANSACTION_BYTES = 4 << 20
 """Bytes of batches, before they are compressed, at which no more go into a transaction."""
@@ -176,9 +179,9 @@ class Writer:
                     marks=note.marks if note is not None else (),
                     state=note.state if note is not None else None,
                 )
-            except SpoolError as failure:  # what is to be forgotten is, with the next
-                error = failure
-                self._refused |= {one.item.sink: failure for one in puts}
+            except Exception as failure:  # what is to be forgotten is, with the next
+                error = _spool_error(failure)
+                self._refused |= {one.item.sink: error for one in puts}
             else:
                 self._forget = {"done": {}, "told": {}}
                 self._note = None
@@ -192,8 +195,8 @@ class Writer:
     def _read(self, asked: _Next) -> None:
         try:
             found = [self._fed(one) for one in self._store.next(asked.sink, asked.most)]
-        except SpoolError as error:
-            self._call(asked.read, [], error)
+        except Exception as error:
+            self._call(asked.read, [], _spool_error(error))
         else:
             self._call(asked.read, found, None)
 
@@ -203,6 +206,14 @@ class Writer:
     def _call(self, back: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is there to know
             self._loop.call_soon_threadsafe(back, *arguments)
+
+
+def _spool_error(error: Exception) -> SpoolError:
+    """What is said to who asked. A defect is no end of the thread, for which all would wait."""
+    if isinstance(error, SpoolError):
+        return error
+    _log.error("a defect in the spool's thread", exc_info=error)
+    return SpoolError(f"{type(error).__name__}: {error}"[:200])
 
 
 def _by_sink(puts: list[_Put]) -> Iterable[tuple[Wrote, list[Item]]]:

@@ -735,6 +735,7 @@ class Failing:
 
     def __init__(self, run: Run) -> None:
         self.code: int | None = None
+        self.defect: Exception | None = None
         self.before: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._write = run.spool._store.write
@@ -745,6 +746,8 @@ class Failing:
             self._loop.call_soon_threadsafe(self.before)
         if self.code is not None:
             raise SpoolError("the disk is full", lasting=self.code == sqlite3.SQLITE_CORRUPT)
+        if self.defect is not None:
+            raise self.defect
         return self._write(items, **others)  # type: ignore[arg-type]
 
 
@@ -782,6 +785,33 @@ async def test_a_disk_that_fails_costs_no_event_while_there_is_memory(
         await run.until(lambda: len(run.delivered) == 2010)
         assert warned == 1
         assert caplog.text.count("the spool is used again") == 2
+    await run.stop()
+
+
+async def test_a_defect_in_its_thread_is_seen_and_costs_no_event(
+    directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread goes on: all would wait for it for ever."""
+    monkeypatch.setattr("streamer.spool.sink.RETRY_SECONDS", 0.1)
+    run = Run(directory, budget=1 << 18)
+    await run.start(hold=True)
+    failing = Failing(run)
+    failing.defect = RuntimeError("broken")
+    for n in range(100):
+        run.sink.submit(batch("file.open", 1 + 10 * n, 10))
+        await asyncio.sleep(0)
+    await run.until(lambda: "RuntimeError: broken" in caplog.text)
+    failing.defect = None
+    await run.until(lambda: not run.sink._writing and run.sink.spooled)
+    read = run.spool._store.next
+    monkeypatch.setattr(run.spool._store, "next", lambda *_: 1 / 0)
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: "ZeroDivisionError" in caplog.text)
+    monkeypatch.setattr(run.spool._store, "next", read)
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert len(run.delivered) == 1000
+    assert run.recorder.drops == []
     await run.stop()
 
 
