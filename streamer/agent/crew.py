@@ -26,11 +26,13 @@ from streamer.agent.crew_messages import (
     End,
     Failed,
     Gone,
+    LogFrom,
     Progress,
     Ready,
     Said,
     Seen,
     SinkProgress,
+    ToWorker,
     Watched,
     brief,
     from_worker,
@@ -420,10 +422,7 @@ class Crew:
         for member in self.members:
             if member.ended.is_set():
                 continue
-            try:
-                member.channel.send(packed(Watched()))
-            except OSError as error:  # it has no time for that now
-                _log.debug("%s cannot be asked: %s", member.name, error)
+            _tell(member, Watched())
             if member.activity is not None:
                 seen.append(member.activity)
         return joined(seen) if len(seen) > 1 else own
@@ -433,10 +432,13 @@ class Crew:
         self._ending = True
         for member in self.members:
             if not member.ended.is_set():
-                try:
-                    member.channel.send(packed(End(grace_seconds)))
-                except OSError as error:  # it is heard of that it has ended, too
-                    _log.debug("%s cannot be told to end: %s", member.name, error)
+                _tell(member, End(grace_seconds))
+
+    def log_from(self, level: str) -> None:
+        """Have them say what is at least so severe."""
+        for member in self.members:
+            if not member.ended.is_set():
+                _tell(member, LogFrom(level))
 
     async def ended(self, deadline: float) -> None:
         """Wait until all have, or `deadline`, in seconds of the monotonic clock."""
@@ -514,6 +516,13 @@ def _be_one(number: int, end: socket.socket, serve: Serve) -> None:
             _last_words(channel, Said(logging.ERROR, brief(traceback_of(error))))
     finally:
         os._exit(code)
+
+
+def _tell(member: Member, message: ToWorker) -> None:
+    try:
+        member.channel.send(packed(message))
+    except OSError as error:  # it has no time for that now, or has ended, which is heard of too
+        _log.debug("%s cannot be told: %s", member.name, error)
 
 
 def _last_words(channel: Channel, message: Failed | Said) -> None:

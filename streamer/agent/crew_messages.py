@@ -46,6 +46,13 @@ class Watched(msgspec.Struct, tag=True):
     """To a further worker: somebody looks at who makes the events, and will for a while."""
 
 
+class LogFrom(msgspec.Struct, tag=True):
+    """To a further worker: say what is at least so severe."""
+
+    level: str
+    """As in the configuration."""
+
+
 class Ready(msgspec.Struct, tag=True):
     """From one: it reads."""
 
@@ -116,7 +123,7 @@ class Done(msgspec.Struct, tag=True):
 
 
 FromWorker = Ready | Progress | Seen | Gone | Said | Failed | Done
-ToWorker = Begin | Watched | End
+ToWorker = Begin | LogFrom | Watched | End
 
 
 def packed(message: FromWorker | ToWorker) -> dict[str, Any]:

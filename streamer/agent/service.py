@@ -309,6 +309,7 @@ class Service:
             if spool_mode(one) == "off":
                 sink.set_budget(one.budget // (len(self._crew.members) + 1))
         _log.setLevel(change.settings.log_level.upper())
+        self._crew.log_from(change.settings.log_level)
         self._reporter.configured(
             change.settings.filters, time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         )

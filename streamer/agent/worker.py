@@ -26,6 +26,7 @@ from streamer.agent.crew_messages import (
     Failed,
     FromWorker,
     Gone,
+    LogFrom,
     Progress,
     Ready,
     Said,
@@ -200,6 +201,8 @@ class Worker:
             self._ended.set()
         elif isinstance(message, Watched):
             self._watch.look()
+        elif isinstance(message, LogFrom):
+            _log.setLevel(message.level.upper())
 
     # ------------------------------------------------------------ reading
 

@@ -23,6 +23,7 @@ from streamer.agent.crew_messages import (
     Failed,
     FromWorker,
     Gone,
+    LogFrom,
     Progress,
     Ready,
     SinkProgress,
@@ -189,6 +190,22 @@ async def test_each_loss_is_told_where_it_was(setting: Setting) -> None:
     (error,) = setting.run.errors
     assert isinstance(error, SinkError)
     assert str(error) == "worker 1: no sink is left"
+
+
+async def test_another_level_of_the_log(setting: Setting) -> None:
+    await setting.begin()
+    setting.crew.log_from("debug")
+    received = setting.there.receive()
+    assert received is not None
+    assert to_worker(received[0]) == LogFrom("debug")
+
+
+async def test_one_that_cannot_be_told_is_none_of_the_others_trouble(setting: Setting) -> None:
+    await setting.begin()
+    setting.there.close()
+    setting.crew.log_from("debug")
+    setting.crew.end(1)
+    assert setting.run.errors == []
 
 
 async def test_one_ends_in_order(setting: Setting) -> None:
