@@ -19,11 +19,12 @@ from streamer.verify.records import (
     Malformed,
     Manifest,
     Previous,
+    RunMark,
     Shed,
     decode,
     decode_own,
 )
-from streamer.verify.run import SILENT_NS, Run, previous_of
+from streamer.verify.run import SETTLED_NS, SILENT_NS, Run, previous_of
 
 MOST_BAD = 10
 """Malformed records that are quoted."""
@@ -168,12 +169,22 @@ class Ledger:
 
     def _take_previous(self, run: Run, previous: Previous) -> None:
         self._previous[run.run_id] = previous
-        ours = {name for name in run.sinks if name.endswith(self._sinks)} if self._sinks else set()
+        ours = self._sinks_of(run)
         for one in previous.untold:
             known = repr(one)
             if known not in self._untold_known and (not ours or one.sink in ours | {""}):
                 self._untold_known.add(known)
                 self._untold.append((one.run_id, one))
+
+    def _sinks_of(self, run: Run) -> set[str]:
+        """Which of its sinks are read, as far as that is known."""
+        return {name for name in run.sinks if name.endswith(self._sinks)} if self._sinks else set()
+
+    def _ours(self, run: Run, marks: list[RunMark]) -> list[RunMark]:
+        """Those of the sink that is read; none where nobody knows which of several it is."""
+        ours = self._sinks_of(run)
+        found = [one for one in marks if not ours or one.sink in ours]
+        return found if len({one.sink for one in found}) == 1 else []
 
     def reported(
         self, sources: Iterable[str] = (), *, whole: bool = True, ended: bool = False
@@ -184,11 +195,16 @@ class Ledger:
         that what is missing will not be explained.
         """
         self._tell_untold()
-        for previous in self._previous.values():
-            previous_of(self._runs, previous)
         hosts: dict[str, list[Run]] = {}
         for run in sorted(self._runs.values(), key=lambda run: run.first_ns):
             hosts.setdefault(run.host, []).append(run)
+        for run_id, previous in self._previous.items():
+            teller = self._runs[run_id]
+            previous_of(self._runs, previous)
+            if previous.run_id in self._runs and (
+                ended or has_replayed(teller, hosts[teller.host])
+            ):
+                self._runs[previous.run_id].take_marks(self._ours(teller, previous.marks))
         for runs in hosts.values():
             for run in runs:
                 run.silent = run.end == "open" and (ended or is_silent(run, runs))
@@ -234,13 +250,16 @@ class Ledger:
 def is_silent(run: Run, runs: Iterable[Run]) -> bool:
     """Whether others of the host go on, and the run has said nothing for longer than it would."""
     patience = max(SILENT_NS, _TIMES * run.longest_ns)
+    return any(other.after(run.last_boot_ns, run) > patience for other in runs if other is not run)
+
+
+def has_replayed(run: Run, runs: Iterable[Run]) -> bool:
+    """Whether all that a run began with is there: what was in the spool comes before the rest.
+
+    It is if the run, or one of the host after it, has ended in order, or gone on for a while.
+    """
     return any(
-        (
-            other.last_boot_ns - run.last_boot_ns
-            if other.boot_id == run.boot_id
-            else other.last_ns - run.last_ns
-        )
-        > patience
+        other.first_ns >= run.first_ns
+        and (other.end == "ended" or other.after(run.first_boot_ns, run) > SETTLED_NS)
         for other in runs
-        if other is not run
     )

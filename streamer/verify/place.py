@@ -114,13 +114,15 @@ class Track:
 class Outcome:
     """What there is to say of a ring and CPU: its missing numbers, and what explains them."""
 
-    def __init__(self, track: Track, first: int, settled: int) -> None:
-        """Numbers from `first` on were to come; up to `settled` all is told that will be."""
+    def __init__(self, track: Track, first: int, settled: int, taken: int = 0) -> None:
+        """Numbers from `first` on were to come; up to `settled` all is told that will be. Up to
+        `taken` they were given to events, as the run after it says.
+        """
         track.sync()
         self._track = track
         self._first = first
         self.settled = settled
-        self.last = max(track.seen.last, settled, first - 1)
+        self.last = max(track.seen.last, settled, taken, first - 1)
         self.explained: Counter[str] = Counter()
         self.segments: list[Segment] = []
         self._contradicted: Counter[bool] = Counter()

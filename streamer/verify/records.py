@@ -101,12 +101,23 @@ class Shed(Struct, gc=False):
     kinds: dict[str, Number] = field(default_factory=dict)
 
 
+class RunMark(Struct, gc=False):
+    """See `streamer.events.stream.RunMark`."""
+
+    sink: str
+    ring: str
+    cpu: int
+    seq: Number
+    taken: Number
+
+
 class Previous(Struct, gc=False):
     """See `PreviousRun`."""
 
     run_id: str
     ended: str
     untold: list[Loss] = field(default_factory=list)
+    marks: list[RunMark] = field(default_factory=list)
 
 
 class Manifest(Struct, gc=False):

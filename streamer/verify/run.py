@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from streamer.events.summaries import SUMMARIES
 from streamer.verify import report
 from streamer.verify.place import OWN, Outcome, Track
-from streamer.verify.records import Heartbeat, Line, Loss, Manifest, Mark, Previous
+from streamer.verify.records import Heartbeat, Line, Loss, Manifest, Mark, Previous, RunMark
 from streamer.verify.shedding import Shedding
 from streamer.verify.told import Place, Segment, Told, Vague, assign, cut
 
@@ -60,6 +60,7 @@ class Run:
         self._waiting: deque[tuple[int, Heartbeat]] = deque()
         self._settled: Heartbeat | None = None
         self._beat_ns = 0
+        self._left: dict[Place, RunMark] = {}
 
     # ---------------------------------------------------------------- what comes
 
@@ -69,6 +70,12 @@ class Run:
         self.last_ns = max(self.last_ns, line.time_ns)
         self.first_boot_ns = min(self.first_boot_ns, line.boot_ns)
         self.last_boot_ns = max(self.last_boot_ns, line.boot_ns)
+
+    def after(self, boot_ns: int, run: Run) -> int:
+        """How long it has gone on after another was at that time, in ns; in other boots about."""
+        if self.boot_id == run.boot_id:
+            return self.last_boot_ns - boot_ns
+        return self.last_ns - (boot_ns + run.offset)
 
     def set_clock(self, line: Line) -> None:
         """The wall clock is another than before: it was set, or slewed."""
@@ -124,6 +131,11 @@ class Run:
             self.told.add_anywhere(loss.stage, numbered)
         else:  # runs of programs that were left out, flows, summaries: they have no numbers
             self.told.counts[loss.stage] += loss.count
+
+    def take_marks(self, marks: Iterable[RunMark]) -> None:
+        """The run after it says how far it had come when it was killed, where it had a spool."""
+        for one in marks:
+            self._left[one.ring, one.cpu] = one
 
     def take_heartbeat(self, beat: Heartbeat, boot_ns: int, lane: str) -> None:
         """The account so far."""
@@ -208,11 +220,12 @@ class Run:
         rest: dict[Place, list[tuple[int, int]]] = {}
         vague = list(self.told.vague)
         settled = self._marks(over)
-        for place, track in sorted(self.tracks.items()):
+        for place, track in sorted(self._tracks(begun).items()):
             if track.own:
                 continue
             first = 1 if begun else _first(track, linear)
-            outcome = outcomes[place] = Outcome(track, first, settled.get(place, 0))
+            taken = self._left[place].taken if place in self._left else 0
+            outcome = outcomes[place] = Outcome(track, first, settled.get(place, 0), taken)
             rest[place] = outcome.explain(self.told)
             if unused := outcome.unused():
                 vague.append(Vague("unused", unused, {place: ((first, outcome.last),)}))
@@ -226,10 +239,19 @@ class Run:
             outcomes[place].explained.update(counts)
         return outcomes
 
+    def _tracks(self, begun: bool) -> dict[Place, Track]:
+        """Also those of which nothing came before it was killed, if its beginning is there."""
+        unseen = [place for place in self._left if place not in self.tracks] if begun else ()
+        return self.tracks | {place: Track(self, place, "") for place in unseen}
+
     def _marks(self, over: bool) -> dict[Place, int]:
         """Per place, up to which number all is told: of a run that has ended, up to the last."""
         if self.silent:
             return {place: _most(track) for place, track in self.tracks.items()}
+        if self._left and self.last is not None:
+            # Behind the last heartbeat nobody knows how many numbers were given up unused.
+            read = {(m.ring, m.cpu): m.read for m in self.last.marks}
+            return {place: min(one.seq, read.get(place, 0)) for place, one in self._left.items()}
         beat = self.last if over else self._settled
         if beat is None:
             return {}

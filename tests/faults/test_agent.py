@@ -291,6 +291,16 @@ def test_killed(cluster: Cluster, scope: Scope, tmp_path: Path, record: Record) 
     report = verify(f"kafka://{cluster.address}/{topic}", records)
     assert report.ok, [run for host in report.hosts.values() for run in host.runs if run.problems]
     assert report.events == len(known)
+    told = {one.run_id: one for host in report.hosts.values() for one in host.runs}
+    for run_id in killed.keys() & before.keys():
+        for place in told[run_id].places:
+            there = len(killed[run_id][place.ring, place.cpu])
+            marks = [
+                one.taken
+                for one in before[run_id].marks
+                if (one.ring, one.cpu) == (place.ring, place.cpu)
+            ]
+            assert place.last == max([there, *marks]), (place, marks)
     row = Row(
         f"SIGKILL of the agent, {KILLS} times",
         offered.total(),

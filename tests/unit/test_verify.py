@@ -376,6 +376,45 @@ def test_a_run_that_was_killed(told: bool) -> None:
     assert report.ok == told
 
 
+def mark(seq: int, taken: int, cpu: int = 0, sink: str = "file:x") -> Record:
+    return {"sink": sink, "ring": "bulk", "cpu": cpu, "seq": seq, "last": seq, "taken": taken}
+
+
+def killed_run(marks: list[Record], seconds: int, *numbers: int) -> list[Record]:
+    """A run with these numbers, 4 of which a heartbeat had read; and one after it for so long."""
+    killed, after = Stream(), Stream("fedcba9876543210")
+    records = [killed.manifest(), *map(killed.event, numbers), killed.heartbeat(("bulk", 0, 4, 4))]
+    after.boot_ns += 5 * SECOND
+    previous = {"run_id": killed.run_id, "ended": "killed", "untold": [], "marks": marks}
+    records.append(after.manifest(previous=previous))
+    after.boot_ns += seconds * SECOND
+    return [*records, after.heartbeat()]
+
+
+def test_how_much_a_run_with_a_spool_lost_is_known() -> None:
+    """What comes after its last event, and of a CPU that nothing came from; not what came."""
+    report = verified(killed_run([mark(5, 9), mark(0, 3, cpu=1)], 11, 1, 2, 3, 4, 5, 7))
+    assert (report.explained, report.unexplained, report.ok) == ({"killed": 6}, 0, True)
+    run = report.hosts["node-1"].runs[0]
+    assert [(place.cpu, place.last, place.missing) for place in run.places] == [
+        (0, 9, 3),
+        (1, 3, 3),
+    ]
+
+
+def test_what_was_safe_when_a_run_was_killed_is_to_come() -> None:
+    """Until a while after the next has begun, which has what was in the spool delivered first."""
+    missing = killed_run([mark(4, 5)], 11, 1, 3, 4)
+    report = verified(missing)
+    assert (report.explained, report.unexplained, report.ok) == ({"killed": 1}, 1, False)
+    early = killed_run([mark(4, 5)], 9, 1, 3, 4)
+    assert verified(early).explained == {"killed": 1}
+    assert verified(early).ok
+    assert not verified(early, ended=True).ok
+    others = killed_run([mark(4, 5), mark(4, 5, sink="file:y")], 11, 1, 3, 4)
+    assert verified(others).ok, "nobody knows which sink is read"
+
+
 def test_the_next_run_tells_what_a_run_could_not() -> None:
     first, after = Stream(), Stream("fedcba9876543210")
     records = whole_run(9, first)
