@@ -130,6 +130,8 @@ class Looks:
             dropped=dict(account.dropped),
             delivered_bytes=sink.delivered_bytes,
             pending=account.pending,
+            spooled=sink.spooled,
+            spool_filled=round(sink.spool_filled, 4),
             held_bytes=max(sink.watermarks.held, 0) + sum(one.held for one in others),
             budget_bytes=budget * (1 + len(others)),
             lag_seconds=round(max([sink.latency.lag_seconds, *lags]), 6),

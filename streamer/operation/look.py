@@ -73,6 +73,10 @@ class SinkLook(Struct, frozen=True):
         Count, Meta(description="bytes of the encoded events that were delivered")
     ]
     pending: Annotated[Count, Meta(description="events that are neither yet")]
+    spooled: Annotated[Count, Meta(description="of these, those that wait on disk, in its spool")]
+    spool_filled: Annotated[
+        float, Meta(ge=0, description="share of the spool that is used, 0 to 1; 0: it has none")
+    ]
     held_bytes: Annotated[Count, Meta(description="bytes held for it")]
     budget_bytes: Annotated[Count, Meta(description="from how many it counts as full")]
     lag_seconds: Annotated[

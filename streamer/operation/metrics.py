@@ -172,14 +172,16 @@ def _sinks(look: Look) -> Iterator[Metric]:
         [((sink,), one.delivered_bytes) for sink, one in sinks],
         "sink",
     )
-    for what, text in (
-        ("pending", "Events that are neither delivered nor dropped."),
-        ("held_bytes", "Bytes held for it."),
-        ("budget_bytes", "From how many held bytes on it is full."),
-        ("lag_seconds", "How long a batch has been under way."),
+    for what, name, text in (
+        ("pending", "pending_events", "Events that are neither delivered nor dropped."),
+        ("held_bytes", "held_bytes", "Bytes held for it."),
+        ("budget_bytes", "budget_bytes", "From how many held bytes on it is full."),
+        ("lag_seconds", "lag_seconds", "How long a batch has been under way."),
+        ("spooled", "spooled_events", "Pending events that wait on disk."),
+        ("spool_filled", "spool_filled_ratio", "Share of its spool that is used."),
     ):
-        name = "sink_pending_events" if what == "pending" else f"sink_{what}"
-        yield _gauge(name, text, [((sink,), getattr(one, what)) for sink, one in sinks], "sink")
+        values = [((sink,), getattr(one, what)) for sink, one in sinks]
+        yield _gauge(f"sink_{name}", text, values, "sink")
     statuses: dict[tuple[str, ...], str] = {(sink,): one.status for sink, one in sinks}
     yield _states(
         "streamer_sink_status", "Status.", "status", statuses, ("sink",), _STATUSES["sink"]

@@ -103,6 +103,8 @@ def _sinks(look: Look) -> Iterator[str]:
 def _numbers(one: SinkLook) -> str:
     delivered, dropped = sum(one.delivered.values()), sum(one.dropped.values())
     parts = [f"{delivered:,} delivered, {dropped:,} dropped, {one.pending:,} pending"]
+    if one.spooled or one.spool_filled:
+        parts.append(f"{one.spooled:,} on disk, spool {one.spool_filled:.0%} full")
     parts.append(f"{one.held_bytes / one.budget_bytes:.0%} of its budget held")
     parts.append(f"lag {duration(round(one.lag_seconds * 1e9))}")
     if sum(one.latency.counts):

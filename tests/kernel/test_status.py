@@ -15,13 +15,18 @@ from typing import Any
 
 import pytest
 
+from tests.brokers import free_port
 from tests.kernel.agent import ROOT, Agent
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
-from tests.kernel.test_metrics import run_programs
+from tests.kernel.spooling import agent_with
+from tests.kernel.system import open_missing
+from tests.kernel.test_metrics import get, run_programs
 
 pytestmark = pytest.mark.kernel
 
 EXECS = 60
+OPENS = 2000
 
 
 def command(agent: Agent, name: str, *options: str) -> list[str]:
@@ -29,10 +34,10 @@ def command(agent: Agent, name: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "streamer", name, "-c", config, *options]
 
 
-def status(agent: Agent) -> Any:
-    done = subprocess.run(
-        command(agent, "status", "--json"), cwd=ROOT, capture_output=True, check=True
-    )
+def status(agent: Agent, code: int = 0) -> Any:
+    """`code`: 1 where the agent is not ready."""
+    done = subprocess.run(command(agent, "status", "--json"), cwd=ROOT, capture_output=True)
+    assert done.returncode == code, done.stderr
     return json.loads(done.stdout)
 
 
@@ -58,6 +63,48 @@ def test_status_is_the_account(scope: Scope, tmp_path: Path) -> None:
     assert found["not_ready"] == []
     assert found["pid"] == agent.pid
     assert re.search(r"^process.exec .* full$", text.stdout.decode(), re.M)
+
+
+def open_at_a_pace() -> None:
+    """So that no drain has more than the small budget takes."""
+    for turn in range(0, OPENS, 100):
+        open_missing(f"/no/{turn}/", 100)
+        time.sleep(0.02)
+
+
+def test_what_waits_on_disk_is_said(scope: Scope, tmp_path: Path) -> None:
+    """By `status`, and by the metrics: of a broker that is away, whose budget is small."""
+    address, port = f"127.0.0.1:{free_port()}", free_port()
+    sinks = f"""[[sinks]]
+type = "kafka"
+bootstrap = ["{address}"]
+topic = "kernel-events"
+budget_bytes = 262144
+spool = "spill"
+[metrics]
+listen = "127.0.0.1:{port}"
+"""
+    with agent_with(tmp_path, scope, sinks, "run", most=1 << 22) as agent:
+        scope.act(open_at_a_pace)
+        agent.wait_for(b'{"event":"file.open"', OPENS)
+        name = f"kafka://{address}/kernel-events"
+        deadline = time.monotonic() + seconds(20)
+        while (one := status(agent, 1)["sinks"][name])["spooled"] < OPENS // 2:
+            assert time.monotonic() < deadline, one
+            time.sleep(0.1)
+        assert one["received"]["file.open"] == OPENS
+        assert OPENS <= one["pending"] < OPENS + 100
+        assert one["held_bytes"] < 2 * 262144
+        assert 0.01 < one["spool_filled"] < 0.9
+        text = subprocess.run(
+            command(agent, "status"), cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        found = get(port, "/metrics")[1]
+        agent.stop(check=False)
+    assert re.search(rf"{re.escape(name)} is .* [\d,]+ on disk, spool \d+% full", text)
+    for metric, least in (("spooled_events", OPENS // 2), ("spool_filled_ratio", 0.01)):
+        (value,) = re.findall(rf'streamer_sink_{metric}{{sink="{name}"}} (.*)', found)
+        assert float(value) >= least
 
 
 def test_nobody_else_may_ask(tmp_path: Path) -> None:
