@@ -239,10 +239,12 @@ def test_a_sink_goes_and_comes_back(scope: Scope, tmp_path: Path) -> None:
     wanted = {"events": '"file.open"', "filters": within(scope)}
     with Reloadable(tmp_path, sinks=both, **wanted) as agent:
         scope.act(open_missing, f"{base}/first/", EACH)
+        agent.wait_for(b"/first/", EACH)  # what is not read yet would come after it has gone
         agent.write(**wanted)
         line = agent.reload()
         assert f"sinks: {name} gone" in line
         scope.act(open_missing, f"{base}/second/", 2 * EACH)
+        agent.wait_for(b"/second/", 2 * EACH)
         agent.wait_for(b"stream.heartbeat")
         assert "goes on without this sink" in verified(other)
         agent.write(sinks=both, **wanted)
@@ -318,9 +320,11 @@ def test_a_broker_is_added_and_taken_out(scope: Scope, tmp_path: Path) -> None:
         mqtt += 'topic = "kernel"\nlinger_ms = 3000\n'
         with subscribed(broker, "kernel", heard), Reloadable(tmp_path, **wanted) as agent:
             scope.act(open_missing, f"{base}/before/", EACH)
+            agent.wait_for(b"/before/", EACH)
             agent.write(sinks=file + mqtt, **wanted)
             agent.reload()
             scope.act(open_missing, f"{base}/with/", EACH)
+            agent.wait_for(b"/with/", EACH)
             agent.write(**wanted)
             agent.reload()
             scope.act(open_missing, f"{base}/after/", EACH)
