@@ -57,12 +57,26 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 """Which of several processes this is, such as `gw0`; empty in the only one, and in their head."""
 
 
+_OF_BROKERS = frozenset(
+    f"tests/kernel/test_{name}.py"
+    for name in (
+        *("end_to_end", "reload", "secrets", "slow_broker", "spool", "spool_mqtt", "untold"),
+        "verify",
+    )
+)
+"""Of the kernel's tests those that wait for brokers most of the time, and attach to no interface."""
+
+
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
-    """Which tests keep to one process: the kernel's all to the same, others by their file."""
+    """Which tests keep to one process: others by their file, and the kernel's all to the same, as
+    they share interfaces and CPUs; but those of brokers, which make up a third of their time.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "tests/kernel" if file.startswith("tests/kernel/") else file
+        if file.startswith("tests/kernel/") and file not in _OF_BROKERS:
+            return "tests/kernel"
+        return file
 
 
 @pytest.hookimpl(optionalhook=True)
