@@ -64,7 +64,7 @@ _OF_BROKERS = frozenset(
         "verify",
     )
 )
-"""Of the kernel's tests those that wait for brokers most of the time, and attach to no interface."""
+"""Those of the kernel's tests that mostly wait for brokers, and attach to no interface."""
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
