@@ -217,8 +217,13 @@ class Ledger:
     def _tell_untold(self) -> None:
         rest = []
         for run_id, loss in self._untold:
-            if run_id in self._runs:
-                self._runs[run_id].take_loss(loss)
+            run = self._runs.get(run_id)
+            if run is not None:
+                run.take_loss(loss)
+                # Nothing lost: that is said of a run that was killed, and so was the one after it,
+                # before it could say so.
+                if loss.stage == "stop" and not loss.count and run.end == "open":
+                    run.end = "killed"
             else:
                 rest.append((run_id, loss))
         self._untold = rest

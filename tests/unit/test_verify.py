@@ -376,6 +376,19 @@ def test_a_run_that_was_killed(told: bool) -> None:
     assert report.ok == told
 
 
+def test_a_run_that_was_killed_and_so_was_the_next_before_it_said_so() -> None:
+    killed, later = Stream(), Stream("fedcba9876543210")
+    records = [killed.manifest(), killed.event(1), killed.event(3)]
+    later.boot_ns += 3600 * SECOND
+    told = {"run_id": killed.run_id, "sink": "", "stage": "stop", "count": 0, "kinds": {}}
+    told |= {"reason": "this run was killed, and what it held is lost", "ranges": []}
+    between = {"run_id": "0011223344556677", "ended": "killed", "untold": [told]}
+    records.append(later.manifest(previous=between))
+    report = verified(records)
+    assert [run.end for run in report.hosts["node-1"].runs] == ["killed", "open"]
+    assert (report.explained, report.ok) == ({"killed": 1}, True)
+
+
 def mark(seq: int, taken: int, cpu: int = 0, sink: str = "file:x") -> Record:
     return {"sink": sink, "ring": "bulk", "cpu": cpu, "seq": seq, "last": seq, "taken": taken}
 
