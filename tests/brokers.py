@@ -8,6 +8,7 @@ blocks; a test that goes on meanwhile uses `asyncio.to_thread`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -30,17 +31,26 @@ _PARTITION = re.compile(r" *partition (\d+), leader (-?\d+), .*isrs: ([\d,]*)")
 FORMAT = ("kafka.tools.StorageTool", "format", "-t", "c3RyZWFtZXItdGVzdHMtMQ")
 
 
+def _ports() -> Iterator[int]:
+    """None twice, and others than the other process of the tests has: some listen only later."""
+    first = 26000 if os.environ.get("PYTEST_XDIST_WORKER") == "gw1" else 20000
+    return itertools.cycle(random.sample(range(first, first + 6000), 6000))
+
+
+_PORTS = _ports()
+
+
 def free_port() -> int:
     """A loopback port that nothing listens on.
 
     It lies below the kernel's ephemeral range: a client that keeps connecting to a dead
     ephemeral port can be given that very port as its own, and then the broker cannot bind.
     """
-    while True:
-        port = random.randrange(20000, 32000)
+    for port in _PORTS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("they do not end")
 
 
 def kafka_class_path() -> str:
@@ -98,7 +108,10 @@ class Broker(ABC):
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise RuntimeError(f"{command[0]} did not come up:\n{self.log[-4000:]}")
+                log = self.log
+                wrong = re.findall(".*(?:ERROR|FATAL|Exception).*", log)[:10]
+                said = "\n".join([*wrong, "...", log[-4000:]])
+                raise RuntimeError(f"{command[0]} did not come up:\n{said}")
             time.sleep(0.05)
 
     def kill(self) -> None:
