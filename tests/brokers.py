@@ -108,9 +108,9 @@ class Broker(ABC):
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                log = self.log
-                wrong = re.findall(".*(?:ERROR|FATAL|Exception).*", log)[:10]
-                said = "\n".join([*wrong, "...", log[-4000:]])
+                text = self.log
+                wrong = re.findall(".*(?:ERROR|FATAL|Exception).*", text)[:10]
+                said = "\n".join([*wrong, "...", text[-4000:]])
                 raise RuntimeError(f"{command[0]} did not come up:\n{said}")
             time.sleep(0.05)
 
