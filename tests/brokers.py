@@ -46,11 +46,11 @@ def free_port() -> int:
     It lies below the kernel's ephemeral range: a client that keeps connecting to a dead
     ephemeral port can be given that very port as its own, and then the broker cannot bind.
     """
-    for port in _PORTS:
+    while True:
+        port = next(_PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise AssertionError("they do not end")
 
 
 def kafka_class_path() -> str:

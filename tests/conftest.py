@@ -7,8 +7,8 @@ has to pass on another kernel, which `tests/vm/suite.py` sees to.
 
 With `STREAMER_TEST_RESULTS=FILE` the result of each test is written there, one JSON per line.
 
-`make test` runs two processes (`-n 2`): tests that trace the kernel keep to one of them, one after
-the other, and of the others each file to one.
+`make test` runs two processes (`-n 2`): most tests that trace the kernel keep to one of them, one
+after the other, and of the others each file to one.
 """
 
 from __future__ import annotations

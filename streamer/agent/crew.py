@@ -522,7 +522,8 @@ def _tell(member: Member, message: ToWorker) -> None:
     try:
         member.channel.send(packed(message))
     except OSError as error:  # it has no time for that now, or has ended, which is heard of too
-        _log.debug("%s cannot be told: %s", member.name, error)
+        lasting = logging.WARNING if isinstance(message, LogFrom) else logging.DEBUG
+        _log.log(lasting, "%s cannot be told %s: %s", member.name, message, error)
 
 
 def _last_words(channel: Channel, message: Failed | Said) -> None:

@@ -220,11 +220,13 @@ class Fanout(Listener):
     def publish_newest(self, record: StreamRecord) -> None:
         """Give one that has all that the ones of its kind before it had, such as a heartbeat.
 
-        A full sink gets it when it has delivered those, so that none pile up behind a backlog.
+        A full sink gets it when it has delivered those, so that none pile up behind a backlog. With
+        it goes what the sink is owed: a heartbeat says how far all is told.
         """
         batch = Batch([record])
         for sink in self.sinks:
             if not sink.watermarks.full or not any(_pending(sink, kind) for kind in batch.kinds):
+                self._publish_owed(sink)
                 self._give(sink, batch)
 
     def lose(self, lost: Iterable[Lost]) -> None:

@@ -243,7 +243,8 @@ class Store:
         with _worded():
             for row in self._db.execute("SELECT * FROM mark ORDER BY sink, ring, cpu"):
                 mark = Mark(*row)
-                _check([mark.sink, mark.ring], [*mark[2:], MOST_CPUS - 1 - mark.cpu,
+                _check([mark.sink, mark.ring], [*mark[2:], *(MOST_N - one for one in mark[2:]),
+                                                MOST_CPUS - 1 - mark.cpu,
                                                 MOST_MARKS - len(found)])  # fmt: skip
                 if mark.ring not in RINGS:
                     raise SpoolError(NO_SENSE, lasting=True)
@@ -395,6 +396,14 @@ class Store:
         if found:
             self._fed[sink] = found[-1].n
         return found
+
+    def fed(self, sink: str) -> int:
+        """The last batch that the sink was given."""
+        return self._fed.get(sink, 0)
+
+    def feed_from(self, sink: str, n: int) -> None:
+        """Give the sink what is behind this batch, again if it was given."""
+        self._fed[sink] = n
 
     def close(self) -> None:
         """Let go of the files. What cannot be tidied up on the way is left as it is."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ _log = logging.getLogger("streamer")
 
 TRANSACTION_BYTES = 4 << 20
 """Bytes of batches, before they are compressed, at which no more go into a transaction."""
+
+WARN_SECONDS = 600.0
+"""A defect is logged once in so long."""
 
 Wrote = Callable[[Sequence[Item], SpoolError | None], None]
 """Called with batches that are on disk, or that are not and why."""
@@ -76,6 +80,7 @@ class Writer:
         self._forget: dict[str, dict[str, int]] = {"done": {}, "told": {}}
         self._note: _Note | None = None
         self._refused: dict[str, SpoolError] = {}
+        self._warn_at = 0.0
         self.gave_up: Callable[[GivenUp], None] = lambda one: None
         self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
         self._thread.start()
@@ -180,8 +185,10 @@ class Writer:
                     state=note.state if note is not None else None,
                 )
             except Exception as failure:  # what is to be forgotten is, with the next
-                error = _spool_error(failure)
+                error = self._spool_error(failure)
                 self._refused |= {one.item.sink: error for one in puts}
+                if not isinstance(failure, SpoolError):
+                    self._note = None  # it may be what fails; a newer one comes
             else:
                 self._forget = {"done": {}, "told": {}}
                 self._note = None
@@ -193,27 +200,31 @@ class Writer:
             self._call(wrote, left, error)
 
     def _read(self, asked: _Next) -> None:
+        before = self._store.fed(asked.sink)
         try:
             found = [self._fed(one) for one in self._store.next(asked.sink, asked.most)]
         except Exception as error:
-            self._call(asked.read, [], _spool_error(error))
+            self._store.feed_from(asked.sink, before)  # the sink has got none of them
+            self._call(asked.read, [], self._spool_error(error))
         else:
             self._call(asked.read, found, None)
 
     def _fed(self, one: Item | Unreadable) -> Fed:
         return Fed(one.n, *batch_of(one, self._run_id))
 
+    def _spool_error(self, error: Exception) -> SpoolError:
+        """What is said to who asked. A defect is no end of the thread, for which all would wait."""
+        if isinstance(error, SpoolError):
+            return error
+        now = time.monotonic()
+        if now >= self._warn_at:
+            self._warn_at = now + WARN_SECONDS
+            _log.error("a defect in the spool's thread", exc_info=error)
+        return SpoolError(f"{type(error).__name__}: {error}"[:200])
+
     def _call(self, back: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is there to know
             self._loop.call_soon_threadsafe(back, *arguments)
-
-
-def _spool_error(error: Exception) -> SpoolError:
-    """What is said to who asked. A defect is no end of the thread, for which all would wait."""
-    if isinstance(error, SpoolError):
-        return error
-    _log.error("a defect in the spool's thread", exc_info=error)
-    return SpoolError(f"{type(error).__name__}: {error}"[:200])
 
 
 def _by_sink(puts: list[_Put]) -> Iterable[tuple[Wrote, list[Item]]]:

@@ -19,7 +19,6 @@ from streamer.verify.records import (
     Malformed,
     Manifest,
     Previous,
-    RunMark,
     Shed,
     decode,
     decode_own,
@@ -62,7 +61,7 @@ class Ledger:
         self._runs: dict[str, Run] = {}
         self._tracks: dict[str, Track] = {}
         self._bad: list[report.Bad] = []
-        self._previous: dict[str, Previous] = {}
+        self._previous: dict[str, tuple[Previous, set[str]]] = {}
         self._untold: list[tuple[str, Loss]] = []
         self._untold_known: set[str] = set()
 
@@ -107,13 +106,12 @@ class Ledger:
                 track.older += 1
             if run is not last:
                 if last is not None and newest is not None:
-                    last.saw(newest)
-                run.lanes.add(lane)
-                run.saw(line)
+                    last.heard(newest, lane)
+                run.heard(line, lane)
                 last = run
             newest = line
         if last is not None and newest is not None:
-            last.saw(newest)
+            last.heard(newest, lane)
 
     def _refuse(self, bad: Malformed) -> None:
         self.malformed += 1
@@ -131,7 +129,7 @@ class Ledger:
         if run is None:
             if len(self._runs) >= MOST_RUNS:
                 raise ValueError("there are too many runs")
-            run = self._runs[run_id] = Run(run_id, line)
+            run = self._runs[run_id] = Run(run_id, line, len(self._runs))
         place = ring, int(cpu)
         track = run.tracks.get(place)
         if track is None:
@@ -145,12 +143,11 @@ class Ledger:
         if not track.take(seq, lane):
             return
         run = track.run
-        run.lanes.add(lane)
         run.boot_id = own.boot_id or run.boot_id
         run.kinds[line.event] += 1
         if line.time_ns - line.boot_ns != run.offset:
             run.set_clock(line)
-        run.saw(line)
+        run.heard(line, lane)
         if isinstance(record, Manifest):
             run.take_manifest(record, self._sinks)
             if record.previous is not None:
@@ -168,8 +165,8 @@ class Ledger:
         run.settle()
 
     def _take_previous(self, run: Run, previous: Previous) -> None:
-        self._previous[run.run_id] = previous
         ours = self._sinks_of(run)
+        self._previous.setdefault(run.run_id, (previous, ours or {*run.sinks}))
         for one in previous.untold:
             known = repr(one)
             if known not in self._untold_known and (not ours or one.sink in ours | {""}):
@@ -179,12 +176,6 @@ class Ledger:
     def _sinks_of(self, run: Run) -> set[str]:
         """Which of its sinks are read, as far as that is known."""
         return {name for name in run.sinks if name.endswith(self._sinks)} if self._sinks else set()
-
-    def _ours(self, run: Run, marks: list[RunMark]) -> list[RunMark]:
-        """Those of the sink that is read; none where nobody knows which of several it is."""
-        ours = self._sinks_of(run)
-        found = [one for one in marks if not ours or one.sink in ours]
-        return found if len({one.sink for one in found}) == 1 else []
 
     def reported(
         self, sources: Iterable[str] = (), *, whole: bool = True, ended: bool = False
@@ -198,13 +189,13 @@ class Ledger:
         hosts: dict[str, list[Run]] = {}
         for run in sorted(self._runs.values(), key=lambda run: run.first_ns):
             hosts.setdefault(run.host, []).append(run)
-        for run_id, previous in self._previous.items():
-            teller = self._runs[run_id]
+        for run_id, (previous, sinks) in self._previous.items():
             previous_of(self._runs, previous)
-            if previous.run_id in self._runs and (
-                ended or has_replayed(teller, hosts[teller.host])
-            ):
-                self._runs[previous.run_id].take_marks(self._ours(teller, previous.marks))
+            before, teller = self._runs.get(previous.run_id), self._runs[run_id]
+            if before is None or previous.ended != "killed" or len(sinks) != 1:
+                continue  # of several sinks nobody knows which it is
+            if ended or has_replayed(before, teller, hosts[teller.host]):
+                before.take_marks(one for one in previous.marks if one.sink in sinks)
         for runs in hosts.values():
             for run in runs:
                 run.silent = run.end == "open" and (ended or is_silent(run, runs))
@@ -255,16 +246,21 @@ class Ledger:
 def is_silent(run: Run, runs: Iterable[Run]) -> bool:
     """Whether others of the host go on, and the run has said nothing for longer than it would."""
     patience = max(SILENT_NS, _TIMES * run.longest_ns)
-    return any(other.after(run.last_boot_ns, run) > patience for other in runs if other is not run)
+    return any(other.after(run) > patience for other in runs if other is not run)
 
 
-def has_replayed(run: Run, runs: Iterable[Run]) -> bool:
-    """Whether all that a run began with is there: what was in the spool comes before the rest.
+def has_replayed(killed: Run, teller: Run, runs: Iterable[Run]) -> bool:
+    """Whether all that there was in the spool of one that was `killed` has come.
 
-    It is if the run, or one of the host after it, has ended in order, or gone on for a while.
+    It comes before what the `teller`, which began next, has to say, in each lane. So it has where
+    that one, or one after it, has gone on for a while; or ended in order, if there is but one lane.
     """
-    return any(
-        other.first_ns >= run.first_ns
-        and (other.end == "ended" or other.after(run.first_boot_ns, run) > SETTLED_NS)
-        for other in runs
+    later = [one for one in runs if one.number >= teller.number]
+    if len(killed.lanes) == 1 and any(
+        one.end == "ended" and one.lanes.keys() == killed.lanes.keys() for one in later
+    ):
+        return True
+    return all(
+        any(one.lanes.get(lane, 0) - one.first_boot_ns > SETTLED_NS for one in later)
+        for lane in killed.lanes
     )

@@ -32,8 +32,9 @@ second, a slow one later. Its own records do not."""
 class Run:
     """A run. Records of other releases may lack what is asked for here."""
 
-    def __init__(self, run_id: str, line: Line) -> None:
-        """`line` is the first of its records."""
+    def __init__(self, run_id: str, line: Line, number: int = 0) -> None:
+        """`line` is the first of its records; `number` says which of all runs was met first."""
+        self.number = number
         self.run_id = run_id
         self.host = line.host
         self.boot_id = self.agent = ""
@@ -45,7 +46,8 @@ class Run:
         self._clocks = deque([(line.boot_ns, self.offset)], maxlen=MOST_STEPS)
         self.first_ns = self.last_ns = line.time_ns
         self.first_boot_ns = self.last_boot_ns = line.boot_ns
-        self.lanes: set[str] = set()
+        self.lanes: dict[str, int] = {}
+        """The newest of its records in each, in ns since boot."""
         self.told = Told()
         self.given_up: Counter[str] = Counter()
         self.sinks: list[str] = []
@@ -71,11 +73,18 @@ class Run:
         self.first_boot_ns = min(self.first_boot_ns, line.boot_ns)
         self.last_boot_ns = max(self.last_boot_ns, line.boot_ns)
 
-    def after(self, boot_ns: int, run: Run) -> int:
-        """How long it has gone on after another was at that time, in ns; in other boots about."""
+    def heard(self, line: Line, lane: str) -> None:
+        """Note the time of a record, and where it was."""
+        self.saw(line)
+        self.lanes[lane] = max(self.lanes.get(lane, 0), line.boot_ns)
+
+    def after(self, run: Run) -> int:
+        """How long it has gone on after another, in ns; about, if that was in an earlier boot."""
         if self.boot_id == run.boot_id:
-            return self.last_boot_ns - boot_ns
-        return self.last_ns - (boot_ns + run.offset)
+            return self.last_boot_ns - run.last_boot_ns
+        if self.number < run.number:  # a boot ends before the next: whatever the clock said then
+            return 0
+        return self.last_ns - run.last_ns
 
     def set_clock(self, line: Line) -> None:
         """The wall clock is another than before: it was set, or slewed."""
@@ -248,14 +257,16 @@ class Run:
         """Per place, up to which number all is told: of a run that has ended, up to the last."""
         if self.silent:
             return {place: _most(track) for place, track in self.tracks.items()}
-        if self._left and self.last is not None:
+        safe: dict[Place, int] = {}
+        if self.last is not None:
             # Behind the last heartbeat nobody knows how many numbers were given up unused.
             read = {(m.ring, m.cpu): m.read for m in self.last.marks}
-            return {place: min(one.seq, read.get(place, 0)) for place, one in self._left.items()}
+            safe = {place: min(one.seq, read.get(place, 0)) for place, one in self._left.items()}
         beat = self.last if over else self._settled
         if beat is None:
-            return {}
-        return {(m.ring, m.cpu): m.seq if beat.final else m.read for m in beat.marks}
+            return safe
+        told = {(m.ring, m.cpu): m.seq if beat.final else m.read for m in beat.marks}
+        return {place: max(told.get(place, 0), safe.get(place, 0)) for place in told | safe}
 
     def _accounts(self, over: bool, begun: bool, linear: bool) -> dict[str, report.Account]:
         counts = self.last.counts if self.last is not None else {}

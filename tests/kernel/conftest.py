@@ -49,8 +49,10 @@ def subject(open_directory: Path) -> Path:
     """The compiled `subject.c`: linked statically, so that it runs in a chroot too."""
     if not BUILT.exists() or BUILT.stat().st_mtime_ns < SOURCE.stat().st_mtime_ns:
         BUILT.parent.mkdir(parents=True, exist_ok=True)
-        command = ["cc", "-O1", "-static", "-pthread", "-Wall", "-Werror", "-o", str(BUILT)]
+        own = BUILT.with_suffix(f".{os.getpid()}")  # another process of the tests may do the same
+        command = ["cc", "-O1", "-static", "-pthread", "-Wall", "-Werror", "-o", str(own)]
         subprocess.run([*command, str(SOURCE)], check=True)
+        own.replace(BUILT)
     return Path(shutil.copy(BUILT, open_directory))
 
 

@@ -263,6 +263,23 @@ async def test_of_heartbeats_one_waits_in_a_full_sink(policy: Policy) -> None:
     assert [one for one in other.events if isinstance(one, Beat)] == beats
 
 
+async def test_a_full_sink_is_told_what_it_is_owed_with_a_heartbeat() -> None:
+    """Which says how far all is told."""
+    sink, calls = await opened("full", hold=True), Calls()
+    fanout = calls.fanout((sink, "drop"))
+    for _ in range(5):
+        fanout.submit(batch())
+    fanout.lose([Lost("kernel", "no room", 2, {"file.open": 2})])
+    fanout.publish_owed()
+    fanout.publish_newest(calls.heartbeat())
+    fanout.lose([Lost("kernel", "no room", 3, {"file.open": 3})])
+    fanout.publish_newest(calls.heartbeat())
+    sink.release()
+    kinds = [type(one).__name__ for one in sink.events]
+    assert kinds == ["Event"] * 4 + ["StreamLoss", "StreamLoss", "Beat"]
+    assert sorted(loss.count for loss in losses(sink)) == [1, 2]
+
+
 async def test_a_loss_record_that_was_lost_is_told_again() -> None:
     """It, and no other one: not before the next events, and each time later."""
     sink = await opened("one", 1 << 20, hold=True)

@@ -26,9 +26,10 @@ from streamer.events.batch import NO_SPANS, Batch
 from streamer.events.envelope import Envelope
 from streamer.events.stream import PreviousRun, StreamLoss
 from streamer.spool.place import BAD, LOG, NAME
+from streamer.spool.records import batch_of
 from streamer.spool.sink import MADE_WAY, Mode
 from streamer.spool.spool import Spool
-from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store
+from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store, Unreadable
 from tests.unit.spooled import RUN, WAIT, Run, batch, event, ids
 
 NOTE = msgspec.json.encode(PreviousRun(RUN, "boot", "0", 1, "killed", [])).decode()
@@ -803,15 +804,46 @@ async def test_a_defect_in_its_thread_is_seen_and_costs_no_event(
     await run.until(lambda: "RuntimeError: broken" in caplog.text)
     failing.defect = None
     await run.until(lambda: not run.sink._writing and run.sink.spooled)
-    read = run.spool._store.next
-    monkeypatch.setattr(run.spool._store, "next", lambda *_: 1 / 0)
+    tried: list[int] = []
+
+    def once_broken(row: Item | Unreadable, run_id: str) -> tuple[Batch, str]:
+        tried.append(row.n)
+        if len(tried) == 1:
+            raise MemoryError("once")
+        return batch_of(row, run_id)
+
+    monkeypatch.setattr("streamer.spool.writer.batch_of", once_broken)
     run.inner.hold = False
     run.inner.release()
-    await run.until(lambda: "ZeroDivisionError" in caplog.text)
-    monkeypatch.setattr(run.spool._store, "next", read)
     await run.until(lambda: run.sink.account.pending == 0)
+    assert tried[0] == tried[1], "what the sink has not got comes again"
     assert len(run.delivered) == 1000
     assert run.recorder.drops == []
+    assert caplog.text.count("Traceback") == 1, "one in ten minutes"
+    await run.stop()
+
+
+async def test_a_note_that_cannot_be_written_is_not_tried_for_ever(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(directory, "wal")
+    await run.start()
+    write, noted = run.spool._store.write, []
+
+    def refuse_the_note(items: Any, **others: Any) -> list[GivenUp]:
+        if others["state"] is not None:
+            noted.append(others["state"])
+            raise AttributeError("a defect")
+        return write(items, **others)
+
+    monkeypatch.setattr(run.spool._store, "write", refuse_the_note)
+    assert run.spool._writer is not None
+    run.spool._writer.note(b"{}", ())
+    await run.until(lambda: noted)
+    run.sink.submit(batch("file.open", 1, 10))
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert run.recorder.drops == []
+    assert noted == [b"{}"]
     await run.stop()
 
 

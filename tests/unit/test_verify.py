@@ -393,13 +393,18 @@ def mark(seq: int, taken: int, cpu: int = 0, sink: str = "file:x") -> Record:
     return {"sink": sink, "ring": "bulk", "cpu": cpu, "seq": seq, "last": seq, "taken": taken}
 
 
-def killed_run(marks: list[Record], seconds: int, *numbers: int) -> list[Record]:
-    """A run with these numbers, 4 of which a heartbeat had read; and one after it for so long."""
+def killed_run(
+    marks: list[Record], seconds: int, *numbers: int, ended: str = "killed", **more: Any
+) -> list[Record]:
+    """A run with these numbers, 4 of which a heartbeat had read; and one after it for so long.
+
+    `more` is in the manifest of that one.
+    """
     killed, after = Stream(), Stream("fedcba9876543210")
     records = [killed.manifest(), *map(killed.event, numbers), killed.heartbeat(("bulk", 0, 4, 4))]
     after.boot_ns += 5 * SECOND
-    previous = {"run_id": killed.run_id, "ended": "killed", "untold": [], "marks": marks}
-    records.append(after.manifest(previous=previous))
+    previous = {"run_id": killed.run_id, "ended": ended, "untold": [], "marks": marks}
+    records.append(after.manifest(previous=previous, **more))
     after.boot_ns += seconds * SECOND
     return [*records, after.heartbeat()]
 
@@ -424,8 +429,70 @@ def test_what_was_safe_when_a_run_was_killed_is_to_come() -> None:
     assert verified(early).explained == {"killed": 1}
     assert verified(early).ok
     assert not verified(early, ended=True).ok
-    others = killed_run([mark(4, 5), mark(4, 5, sink="file:y")], 11, 1, 3, 4)
-    assert verified(others).ok, "nobody knows which sink is read"
+    assert verified(killed_run([mark(4, 5)], 9, 1, 3, 4, sinks=["file:x", "file:y"])).ok
+
+
+@pytest.mark.parametrize("sinks", [["file:x", "file:y"], ["file:y"]])
+def test_what_is_safe_in_another_sink_is_not_asked_for(sinks: list[str]) -> None:
+    assert verified(killed_run([mark(4, 5)], 11, 1, 3, 4, sinks=sinks)).ok
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_what_a_later_run_has_is_in_each_place_where_the_killed_one_was(final: bool) -> None:
+    """Of several topics or partitions one may be behind the others."""
+    killed, after = Stream(), Stream("fedcba9876543210")
+    one = [killed.manifest(), killed.event(1), killed.heartbeat(("bulk", 0, 4, 4))]
+    other = [killed.event(3), killed.event(4)]
+    after.boot_ns += 5 * SECOND
+    previous = {"run_id": killed.run_id, "ended": "killed", "untold": [], "marks": [mark(4, 5)]}
+    one.append(after.manifest(previous=previous))
+    early = after.event(1)
+    after.boot_ns += 11 * SECOND
+    one.append(after.heartbeat(read={"file.open": 1}, final=final))
+    ledger = Ledger()
+    ledger.feed(Chunk("a", lines(one)))
+    ledger.feed(Chunk("b", lines([*other, early])))
+    assert ledger.reported(["a", "b"]).ok
+    if not final:
+        ledger.feed(Chunk("b", lines([after.event(2)])))
+    assert not ledger.reported(["a", "b"], ended=final).ok
+
+
+def test_marks_of_a_run_that_ended_explain_nothing() -> None:
+    """Its final account asks for more."""
+    first, after = Stream(), Stream("fedcba9876543210")
+    records = [first.manifest(), *map(first.event, (1, 2, 3, 4))]
+    records.append(first.heartbeat(("bulk", 0, 6, 4), read={"file.open": 4}, final=True))
+    after.boot_ns += 5 * SECOND
+    previous = {"run_id": first.run_id, "ended": "delivered", "untold": [], "marks": [mark(4, 4)]}
+    records.append(after.manifest(previous=previous))
+    after.boot_ns += 11 * SECOND
+    report = verified([*records, after.heartbeat()])
+    assert (report.unexplained, report.pending) == (2, 0)
+
+
+def test_marks_from_long_before_ask_for_no_less() -> None:
+    """As where a disk was full for hours: what a heartbeat had passed has to be there."""
+    killed, after = Stream(), Stream("fedcba9876543210")
+    records = [killed.manifest(), *map(killed.event, (1, 2, 4, 5))]
+    records.append(killed.heartbeat(("bulk", 0, 5, 5)))
+    killed.boot_ns += 11 * SECOND
+    records.append(killed.heartbeat(("bulk", 0, 5, 5)))
+    after.boot_ns = killed.boot_ns + SECOND
+    previous = {"run_id": killed.run_id, "ended": "killed", "untold": [], "marks": [mark(1, 9)]}
+    records.append(after.manifest(previous=previous))
+    after.boot_ns += 11 * SECOND
+    report = verified([*records, after.heartbeat()])
+    assert (report.unexplained, report.explained) == (1, {"killed": 4})
+
+
+def test_a_clock_that_was_never_set_makes_no_run_silent() -> None:
+    """Of a boot that came after: its clock says 1970."""
+    before, now = Stream(), Stream("fedcba9876543210")
+    records = whole_run(3, before)
+    now.offset, now.boot_ns = 0, SECOND
+    manifest = now.manifest() | {"boot_id": "later"}
+    assert verified([*records, manifest]).ok
 
 
 def test_the_next_run_tells_what_a_run_could_not() -> None:
