@@ -22,7 +22,10 @@ import msgspec
 
 from streamer.events.batch import inert
 from streamer.events.catalogue import PUBLISHED
+from streamer.events.kinds import KINDS
 from streamer.events.stream import StreamHeartbeat, StreamLoss, StreamManifest, StreamRecord
+from streamer.events.summaries import SUMMARIES
+from streamer.kernel.tags import RINGS
 from tests.kernel.pace import seconds
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -178,7 +181,20 @@ class Recording:
                     assert (one.ring, one.cpu) == (loss.ring, loss.cpu)
                     yield (one.ring, one.cpu), range(one.seq_from, one.seq_to + 1)
 
+    def check_numbers(self) -> None:
+        """In the final account each event that was neither filtered nor shed has a number."""
+        last = self.heartbeat
+        for ring in RINGS:
+            events = sum(
+                counts.produced - counts.filtered - counts.shed
+                for kind, counts in last.counts.items()
+                if kind not in SUMMARIES and KINDS[kind].ring == ring
+            )
+            numbers = sum(mark.seq - mark.skipped for mark in last.marks if mark.ring == ring)
+            assert events == numbers, ring
+
     def _check_account(self) -> None:
+        self.check_numbers()
         delivered = Counter(kind_of(event) for event in self._published)
         lost = Counter[str]()
         for loss in self.losses:
