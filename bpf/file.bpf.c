@@ -340,12 +340,11 @@ ON_OPEN(creat, CALL_CREAT, NEEDS("x86_64"))
 ON_OPEN(openat, CALL_OPENAT, )
 ON_OPEN(openat2, CALL_OPENAT2, )
 
+#if PLAIN_LOADS /* what is kept with a task is the kernel's own BTF's */
 static __always_inline int entered(void)
 {
 	__u64 *start;
 
-	if (!PLAIN_LOADS) /* as in user_registers() */
-		return 0;
 	start = bpf_task_storage_get(&open_starts, bpf_get_current_task_btf(), NULL,
 				     BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (start)
@@ -374,3 +373,4 @@ ON_OPEN_START(open, ",x86_64")
 ON_OPEN_START(creat, ",x86_64")
 ON_OPEN_START(openat, "")
 ON_OPEN_START(openat2, "")
+#endif

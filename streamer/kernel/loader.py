@@ -573,11 +573,16 @@ class Loader:
                 if self._lacks_cgroups_alone(made, info):
                     made.note(info, section, FAILED, NO_CGROUPS)
                 continue
-            reason = self._obstacle(section) if section else "the object has no such program"
+            reason = self._obstacle(section) if section else self._why_absent()
             if reason:
                 made.note(info, section, FAILED, reason)
             else:
                 made.waiting.setdefault(info.hook, []).append(_Attempt(info, section))
+
+    def _why_absent(self) -> str:
+        if self.types.path:  # objects for kernels without BTF lack some
+            return "it takes BTF of the kernel's own"
+        return "the object has no such program"
 
     def _lacks_cgroups_alone(self, made: _Sensor, info: ProgramInfo) -> bool:
         """Whether it would stand in for another way to its hook, if only cgroups could be seen."""

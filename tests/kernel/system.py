@@ -19,6 +19,9 @@ EXECVEAT = {"x86_64": 322, "aarch64": 281}[platform.machine()]
 BTF = Path(os.environ.get("STREAMER_TEST_BTF", "/sys/kernel/btf/vmlinux"))
 """The kernel's type information, also where the agent is to find none."""
 
+WITHOUT_BTF = not Path("/sys/kernel/btf/vmlinux").exists()
+"""Whether the agent finds none, unless one is named."""
+
 IN_GUEST = os.path.exists("/.out/.guest/settings")
 """Whether this is a virtual machine of tools/kernels.sh, where nobody else is."""
 

@@ -88,14 +88,19 @@ def test_a_btf_file_instead_of_the_kernels(scope: Scope, tmp_path: Path) -> None
     """The same BTF, as a file that the configuration names."""
     shutil.copyfile(BTF, tmp_path / "vmlinux")
     config = f'btf = "{tmp_path}/vmlinux"\n'
+    config += "[kernel]\nopen_latency = true\n"
     with Agent(tmp_path, *scope.options, config=config, prefix=NO_BTF) as agent:
         scope.act(open_missing, "/no/", 10)
         recording = agent.stop()
     assert [event.path for event in recording.events] == [f"/no/{i}" for i in range(10)]
+    assert {event.latency_ns for event in recording.of("file.open")} == {0}
     coverage = recording.manifest.coverage
     lacking = {name for name, kind in coverage.items() if kind.status != "full"} - VARYING
     # Only the kernel's own lets what was missed of a socket be found out when that is destroyed,
-    # and a new process be found without a program that others can keep from running.
+    # the start of a call be kept with its task, and a new process be found without a program that
+    # others can keep from running.
+    assert "latencies of openat() are not observed" in coverage["file.open"].reason
+    lacking -= {"file.open"}
     expected = {"net.close"} if kernel_knows("bpf_preempt_disable") else set()
     assert lacking == expected | ({"process.fork"} if preempts_tracepoints() else set())
 
