@@ -87,6 +87,7 @@ needed_to_test() {
     need mosquitto-clients command -v mosquitto_sub
     need prometheus command -v prometheus
     need iproute2 command -v ip
+    need iputils-ping command -v ping
     need openssl command -v openssl
     need bpftrace command -v bpftrace
     need bind9-dnsutils command -v dig

@@ -55,6 +55,7 @@ from tests.kernel.packets import classify, mutated
 from tests.kernel.roles import Role, in_own_network, two_namespaces
 from tests.kernel.scope import Scope, cgroup_mount
 from tests.kernel.system import kernel_is
+from tests.kernel.witness import bpftrace
 
 pytestmark = pytest.mark.kernel
 
@@ -241,6 +242,45 @@ def test_datagrams_and_fragments(tmp_path: Path) -> None:
         assert event.client_packets > len(SIZES) + len(LARGE)
         assert event.client_bytes > sum(SIZES + LARGE) + headers * len(SIZES)
     assert not any(event.ports_unknown for event in seen.recording.of("net.flow"))
+
+
+PINGS = 30
+PADDING = 555
+"""Bytes that each ping carries, so that bpftrace knows it by its length."""
+THEIRS = """
+tracepoint:net:netif_receive_skb /str(args->name) == "veth1"/ { @in[args->len] = count(); }
+tracepoint:net:net_dev_queue /str(args->name) == "veth1"/ { @out[args->len] = count(); }
+"""
+"""What comes in, without the Ethernet header; what goes out, with it."""
+
+
+def ping_both(near: Near) -> str:
+    with bpftrace(THEIRS, near.agent.output.parent / "bpftrace") as ended:
+        for address in (FAR, FAR6):
+            run("ping", "-q", "-c", str(PINGS), "-i", "0.01", "-s", str(PADDING), address)
+        near.settle()
+        return ended()
+
+
+def test_pings_and_bpftrace(tmp_path: Path, require: Require) -> None:
+    """A flow of each protocol, with as many packets each way as ping sent and bpftrace has seen."""
+    for tool in ("ping", "bpftrace"):
+        require(shutil.which(tool), f"{tool} is not installed")
+    seen = observe(tmp_path, ping_both)
+    flows = {
+        one.protocol: one
+        for one in seen.recording.of("net.flow")
+        if {one.client_addr, one.server_addr} in ({NEAR, FAR}, {NEAR6, FAR6})
+    }
+    for protocol, header in ((1, 20), (58, 40)):
+        size = header + 8 + PADDING
+        assert f"@in[{size}]: {PINGS}\n" in seen.result
+        assert f"@out[{size + 14}]: {PINGS}\n" in seen.result
+        one = flows[protocol]
+        if protocol == 1:  # the kernel has more to say by ICMPv6
+            assert (one.client_packets, one.server_packets) == (PINGS, PINGS)
+            assert one.client_bytes == one.server_bytes == PINGS * (size + 14)
+        assert min(one.client_packets, one.server_packets) >= PINGS
 
 
 def test_fragments_without_the_first(tmp_path: Path) -> None:

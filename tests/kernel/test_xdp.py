@@ -30,6 +30,7 @@ from tests.kernel.agent import Agent
 from tests.kernel.pace import seconds
 from tests.kernel.packets import FRAMES, Class, classify, mutated
 from tests.kernel.roles import Role, enter_netns, in_own_network, two_namespaces
+from tests.kernel.witness import bpftrace
 
 pytestmark = pytest.mark.kernel
 
@@ -211,6 +212,42 @@ def test_a_transfer_of_known_size(near: str, tmp_path: Path) -> None:
     payload = sum(one.bytes - 66 * one.packets for one in tcp)
     assert payload >= SIZE  # options of a SYN, and what was sent again
     assert {one.network for one in records} == {"ipv4", "arp"}
+
+
+PINGS = 40
+PADDING = 777
+"""Bytes that each ping carries, so that another reader knows it by its length."""
+THEIRS = 'tracepoint:net:netif_receive_skb /str(args->name) == "veth1"/ { @[args->len] = count(); }'
+"""What the kernel hands on of what comes in, by length without the Ethernet header."""
+
+
+def ping(*address: str) -> None:
+    command = ["ping", "-q", "-c", str(PINGS), "-i", "0.01", "-s", str(PADDING), *address]
+    subprocess.run(["ip", "netns", "exec", NEAR_AND_FAR[1], *command], check=True)
+
+
+def test_pings_and_bpftrace(near: str, tmp_path: Path, require: Require) -> None:
+    """As many as were sent by either protocol, and as many of that length as bpftrace has seen."""
+    for tool in ("ping", "bpftrace"):
+        require(shutil.which(tool), f"{tool} is not installed")
+    for name in NEAR_AND_FAR:
+        allow = "for f in /proc/sys/net/ipv6/conf/*/disable_ipv6; do echo 0 >$f; done"
+        subprocess.run(["ip", "netns", "exec", name, "sh", "-c", allow], check=True)
+    for number, name in enumerate(NEAR_AND_FAR, 1):
+        address = ["address", "add", f"2001:db8::{number}/64", "dev", f"veth{number}", "nodad"]
+        subprocess.run(["ip", "-n", name, *address], check=True)
+    with bpftrace(THEIRS, tmp_path / "bpftrace") as ended, observe(near, tmp_path) as agent:
+        ping("192.0.2.1")
+        ping("-6", "2001:db8::1")
+        recording = agent.stop()
+        shown = ended()
+    found = counted(recording.of(KIND))
+    four, six = Class(network="ipv4", transport="icmp"), Class(network="ipv6", transport="icmpv6")
+    assert found[four, "packets"] == PINGS
+    assert found[four, "bytes"] == PINGS * (14 + 20 + 8 + PADDING)
+    assert found[six, "packets"] >= PINGS  # the kernel sends some of its own
+    for header in (20, 40):
+        assert f"@[{header + 8 + PADDING}]: {PINGS}\n" in shown
 
 
 # ---------------------------------------------------------------- interfaces that come and go
