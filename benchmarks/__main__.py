@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import flows, host, kernel, net, report, runs, syscalls
+from benchmarks import flows, host, kernel, net, report, runs, syscalls, xdp
 from benchmarks.load import Load, Mix
 from benchmarks.measure import Result
 from benchmarks.report import FarRow, Measured, PathRow
@@ -136,7 +136,7 @@ def measure(only: frozenset[str], quick: bool, machine: Machine) -> Measured:
         measured.emission = kernel.emission(10 if quick else 40)
         measured.emission += kernel.transports(10 if quick else 40)
         measured.emission += kernel.contention(10 if quick else 40)
-        measured.emission += kernel.packets(3 if quick else 10)
+        measured.emission += xdp.packets(3 if quick else 10)
         measured.emission += flows.packets(3 if quick else 10)
         measured.emission += syscalls.taxes(2 if quick else 5)
         measured.emission += net.costs(1 if quick else 5)

@@ -12,8 +12,8 @@ from benchmarks.kernel import Cost, cost_of_runs, statistics
 from benchmarks.load import OBJECT
 from streamer.config.settings import Kernel, Settings
 from streamer.kernel import state
-from streamer.kernel.libbpf import Object, run_program
-from streamer.kernel.loader import Loader
+from streamer.kernel.libbpf import Object, run_program, time_program
+from streamer.kernel.loader import Loader, ensure_tracefs
 from streamer.kernel.state import KernelState
 from streamer.kernel.targets import targets_of
 from tests.kernel.packets import FRAMES
@@ -55,7 +55,7 @@ def _in_own_network(rounds: int) -> list[Cost]:
         found.append(Cost("a packet that begins a flow, as the kernel measures", _new_flows()))
         found.append(Cost("a datagram at the loopback device, likewise", _observed()))
         if shutil.which("bpftrace"):
-            found.append(Cost("the same by bpftrace, in one direction", _by_bpftrace()))
+            found.append(Cost("the same by bpftrace, in one direction", by_bpftrace(_BPFTRACE)))
     return found
 
 
@@ -67,7 +67,7 @@ def _load(flows: int = 65536) -> KernelState:
 
 
 def _in_turns(rounds: int) -> list[Cost]:
-    """In runs of the programs in this task, which take turns; the best of some rounds."""
+    """In runs of the programs, which take turns, as the kernel measures them; the best of some."""
     kernel = _load()
     bare = Object(OBJECT)
     try:
@@ -81,9 +81,8 @@ def _in_turns(rounds: int) -> list[Cost]:
         found = dict.fromkeys(fds, float("inf"))
         for _ in range(rounds):
             for name, fd in fds.items():
-                start = time.perf_counter_ns()
-                run_program(fd, _PACKETS, FRAMES.get(name, FRAMES["TCP"])[0])
-                found[name] = min(found[name], (time.perf_counter_ns() - start) / _PACKETS)
+                frame = FRAMES.get(name, FRAMES["TCP"])[0]
+                found[name] = min(found[name], time_program(fd, _PACKETS, frame))
     finally:
         bare.close()
         kernel.close()
@@ -102,7 +101,7 @@ def _new_flows() -> float:
         fd = kernel.program_fds["flow_egress"]
         for number in range(2 * 8192):
             run_program(fd, 1, frame[:34] + number.to_bytes(2, "big") + frame[36:])
-        return cost_of_runs(_info(fd))
+        return cost_of_runs(info_of(fd))
     finally:
         kernel.close()
 
@@ -110,17 +109,19 @@ def _new_flows() -> float:
 def _observed() -> float:
     kernel = _load()
     try:
-        _send()
-        return cost_of_runs(_info(kernel.program_fds["flow_egress"]))
+        send()
+        return cost_of_runs(info_of(kernel.program_fds["flow_egress"]))
     finally:
         kernel.close()
 
 
-def _info(fd: int) -> Path:
+def info_of(fd: int) -> Path:
+    """What the kernel shows of a descriptor."""
     return Path(f"/proc/self/fdinfo/{fd}")
 
 
-def _send() -> None:
+def send() -> None:
+    """Send datagrams through the loopback device, to a socket there."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(_ADDRESS)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -128,16 +129,19 @@ def _send() -> None:
                 sender.sendto(b"x", _ADDRESS)
 
 
-def _by_bpftrace() -> float:
-    command = ["bpftrace", "-e", _BPFTRACE]
+def by_bpftrace(program: str) -> float:
+    """Nanoseconds for one run of bpftrace's `program`, which has one probe, while they are sent."""
+    if trouble := ensure_tracefs():
+        raise RuntimeError(trouble)
+    command = ["bpftrace", "-e", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             process.stdout.readline()  # that it attaches
             time.sleep(1)
-            _send()
+            send()
             infos = Path(f"/proc/{process.pid}/fdinfo").iterdir()
-            (program,) = (one for one in infos if "run_cnt" in one.read_text())
-            return cost_of_runs(program)
+            (info,) = (one for one in infos if "run_cnt" in one.read_text())
+            return cost_of_runs(info)
         finally:
             process.kill()

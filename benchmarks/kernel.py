@@ -16,18 +16,15 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks.load import OBJECT, Load, Ring
+from benchmarks.load import Load, Ring
 from streamer.config.settings import Filters, Kernel, Rings, Settings
 from streamer.kernel import state
-from streamer.kernel.libbpf import Object, run_program
 from streamer.kernel.loader import Loader, present_cpus
 from streamer.kernel.targets import targets_of
 from streamer.ring.reader import Source
-from tests.kernel.packets import FRAMES
 
 _EVENTS = 8192
 _OPENS = 10_000
-_PACKETS = 200_000
 
 _EMITTED = {"an event of fixed size": "close", "file.open, copied": "open"}
 
@@ -218,45 +215,6 @@ def _attached(pid: int, one_round: Callable[[], float]) -> float:
         return cost
     finally:
         loaded.close()
-
-
-PACKETS = ("TCP", "QinQ", "IPv6, UDP", "IPv6, hop by hop, routing, options")
-"""Frames of the tests, as `xdp.counters` is measured with them."""
-
-
-def packets(rounds: int) -> list[Cost]:
-    """What counting a packet costs, beside a program that lets it pass and does nothing else.
-
-    In runs of the programs in this task, which take turns: no interface is touched.
-    """
-    settings = Settings(kernel=Kernel(interfaces=("lo",)))
-    kernel = state.load(settings, {"xdp.counters"}, Loader(targets=targets_of(settings.kernel)))
-    bare = Object(OBJECT)
-    try:
-        for program in bare.programs.values():
-            program.autoload(program.name == "xdp_pass")
-        for one in bare.maps.values():
-            one.leave_out()
-        bare.load()
-        kernel.attach()
-        fds = {"XDP_PASS alone": bare.programs["xdp_pass"].fd}
-        fds |= dict.fromkeys(PACKETS, kernel.program_fds["on_packet"])
-        found = dict.fromkeys(fds, float("inf"))
-        for _ in range(rounds):
-            for name, fd in fds.items():
-                frame = FRAMES.get(name, FRAMES["TCP"])[0]
-                start = time.perf_counter_ns()
-                run_program(fd, _PACKETS, frame)
-                cost = (time.perf_counter_ns() - start) / _PACKETS
-                found[name] = min(found[name], cost)
-    finally:
-        bare.close()
-        kernel.close()
-    alone = found.pop("XDP_PASS alone")
-    costs = [
-        Cost(f"a packet counted by xdp.counters: {name}", ns - alone) for name, ns in found.items()
-    ]
-    return [Cost("a packet, XDP_PASS alone", alone), *costs]
 
 
 _SAMPLING_HZ = 997
