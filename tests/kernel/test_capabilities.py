@@ -24,6 +24,7 @@ import pytest
 from streamer.kernel.capabilities import CAP_SYS_RESOURCE, effective
 from tests.conftest import Require
 from tests.kernel.agent import Agent, Recording, kind_of
+from tests.kernel.dns import PORT, query, question, response, serve
 from tests.kernel.pace import seconds
 from tests.kernel.roles import Role, enter_netns, two_namespaces
 from tests.kernel.scope import Scope
@@ -76,12 +77,13 @@ def start(user: str, open_directory: Path, public_copy: tuple[str, ...]) -> Iter
         *options: str,
         events: str = KINDS,
         before: tuple[str, ...] = (),
+        config: str = CONFIG,
     ) -> Agent:
         return Agent(
             directory,
             *options,
             events=events,
-            config=CONFIG,
+            config=config,
             prefix=(*before, *with_only(user, names)),
             python=os.path.realpath(sys.executable),
             program=public_copy,
@@ -153,6 +155,66 @@ def test_all_kinds_with_exactly_these(start: Start, user: str, scope: Scope) -> 
     assert found["net.accept"] == (0 if unread else CONNECTS)
     assert found["net.close"] == 2 * CONNECTS
     assert calls(recording) == OPENS
+
+
+OTHERS = "net.bind,net.listen,net.udp,net.drop,net.dns,net.flow,profile.sample,syscall.slow"
+CONFIG_OF_OTHERS = """
+summary_seconds = 1
+[kernel]
+interfaces = ["veth1"]
+profile_hz = 97
+syscalls = ["nanosleep", "clock_nanosleep"]
+syscall_slow_ms = 100
+flow_idle_seconds = 1
+"""
+
+
+def use_network(near: str) -> None:
+    """There: a listener, datagrams that nobody takes, a DNS exchange, a slow call, and work."""
+    enter_netns(near)
+    with (
+        socket.create_server(("127.0.0.1", 0)),
+        serve(lambda asked: [response(asked)]),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        sender.settimeout(seconds(10))
+        sender.sendto(query(7, question(b"example.org")), ("127.0.0.1", PORT))
+        assert sender.recv(512)
+        for _ in range(FRAMES):
+            sender.sendto(b"x", ("192.0.2.2", 9))
+            with suppress(ConnectionRefusedError):
+                sender.sendto(b"x", ("127.0.0.1", 9))
+    time.sleep(0.3)
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        pass
+
+
+def test_all_other_kinds_with_exactly_these(
+    start: Start, user: str, scope: Scope, require: Require
+) -> None:
+    """Each is observed, unless it says that tracefs or a perf event is not for this user."""
+    require(shutil.which("ip"), "ip (iproute2) is not installed")
+    with two_namespaces() as (near, _):
+        # That has a /sys of its own, where cgroups are elsewhere: the scope is given by its number.
+        mounted = "mount -t tracefs none /sys/kernel/tracing;"
+        mounted += ' mount -t cgroup2 none /sys/fs/cgroup; exec "$@"'
+        enter = ("ip", "netns", "exec", near, "sh", "-ec", mounted, "sh")
+        options = ("--cgroup", str(scope.id))
+        with start(
+            ALL_THREE, *options, events=OTHERS, before=enter, config=CONFIG_OF_OTHERS
+        ) as agent:
+            scope.act(use_network, near)
+            recording = agent.stop()
+    coverage = recording.manifest.coverage
+    missing = {kind: one.reason for kind, one in coverage.items() if one.status == "missing"}
+    for kind, reason in missing.items():
+        assert NO_TRACEFS in reason or "asks for CAP_SYS_ADMIN" in reason, (kind, reason)
+    if user == "root":
+        assert missing.keys() <= {"profile.sample"}, missing
+    found = Counter(kind_of(event) for event in recording.all)
+    silent = {kind for kind in OTHERS.split(",") if not found[kind]}
+    assert silent == missing.keys()
 
 
 def test_without_the_one_for_networks(start: Start, scope: Scope) -> None:
