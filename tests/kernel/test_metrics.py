@@ -84,6 +84,83 @@ def test_promtool_takes_the_rules() -> None:
         subprocess.run(["promtool", "check", what, str(file)], check=True, capture_output=True)
 
 
+RISES = "0+5x60"
+BAD = {
+    "StreamerDown": {"up": "0x60"},
+    "StreamerRestarts": {"streamer_uptime_seconds": "9 1 " * 8 + "1x44"},
+    "StreamerNotReady": {"streamer_ready": "0x60"},
+    "StreamerLosesCriticalEvents": {
+        'streamer_lost_events_total{stage="sink",sink="a",kind="process.exec"': RISES
+    },
+    "StreamerLosesEvents": {
+        'streamer_lost_events_total{stage="sink",sink="a",kind="file.open"': RISES
+    },
+    "StreamerRingFills": {'streamer_ring_used_bytes{ring="bulk"': "1000000000x60"},
+    "StreamerSinkDown": {'streamer_sink_status{sink="SINK",status="up"': "0x60"},
+    "StreamerSinkFull": {'streamer_sink_held_bytes{sink="SINK"': "1000000000x60"},
+    "StreamerSpoolFills": {'streamer_sink_spool_filled_ratio{sink="SINK"': "0.9x60"},
+    "StreamerSinkLags": {'streamer_sink_lag_seconds{sink="SINK"': "31x60"},
+    "StreamerSheds": {"streamer_pressure_level": "1x60"},
+    "StreamerKindMissing": {'streamer_coverage{kind="process.exec",status="missing"': "1x60"},
+    "StreamerSkipsRuns": {'streamer_skipped_runs_total{program="on_exec"': RISES},
+    "StreamerTableFills": {'streamer_table_used{table="flows"': "1000000000x60"},
+    "StreamerFaults": {'streamer_faults_total{fault="unreadable"': RISES},
+    "StreamerAccountBroken": {
+        'streamer_events_total{kind="process.exec",outcome="read"': "1000000000x60"
+    },
+}
+"""What makes each alert fire, in the place of what the agent said: a series, and its values."""
+NEW = ("streamer_lost_events_total", "streamer_skipped_runs_total", "streamer_faults_total")
+"""Series that a healthy agent may not have."""
+
+
+@pytest.mark.usefixtures("have_prometheus")
+def test_each_alert_has_what_makes_it_fire(scope: Scope, tmp_path: Path, port: int) -> None:
+    """With the series of a real agent, which alone let none of them fire."""
+    config = metrics_at(port, "\n[kernel]\nflows = 1000\n")
+    options = (*scope.options, "--interface", "lo")
+    with Agent(tmp_path, *options, events="process.*,net.flow", config=config) as agent:
+        scope.act(run_programs, 3)
+        agent.wait_for(b'{"event":"process.exit"', 3)
+        page = get(port, "/metrics")[1]
+        agent.stop(check=False)
+    base = {"up": "1x60"} | {
+        series.rstrip("}"): f"{value}x60"
+        for series, value in re.findall(r"^(streamer_\S+|streamer_\S+\{.*\}) (\S+)$", page, re.M)
+    }
+    assert set(BAD) == {what for what, _ in expressions() if what.startswith("Streamer")}
+    tests = [alert_test(base, "")]
+    for alert, bad in BAD.items():
+        found = {series.replace("SINK", f"file:{agent.output}"): bad[series] for series in bad}
+        for series in found:
+            assert series in base or series.startswith(NEW), series
+        tests.append(alert_test(base | found, alert))
+    written = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}
+    (tmp_path / "alerts.json").write_text(json.dumps(written))
+    command = ["promtool", "test", "rules", str(tmp_path / "alerts.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def alert_test(series: dict[str, str], fires: str) -> dict[str, Any]:
+    """Whether that alert fires half an hour later, and no other."""
+    more = 'instance="here",job="streamer"}'
+    fire = {
+        "expr": 'group by (alertname) (ALERTS{alertstate="firing"})',
+        "eval_time": "30m",
+        "exp_samples": [{"labels": f'{{alertname="{fires}"}}', "value": 1}] if fires else [],
+    }
+    return {
+        "interval": "1m",
+        "name": fires or "none",
+        "input_series": [
+            {"series": f"{name},{more}" if "{" in name else f"{name}{{{more}", "values": values}
+            for name, values in series.items()
+        ],
+        "promql_expr_test": [fire],
+    }
+
+
 @pytest.mark.usefixtures("have_prometheus")
 def test_prometheus_has_the_final_account(scope: Scope, tmp_path: Path, port: int) -> None:
     """One sink is dead, so that the grace period, in which all counts are final, is waited for.
