@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from streamer.config.settings import LEVELS, SHED_BY_DEFAULT, Kernel, Settings, 
 from streamer.events.kinds import KINDS
 from streamer.events.stream import StreamShed
 from streamer.operation.metrics import exposition
+from streamer.sinks.latency import LatencySamples
 from streamer.sinks.memory import MemorySink
 from streamer.terminal.status import status_text
 from tests.unit.test_metrics import parsed
@@ -36,6 +38,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for run in made:
         run.kernel.close()
         run.programs.release()
+
+
+class Spooled(MemorySink):
+    spool_filled = 0.9
 
 
 class Clock:
@@ -154,6 +160,31 @@ async def test_nothing_is_shed_unless_asked_for(runs: Any) -> None:
     assert all(run.programs.sample(kind) <= 1 for kind in KINDS)
     await run.stop()
     assert not run.of("stream.shed")
+
+
+async def pressed_by(run: Run) -> StreamShed:
+    await run.start()
+    Clock(run).look(0, 3)
+    record = run.of("stream.shed")[-1]
+    assert isinstance(record, StreamShed)
+    assert run.programs.level == record.level > 0
+    await run.stop()
+    return record
+
+
+async def test_a_spool_that_fills_presses(runs: Any) -> None:
+    record = await pressed_by(runs(Spooled(), settings=ON))
+    assert [one.measure for one in record.causes] == ["spool"]
+    assert record.reason == "the spool of memory: is 90% full"
+
+
+async def test_a_batch_that_is_long_under_way_presses(runs: Any) -> None:
+    sink, times = MemorySink(), itertools.chain([0.0], itertools.repeat(60.0))
+    sink.latency = LatencySamples(times.__next__)
+    sink.latency.taken(1000)
+    record = await pressed_by(runs(sink, settings=ON))
+    assert [one.measure for one in record.causes] == ["lag"]
+    assert record.reason == "a batch has been under way to memory: for 60.0 s"
 
 
 async def test_a_sink_that_is_closed_presses_nobody(runs: Any) -> None:
