@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.conftest import Faults
+from tests.faults.conftest import Cluster, Faults
 from tests.faults.table import Row
 from tests.kernel.unprivileged import UID
 
 pytestmark = [pytest.mark.faults, pytest.mark.kernel, pytest.mark.kafka]
 
 slow = pytest.mark.slow
+SLOW_RATE = 200
+"""Opens a second of the steady load where the broker is slow."""
 Record = Callable[[Row], None]
 
 
@@ -59,3 +61,27 @@ def test_unprivileged_flood(kafka_fault: Faults, record: Record, count: int, siz
             flood.stop()
         experiment.heal()
         record(experiment.finish(flooder=UID))
+
+
+@slow
+@pytest.mark.parametrize(("count", "size"), [(4, 16_000), (6, 0)])
+def test_unprivileged_flood_of_a_slow_broker(
+    cluster: Cluster, kafka_fault: Faults, record: Record, count: int, size: int
+) -> None:
+    """More than the broker takes, so that rings fill up: who floods is refused, and he alone."""
+    of = f"spawn with {size // 1000} KB of arguments" if size else "only spawn"
+    fault = f"flood by a user: {count} that {of}, 10 s, and a broker that takes 100 kB/s"
+    with kafka_fault(fault, proxied=True, spool="off", rate=SLOW_RATE) as experiment:
+        experiment.steady()
+        for proxy in cluster.proxies:
+            proxy.bytes_per_second = 100_000
+        floods = [experiment.load("spawns", "flood", f"{size}", "0", uid=UID) for _ in range(count)]
+        time.sleep(10)
+        for flood in floods:
+            flood.stop()
+        for proxy in cluster.proxies:
+            proxy.heal()
+        experiment.heal()
+        row = experiment.finish(flooder=UID)
+        assert row.accounted, "nothing was refused: it was no flood"
+        record(row)
