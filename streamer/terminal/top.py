@@ -195,8 +195,9 @@ def _busiest(rates: dict[str, float]) -> list[str]:
 def _sinks(look: Look) -> Iterable[str]:
     for name, one in look.sinks.items():
         held = one.held_bytes / one.budget_bytes
+        disk = f"{one.spooled:,} on disk, " if one.spooled else ""
         yield printable(
             f"{name} is {one.status}: {sum(one.delivered.values()):,} delivered, "
             f"{sum(one.dropped.values()):,} dropped, {held:.0%} of {size(one.budget_bytes)} held, "
-            f"lag {duration(round(one.lag_seconds * 1e9))}"
+            f"{disk}lag {duration(round(one.lag_seconds * 1e9))}"
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from textual.widgets import Label, Sparkline, Static
 
 from streamer import cli
 from streamer.errors import NoAnswer
@@ -22,10 +23,11 @@ from streamer.events.batch import Batch
 from streamer.events.schema import of_kind
 from streamer.operation import activity, control
 from streamer.operation.control import Listening, ask
-from streamer.operation.look import Latency, Look, TopLook
+from streamer.operation.look import Latency, Look, LossLook, RingLook, TopLook
 from streamer.sinks.memory import MemorySink
 from streamer.terminal.containers import Containers, name_of
 from streamer.terminal.status import status_code, status_text, within
+from streamer.terminal.top import _CURVES as CURVES
 from streamer.terminal.top import HISTORY, Series, Top
 from tests.conftest import Require
 from tests.unit.test_service import Run, until
@@ -243,6 +245,58 @@ async def test_top_shows_who_makes_events(run: Run, directory: Path) -> None:
         await pilot.press("q")
     server.close()
     listening.close()
+
+
+async def test_top_shows_losses_rings_and_sinks(run: Run) -> None:
+    """As numbers, and as lines whose last value is the newest."""
+    run.programs.emit("process.exec", 20)
+    await until(lambda: run.service.top().look.counts["process.exec"].read == 20)
+    base = run.service.top()
+    (name, sink), look = next(iter(base.look.sinks.items())), base.look
+    counts = look.counts["process.exec"]
+    given = iter(range(1, 100))
+
+    def answer() -> TopLook:
+        number = min(next(given), 2)
+        lost, lag = (5, 0.0) if number == 1 else (25, 1.5)
+        changed = msgspec.structs.replace(
+            look,
+            counts={"process.exec": msgspec.structs.replace(counts, lost=lost)},
+            losses=[LossLook("kernel", "", "process.exec", lost)],
+            rings={"bulk": RingLook(1000, 750 if number == 2 else 10, 0)},
+            sinks={name: msgspec.structs.replace(sink, lag_seconds=lag, spooled=1234)},
+        )
+        activity = msgspec.structs.replace(
+            base.activity, number=number, seconds=2.0, read=40, kinds={"process.exec": 40}
+        )
+        return TopLook(changed, activity)
+
+    app = Top(answer, Containers(""), every_seconds=0.05)
+    async with app.run_test(size=(120, 50)) as pilot:
+        async with asyncio.timeout(20):
+            while app.looks < 2:
+                await pilot.pause(0.05)
+        labels = {one: str(app.query_one(f"#label-{one}", Label).render()) for one in CURVES}
+        curves = {one: list(app.query_one(f"#curve-{one}", Sparkline).data or ()) for one in CURVES}
+        table: Any = app.query_one("#kinds")
+        ((kind, rate, line, lost),) = [table.get_row_at(row) for row in range(table.row_count)]
+        sinks = str(app.query_one("#sinks", Static).render())
+        await pilot.press("q")
+    assert labels == {
+        "read": "events a second: 20",
+        "lost": "lost a second: 10, 25 in all",
+        "ring": "fullest ring: 75%",
+        "lag": "largest sink lag: 1.50s",
+    }
+    assert {one: data[-2:] for one, data in curves.items()} == {
+        "read": [20.0, 20.0],
+        "lost": [0.0, 10.0],
+        "ring": [0.01, 0.75],
+        "lag": [0.0, 1.5],
+    }
+    assert (str(kind), str(rate), str(lost)) == ("process.exec", "20", "25")
+    assert line.data[-2:] == [20.0, 20.0]
+    assert "1,234 on disk, lag 1.50s" in sinks
 
 
 def _rows(app: Top, where: str) -> list[list[str]]:
