@@ -173,6 +173,7 @@ def open_by_openat(directory: str) -> list[Call]:
     return opener.calls
 
 
+@pytest.mark.every_kernel
 def test_openat(scope: Scope, tree: Path) -> None:
     streamed(scope, tree, open_by_openat, str(tree))
 
