@@ -226,7 +226,8 @@ class Fanout(Listener):
         batch = Batch([record])
         for sink in self.sinks:
             if not sink.watermarks.full or not any(_pending(sink, kind) for kind in batch.kinds):
-                self._publish_owed(sink)
+                if not self._owed[sink].refused:  # else ever less often, as each second
+                    self._publish_owed(sink)
                 self._give(sink, batch)
 
     def lose(self, lost: Iterable[Lost]) -> None:

@@ -187,7 +187,7 @@ class Writer:
             except Exception as failure:  # what is to be forgotten is, with the next
                 error = self._spool_error(failure)
                 self._refused |= {one.item.sink: error for one in puts}
-                if not isinstance(failure, SpoolError):
+                if error.lasting or error is not failure:
                     self._note = None  # it may be what fails; a newer one comes
             else:
                 self._forget = {"done": {}, "told": {}}

@@ -6,7 +6,7 @@ Memory grows with hosts, runs, CPUs, gaps and losses told, and not with events.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from streamer import __version__
 from streamer.verify import report
@@ -192,9 +192,11 @@ class Ledger:
         for run_id, (previous, sinks) in self._previous.items():
             previous_of(self._runs, previous)
             before, teller = self._runs.get(previous.run_id), self._runs[run_id]
-            if before is None or previous.ended != "killed" or len(sinks) != 1:
-                continue  # of several sinks nobody knows which it is
-            if ended or has_replayed(before, teller, hosts[teller.host]):
+            if before is None or previous.ended != "killed" or not previous.marks:
+                continue
+            if len(sinks) != 1:  # of several nobody knows which it is
+                continue
+            if ended or has_replayed(teller, hosts[teller.host]):
                 before.take_marks(one for one in previous.marks if one.sink in sinks)
         for runs in hosts.values():
             for run in runs:
@@ -249,18 +251,17 @@ def is_silent(run: Run, runs: Iterable[Run]) -> bool:
     return any(other.after(run) > patience for other in runs if other is not run)
 
 
-def has_replayed(killed: Run, teller: Run, runs: Iterable[Run]) -> bool:
-    """Whether all that there was in the spool of one that was `killed` has come.
+def has_replayed(teller: Run, runs: Sequence[Run]) -> bool:
+    """Whether all that there was in the spool of the run before the `teller` has come.
 
-    It comes before what the `teller`, which began next, has to say, in each lane. So it has where
-    that one, or one after it, has gone on for a while; or ended in order, if there is but one lane.
+    It comes before what the teller has to say, in each lane that the host has. So it has where that
+    one, or one after it, has gone on for a while; or ended in order, if there is but one lane.
     """
+    lanes = set().union(*(one.lanes for one in runs))
     later = [one for one in runs if one.number >= teller.number]
-    if len(killed.lanes) == 1 and any(
-        one.end == "ended" and one.lanes.keys() == killed.lanes.keys() for one in later
-    ):
+    if len(lanes) == 1 and any(one.end == "ended" for one in later):
         return True
     return all(
-        any(one.lanes.get(lane, 0) - one.first_boot_ns > SETTLED_NS for one in later)
-        for lane in killed.lanes
+        any(one.lanes.get(lane, 0) - one.first_boot_ns > SETTLED_NS for one in reversed(later))
+        for lane in lanes
     )

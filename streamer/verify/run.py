@@ -84,7 +84,7 @@ class Run:
             return self.last_boot_ns - run.last_boot_ns
         if self.number < run.number:  # a boot ends before the next: whatever the clock said then
             return 0
-        return self.last_ns - run.last_ns
+        return self.last_ns - (run.last_boot_ns + run.offset)
 
     def set_clock(self, line: Line) -> None:
         """The wall clock is another than before: it was set, or slewed."""
@@ -228,7 +228,7 @@ class Run:
         outcomes: dict[Place, Outcome] = {}
         rest: dict[Place, list[tuple[int, int]]] = {}
         vague = list(self.told.vague)
-        settled = self._marks(over)
+        settled = self._marks(over, linear)
         for place, track in sorted(self._tracks(begun).items()):
             if track.own:
                 continue
@@ -253,7 +253,7 @@ class Run:
         unseen = [place for place in self._left if place not in self.tracks] if begun else ()
         return self.tracks | {place: Track(self, place, "") for place in unseen}
 
-    def _marks(self, over: bool) -> dict[Place, int]:
+    def _marks(self, over: bool, linear: bool) -> dict[Place, int]:
         """Per place, up to which number all is told: of a run that has ended, up to the last."""
         if self.silent:
             return {place: _most(track) for place, track in self.tracks.items()}
@@ -266,6 +266,8 @@ class Run:
         if beat is None:
             return safe
         told = {(m.ring, m.cpu): m.seq if beat.final else m.read for m in beat.marks}
+        if not linear:  # a heartbeat is ahead of events that wait for another topic or partition
+            return told | safe
         return {place: max(told.get(place, 0), safe.get(place, 0)) for place in told | safe}
 
     def _accounts(self, over: bool, begun: bool, linear: bool) -> dict[str, report.Account]:

@@ -823,8 +823,9 @@ async def test_a_defect_in_its_thread_is_seen_and_costs_no_event(
     await run.stop()
 
 
+@pytest.mark.parametrize("error", [AttributeError("a defect"), SpoolError("what?", lasting=True)])
 async def test_a_note_that_cannot_be_written_is_not_tried_for_ever(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     run = Run(directory, "wal")
     await run.start()
@@ -833,7 +834,7 @@ async def test_a_note_that_cannot_be_written_is_not_tried_for_ever(
     def refuse_the_note(items: Any, **others: Any) -> list[GivenUp]:
         if others["state"] is not None:
             noted.append(others["state"])
-            raise AttributeError("a defect")
+            raise error
         return write(items, **others)
 
     monkeypatch.setattr(run.spool._store, "write", refuse_the_note)

@@ -458,6 +458,59 @@ def test_what_a_later_run_has_is_in_each_place_where_the_killed_one_was(final: b
     assert not ledger.reported(["a", "b"], ended=final).ok
 
 
+def test_a_topic_that_has_nothing_of_a_killed_run_yet_is_waited_for() -> None:
+    killed, after = Stream(), Stream("fedcba9876543210")
+    first = [killed.manifest(), killed.heartbeat(("bulk", 0, 4, 4))]
+    after.boot_ns += 5 * SECOND
+    previous = {"run_id": killed.run_id, "ended": "killed", "untold": [], "marks": [mark(4, 5)]}
+    first.append(after.manifest(previous=previous))
+    replayed = [killed.event(n) for n in range(1, 5)]
+    other = Stream("0000000000000001")
+    earlier = whole_run(1, other)
+    after.boot_ns += 11 * SECOND
+    first.append(after.heartbeat())
+    ledger = Ledger()
+    ledger.feed(Chunk("a", lines([earlier[0], earlier[-1], *first])))
+    ledger.feed(Chunk("b", lines([earlier[1]])))
+    assert ledger.reported(["a", "b"]).ok
+    ledger.feed(Chunk("b", lines([*replayed, after.event(1)])))
+    assert ledger.reported(["a", "b"]).ok
+
+
+def test_a_heartbeat_ahead_of_events_in_another_topic_asks_for_no_more_than_marks() -> None:
+    killed, after = Stream(), Stream("fedcba9876543210")
+    own = [killed.manifest(), killed.heartbeat(("bulk", 0, 9, 9))]
+    events = [killed.event(1), killed.event(2)]
+    killed.boot_ns += 11 * SECOND
+    own.append(killed.heartbeat(("bulk", 0, 9, 9)))
+    after.boot_ns = killed.boot_ns + SECOND
+    previous = {"run_id": killed.run_id, "ended": "killed", "untold": [], "marks": [mark(2, 9)]}
+    own.append(after.manifest(previous=previous))
+    after.boot_ns += 11 * SECOND
+    own.append(after.heartbeat())
+    ledger = Ledger()
+    ledger.feed(Chunk("stream", lines(own)))
+    ledger.feed(Chunk("file", lines([*events, after.event(1)])))
+    report = ledger.reported(["stream", "file"])
+    assert (report.explained, report.unexplained, report.ok) == ({"killed": 7}, 0, True)
+
+
+def test_a_run_that_died_with_its_clock_ahead_has_no_end() -> None:
+    dead, now = Stream(), Stream("fedcba9876543210")
+    ahead = [dead.manifest(), dead.event(1)]
+    dead.offset -= 7200 * SECOND
+    dead.boot_ns += SECOND
+    records = [*ahead, dead.event(2)]
+    now.offset = dead.offset + dead.boot_ns
+    now.boot_ns = SECOND
+    later = [now.manifest(), now.event(1)]
+    now.boot_ns += 3600 * SECOND
+    later.append(now.event(2))
+    report = verified([*records, *(one | {"boot_id": "later"} for one in later)])
+    assert report.hosts["node-1"].runs[0].problems or report.hosts["node-1"].runs[1].problems
+    assert not report.ok
+
+
 def test_marks_of_a_run_that_ended_explain_nothing() -> None:
     """Its final account asks for more."""
     first, after = Stream(), Stream("fedcba9876543210")
