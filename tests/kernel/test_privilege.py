@@ -244,7 +244,6 @@ def test_the_helper_is_killed(scope: Scope, tmp_path: Path) -> None:
     Recording(agent.output.read_bytes(), account + "\n", 3).check()
 
 
-@pytest.mark.every_kernel
 def test_the_worker_is_killed(scope: Scope, tmp_path: Path) -> None:
     """The helper says so and ends, and what it held goes with it."""
     with Agent(tmp_path, *scope.options, events="file.open") as agent:

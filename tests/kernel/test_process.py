@@ -22,7 +22,7 @@ from tests.kernel.pace import repetitions
 from tests.kernel.scope import Scope
 from tests.kernel.system import kernel_is
 
-pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+pytestmark = pytest.mark.kernel
 
 EXECS = repetitions(1000, 100)
 ARGV_LEN, PATH_LEN, LINE_LEN = 16384, 4096, 4096  # of events.h
@@ -290,6 +290,7 @@ def ended(way: Callable[[], None]) -> tuple[int, int]:
     return pid, os.waitpid(pid, 0)[1]
 
 
+@pytest.mark.every_kernel
 def test_processes_that_die_between_fork_and_exec(scope: Scope, tmp_path: Path) -> None:
     """Each has its fork and its exit, as wait() tells it, and no exec."""
     directory = tmp_path / "programs"
@@ -395,6 +396,7 @@ def fork_and(execute: Any) -> int:
     return pid
 
 
+@pytest.mark.every_kernel
 def test_unusual_executions(
     scope: Scope, subject: Path, open_directory: Path, tmp_path: Path
 ) -> None:
