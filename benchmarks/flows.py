@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.kernel import Cost, cost_of_runs, statistics
@@ -41,15 +42,24 @@ tracepoint:net:net_dev_queue {
 
 def packets(rounds: int) -> list[Cost]:
     """In a network of its own, of which the loopback device is observed."""
-    made: list[Cost] = Role("bench", _in_own_network, rounds).result()
+    return in_own_network(_measure, rounds)
+
+
+def in_own_network(measure: Callable[[int], list[Cost]], rounds: int) -> list[Cost]:
+    """What a function measures in a process of its own, where /sys shows that network."""
+    made: list[Cost] = Role("bench", _enter, measure, rounds).result()
     return made
 
 
-def _in_own_network(rounds: int) -> list[Cost]:
+def _enter(measure: Callable[[int], list[Cost]], rounds: int) -> list[Cost]:
     leave_mounts()
     leave_network()
     show_network()
     bring_up_loopback()
+    return measure(rounds)
+
+
+def _measure(rounds: int) -> list[Cost]:
     found = _in_turns(rounds)
     with statistics():
         found.append(Cost("a packet that begins a flow, as the kernel measures", _new_flows()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from benchmarks.flows import by_bpftrace, info_of, send
+from benchmarks.flows import by_bpftrace, in_own_network, info_of, send
 from benchmarks.kernel import Cost, cost_of_runs, statistics
 from benchmarks.load import OBJECT
 from streamer.config.settings import Kernel, Settings
@@ -17,13 +17,6 @@ from streamer.kernel.state import KernelState
 from streamer.kernel.targets import targets_of
 from streamer.summaries.period import Summaries
 from tests.kernel.packets import FRAMES
-from tests.kernel.roles import (
-    Role,
-    bring_up_loopback,
-    leave_mounts,
-    leave_network,
-    show_network,
-)
 
 _KIND = "xdp.counters"
 _NAMES = ("TCP", "QinQ", "IPv6, UDP", "IPv6, hop by hop, routing, options")
@@ -40,15 +33,10 @@ tracepoint:net:netif_receive_skb {
 
 def packets(rounds: int) -> list[Cost]:
     """In a network of its own, of which the loopback device is observed."""
-    made: list[Cost] = Role("bench", _in_own_network, rounds).result()
-    return made
+    return in_own_network(_measure, rounds)
 
 
-def _in_own_network(rounds: int) -> list[Cost]:
-    leave_mounts()
-    leave_network()
-    show_network()
-    bring_up_loopback()
+def _measure(rounds: int) -> list[Cost]:
     found = _in_turns(rounds)
     with statistics():
         found.append(Cost("a datagram that comes in, counted, as the kernel measures", _observed()))

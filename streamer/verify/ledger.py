@@ -189,8 +189,9 @@ class Ledger:
         hosts: dict[str, list[Run]] = {}
         for run in sorted(self._runs.values(), key=lambda run: run.first_ns):
             hosts.setdefault(run.host, []).append(run)
-        for run_id, (previous, sinks) in self._previous.items():
+        for previous, _ in self._previous.values():
             previous_of(self._runs, previous)
+        for run_id, (previous, sinks) in self._previous.items():  # once all ends are known
             before, teller = self._runs.get(previous.run_id), self._runs[run_id]
             if before is None or previous.ended != "killed" or not previous.marks:
                 continue
