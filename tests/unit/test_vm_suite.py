@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.vm import kinds
+from tests.vm import suite as vm_suite
 from tests.vm.kinds import Kind, Kinds
 from tests.vm.suite import (
     ALL,
+    FIRED,
+    FIRING,
     MOST_STARTS,
     NOT_FINISHED,
+    STOCK,
+    VARIANTS,
     Guest,
     Result,
     by_reason,
@@ -24,15 +31,23 @@ from tests.vm.suite import (
     which,
 )
 
+FUNCTIONS, PROBES = (FIRING.format(one) for one in FIRED.values())
+FIRING_TESTS = [Result(test, "passed", 1.0, False, "") for test in (FUNCTIONS, PROBES)]
 PASSED = Result("test_a", "passed", 1.0, False, "")
 FAILED = Result("test_b", "failed", 1.0, False, "assert 1 == 2")
 LACKING = Result("test_c", "skipped", 0.0, True, "before 5.11 there is none")
 
 
 def guest(
-    release: str, results: Sequence[Result], status: int = 0, collected: int | None = None
+    release: str,
+    results: Sequence[Result],
+    status: int = 0,
+    collected: int | None = None,
+    *,
+    suite: str = "sid",
+    arguments: Sequence[str] = ("-k", "a or b or c"),
 ) -> Guest:
-    made = Guest("sid", "", release, (), 1.0)
+    made = Guest(suite, "", release, arguments, 1.0)
     made.kinds = Kinds(f"Linux {release}", {})
     made.results = list(results)
     made.collected = len(made.outcomes()) if collected is None else collected
@@ -85,6 +100,7 @@ def test_reasons_name_tests_and_kernels() -> None:
 )
 def test_exit_codes(guests: list[Guest], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guest, "output", "")
+    run_nothing_here(monkeypatch)
     assert report(guests, None) == code
 
 
@@ -157,6 +173,83 @@ def test_what_a_kernel_lacks_has_to_pass_on_another(tmp_path: Path) -> None:
     host.write_bytes(b'{"collected": 0}\n')
     assert report([guest("5.10", [LACKING])], host) == 1
     assert report([guest("5.10", [LACKING]), guest("7.2", [elsewhere])], host) == 0
+
+
+def run_nothing_here(monkeypatch: pytest.MonkeyPatch, *found: Result) -> list[str]:
+    """`found` is what comes of tests on this machine's kernel. Which are asked for."""
+    asked: list[str] = []
+
+    def run_here(tests: Sequence[str]) -> list[Result]:
+        asked.extend(tests)
+        return list(found)
+
+    monkeypatch.setattr(vm_suite, "run_here", run_here)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("kernels", "found", "code"),
+    [
+        (STOCK, LACKING, 1),
+        (STOCK, Result("test_c", "failed", 1.0, False, ""), 1),
+        (STOCK, Result("test_c", "passed", 1.0, False, ""), 0),
+        (STOCK - {"trixie"}, LACKING, 0),  # there it may pass
+    ],
+)
+def test_without_results_of_this_machine_it_is_asked(
+    kernels: frozenset[str], found: Result, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For what passed on no kernel of Debian's, and for nothing else."""
+    asked = run_nothing_here(monkeypatch, found)
+    guests = [guest("1.0", [LACKING, PASSED], suite=one) for one in kernels]
+    assert report(guests, None) == code
+    assert asked == ["test_c"]
+
+
+def test_what_passed_on_one_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = run_nothing_here(monkeypatch)
+    elsewhere = Result("test_c", "passed", 1.0, False, "")
+    assert report([guest("5.10", [LACKING]), guest("7.2", [elsewhere])], None) == 0
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "results", "missing"),
+    [
+        (("-m", "every_kernel"), FIRING_TESTS, []),
+        (("-m", "every_kernel"), FIRING_TESTS[:1], ["kprobe and kretprobe"]),
+        ((), [PASSED], list(FIRED)),
+        (("-k", "flows"), [PASSED], []),
+        (("tests/kernel/test_flows.py",), [PASSED], []),
+        (("-k", "durations"), [Result(FUNCTIONS, "skipped", 0.0, True, "")], ["fentry and fexit"]),
+    ],
+)
+def test_programs_have_to_fire(
+    arguments: Sequence[str], results: list[Result], missing: list[str]
+) -> None:
+    """On each kernel: that a kernel has none of them is no reason there, as it is elsewhere."""
+    made = guest("5.10", results, arguments=arguments)
+    assert made.not_fired == missing
+    assert made.failed == bool(missing)
+
+
+def test_they_are_tests_of_every_kernel() -> None:
+    """What has to have passed is there, and is among those that CI runs in guests."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
+    command += ["-m", "every_kernel", FUNCTIONS.partition("::")[0]]
+    done = subprocess.run(command, cwd=vm_suite.ROOT, capture_output=True, text=True)
+    assert {FUNCTIONS, PROBES} <= set(done.stdout.splitlines())
+
+
+def test_what_has_to_fire_where_something_is_kept_back() -> None:
+    """Programs at functions take BTF; nothing loads in lockdown."""
+    fires = {name: one.fires for name, one in VARIANTS.items()}
+    assert fires == {
+        "": ("fentry and fexit", "kprobe and kretprobe"),
+        "headers": ("kprobe and kretprobe",),
+        "norings": (),
+        "lockdown": (),
+    }
 
 
 def test_files_that_are_named_are_run_alone() -> None:

@@ -7,9 +7,11 @@ The arguments are for pytest. A variant is a kernel that something is kept from:
 guest says first what its kernel gives of each kind, which becomes a table at the end; `--write`
 puts it into docs/kernels.md. As many guests as the machine has CPUs run at a time: see
 tools/kernels.sh. Results appear as they come, then a table. Exit 0 if every test passed or was not
-run because of the kernel, and every guest came to its end. With the results of a run on this
-machine's own kernel (`--host`, written there with STREAMER_TEST_RESULTS) each of the tests that
-were not run for that reason has to have passed on one kernel at least.
+run because of the kernel, every guest came to its end, and on each kernel fentry, fexit, kprobe and
+kretprobe programs really fired (FIRED), as far as it has them. Each of the tests that were not run
+because of a kernel has to have passed on one at least: a guest's, or this machine's own, which is
+asked last, unless it was before (`--host`: its results, written there with STREAMER_TEST_RESULTS).
+Nobody is blamed for that where some of Debian's kernels were left out.
 
 What a guest wrote remains in build/kernels/NAME: `output.txt`, `results.ndjson`, `check.json`.
 """
@@ -48,6 +50,16 @@ exec "$0" -m pytest "$@"
 """
 
 
+FIRED = {
+    "fentry and fexit": "functions",
+    "kprobe and kretprobe": "probes",
+}
+"""Programs that have to have fired, and by which parameter the test goes that compares what they
+counted with the calls that it made: programs that load and attach may be run by nothing, still.
+"""
+FIRING = "tests/kernel/test_syscalls.py::test_counts_and_durations[{}]"
+
+
 class Variant(msgspec.Struct, frozen=True):
     """A kernel that something is kept from."""
 
@@ -57,6 +69,8 @@ class Variant(msgspec.Struct, frozen=True):
     """What to put before a command that is to do without."""
     pytest: tuple[str, ...] = ()
     """Which tests are run there, as arguments of pytest."""
+    fires: tuple[str, ...] = ()
+    """Which of FIRED have to there."""
 
 
 # With the headers of that kernel where they use to be, and its BTF where only the tests look.
@@ -75,7 +89,7 @@ echo confidentiality >/sys/kernel/security/lockdown
 exec "$@"
 """
 VARIANTS: dict[str, Variant] = {
-    "": Variant(""),
+    "": Variant("", fires=tuple(FIRED)),
     "headers": Variant(
         "without BTF, with headers",
         ("sh", "-ec", _HEADERS, "sh"),
@@ -84,6 +98,7 @@ VARIANTS: dict[str, Variant] = {
             *("tests/kernel/test_file.py", "tests/kernel/test_net.py"),
             "tests/kernel/test_syscalls.py",
         ),
+        ("kprobe and kretprobe",),  # what is at functions takes the kernel's own BTF
     ),
     "norings": Variant(
         "without ring buffers",
@@ -147,6 +162,7 @@ def read(path: Path, offset: int = 0) -> tuple[list[Result], int, int]:
 
 ALL = ("tests/kernel", "tests/faults/guest")
 """Where tests are that need nothing but the kernel. What the second has of them sets the clock."""
+STOCK = frozenset({"bullseye", "bookworm", "trixie", "sid"})
 MOST_STARTS = 3
 NOT_FINISHED = "did not finish; its console"
 """What `tools/kernels.sh` says of a guest that left no exit code."""
@@ -258,10 +274,23 @@ class Guest:
         return self.collected - len(self.outcomes())
 
     @property
+    def not_fired(self) -> list[str]:
+        """Which of FIRED had to, and were not seen to; of tests that were chosen, if it is one."""
+        passed = {result.test for result in self.tests("passed")}
+        there = self.outcomes()
+        tests = {words: FIRING.format(FIRED[words]) for words in self.variant.fires}
+        asked = (words for words, test in tests.items() if test in there or not self._chosen)
+        return [words for words in asked if tests[words] not in passed]
+
+    @property
+    def _chosen(self) -> bool:
+        return any(one.startswith(("tests/", "-k")) for one in self._arguments)
+
+    @property
     def failed(self) -> bool:
         """Whether anything is wrong with it."""
         incomplete = self.without_result != 0 or not self.collected or self.kinds is None
-        return self.status != 0 or incomplete
+        return self.status != 0 or incomplete or bool(self.not_fired)
 
 
 def which(of_variant: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -350,6 +379,22 @@ def run_nowhere(results: Iterable[Result]) -> list[str]:
     return [test for test in skipped if test not in passed]
 
 
+def run_here(tests: Sequence[str]) -> list[Result]:
+    """Their results on this machine's own kernel."""
+    BUILT.mkdir(parents=True, exist_ok=True)
+    results = BUILT / "here.ndjson"
+    results.unlink(missing_ok=True)
+    environ = os.environ | {"CI": "true", "STREAMER_TEST_RESULTS": str(results)}
+    command = [sys.executable, "-m", "pytest", *PYTEST, *tests]
+    subprocess.run(command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, check=False)
+    return read(results)[0]
+
+
+def had_all(guests: Iterable[Guest]) -> bool:
+    """Whether each of Debian's kernels was there, with nothing kept from it."""
+    return {guest.suite for guest in guests if guest.variant is VARIANTS[""]} >= STOCK
+
+
 def by_kernel(guests: Iterable[Guest]) -> dict[str, kinds.Kinds]:
     """What this machine's kernel and each guest's gives of each kind."""
     release = ".".join(os.uname().release.split(".")[:2])
@@ -368,11 +413,17 @@ def report(guests: Sequence[Guest], host: Path | None) -> int:
     for guest in guests:
         for result in guest.tests("failed"):
             print(f"failed: {guest.release}: {result.test}")
+        for words in guest.not_fired:
+            print(f"did not fire: {guest.release}: {words}")
     code = 1 if any(guest.failed for guest in guests) else 0
     results = [result for guest in guests for result in guest.results]
-    for test in run_nowhere(results + (read(host)[0] if host else [])):
+    if host is not None:
+        results += read(host)[0]
+    elif missing := run_nowhere(results):
+        results += run_here(missing)
+    for test in run_nowhere(results):
         print(f"passed on no kernel: {test}")
-        code = code if host is None else 1
+        code = 1 if host is not None or had_all(guests) else code
     print("\n".join(["", *table(guests)]))
     return code
 
