@@ -8,51 +8,28 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition  # type: ignore[import-untyped]
-from aiokafka.consumer import fetcher  # type: ignore[import-untyped]
-from aiokafka.errors import CorruptRecordException, KafkaError  # type: ignore[import-untyped]
+from aiokafka.errors import KafkaError  # type: ignore[import-untyped]
 
 from streamer.config.settings import KafkaSink as Settings
 from streamer.errors import SinkError
 from streamer.sinks.credentials import ssl_context
 from streamer.sinks.kafka.client import check_topic, connection_options, silence_aiokafka
+from streamer.verify.fetched import give_batches
 from streamer.verify.records import Chunk
 from streamer.verify.start import Start
 
 START_SECONDS = 30.0
 ASK_SECONDS = 30.0
 POLL_MS = 200
-MOST_BATCHES = 8
 FETCH_BYTES = 4 << 20
 """Of each partition: with less, a topic of large batches is read a batch at a time."""
 
-
-class _Batch(NamedTuple):
-    """The values of a record batch, from an offset on."""
-
-    offset: int
-    values: list[bytes]
-
-
-class _Batches(fetcher.PartitionRecords):  # type: ignore[misc]
-    """Whole batches in place of records: an object around each record takes twice their time."""
-
-    next_fetch_offset: int
-
-    def _unpack_records(self) -> Iterator[_Batch]:
-        while self._records.has_next():
-            batch = self._records.next_batch()
-            if self._check_crcs and not batch.validate_crc():
-                raise CorruptRecordException(f"Invalid CRC - {self._tp}")
-            first = self.next_fetch_offset
-            values = []
-            if not batch.is_control_batch:  # a batch may begin before what was asked for
-                values = [r.value for r in batch if r.offset >= first and r.value is not None]
-            self.next_fetch_offset = batch.next_offset
-            yield _Batch(first, values)
+ANSWER_BYTES = 16 << 20
+"""Of all partitions, as they are compressed. Two such answers are held: one is read, one comes."""
 
 
 class KafkaSource:
@@ -76,17 +53,18 @@ class KafkaSource:
         Raises:
             SinkError: there is no reading them.
         """
-        fetcher.PartitionRecords = _Batches
         consumer = AIOKafkaConsumer(
             bootstrap_servers=list(self.settings.bootstrap),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             max_partition_fetch_bytes=FETCH_BYTES,
+            fetch_max_bytes=ANSWER_BYTES,
             **self._options,
         )
         try:
             async with asyncio.timeout(START_SECONDS):
                 await consumer.start()
+            give_batches(consumer)
             async with asyncio.timeout(ASK_SECONDS):
                 ends = await self._begin(consumer, start)
             async for chunk in self._chunks(consumer, None if follow else ends):
@@ -126,13 +104,13 @@ class KafkaSource:
 
     async def _chunks(self, consumer: Any, ends: dict[Any, int] | None) -> AsyncIterator[Chunk]:
         while ends is None or await _is_before(consumer, ends):
-            got = await consumer.getmany(timeout_ms=POLL_MS, max_records=MOST_BATCHES)
+            got = await consumer.getmany(timeout_ms=POLL_MS)
             for partition, batches in got.items():
                 where = f"{partition.topic}, partition {partition.partition}"
                 for batch in batches:
-                    if batch.values:
-                        yield Chunk(where, batch.values, f"{where}, from offset {batch.offset}")
-            await asyncio.sleep(0)
+                    await asyncio.sleep(0)  # the next answer is asked for, and comes
+                    if values := batch.values():
+                        yield Chunk(where, values, f"{where}, from offset {batch.offset}")
 
 
 async def _is_before(consumer: Any, ends: dict[Any, int]) -> bool:

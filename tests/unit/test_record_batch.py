@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 
 import pytest
 from aiokafka.record.memory_records import MemoryRecords  # type: ignore[import-untyped]
@@ -18,6 +19,8 @@ from streamer.sinks.kafka.record_batch import (
     crc32c_py,
     lay_out,
     lay_out_py,
+    read_values,
+    read_values_py,
     record_batch,
 )
 
@@ -42,6 +45,63 @@ def test_compiled_layout_equals_its_twin(
     given_pieces: list[tuple[Records, array[int]]], key: bytes
 ) -> None:
     assert lay_out(given_pieces, key) == lay_out_py(given_pieces, key)
+
+
+def record(offset: int, key: bytes | None, value: bytes | None, behind: bytes) -> bytes:
+    """A record as any client may write it: `behind` are its headers."""
+
+    def field(data: bytes | None) -> bytes:
+        return varint(-1) if data is None else varint(len(data)) + data
+
+    return field(b"\0" + varint(17) + varint(offset) + field(key) + field(value) + behind)
+
+
+def varint(value: int) -> bytes:
+    rest, encoded = value << 1 ^ value >> 63, b""
+    while rest >= 0x80:
+        encoded, rest = encoded + bytes([rest & 0x7F | 0x80]), rest >> 7
+    return encoded + bytes([rest])
+
+
+fields = st.none() | st.binary(max_size=200)
+
+
+@given(st.lists(st.tuples(fields, fields, st.binary(max_size=20)), max_size=150), st.integers(0, 9))
+def test_values_are_read_from_an_offset_on(
+    given_records: list[tuple[bytes | None, bytes | None, bytes]], first: int
+) -> None:
+    data = b"".join(record(i, *one) for i, one in enumerate(given_records))
+    expected = [value for _, value, _ in given_records[first:] if value is not None]
+    for function in (read_values, read_values_py):
+        assert function(data, len(given_records), first) == expected
+
+
+@given(st.binary(max_size=60) | pieces.map(lambda some: lay_out(some, b"k")[0]), st.data())
+def test_corrupt_records_are_refused_by_both_alike(data: bytes, draw: st.DataObject) -> None:
+    """Cut, changed, or of another number: the same values, or none."""
+    if data:
+        at = draw.draw(st.integers(0, len(data) - 1))
+        data = data[:at] + draw.draw(st.binary(max_size=12)) + data[at + 1 :]
+    count = draw.draw(st.integers(-1, 90))
+
+    def read(function: Callable[[bytes, int, int], list[bytes]]) -> list[bytes] | None:
+        try:
+            return function(data, count, 0)
+        except ValueError:
+            return None
+
+    assert read(read_values) == read(read_values_py)
+
+
+@pytest.mark.parametrize("function", [read_values, read_values_py])
+def test_records_of_another_number_are_corrupt(
+    function: Callable[[bytes, int, int], list[bytes]],
+) -> None:
+    data = record(0, None, b"a", b"\0") + record(1, None, b"b", b"\0")
+    assert function(data, 2, 0) == [b"a", b"b"]
+    for count in (0, 1, 3):
+        with pytest.raises(ValueError, match="corrupt"):
+            function(data, count, 0)
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The records of a Kafka record batch, laid out in one go, and its checksum.
+ * The records of a Kafka record batch, laid out in one go and read back, and its checksum.
  *
  * `_record_batch.pyi` documents what Python sees; `record_batch.py` is the same in plain Python
  * and the oracle of this file in the tests. The format is that of Kafka's documentation ("Message
@@ -10,6 +10,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -242,6 +243,103 @@ static PyObject *records(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
 	return result;
 }
 
+/* What is left of records that are read. */
+struct rest {
+	const uint8_t *at, *end;
+};
+
+/* False: there is none, or it is longer than any. */
+static bool take_varint(struct rest *rest, int64_t *value)
+{
+	uint64_t zigzagged = 0;
+	for (unsigned shift = 0; shift < 7 * VARINT_MOST && rest->at < rest->end; shift += 7) {
+		uint8_t byte = *rest->at++;
+		zigzagged |= (uint64_t)(byte & 0x7f) << shift;
+		if (byte < 0x80) {
+			*value = (int64_t)(zigzagged >> 1 ^ -(zigzagged & 1));
+			return true;
+		}
+	}
+	return false;
+}
+
+/* A field of so many bytes as its length says, which may be -1 for none. */
+static bool take_field(struct rest *rest, struct rest *field, bool *is_null)
+{
+	int64_t size;
+	if (!take_varint(rest, &size) || size > rest->end - rest->at)
+		return false;
+	*is_null = size < 0;
+	field->at = rest->at;
+	field->end = rest->at = rest->at + (size < 0 ? 0 : size);
+	return true;
+}
+
+struct record {
+	int64_t offset; /* less that of the batch */
+	struct rest value;
+	bool is_null;
+};
+
+/* The next record; what is behind its value is passed over. */
+static bool take_record(struct rest *rest, struct record *record)
+{
+	struct rest inside, key;
+	bool no_key, no_record;
+	int64_t time;
+	if (!take_field(rest, &inside, &no_record) || inside.at == inside.end)
+		return false;
+	inside.at++; /* attributes */
+	return take_varint(&inside, &time) && take_varint(&inside, &record->offset) &&
+	       take_field(&inside, &key, &no_key) &&
+	       take_field(&inside, &record->value, &record->is_null);
+}
+
+static PyObject *corrupt(PyObject *list)
+{
+	Py_DECREF(list);
+	PyErr_SetString(PyExc_ValueError, "the records of a batch are corrupt");
+	return NULL;
+}
+
+/* The values of so many records, from an offset on. */
+static PyObject *take_values(struct rest rest, long long count, long long from)
+{
+	PyObject *list = PyList_New(0);
+	if (list == NULL)
+		return NULL;
+	for (long long i = 0; i < count; i++) {
+		struct record record;
+		if (!take_record(&rest, &record))
+			return corrupt(list);
+		if (record.is_null || record.offset < from)
+			continue;
+		PyObject *value = PyBytes_FromStringAndSize((const char *)record.value.at,
+							    record.value.end - record.value.at);
+		int failed = value == NULL || PyList_Append(list, value) < 0;
+		Py_XDECREF(value);
+		if (failed) {
+			Py_DECREF(list);
+			return NULL;
+		}
+	}
+	return rest.at == rest.end ? list : corrupt(list);
+}
+
+static PyObject *values(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+	if (count != 3 || !PyBytes_Check(args[0])) {
+		PyErr_SetString(PyExc_TypeError, "values() takes bytes, a number and an offset");
+		return NULL;
+	}
+	long long number = PyLong_AsLongLong(args[1]), from = PyLong_AsLongLong(args[2]);
+	if ((number == -1 || from == -1) && PyErr_Occurred())
+		return NULL;
+	const uint8_t *at = (const uint8_t *)PyBytes_AS_STRING(args[0]);
+	struct rest rest = {at, at + PyBytes_GET_SIZE(args[0])};
+	return take_values(rest, number, from);
+}
+
 /*
  * CRC-32C (Castagnoli, reflected), as RFC 3720 has it in appendix B.4: by the processor's own
  * instruction, or with eight tables, a byte of eight each.
@@ -340,6 +438,9 @@ static PyMethodDef methods[] = {
 	{"records", (PyCFunction)(void (*)(void))records, METH_FASTCALL, PyDoc_STR(
 		"records(pieces, key, /)\n--\n\n"
 		"The records of all pieces as one: bytes, count, first and latest time.")},
+	{"values", (PyCFunction)(void (*)(void))values, METH_FASTCALL, PyDoc_STR(
+		"values(records, count, first, /)\n--\n\n"
+		"The values of so many records, from an offset in the batch on.")},
 	{"crc32c", (PyCFunction)(void (*)(void))crc32c, METH_FASTCALL, PyDoc_STR(
 		"crc32c(*parts)\n--\n\nCRC-32C of all parts, one behind the other.")},
 	{"crc32c_tables", (PyCFunction)(void (*)(void))crc32c_tables, METH_FASTCALL, PyDoc_STR(
@@ -355,7 +456,7 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef module_def = {
 	PyModuleDef_HEAD_INIT,
 	.m_name = "streamer.sinks.kafka._record_batch",
-	.m_doc = PyDoc_STR("The records of a Kafka record batch, laid out in one go; its checksum."),
+	.m_doc = PyDoc_STR("The records of a Kafka record batch, laid out and read; its checksum."),
 	.m_methods = methods,
 	.m_slots = slots,
 };

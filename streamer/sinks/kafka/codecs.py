@@ -1,6 +1,7 @@
 """How record batches are compressed: codecs and levels are chosen here, by what was measured.
 
-docs/kafka.md has the table. All of them release the interpreter's lock while they compress.
+docs/kafka.md has the table. All of them release the interpreter's lock while they compress. What
+others have compressed, in any form that they use, is read for `streamer verify`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import cramjam
+from aiokafka.codec import lz4_decode, snappy_decode, zstd_decode  # type: ignore[import-untyped]
 from isal import igzip_lib
 
 GZIP_LEVEL = 1
@@ -72,3 +74,27 @@ CODECS: dict[str, Codec] = {
     "zstd": Codec(4, _zstd),
 }
 """By the name in the settings."""
+
+
+def _plain(data: bytes) -> bytes:
+    return data
+
+
+def _gunzip(data: bytes) -> bytes:
+    return igzip_lib.decompress(data, igzip_lib.DECOMP_GZIP)
+
+
+_DECODERS: dict[int, Callable[[bytes], bytes]] = dict(
+    enumerate((_plain, _gunzip, snappy_decode, lz4_decode, zstd_decode))
+)
+
+
+def decompress(codec: int, data: bytes) -> bytes:
+    """The records of a batch, by the number of its codec.
+
+    Raises:
+        ValueError: there is no such codec. Each codec has errors of its own for what is none.
+    """
+    if codec not in _DECODERS:
+        raise ValueError(f"there is no codec {codec}")
+    return _DECODERS[codec](data)

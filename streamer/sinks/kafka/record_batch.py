@@ -1,8 +1,8 @@
-"""Kafka record batches, built in one go from events that are encoded already.
+"""Kafka record batches, built in one go from events that are encoded already, and read back.
 
 The format is version 2 of Kafka's documentation ("Message Format", "Record Batch"). The records
-are laid out, and the checksum is made, by a compiled module, or by its twin here where that was
-not compiled.
+are laid out and read, and the checksum is made, by a compiled module, or by its twin here where
+that was not compiled.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ _BODY = struct.Struct(">hiqqqhii")  # what the checksum covers, before the recor
 _MAGIC = 2
 _BEFORE_LENGTH = 12
 _NS_PER_MS = 1_000_000
+_VARINT_MOST = 10
+_MOST = (1 << 64) - 1
+_CORRUPT = "the records of a batch are corrupt"
 
 
 def lay_out_py(pieces: list[tuple[Records, array[int]]], key: bytes) -> Laid:
@@ -68,6 +71,50 @@ def ends_in_line_end(lines: bytes) -> bool:
     return not lines or lines.endswith(b"\n")
 
 
+def read_values_py(records: bytes, count: int, first: int) -> list[bytes]:
+    """The values of all `count` records of a batch whose offset in it is `first` or higher.
+
+    Those that are null are left out.
+
+    Raises:
+        ValueError: they are no such records.
+    """
+    found = []
+    rest = memoryview(records)
+    for _ in range(count):
+        record, rest = _field(rest)
+        if not record:
+            raise ValueError(_CORRUPT)
+        _, record = _number(record[1:])  # behind the attributes, its time
+        offset, record = _number(record)
+        _, record = _field(record)
+        value, _ = _field(record)
+        if value is not None and offset >= first:
+            found.append(bytes(value))
+    if rest:
+        raise ValueError(_CORRUPT)
+    return found
+
+
+def _number(data: memoryview) -> tuple[int, memoryview]:
+    """A zigzag varint, and what is behind it."""
+    zigzagged = 0
+    for i, byte in enumerate(data[:_VARINT_MOST]):
+        zigzagged |= (byte & 0x7F) << 7 * i
+        if byte < 0x80:
+            zigzagged &= _MOST
+            return zigzagged >> 1 ^ -(zigzagged & 1), data[i + 1 :]
+    raise ValueError(_CORRUPT)
+
+
+def _field(data: memoryview) -> tuple[memoryview | None, memoryview]:
+    """A field of so many bytes as its length says, None for null, and what is behind it."""
+    size, rest = _number(data)
+    if size > len(rest):
+        raise ValueError(_CORRUPT)
+    return (rest[:size], rest[size:]) if size >= 0 else (None, rest)
+
+
 def _varint(value: int) -> bytes:
     """A zigzag varint, as Kafka writes lengths and differences."""
     rest = value << 1 ^ value >> 63
@@ -86,14 +133,16 @@ def crc32c_py(*parts: bytes) -> int:
 
 if TYPE_CHECKING:
     lay_out = lay_out_py
+    read_values = read_values_py
     crc32c = crc32c_py
 else:
     try:
         from streamer.sinks.kafka._record_batch import crc32c
         from streamer.sinks.kafka._record_batch import records as lay_out
+        from streamer.sinks.kafka._record_batch import values as read_values
     # Only an absent module: one that is there and does not load is a mistake to be seen.
     except ModuleNotFoundError:
-        lay_out, crc32c = lay_out_py, crc32c_py
+        lay_out, read_values, crc32c = lay_out_py, read_values_py, crc32c_py
 
 
 class Payload(NamedTuple):
