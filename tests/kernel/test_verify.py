@@ -25,6 +25,7 @@ from tests.kafka_helpers import create
 from tests.kernel.agent import ROOT, Agent, Recording, kind_of
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import open_missing
+from tests.kernel.watch import DRAWN_ANEW, Watch
 
 pytestmark = pytest.mark.kernel
 
@@ -261,25 +262,29 @@ async def test_a_topic(kafka: KafkaBroker, scope: Scope, tmp_path: Path) -> None
 
 
 def _a_topic(kafka: KafkaBroker, url: str, scope: Scope, tmp_path: Path) -> None:
-    live = [sys.executable, "-m", "streamer", "verify", "--json", "--duration", "20s", url]
-    with Agent(tmp_path, *scope.options, config=CONFIG, sinks=(url,)) as agent:
-        watch = subprocess.Popen(live, cwd=ROOT, stdout=subprocess.PIPE)
-        time.sleep(3)
+    with (
+        Watch("--follow", url) as watch,
+        Agent(tmp_path, *scope.options, config=CONFIG, sinks=(url,)) as agent,
+    ):
+        scope.act(open_missing, "/no/first/", 500)
+        watch.until(500)  # while the agent goes on
         recording = lossy(agent, scope)
-    report = verify(url)
-    check_against(only_run(report), recording)
-    output, _ = watch.communicate(timeout=60)
-    assert watch.returncode == 0
-    followed = msgspec.json.decode(output, type=VerifyReport)
+        report = verify(url)
+        check_against(only_run(report), recording)
+        assert watch.until(report.records).records == report.records
+        code, followed = watch.end()
+    assert (code, followed.records, followed.bytes) == (0, report.records, report.bytes)
     check_against(only_run(followed), recording)
 
     records = kcat(kafka, "events")
+    assert (len(records), sum(map(len, records))) == (report.records, report.bytes)
     middle = verify(url, "--from", str(len(records) // 2))
     assert (middle.ok, only_run(middle).whole) == (True, False)
     # offsets are of each partition, and all of a host are in one
     assert middle.records == len(records) - len(records) // 2
     assert verify(url, "--from", "1h").records == len(records)
     assert verify(url, "--from", "end").records == 0
+    assert verify(url, "--duration", "2s").records == len(records)
 
     opens = [i for i, line in enumerate(records) if line.startswith(b'{"event":"file.open"')]
     gone, twice = opens[100], opens[200]
@@ -289,6 +294,37 @@ def _a_topic(kafka: KafkaBroker, url: str, scope: Scope, tmp_path: Path) -> None
     assert (report.unexplained, report.duplicates) == (1, 1)
     number = json.loads(records[gone])["seq"]
     assert [g.seq_from for p in only_run(report).places for g in p.gaps] == [number]
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("code", [0, 1])
+async def test_a_topic_is_followed(kafka: KafkaBroker, recorded: Recorded, code: int) -> None:
+    """What comes is counted while it follows; at Ctrl-C it reports. One that is missing is told."""
+    topic = f"followed-{code}"
+    await create(kafka, topic)
+    await asyncio.to_thread(_followed, kafka, topic, recorded, code)
+
+
+def _followed(kafka: KafkaBroker, topic: str, recorded: Recorded, code: int) -> None:
+    records = [line.rstrip(b"\n") for line in recorded.lines]
+    at = recorded.numbered()
+    gone = json.loads(records.pop(at[100])) if code else None
+    half = len(records) // 2
+    with Watch("--follow", f"kafka://{kafka.address}/{topic}") as watch:
+        assert watch.until(0).records == 0
+        for end, part in ((half, records[:half]), (len(records), records[half:])):
+            produce(kafka, topic, part)
+            shown = watch.until(end)
+            assert shown.records == end
+            assert shown.megabytes == round(sum(map(len, records[:end])) / 1e6, 1)
+        ended, report = watch.end(signal.SIGTERM if code else signal.SIGINT)
+    assert watch.shown.endswith(DRAWN_ANEW)  # nothing of it is left on the terminal
+    counts = [one.records for one in watch.lines]
+    assert counts == sorted(counts)
+    assert {0, half, len(records)} <= {*counts}
+    assert (ended, report.records, report.unexplained) == (code, len(records), code)
+    gaps = [(p.ring, p.cpu, g.seq_from, g.count) for p in only_run(report).places for g in p.gaps]
+    assert gaps == ([(gone["ring"], gone["cpu"], gone["seq"], 1)] if gone else [])
 
 
 @pytest.mark.kafka
