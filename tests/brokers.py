@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import re
@@ -20,14 +21,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ROOT / "tools" / "kafka.properties"
 # Quick to start and small: a test's broker does not live long enough for a better compiler.
 JAVA_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
 MOSQUITTO_LOGS = ("error", "warning", "notice", "information", "subscribe")
-_PARTITION = re.compile(r" *partition (\d+), leader (-?\d+), .*isrs: ([\d,]*)")
+_PARTITION = re.compile(r" *partition (\d+), leader (-?\d+), replicas: ([\d,]*), isrs: ([\d,]*)")
 FORMAT = ("kafka.tools.StorageTool", "format", "-t", "c3RyZWFtZXItdGVzdHMtMQ")
 
 
@@ -63,6 +64,19 @@ def kafka_class_path() -> str:
     if not list((cache / "kafka").glob("kafka_2.13-*.jar")):
         raise FileNotFoundError(f"no Kafka in {cache}/kafka: run tools/brokers.sh setup")
     return f"{cache}/kafka/*"
+
+
+def kafka_tool(name: str, *arguments: str) -> str:
+    """What one of Kafka's own tools prints: `name` is its class in `org.apache.kafka.tools`.
+
+    Raises:
+        RuntimeError: it failed; with what it printed.
+    """
+    command = ["java", "-cp", kafka_class_path(), *JAVA_OPTIONS, f"org.apache.kafka.tools.{name}"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise RuntimeError(f"{name} {' '.join(arguments)}: {done.stdout}{done.stderr}")
+    return done.stdout
 
 
 class Broker(ABC):
@@ -282,6 +296,14 @@ class KafkaBroker(Broker):
         return asked.returncode == 0 and f"broker {self.node} at" in asked.stdout
 
 
+class Partition(NamedTuple):
+    """Nodes by their numbers, as a broker names them. `leader` -1: there is none."""
+
+    leader: int
+    replicas: tuple[int, ...]
+    in_sync: tuple[int, ...]
+
+
 class KafkaCluster:
     """Three nodes of Apache Kafka, each broker and controller. Topics have three replicas."""
 
@@ -308,10 +330,37 @@ class KafkaCluster:
 
     def leader(self, topic: str, partition: int) -> int:
         """The number of the node that leads a partition; -1: none does."""
-        return self.partitions(topic)[partition][0]
+        return self.partitions(topic)[partition].leader
 
-    def partitions(self, topic: str) -> dict[int, tuple[int, int]]:
-        """Of each partition the number of its leader, and how many replicas are in sync."""
+    def elect(self, topic: str, partition: int) -> None:
+        """Have the first of a partition's replicas lead it, if it does not."""
+        where = ("--topic", topic, "--partition", f"{partition}")
+        how = ("--election-type", "preferred")
+        kafka_tool("LeaderElectionCommand", "--bootstrap-server", self.address, *how, *where)
+
+    def reassign(
+        self, topic: str, partition: int, replicas: Sequence[int], timeout: float = 60.0
+    ) -> None:
+        """Have these nodes, the first preferred, keep a partition; returns when they all do.
+
+        Raises:
+            RuntimeError: they do not within `timeout` seconds.
+        """
+        one = {"topic": topic, "partition": partition, "replicas": list(replicas)}
+        plan = self.nodes[0].directory / "reassignment.json"
+        plan.write_text(json.dumps({"version": 1, "partitions": [one]}))
+        arguments = ("--bootstrap-server", self.address, "--reassignment-json-file", str(plan))
+        kafka_tool("reassign.ReassignPartitionsCommand", *arguments, "--execute")
+        deadline = time.monotonic() + timeout
+        while (found := self.partitions(topic)[partition]).replicas != tuple(replicas) or (
+            set(found.in_sync) != set(replicas)
+        ):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{topic} {partition}: {found} in place of {replicas}")
+            time.sleep(0.1)
+
+    def partitions(self, topic: str) -> dict[int, Partition]:
+        """What a broker says of each partition of a topic."""
         asked = subprocess.run(
             ["kcat", "-b", self.address, "-L", "-t", topic, "-m", "10"],
             capture_output=True,
@@ -321,8 +370,11 @@ class KafkaCluster:
         found = {}
         for line in asked.stdout.splitlines():
             if match := _PARTITION.match(line):
-                number, leader, replicas = match.groups()
-                found[int(number)] = int(leader), len(replicas.split(","))
+                number, leader, *nodes = match.groups()
+                replicas, in_sync = (
+                    tuple(int(node) for node in some.split(",") if node) for some in nodes
+                )
+                found[int(number)] = Partition(int(leader), replicas, in_sync)
         if not found:
             raise RuntimeError(f"no partitions of {topic}: {asked.stdout}")
         return found

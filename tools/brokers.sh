@@ -33,14 +33,17 @@ setup() {
     need java openjdk-17-jre-headless
     need mvn maven
     say "fetching Kafka with Maven into $cache/kafka"
-    rm -rf "$cache/kafka"
+    rm -rf "$cache/kafka.new"
     mkdir -p "$cache"
     mvn --batch-mode --quiet -Dstyle.color=never --file "$pom" dependency:copy-dependencies \
-        -DincludeScope=runtime "-DoutputDirectory=$cache/kafka" >"$cache/maven.log" 2>&1 || {
+        -DincludeScope=runtime "-DoutputDirectory=$cache/kafka.new" >"$cache/maven.log" 2>&1 || {
         cat "$cache/maven.log" >&2 # it tells of errors on its standard output
         die "Maven could not fetch Kafka: see above"
     }
-    cp "$pom" "$stamp"
+    cp "$pom" "$cache/kafka.new/pom.xml"
+    # At once: a broker that runs may open one of its files only now.
+    rm -rf "$cache/kafka"
+    mv "$cache/kafka.new" "$cache/kafka"
     say "Kafka is there"
 }
 

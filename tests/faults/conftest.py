@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from streamer.sinks.kafka.client import partition_of
-from tests.brokers import KafkaCluster, MosquittoBroker, free_port
+from tests.brokers import KafkaCluster, MosquittoBroker, Partition, free_port
 from tests.faults import table
 from tests.faults.consumers import (
     QUICK,
@@ -27,7 +27,7 @@ from tests.faults.consumers import (
     by_kcat,
     by_mosquitto,
 )
-from tests.faults.experiment import Experiment, configured
+from tests.faults.experiment import RATE, Experiment, Faulty, configured
 from tests.faults.proxy import Proxy
 from tests.faults.table import Row
 from tests.kafka_helpers import create
@@ -35,6 +35,8 @@ from tests.kernel.scope import Scope, cgroup_mount
 
 PROBED = "probed"
 """A topic with a partition led by each node, when all is well."""
+OF_HOST = partition_of(os.uname().nodename.encode(), 3)
+"""The partition of this host's events: all topics have three."""
 ROWS = pytest.StashKey[dict[str, Row]]()
 _topics = (f"faults-{number}" for number in itertools.count())
 
@@ -97,10 +99,9 @@ class Cluster(KafkaCluster):
         """The proxies of all nodes."""
         return ",".join(proxy.address for proxy in self.proxies)
 
-    def of_host(self, topic: str) -> tuple[int, int]:
-        """Of the partition of this host's events: the leader's number, and replicas in sync."""
-        partitions = self.partitions(topic)
-        return partitions[partition_of(os.uname().nodename.encode(), len(partitions))]
+    def of_host(self, topic: str) -> Partition:
+        """Who has the partition of this host's events: see `OF_HOST`."""
+        return self.partitions(topic)[OF_HOST]
 
     def wait_until_writable(self, timeout: float = 60) -> None:
         """Until kcat can write to each node, with two replicas at least: there a fault ends.
@@ -114,9 +115,9 @@ class Cluster(KafkaCluster):
             while subprocess.run(command, input=b"x", stderr=subprocess.DEVNULL).returncode:
                 assert time.monotonic() < deadline, "the cluster does not come back"
 
-    def create(self, topic: str) -> None:
+    def create(self, topic: str, replicas: int = 3) -> None:
         """A topic of three partitions, which every node knows by then."""
-        asyncio.run(create(self, topic, 3))
+        asyncio.run(create(self, topic, replicas))
         for node in self.nodes:
             command = ["kcat", "-L", "-b", node.address, "-t", topic]
             while subprocess.run(command, capture_output=True).stdout.count(b"isrs: ") < 3:
@@ -159,27 +160,50 @@ def kafka_fault(cluster: Cluster, scope: Scope, tmp_path: Path) -> Faults:
     """Makes an experiment with the cluster; `proxied`: the agent reaches it by the proxies."""
 
     def make(
-        fault: str, *, proxied: bool = False, rate: int | None = None, **options: Any
+        fault: str,
+        *,
+        proxied: bool = False,
+        rate: int = RATE,
+        replicas: int = 3,
+        sink: str = "",
+        **options: Any,
     ) -> Experiment:
         topic = next(_topics)
-        cluster.create(topic)
-        address = cluster.proxied if proxied else cluster.address
-        bootstrap = ", ".join(f'"{one}"' for one in address.split(","))
-        sink = f'type = "kafka"\nbootstrap = [{bootstrap}]\ntopic = "{topic}"'
-        agent = configured(scope, tmp_path / "agent", sink, **options)
-        made = Experiment(
-            fault,
-            agent,
-            scope,
-            lambda: KafkaFollower(cluster.address, topic, tmp_path),
-            lambda: by_kcat(cluster.address, topic),
-            lambda: f"kafka://{cluster.address}/{topic}",
-            **({} if rate is None else {"rate": rate}),
-        )
-        made.topic = topic
-        return made
+        cluster.create(topic, replicas)
+        lines = kafka_sink(cluster.proxied if proxied else cluster.address, topic) + sink
+        agent = configured(scope, tmp_path / "agent", lines, **options)
+        return with_kafka(fault, agent, scope, cluster.address, topic, tmp_path, rate)
 
     return make
+
+
+def kafka_sink(bootstrap: str, topic: str) -> str:
+    """The settings of a sink, for addresses with commas between them."""
+    servers = ", ".join(f'"{one}"' for one in bootstrap.split(","))
+    return f'type = "kafka"\nbootstrap = [{servers}]\ntopic = "{topic}"\n'
+
+
+def with_kafka(
+    fault: str,
+    agent: Faulty,
+    scope: Scope,
+    address: str,
+    topic: str,
+    directory: Path,
+    rate: int = RATE,
+) -> Experiment:
+    """An experiment with an agent that writes a topic; at `address` the test itself reads it."""
+    made = Experiment(
+        fault,
+        agent,
+        scope,
+        lambda: KafkaFollower(address, topic, directory),
+        lambda: by_kcat(address, topic),
+        lambda: f"kafka://{address}/{topic}",
+        rate=rate,
+    )
+    made.topic = topic
+    return made
 
 
 @pytest.fixture

@@ -166,6 +166,9 @@ class Seen(msgspec.Struct, gc=False):
     argv: list[str] = []
     stage: str = ""
     ring: str | None = None
+    weight: int = 1
+    level: int = 0
+    since_boot_ns: int = 0
     count: int = 0
     kinds: dict[str, int] = {}
     sink: str | None = None
@@ -183,6 +186,12 @@ class Found(msgspec.Struct):
     duplicates: int = 0
     told: Counts = msgspec.field(default_factory=Counter)
     """Events per kind in records of losses."""
+    shed: Counts = msgspec.field(default_factory=Counter)
+    """Events per kind that were left out under pressure, as the stream tells."""
+    levels: list[tuple[int, int]] = []
+    """Levels of pressure, each with the nanoseconds since boot from which it held."""
+    weights: Counter[tuple[str, int]] = msgspec.field(default_factory=Counter)
+    """Events of each kind and weight, of those that stand for more than one."""
     skipped: int = 0
     """Runs of programs that the kernel has left out, as it does now and then where it is emulated:
     the stream tells how many, and not of which kind.
@@ -211,6 +220,8 @@ def count(lines: Iterable[bytes], words: Iterable[str]) -> Found:
         known.add(seen.id)
         if not seen.event.startswith("stream."):
             found.delivered[seen.event] += 1
+            if seen.weight != 1:
+                found.weights[seen.event, seen.weight] += 1
             if seen.event == "process.exec" and seen.argv[:1] and seen.argv[0] in wanted:
                 found.named.setdefault(seen.argv[0], []).append(int(seen.argv[1]))
         elif seen.event == "stream.loss":
@@ -218,6 +229,9 @@ def count(lines: Iterable[bytes], words: Iterable[str]) -> Found:
             found.stages[seen.stage] += seen.count
             if seen.stage == "kernel" and seen.ring is None:
                 found.skipped += seen.count
+        elif seen.event == "stream.shed":
+            found.shed.update(seen.kinds)
+            found.levels.append((seen.since_boot_ns, seen.level))
         elif seen.final:
             found.refused = sum((Counter(one["kinds"]) for one in seen.refused), Counter())
             found.payers = {(one["payer"], one["id"]) for one in seen.refused}

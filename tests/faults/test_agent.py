@@ -21,6 +21,7 @@ from streamer.events.stream import PreviousRun, SeqRange
 from tests.faults.conftest import Cluster, Faults
 from tests.faults.consumers import KafkaFollower, by_kcat
 from tests.faults.experiment import (
+    FURTHER_MB,
     LEAST_RATE,
     MOST_MB,
     MOST_RECOVERY,
@@ -78,6 +79,24 @@ def test_long_outage(cluster: Cluster, kafka_fault: Faults, record: Record) -> N
         outage(cluster, experiment, OUTAGE_SECONDS)
         row = experiment.finish(note=note)
         assert row.accounted == 0
+        record(row)
+
+
+@slow
+def test_outage_of_two_workers(cluster: Cluster, kafka_fault: Faults, record: Record) -> None:
+    """Without a spool, which they cannot have: each holds its own part, then rings fill up, and
+    what finds no room is told for both.
+    """
+    with kafka_fault(
+        "all brokers away for 8 s, two workers without a spool",
+        proxied=True, rate=20_000, spool="off", top="workers = 2",
+    ) as experiment:  # fmt: skip
+        experiment.steady()
+        assert len(experiment.agent.look().workers) == 2
+        outage(cluster, experiment, 8)
+        row = experiment.finish(most_mb=MOST_MB + FURTHER_MB)
+        assert row.duplicates == 0
+        assert row.accounted > 0
         record(row)
 
 

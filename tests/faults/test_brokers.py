@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.brokers import KafkaBroker, MosquittoBroker
-from tests.faults.conftest import Cluster, Faults
+from tests.faults.conftest import OF_HOST, Cluster, Faults
 from tests.faults.table import Row
 
 pytestmark = [pytest.mark.faults, pytest.mark.kernel]
@@ -25,7 +25,7 @@ slow = pytest.mark.slow
 
 def chosen(cluster: Cluster, topic: str, count: int) -> list[KafkaBroker]:
     """So many nodes: the one that has the events first."""
-    leader = cluster.of_host(topic)[0] - 1
+    leader = cluster.of_host(topic).leader - 1
     return [cluster.nodes[(leader + i) % 3] for i in range(count)]
 
 
@@ -65,6 +65,59 @@ def test_stopped(
         cluster.wait_until_writable()
         experiment.heal()
         record(experiment.finish())
+
+
+@pytest.mark.kafka
+def test_too_few_replicas(
+    cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]
+) -> None:
+    """Of two replicas, both of which have to confirm, the follower is killed. What the leader has
+    just written it confirms no more, until the request's time is over; then the same is refused.
+    """
+    with kafka_fault(
+        "SIGKILL of the follower: too few replicas", replicas=2, sink="request_timeout_seconds = 5"
+    ) as experiment:
+        experiment.steady()
+        before = cluster.of_host(experiment.topic)
+        (follower,) = set(before.replicas) - {before.leader}
+        cluster.nodes[follower - 1].kill()
+        time.sleep(SECONDS + 4)
+        assert cluster.of_host(experiment.topic) == before._replace(in_sync=(before.leader,))
+        cluster.nodes[follower - 1].start()
+        while len(cluster.of_host(experiment.topic).in_sync) < 2:
+            time.sleep(0.1)
+        experiment.heal()
+        row = experiment.finish(note="requests have 5 s")
+        assert "too few replicas are in sync" in experiment.agent.stderr
+        assert (row.duplicates, row.accounted) == (0, 0)
+        record(row)
+
+
+@pytest.mark.kafka
+def test_leader_moved(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]) -> None:
+    """By Kafka's own tools, while it is written to: the partition is given to another pair of
+    nodes without its leader, and then the second of them is made the preferred one, and elected.
+    """
+    fault = "leader moved by reassignment and election, 4 times"
+    with kafka_fault(fault, replicas=2) as experiment:
+        experiment.steady()
+        for _ in range(2):
+            before = cluster.of_host(experiment.topic)
+            (other,) = set(before.replicas) - {before.leader}
+            (free,) = {1, 2, 3} - set(before.replicas)
+            cluster.reassign(experiment.topic, OF_HOST, (free, other))
+            moved = cluster.of_host(experiment.topic).leader
+            assert moved != before.leader
+            follower = free + other - moved
+            cluster.reassign(experiment.topic, OF_HOST, (follower, moved))
+            assert cluster.of_host(experiment.topic).leader == moved
+            cluster.elect(experiment.topic, OF_HOST)
+            while cluster.of_host(experiment.topic).leader != follower:
+                time.sleep(0.1)
+        experiment.heal()
+        row = experiment.finish()
+        assert (row.duplicates, row.accounted) == (0, 0)
+        record(row)
 
 
 @pytest.mark.mqtt

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
+from streamer.config.settings import LEVELS, SHED_BY_DEFAULT
 from tests.brokers import MosquittoBroker, free_port
 from tests.faults.conftest import Cluster, Faults
+from tests.faults.consumers import Found
 from tests.faults.proxy import Proxy
 from tests.faults.table import Row
 
@@ -45,7 +47,7 @@ def test_partition(
     of = {1: "the leader", 3: "all brokers"}[count]
     with kafka_fault(f"network silent towards {of}", proxied=True) as experiment:
         experiment.steady()
-        leader = cluster.of_host(experiment.topic)[0] - 1
+        leader = cluster.of_host(experiment.topic).leader - 1
         proxies = [cluster.proxies[(leader + i) % 3] for i in range(count)]
         for proxy in proxies:
             proxy.silence()
@@ -92,6 +94,55 @@ def test_slow(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], Non
             proxy.heal()
         experiment.heal()
         record(experiment.finish())
+
+
+@slow
+@pytest.mark.kafka
+def test_slow_with_shedding(
+    cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]
+) -> None:
+    """Opens are sampled while the brokers take less than is offered, and not after that."""
+    with kafka_fault(
+        "network slow: 20 kB/s, with shedding",
+        proxied=True, spool="off", sink="budget_bytes = 4194304",
+        more="[shedding]\nenabled = true",
+    ) as experiment:  # fmt: skip
+        experiment.steady()
+        for proxy in cluster.proxies:
+            proxy.bytes_per_second = 20_000
+        time.sleep(SECONDS + 9)
+        for proxy in cluster.proxies:
+            proxy.heal()
+        experiment.heal()
+        row = experiment.finish(note="a budget of 4 MiB; accounted: shed")
+        found = experiment.found
+        assert found is not None
+        assert found.shed.keys() == {"file.open"}
+        assert found.shed.total() == row.accounted
+        assert row.duplicates == 0
+        check_levels(found.levels, experiment.healed_boot_ns)
+        check_weights(found, row.offered)
+        record(row)
+
+
+def check_levels(levels: list[tuple[int, int]], healed_boot_ns: int) -> None:
+    """From nothing up to all that there is, and to nothing again within five seconds of the end."""
+    assert max(level for _, level in levels) == LEVELS
+    over_boot_ns, last = levels[-1]
+    assert last == 0
+    assert 0 < (over_boot_ns - healed_boot_ns) / 1e9 < 5.0
+
+
+def check_weights(found: Found, offered: int) -> None:
+    """Of the opens: the rates of levels, and in sum what was offered, within six standard
+    deviations: of n events, one in r, it has a variance of n(r - 1).
+    """
+    weights = {weight: count for (_, weight), count in found.weights.items()}
+    assert weights.keys() <= {*SHED_BY_DEFAULT["file.open"]}
+    assert weights[SHED_BY_DEFAULT["file.open"][-1]] > 0
+    more = sum((weight - 1) * count for weight, count in weights.items())
+    variance = sum(weight * (weight - 1) * count for weight, count in weights.items())
+    assert abs(found.delivered.total() + more - offered) < 6 * variance**0.5
 
 
 @slow

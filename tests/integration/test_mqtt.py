@@ -14,7 +14,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -549,6 +549,83 @@ async def test_no_more_are_in_flight_than_the_broker_receives(start_sink: StartS
         await sink.stop(GRACE)
     assert seen == [3, 3, 3, 1]
     assert b"".join(broker.payloads) == execs(10).lines("json")
+
+
+class CountingRelay:
+    """Passes MQTT on to a real broker, and counts what it has not acknowledged yet.
+
+    Answers take a while, so that a window is used up.
+    """
+
+    def __init__(self, target: int) -> None:
+        """`target` is the broker's port of 127.0.0.1."""
+        self.target = target
+        self.port = free_port()
+        self.in_flight = self.most = self.acknowledged = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> CountingRelay:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        await asyncio.gather(*self._tasks)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        source, target = await asyncio.open_connection("127.0.0.1", self.target)
+        await asyncio.gather(
+            self._pass(reader, target, self._published), self._pass(source, writer, self._answered)
+        )
+
+    async def _pass(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        count: Callable[[int], Awaitable[None]],
+    ) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                packet = await reader.readexactly(2)
+                while packet[-1] & 0x80:
+                    packet += await reader.readexactly(1)
+                length = sum((byte & 0x7F) << 7 * at for at, byte in enumerate(packet[1:]))
+                packet += await reader.readexactly(length)
+                await count(packet[0] >> 4)
+                writer.write(packet)
+        writer.close()
+
+    async def _published(self, kind: int) -> None:
+        self.in_flight += kind == 3
+        self.most = max(self.most, self.in_flight)
+
+    async def _answered(self, kind: int) -> None:
+        if kind == 4:
+            await asyncio.sleep(0.01)
+            self.in_flight -= 1
+            self.acknowledged += 1
+
+
+async def test_no_more_are_in_flight_than_mosquitto_receives(
+    start_broker: StartBroker, start_sink: StartSink, watch: Watch
+) -> None:
+    """By the Receive Maximum of its CONNACK, which it has from `max_inflight_messages`."""
+    broker = start_broker("max_inflight_messages 3")
+    witness = await watch(broker, "kernel/#")
+    async with CountingRelay(broker.port) as relay:
+        sink, recorder = await start_sink(relay.port, batch_events=1, max_inflight=20)
+        sink.submit(execs(100))
+        await until(lambda: account(sink) == (100, 0, 0))
+        await sink.stop(GRACE)
+    assert (relay.most, relay.acknowledged) == (3, 100)
+    await until(lambda: len(ids(witness.data)) == 100)
+    assert witness.data == execs(100).lines("json")
+    assert [status for status, _ in recorder.statuses] == ["up", "closed"]
 
 
 async def test_no_more_are_in_flight_than_the_settings_allow(start_sink: StartSink) -> None:
