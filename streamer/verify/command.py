@@ -84,6 +84,10 @@ class _Sources:
         return any(isinstance(one, KafkaSource) and one.trimmed for one in self.brokers)
 
     @property
+    def complete(self) -> bool:
+        return all(one.complete for one in self.brokers if isinstance(one, KafkaSource))
+
+    @property
     def only_live(self) -> bool:
         return any(isinstance(one, MqttSource) for one in self.brokers)
 
@@ -102,7 +106,9 @@ async def _verify(names: Sequence[str], options: Options) -> VerifyReport:
         progress.cancel()
         await asyncio.gather(progress, return_exceptions=True)
     whole = options.start.whole and not sources.trimmed and not sources.only_live
-    return ledger.reported(sources.names, whole=whole, ended=options.ended)
+    return ledger.reported(
+        sources.names, whole=whole, complete=sources.complete, ended=options.ended
+    )
 
 
 def _readers(sources: _Sources, options: Options) -> Iterable[AsyncIterator[Chunk]]:

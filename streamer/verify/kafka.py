@@ -43,9 +43,18 @@ class KafkaSource:
         self.name = f"kafka://{','.join(settings.bootstrap)}/{settings.topic}"
         self.trimmed = False
         """Whether the brokers have removed records from the beginning."""
+        self._read: dict[Any, int] = {}
+        self._ends: dict[Any, int] = {}
+        """Per partition, up to where it was read, and where it ended, as far as is known."""
         tls = settings.tls
         context: ssl.SSLContext | None = ssl_context(tls) if tls is not None else None
         self._options = connection_options(settings, context)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every partition was read to its end, as it was at the start, or later."""
+        ends = self._ends.items()
+        return bool(ends) and all(self._read[partition] >= end for partition, end in ends)
 
     async def read(self, start: Start, *, follow: bool) -> AsyncIterator[Chunk]:
         """The records: up to the end as it is now, or for ever.
@@ -66,8 +75,8 @@ class KafkaSource:
                 await consumer.start()
             give_batches(consumer)
             async with asyncio.timeout(ASK_SECONDS):
-                ends = await self._begin(consumer, start)
-            async for chunk in self._chunks(consumer, None if follow else ends):
+                await self._begin(consumer, start)
+            async for chunk in self._chunks(consumer, follow=follow):
                 yield chunk
         except (KafkaError, OSError, TimeoutError, ssl.SSLError) as error:
             reason = str(error) or type(error).__name__
@@ -75,8 +84,8 @@ class KafkaSource:
         finally:
             await asyncio.wait({asyncio.ensure_future(consumer.stop())}, timeout=5)
 
-    async def _begin(self, consumer: Any, start: Start) -> dict[Any, int]:
-        """Assign the partitions and seek. Where each ends now."""
+    async def _begin(self, consumer: Any, start: Start) -> None:
+        """Assign the partitions and seek."""
         known = await consumer.topics()
         pattern = re.escape(self.settings.topic).replace(re.escape("{category}"), "[a-z_]+")
         topics = [name for name in known if re.fullmatch(pattern, name)]
@@ -89,11 +98,11 @@ class KafkaSource:
         ]
         consumer.assign(partitions)
         first = await consumer.beginning_offsets(partitions)
-        ends: dict[Any, int] = await consumer.end_offsets(partitions)
+        self._ends = await consumer.end_offsets(partitions)
         self.trimmed = any(first.values())
-        for partition, at in (await _places(consumer, start, first, ends)).items():
+        self._read = await _places(consumer, start, first, self._ends)
+        for partition, at in self._read.items():
             consumer.seek(partition, at)
-        return ends
 
     async def _numbers(self, consumer: Any, topic: str) -> set[int]:
         # Metadata of a topic that nobody subscribes to comes with the next update.
@@ -102,22 +111,20 @@ class KafkaSource:
             await asyncio.sleep(0.05)
         return set(found)
 
-    async def _chunks(self, consumer: Any, ends: dict[Any, int] | None) -> AsyncIterator[Chunk]:
-        while ends is None or await _is_before(consumer, ends):
+    async def _chunks(self, consumer: Any, *, follow: bool) -> AsyncIterator[Chunk]:
+        while follow or not self.complete:
             got = await consumer.getmany(timeout_ms=POLL_MS)
+            if not got:  # where a broker has removed all that was to come, no batch says so
+                self._read = {one: await consumer.position(one) for one in self._ends}
             for partition, batches in got.items():
                 where = f"{partition.topic}, partition {partition.partition}"
+                if follow:
+                    self._ends[partition] = consumer.highwater(partition)
                 for batch in batches:
                     await asyncio.sleep(0)  # the next answer is asked for, and comes
                     if values := batch.values():
                         yield Chunk(where, values, f"{where}, from offset {batch.offset}")
-
-
-async def _is_before(consumer: Any, ends: dict[Any, int]) -> bool:
-    for partition, end in ends.items():
-        if await consumer.position(partition) < end:
-            return True
-    return False
+                    self._read[partition] = batch.next_offset
 
 
 async def _places(

@@ -6,10 +6,11 @@ Memory grows with hosts, runs, CPUs, gaps and losses told, and not with events.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from streamer import __version__
 from streamer.verify import report
+from streamer.verify.lanes import Lanes
 from streamer.verify.place import LAST, OUT_OF_RANGE, OWN, Track
 from streamer.verify.records import (
     Chunk,
@@ -23,7 +24,7 @@ from streamer.verify.records import (
     decode,
     decode_own,
 )
-from streamer.verify.run import SETTLED_NS, SILENT_NS, Run, previous_of
+from streamer.verify.run import SILENT_NS, Run, previous_of
 
 MOST_BAD = 10
 """Malformed records that are quoted."""
@@ -162,7 +163,6 @@ class Ledger:
                     self._untold.append((run_id, part))
                 else:
                     run.take_loss(part)
-        run.settle()
 
     def _take_previous(self, run: Run, previous: Previous) -> None:
         ours = self._sinks_of(run)
@@ -178,12 +178,18 @@ class Ledger:
         return {name for name in run.sinks if name.endswith(self._sinks)} if self._sinks else set()
 
     def reported(
-        self, sources: Iterable[str] = (), *, whole: bool = True, ended: bool = False
+        self,
+        sources: Iterable[str] = (),
+        *,
+        whole: bool = True,
+        complete: bool = True,
+        ended: bool = False,
     ) -> report.VerifyReport:
         """What there is to say. `sources` are named in it.
 
-        `whole`: nothing was left out at the beginning of any. `ended`: no agent runs any more, so
-        that what is missing will not be explained.
+        `whole`: nothing was left out at the beginning of any. `complete`: nor at the end, as it was
+        when reading began, or later. `ended`: no agent runs any more, so that what is missing will
+        not be explained.
         """
         self._tell_untold()
         hosts: dict[str, list[Run]] = {}
@@ -191,22 +197,27 @@ class Ledger:
             hosts.setdefault(run.host, []).append(run)
         for previous, _ in self._previous.values():
             previous_of(self._runs, previous)
-        for run_id, (previous, sinks) in self._previous.items():  # once all ends are known
+        lanes = {host: Lanes(runs) for host, runs in hosts.items()}  # once all ends are known
+        for run_id, (previous, sinks) in self._previous.items():
             before, teller = self._runs.get(previous.run_id), self._runs[run_id]
             if before is None or previous.ended != "killed" or not previous.marks:
                 continue
             if len(sinks) != 1:  # of several nobody knows which it is
                 continue
-            if ended or has_replayed(teller, hosts[teller.host]):
+            if ended or lanes[teller.host].has_replayed(teller):
                 before.take_marks(one for one in previous.marks if one.sink in sinks)
         for runs in hosts.values():
+            newest_first = runs[::-1]  # one that has gone on is found at once
             for run in runs:
-                run.silent = run.end == "open" and (ended or is_silent(run, runs))
+                run.silent = run.end == "open" and (ended or is_silent(run, newest_first))
         told = {
-            host: report.Host(len(runs) - 1, [run.reported(whole=whole) for run in runs])
+            host: report.Host(
+                len(runs) - 1,
+                [run.reported(lanes[host], whole=whole, complete=complete) for run in runs],
+            )
             for host, runs in sorted(hosts.items())
         }
-        return self._summed(told, list(sources))
+        return self._summed(told, list(sources), complete)
 
     def _tell_untold(self) -> None:
         rest = []
@@ -222,7 +233,9 @@ class Ledger:
                 rest.append((run_id, loss))
         self._untold = rest
 
-    def _summed(self, hosts: dict[str, report.Host], sources: list[str]) -> report.VerifyReport:
+    def _summed(
+        self, hosts: dict[str, report.Host], sources: list[str], complete: bool
+    ) -> report.VerifyReport:
         runs = [run for host in hosts.values() for run in host.runs]
         explained: Counter[str] = Counter()
         for run in runs:
@@ -232,6 +245,7 @@ class Ledger:
             version=report.VERSION,
             agent=__version__,
             sources=sources,
+            complete=complete,
             ok=not any(run.problems for run in runs),
             records=self.records,
             bytes=self.bytes,
@@ -250,19 +264,3 @@ def is_silent(run: Run, runs: Iterable[Run]) -> bool:
     """Whether others of the host go on, and the run has said nothing for longer than it would."""
     patience = max(SILENT_NS, _TIMES * run.longest_ns)
     return any(other.after(run) > patience for other in runs if other is not run)
-
-
-def has_replayed(teller: Run, runs: Sequence[Run]) -> bool:
-    """Whether all that there was in the spool of the run before the `teller` has come.
-
-    It comes before what the teller has to say, in each lane that the host has. So it has where that
-    one, or one after it, has gone on for a while; or ended in order, if there is but one lane.
-    """
-    lanes = set().union(*(one.lanes for one in runs))
-    later = [one for one in runs if one.number >= teller.number]
-    if len(lanes) == 1 and any(one.end == "ended" for one in later):
-        return True
-    return all(
-        any(one.lanes.get(lane, 0) - one.first_boot_ns > SETTLED_NS for one in reversed(later))
-        for lane in lanes
-    )

@@ -171,6 +171,13 @@ class VerifyReport(Struct, frozen=True):
     version: Annotated[int, Meta(description="of this layout: 1")]
     agent: Annotated[str, Meta(description="version of this program")]
     sources: Annotated[list[str], Meta(description="what was read")]
+    complete: Annotated[
+        bool,
+        Meta(
+            description="whether the sources were read up to their ends; what goes on elsewhere "
+            "is not judged if not"
+        ),
+    ]
     ok: Annotated[bool, Meta(description="whether everything is explained: exit code 0")]
     records: Annotated[Count, Meta(description="records that were read")]
     bytes: Annotated[Count, Meta(description="bytes of them")]

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 
 from streamer.events.summaries import SUMMARIES
 from streamer.verify import report
+from streamer.verify.lanes import SETTLED_NS, Lanes
 from streamer.verify.place import OWN, Outcome, Track
 from streamer.verify.records import Heartbeat, Line, Loss, Manifest, Mark, Previous, RunMark
 from streamer.verify.shedding import Shedding
 from streamer.verify.told import Place, Segment, Told, Vague, assign, cut
 
-SETTLED_NS = 10_000_000_000
-"""So long after a heartbeat, all that was lost before it is told, unless the run has ended."""
+MOST_BEATS = 16
+"""Heartbeats that are kept until it is known how far the slowest lane has come."""
 
 STEP_NS = 100_000_000
 """By so much at least the clock was set; by less a clock is slewed, and measured."""
@@ -59,8 +60,8 @@ class Run:
         self.wrong: Counter[str] = Counter()
         self.shedding = Shedding()
         self._base: tuple[Heartbeat, dict[str, int], Counter[str]] | None = None
-        self._waiting: deque[tuple[int, Heartbeat]] = deque()
-        self._settled: Heartbeat | None = None
+        self._beats: list[tuple[int, Heartbeat]] = []
+        self._ours: tuple[str, ...] = ()
         self._beat_ns = 0
         self._left: dict[Place, RunMark] = {}
 
@@ -126,6 +127,7 @@ class Run:
             self.end = "open"
         self.agent = manifest.agent
         self.sinks = manifest.sinks
+        self._ours = ours
 
     def take_loss(self, loss: Loss) -> None:
         """What was lost. Kinds that have no number in a ring explain none."""
@@ -162,7 +164,9 @@ class Run:
             self._base = beat, dict(self.kinds), self.given_up.copy()
         if beat.final and self.end == "open":
             self.end = "ended"
-        self._waiting.append((boot_ns, beat))
+        self._beats.append((boot_ns, beat))
+        if len(self._beats) > MOST_BEATS:
+            del self._beats[self._least_missed()]
 
     def _track(self, mark: Mark, lane: str) -> Track:
         place = mark.ring, mark.cpu
@@ -170,10 +174,36 @@ class Run:
             self.tracks[place] = Track(self, place, lane)
         return self.tracks[place]
 
-    def settle(self) -> None:
-        """Find the newest heartbeat that is old enough for all before it to be told."""
-        while self._waiting and self._waiting[0][0] + SETTLED_NS <= self.last_boot_ns:
-            self._settled = self._waiting.popleft()[1]
+    def _least_missed(self) -> int:
+        """Which heartbeat leaves the least gap, by its age: the older, the fewer are kept."""
+        times = [boot_ns for boot_ns, _ in self._beats]
+        gaps = [
+            (after - before) / max(times[-1] - at, 1)
+            for before, at, after in zip(times, times[1:], times[2:], strict=False)
+        ]
+        return 1 + gaps.index(min(gaps))
+
+    def _settled(self, lanes: Lanes, *, complete: bool) -> Heartbeat | None:
+        """The newest heartbeat all before which has come, or was told as lost.
+
+        A heartbeat may be far ahead of events that go elsewhere. Those have come where each lane of
+        the host has gone on for long enough; or where the heartbeat says that none is on its way,
+        and all was read.
+        """
+        newest = {lane: self.lanes.get(lane, 0) for lane in lanes.names}
+        reach = self.last_boot_ns if lanes.is_one else min(newest.values())
+        for boot_ns, beat in reversed(self._beats):
+            until = boot_ns + SETTLED_NS
+            if until <= reach or (
+                complete and until <= self.last_boot_ns and self._has_delivered(beat)
+            ):
+                return beat
+        return None
+
+    def _has_delivered(self, beat: Heartbeat) -> bool:
+        """Whether the sink that is read had delivered, or given up, all that it had been given."""
+        names = [name for name in beat.sink_counts if name.endswith(self._ours or ("",))]
+        return bool(names) and not any(beat.sink_counts[name].pending for name in names)
 
     def _check(self, beat: Heartbeat) -> None:
         for kind, one in beat.counts.items():
@@ -185,14 +215,21 @@ class Run:
 
     # ---------------------------------------------------------------- what there is to say
 
-    def reported(self, *, whole: bool) -> report.Run:
-        """All of it. `whole`: nothing of the sources was left out at their beginning."""
-        self.settle()
+    def reported(self, lanes: Lanes, *, whole: bool, complete: bool) -> report.Run:
+        """All of it, with the lanes of its host.
+
+        `whole`: nothing of the sources was left out at their beginning, and `complete`: at their
+        end. Where it was, and there are several lanes, that a run has ended asks for nothing.
+        """
         own = self.tracks.get((OWN, 0))
         linear = len(self.lanes) <= 1
         begun = own is not None and 1 in own.seen and (whole or linear)
-        over = self.end in ("ended", "undelivered", "left")
-        outcomes = self._explained(over, begun, linear)
+        certain = complete or lanes.is_one
+        over = certain and self.end in ("ended", "undelivered", "left")
+        beat = self.last if over else self._settled(lanes, complete=complete)
+        silent = certain and self.silent
+        settled = self._all_numbers() if silent else self._marks(beat, linear)
+        outcomes = self._explained(settled, begun, linear)
         places = [one.reported(killed=self.end == "killed") for one in outcomes.values()]
         kinds = self._accounts(over, begun, linear)
         return report.Run(
@@ -224,11 +261,12 @@ class Run:
     def _is_final(self) -> bool:
         return self.last is not None and self.last.final
 
-    def _explained(self, over: bool, begun: bool, linear: bool) -> dict[Place, Outcome]:
+    def _explained(
+        self, settled: Mapping[Place, int], begun: bool, linear: bool
+    ) -> dict[Place, Outcome]:
         outcomes: dict[Place, Outcome] = {}
         rest: dict[Place, list[tuple[int, int]]] = {}
         vague = list(self.told.vague)
-        settled = self._marks(over, linear)
         for place, track in sorted(self._tracks(begun).items()):
             if track.own:
                 continue
@@ -253,16 +291,16 @@ class Run:
         unseen = [place for place in self._left if place not in self.tracks] if begun else ()
         return self.tracks | {place: Track(self, place, "") for place in unseen}
 
-    def _marks(self, over: bool, linear: bool) -> dict[Place, int]:
-        """Per place, up to which number all is told: of a run that has ended, up to the last."""
-        if self.silent:
-            return {place: _most(track) for place, track in self.tracks.items()}
+    def _all_numbers(self) -> dict[Place, int]:
+        return {place: _most(track) for place, track in self.tracks.items()}
+
+    def _marks(self, beat: Heartbeat | None, linear: bool) -> dict[Place, int]:
+        """Per place, up to which number all is told: as that heartbeat says, or the next run."""
         safe: dict[Place, int] = {}
         if self.last is not None:
             # Behind the last heartbeat nobody knows how many numbers were given up unused.
             read = {(m.ring, m.cpu): m.read for m in self.last.marks}
             safe = {place: min(one.seq, read.get(place, 0)) for place, one in self._left.items()}
-        beat = self.last if over else self._settled
         if beat is None:
             return safe
         told = {(m.ring, m.cpu): m.seq if beat.final else m.read for m in beat.marks}

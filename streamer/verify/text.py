@@ -108,6 +108,8 @@ def _verdict(report: VerifyReport) -> str:
         said.append(f"{report.pending:,} too recent to say")
     if report.malformed:
         said.append(f"{report.malformed:,} malformed")
+    if not report.complete:
+        said.append("not read to the end")
     said.append(f"{report.unexplained:,} unexplained")
     end = "all is explained" if report.ok else "NOT ALL IS EXPLAINED"
     return f"{'; '.join(said)}: {end}"

@@ -266,14 +266,17 @@ def _a_topic(kafka: KafkaBroker, url: str, scope: Scope, tmp_path: Path) -> None
         Watch("--follow", url) as watch,
         Agent(tmp_path, *scope.options, config=CONFIG, sinks=(url,)) as agent,
     ):
-        scope.act(open_missing, "/no/first/", 500)
-        watch.until(500)  # while the agent goes on
+        scope.act(open_missing, "/no/first/", 100)  # for which there is room
+        watch.until(100)  # while the agent goes on
         recording = lossy(agent, scope)
         report = verify(url)
         check_against(only_run(report), recording)
         assert watch.until(report.records).records == report.records
         code, followed = watch.end()
     assert (code, followed.records, followed.bytes) == (0, report.records, report.bytes)
+    assert report.complete
+    assert followed.complete
+    assert not verify(url, "--duration", "1ms").complete
     check_against(only_run(followed), recording)
 
     records = kcat(kafka, "events")

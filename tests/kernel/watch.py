@@ -90,5 +90,5 @@ class Watch:
     ) -> None:
         if self._process.poll() is None:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
         os.close(self._terminal)

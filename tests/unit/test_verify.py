@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamer.cli import main
+from streamer.verify.lanes import Lanes
 from streamer.verify.ledger import Ledger
 from streamer.verify.numbers import Numbers
-from streamer.verify.records import Chunk, split_msgpack
+from streamer.verify.records import Chunk, Line, split_msgpack
 from streamer.verify.report import Place, Run, VerifyReport
+from streamer.verify.run import Run as RunState
 from streamer.verify.start import parse_start
 from streamer.verify.text import report_text
 from streamer.verify.told import Segment, Vague, assign, cut
@@ -500,6 +503,175 @@ def test_a_heartbeat_ahead_of_events_in_another_topic_asks_for_no_more_than_mark
     ledger.feed(Chunk("file", lines([*events, after.event(1)])))
     report = ledger.reported(["stream", "file"])
     assert (report.explained, report.unexplained, report.ok) == ({"killed": 7}, 0, True)
+
+
+def lagging(pending: int, *, seconds: int = 60) -> tuple[Stream, Ledger]:
+    """Of 5 opens that were read 2 have come, number 1 and 3; then heartbeats for so long.
+
+    They go to a topic of their own, as do the executions, of which one is the newest of all.
+    """
+    stream = Stream()
+    own = [stream.manifest(sinks=["kafka://b/{category}"])]
+    events = [stream.event(1), stream.event(3)]
+    executions = [stream.event(1, ring="critical", kind="process.exec")]
+    account = {"received": 6, "delivered": 6 - pending, "dropped": 0, "pending": pending}
+    marks = ("bulk", 0, 5, 5), ("critical", 0, 1, 1)
+    for _ in range(seconds // 10):
+        own.append(stream.heartbeat(*marks, sink_counts={"kafka://b/{category}": account}))
+        stream.boot_ns += 10 * SECOND
+    executions.append(stream.event(2, ring="critical", kind="process.exec"))
+    own.append(stream.heartbeat(*marks, sink_counts={"kafka://b/{category}": account}))
+    ledger = Ledger(["/{category}"])
+    for topic, records in (("stream", own), ("file", events), ("process", executions)):
+        ledger.feed(Chunk(topic, lines(records)))
+    return stream, ledger
+
+
+def missing_of(ledger: Ledger, **options: Any) -> tuple[int, int, bool]:
+    report = ledger.reported(["a", "b"], **options)
+    return report.pending, report.unexplained, report.ok
+
+
+def test_a_topic_that_lags_behind_its_heartbeats_is_waited_for() -> None:
+    """As long as it has nothing newer, and the heartbeats say that events are on their way."""
+    stream, ledger = lagging(pending=3)
+    assert missing_of(ledger) == (1, 0, True)  # number 2; of those behind 3 nothing is known
+    ledger.feed(Chunk("file", lines([stream.event(4), stream.event(5)])))
+    assert missing_of(ledger) == (0, 1, False)  # it is ahead now, and 2 has not come
+    late = stream.event(2) | {"time_ns": EPOCH_NS, "boot_ns": 0}
+    ledger.feed(Chunk("file", lines([late])))
+    assert missing_of(ledger) == (0, 0, True)
+
+
+def test_a_topic_that_is_silent_has_all_that_a_heartbeat_says_is_delivered() -> None:
+    _, ledger = lagging(pending=0)
+    assert missing_of(ledger) == (0, 3, False)  # 2, 4 and 5
+    assert missing_of(ledger, complete=False) == (1, 0, True)  # they may be where it was not read
+    assert missing_of(lagging(pending=0, seconds=0)[1]) == (1, 0, True)
+
+
+def test_what_another_sink_holds_is_not_on_its_way_to_this_one() -> None:
+    _, ledger = lagging(pending=0)
+    stream, both = lagging(pending=3)
+    accounts = {
+        name: {"received": n, "delivered": 0, "dropped": n - pending, "pending": pending}
+        for name, n, pending in (("kafka://b/{category}", 6, 0), ("mqtt://b/other", 9, 9))
+    }
+    told = [stream.heartbeat(("bulk", 0, 5, 5), sink_counts=accounts)]
+    stream.boot_ns += 10 * SECOND
+    told.append(stream.heartbeat(("bulk", 0, 5, 5)))
+    both.feed(Chunk("stream", lines(told)))
+    assert missing_of(both) == missing_of(ledger) == (0, 3, False)
+
+
+def test_a_topic_that_the_run_before_had_may_be_behind_too() -> None:
+    """Nothing of this run has come there yet."""
+    stream, ledger = Stream("fedcba9876543210"), Ledger()
+    ledger.feed(Chunk("file", lines(whole_run(3))))
+    own = [stream.manifest(), stream.heartbeat(("bulk", 0, 5, 5))]
+    stream.boot_ns += 30 * SECOND
+    own.append(stream.heartbeat(("bulk", 0, 5, 5)))
+    ledger.feed(Chunk("stream", lines(own)))
+    ledger.feed(Chunk("process", lines([stream.event(2)])))
+    assert missing_of(ledger) == (1, 0, True)
+    ledger.feed(Chunk("file", lines([stream.event(5)])))
+    stream.boot_ns += 30 * SECOND
+    ledger.feed(Chunk("process", lines([stream.event(6)])))
+    ledger.feed(Chunk("stream", lines([stream.heartbeat(("bulk", 0, 6, 6))])))
+    assert missing_of(ledger) == (0, 3, False)  # 1, 3 and 4, by the heartbeat of then
+
+
+def test_a_run_that_has_ended_is_judged_where_all_was_read() -> None:
+    """Stopped before, one topic may have been read to its end, and another not."""
+    records = whole_run(5)
+    ledger = Ledger()
+    ledger.feed(Chunk("stream", lines([records[0], records[-1]])))
+    ledger.feed(Chunk("file", lines(records[1:4])))
+    assert missing_of(ledger, complete=False) == (0, 0, True)
+    told = report_text(ledger.reported(["a", "b"], complete=False))
+    assert told.endswith("; not read to the end; 0 unexplained: all is explained")
+    assert missing_of(ledger) == (0, 2, False)
+    one = Ledger()
+    one.feed(Chunk("all", lines([*records[:2], *records[3:]])))
+    assert missing_of(one, complete=False) == missing_of(one) == (0, 1, False)
+
+
+def test_of_many_heartbeats_an_old_one_is_known_still() -> None:
+    """A topic that is minutes behind: what was to come before its newest is judged."""
+    stream, ledger = Stream(), Ledger()
+    own, events = [stream.manifest()], [stream.event(1)]
+    for n in range(2, 200):
+        own.append(stream.heartbeat(("bulk", 0, n, n)))
+        stream.boot_ns += 10 * SECOND
+        if n < 100 and n != 7:
+            events.append(stream.event(n))
+    ledger.feed(Chunk("stream", lines(own)))
+    ledger.feed(Chunk("file", lines(events)))
+    assert missing_of(ledger) == (0, 1, False)
+
+
+def replayed_by_all(teller: RunState, runs: list[RunState]) -> bool:
+    """What `Lanes.has_replayed` means, by asking every run."""
+    lanes = set().union(*(one.lanes for one in runs))
+    later = [one for one in runs if one.number >= teller.number]
+    if len(lanes) == 1 and any(one.end == "ended" for one in later):
+        return True
+    return all(
+        any(one.lanes.get(lane, 0) - one.first_boot_ns > 10 * SECOND for one in later)
+        for lane in lanes
+    )
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["open", "ended", "killed"]),
+            st.dictionaries(st.sampled_from("abc"), st.integers(0, 20), min_size=1),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_who_has_replayed_is_the_same_as_by_asking_every_run(drawn: list[Any]) -> None:
+    runs = []
+    for number, (end, lanes) in enumerate(drawn):
+        line = Line("file.open", "x", EPOCH_NS, 1000 * SECOND, "node-1")
+        run = RunState(str(number), line, number)
+        run.end = end
+        run.lanes = {lane: (1000 + seconds) * SECOND for lane, seconds in lanes.items()}
+        runs.append(run)
+    found = Lanes(runs)
+    for run in runs:
+        assert found.has_replayed(run) == replayed_by_all(run, runs)
+
+
+def killed_often(times: int) -> float:
+    """Report of a host that left marks each time. CPU seconds of the report."""
+    records, before = [], None
+    for number in range(times):
+        stream = Stream(f"{number:016x}")
+        stream.boot_ns = (1000 + 20 * number) * SECOND
+        previous = None
+        if before is not None:
+            previous = {"run_id": before, "ended": "killed", "untold": [], "marks": [mark(1, 3)]}
+        records += [stream.manifest(previous=previous), stream.event(1)]
+        records.append(stream.heartbeat(("bulk", 0, 1, 1)))
+        stream.boot_ns += 15 * SECOND
+        records.append(stream.event(2))
+        before = stream.run_id
+    ledger = Ledger()
+    ledger.feed(Chunk("file", lines(records)))
+    begun = time.process_time()
+    report = ledger.reported(["file"])
+    seconds = time.process_time() - begun
+    assert (report.events, report.explained, report.ok) == (2 * times, {"killed": times - 1}, True)
+    return seconds
+
+
+def test_a_host_that_was_killed_often_takes_its_time_once() -> None:
+    """Each run is looked at once, and not by each other: eight times as many take 8, and not 64."""
+    few = min(killed_often(500) for _ in range(3))
+    assert killed_often(4000) < 24 * few
 
 
 def test_a_run_that_died_with_its_clock_ahead_has_no_end() -> None:
