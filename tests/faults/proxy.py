@@ -44,11 +44,18 @@ class _Pair:
         self._proxy = proxy
         self.client, self.broker = client, broker
         self.forgotten = False
+        self._cut = asyncio.Event()
 
     async def run(self) -> None:
-        await asyncio.gather(
-            self._pass(self.client[0], self.broker[1]), self._pass(self.broker[0], self.client[1])
-        )
+        """Until the connection is over for both ends, or cut."""
+        with contextlib.suppress(OSError):
+            await asyncio.gather(
+                self._pass(self.client[0], self.broker[1]),
+                self._pass(self.broker[0], self.client[1]),
+            )
+        # The end would be a packet as well.
+        if self.forgotten or not self._proxy.flowing.is_set():
+            await self._cut.wait()
 
     async def _pass(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         """One direction: read, and write what is due."""
@@ -96,6 +103,7 @@ class _Pair:
 
     def cut(self) -> None:
         """Both ends see a reset."""
+        self._cut.set()
         hear(self.socket)  # else the end would be lost, too
         for _, writer in (self.client, self.broker):
             writer.transport.abort()
@@ -105,10 +113,10 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Proxy:
-    """Passes connections to `port` on to `target`, another port of 127.0.0.1, until it ends."""
+    """Passes connections to `port` of `host` on to `target`, a port of 127.0.0.1, until it ends."""
 
-    def __init__(self, port: int, target: int) -> None:
-        self.port, self.target = port, target
+    def __init__(self, port: int, target: int, host: str = "127.0.0.1") -> None:
+        self.port, self.target, self.host = port, target, host
         self.delay = 0.0
         """Seconds that each byte takes, in each direction."""
         self.bytes_per_second = 0
@@ -122,7 +130,7 @@ class Proxy:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def heal(self) -> None:
         """Be a network without faults again, also to connections that are there."""
@@ -132,7 +140,7 @@ class Proxy:
     async def _heal(self) -> None:
         self.flowing.set()
         if self._server is None:
-            self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+            self._server = await asyncio.start_server(self._accept, self.host, self.port)
         for sock in (*self._server.sockets, *(p.socket for p in self._pairs if not p.forgotten)):
             hear(sock)
 

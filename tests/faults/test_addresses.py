@@ -15,6 +15,7 @@ import pytest
 from tests.brokers import KafkaBroker, MosquittoBroker, free_port
 from tests.faults.conftest import Faults, kafka_sink, with_kafka
 from tests.faults.experiment import Experiment, configured
+from tests.faults.proxy import Proxy
 from tests.faults.table import Row
 from tests.kafka_helpers import create
 from tests.kernel.scope import Scope
@@ -50,40 +51,40 @@ def names(tmp_path: Path) -> Names:
     return Names(tmp_path / "hosts")
 
 
-class NamedKafka(KafkaBroker):
-    """One node that calls itself NAME to the agent, and has a listener for the test beside it."""
+class MovingKafka(KafkaBroker):
+    """One node, with a listener of its own for the agent beside the test's."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.move(BEFORE, free_port())
+        self.agents_port = free_port()
 
-    @property
-    def named(self) -> str:
-        return f"{NAME}:{self.named_port}"
-
-    def move(self, host: str, port: int) -> None:
-        """Where it is from its next start on, for the agent."""
-        self.named_port = port
+    def move(self, host: str, advertised: str) -> None:
+        """From its next start on, it listens there for the agent, and says that it is there."""
         plain = f"PLAINTEXT://{self.address}"
+        agents = f"AGENTS://{host}:{self.agents_port}"
         self.config = (
-            f"listeners={plain},NAMED://{host}:{port},CONTROLLER://{self.controller}",
-            f"advertised.listeners={plain},NAMED://{self.named}",
-            "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,NAMED:PLAINTEXT,"
+            f"listeners={plain},{agents},CONTROLLER://{self.controller}",
+            f"advertised.listeners={plain},AGENTS://{advertised}",
+            "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,AGENTS:PLAINTEXT,"
             "CONTROLLER:PLAINTEXT",
         )
 
 
 @pytest.fixture
-def kafka(tmp_path: Path) -> Iterator[NamedKafka]:
-    with NamedKafka(tmp_path / "kafka") as broker:
-        yield broker
+def kafka(tmp_path: Path) -> Iterator[MovingKafka]:
+    """Not started yet."""
+    broker = MovingKafka(tmp_path / "kafka")
+    yield broker
+    broker.kill()
 
 
-def writing(fault: str, kafka: NamedKafka, scope: Scope, names: Names, place: Path) -> Experiment:
-    """An experiment whose agent knows two places of the broker, of which one is the first."""
+def writing(
+    fault: str, kafka: MovingKafka, host: str, scope: Scope, names: Names, place: Path
+) -> Experiment:
+    """An experiment whose agent begins at this host."""
     topic = "moved"
     asyncio.run(create(kafka, topic))
-    sink = kafka_sink(kafka.named, topic)
+    sink = kafka_sink(f"{host}:{kafka.agents_port}", topic)
     agent = configured(scope, place / "agent", sink, prefix=names.prefix)
     return with_kafka(fault, agent, scope, kafka.address, topic, place)
 
@@ -91,13 +92,16 @@ def writing(fault: str, kafka: NamedKafka, scope: Scope, names: Names, place: Pa
 @slow
 @pytest.mark.kafka
 def test_kafka_at_another_address(
-    kafka: NamedKafka, scope: Scope, names: Names, tmp_path: Path, record: Callable[[Row], None]
+    kafka: MovingKafka, scope: Scope, names: Names, tmp_path: Path, record: Callable[[Row], None]
 ) -> None:
     fault = "Kafka killed, and back at another address under its name"
-    with writing(fault, kafka, scope, names, tmp_path) as experiment:
+    advertised = f"{NAME}:{kafka.agents_port}"
+    kafka.move(BEFORE, advertised)
+    kafka.start()
+    with writing(fault, kafka, NAME, scope, names, tmp_path) as experiment:
         experiment.steady()
         kafka.kill()
-        kafka.move(AFTER, kafka.named_port)
+        kafka.move(AFTER, advertised)
         time.sleep(SECONDS)
         names.point_to(AFTER)
         kafka.start()
@@ -105,6 +109,31 @@ def test_kafka_at_another_address(
         row = experiment.finish()
         assert (row.duplicates, row.accounted) == (0, 0)
         record(row)
+
+
+@slow
+@pytest.mark.kafka
+def test_kafka_that_calls_itself_something_else(
+    kafka: MovingKafka, scope: Scope, names: Names, tmp_path: Path, record: Callable[[Row], None]
+) -> None:
+    """Packets to where it was before are lost; where the agent first asked it is as ever."""
+    fault = "Kafka gone, and back under another advertised port"
+    with (
+        Proxy(free_port(), kafka.agents_port) as before,
+        Proxy(free_port(), kafka.agents_port) as after,
+    ):
+        kafka.move("127.0.0.1", before.address)
+        kafka.start()
+        with writing(fault, kafka, "127.0.0.1", scope, names, tmp_path) as experiment:
+            experiment.steady()
+            before.silence()
+            kafka.kill()
+            kafka.move("127.0.0.1", after.address)
+            kafka.start()
+            experiment.heal()
+            row = experiment.finish()
+            assert (row.duplicates, row.accounted) == (0, 0)
+            record(row)
 
 
 @pytest.mark.mqtt
@@ -132,5 +161,30 @@ def test_mosquitto_at_another_address(
         mosquitto.start()
         experiment.heal()
         row = experiment.finish()
+        assert row.accounted == 0
+        record(row)
+
+
+@slow
+@pytest.mark.mqtt
+def test_mosquitto_gone_from_its_address(
+    mosquitto: MosquittoBroker,
+    mqtt_fault: Faults,
+    names: Names,
+    record: Callable[[Row], None],
+) -> None:
+    """Packets to where it was are lost, and nobody is told; the name says where it is."""
+    fault = "Mosquitto gone, and at once at another address under its name"
+    port = free_port()
+    with (
+        Proxy(port, mosquitto.port, BEFORE) as before,
+        Proxy(port, mosquitto.port, AFTER),
+        mqtt_fault(fault, host=NAME, port=port, prefix=names.prefix) as experiment,
+    ):
+        experiment.steady()
+        before.silence()
+        names.point_to(AFTER)
+        experiment.heal()
+        row = experiment.finish(after=10)
         assert row.accounted == 0
         record(row)

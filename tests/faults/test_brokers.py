@@ -50,7 +50,8 @@ def test_killed(
 
 
 @pytest.mark.kafka
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=slow), pytest.param(3, marks=slow)])
+@slow
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_stopped(
     cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None], count: int
 ) -> None:
@@ -120,6 +121,7 @@ def test_leader_moved(cluster: Cluster, kafka_fault: Faults, record: Callable[[R
         record(row)
 
 
+@slow
 @pytest.mark.mqtt
 def test_mosquitto_killed(
     mosquitto: MosquittoBroker, mqtt_fault: Faults, record: Callable[[Row], None]

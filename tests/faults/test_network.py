@@ -59,6 +59,22 @@ def test_partition(
 
 
 @pytest.mark.kafka
+def test_leader_gone(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]) -> None:
+    """With its machine: nobody is told, and another leads soon. It does not come back."""
+    with kafka_fault("the leader's machine gone, another leads", proxied=True) as experiment:
+        experiment.steady()
+        gone = cluster.of_host(experiment.topic).leader
+        cluster.proxies[gone - 1].silence()
+        cluster.nodes[gone - 1].kill()
+        while cluster.of_host(experiment.topic).leader in (gone, -1):
+            time.sleep(0.05)
+        experiment.heal()
+        row = experiment.finish(after=10)
+        assert (row.duplicates, row.accounted) == (0, 0)
+        record(row)
+
+
+@pytest.mark.kafka
 def test_forgotten(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]) -> None:
     """Connections that were there carry nothing any more, for good; new ones do."""
     name = "connections to Kafka that a firewall has forgotten"

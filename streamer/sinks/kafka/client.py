@@ -12,7 +12,8 @@ import random
 import re
 import ssl
 import struct
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -43,7 +44,7 @@ from streamer.sinks.kafka.errors import (
     reason_of_code,
 )
 from streamer.sinks.kafka.window import Answer
-from streamer.sinks.sockets import REPLACE_SECONDS, unheard_seconds
+from streamer.sinks.sockets import REPLACE_SECONDS, UNHEARD_SECONDS, unheard_seconds
 
 CONNECT_SECONDS = 10.0
 TOPIC_SECONDS = 5.0
@@ -302,12 +303,33 @@ class Client:
         and what a firewall has forgotten never comes through. A broker that is slow, or does not
         read, has its kernel confirm what it gets: it is not meant.
         """
-        found = [
-            (address, connection)
+        await asyncio.gather(*(self._replace(*one) for one in self._unheard(seconds).items()))
+
+    async def leave_unheard(self, seconds: float) -> None:
+        """Give up such connections where, as those say who can be asked, nobody leads any more.
+
+        The machine is gone, or the broker has another address. Where it leads still, what is under
+        way is waited for: it comes through as soon as the network is back.
+        """
+        if not self._unheard(seconds):
+            return
+        try:
+            await self.refresh()
+        except DeliveryError:
+            return
+        nodes = {node for topic in self._topics.values() for node in topic.leaders.values()}
+        leading = {self._brokers.get(node) for node in nodes}
+        for address, connection in self._unheard(seconds).items():
+            if address not in leading:
+                del self._connections[address]
+                await connection.abort()
+
+    def _unheard(self, seconds: float) -> dict[Address, Connection]:
+        return {
+            address: connection
             for address, connection in self._connections.items()
             if connection.open_still and connection.unheard_seconds >= seconds
-        ]
-        await asyncio.gather(*(self._replace(*one) for one in found))
+        }
 
     async def _replace(self, address: Address, old: Connection) -> None:
         try:
@@ -368,17 +390,32 @@ class Client:
     async def _ask(self, address: Address, request: Any) -> Any:
         connection = await self.connection(address)
         try:
-            return await connection.send(request)
+            return await self._answer(address, connection, request)
         except Exception as error:
             await connection.abort()
             raise delivery_error_of(error, _name(address)) from None
 
-    def _addresses(self) -> Iterator[Address]:
-        """Whom to ask, each once: first who is connected, the bootstrap servers last."""
+    async def _answer(self, address: Address, connection: Connection, request: Any) -> Any:
+        """Wait for it only as long as something comes through: another may be asked."""
+        asked = asyncio.ensure_future(connection.send(request))
+        try:
+            while not (await asyncio.wait({asked}, timeout=UNHEARD_SECONDS / 4))[0]:
+                if connection.unheard_seconds >= UNHEARD_SECONDS:
+                    raise DeliveryError(f"{_name(address)}: nothing is heard of it")
+            return asked.result()
+        finally:
+            asked.cancel()
+
+    def _addresses(self) -> list[Address]:
+        """Whom to ask, each once: first who is connected, the bootstrap servers behind those that
+        are known, and last of all where nothing comes through.
+        """
         known = list(self._brokers.values())
         random.shuffle(known)
+        silent = self._unheard(sys.float_info.min)
         connected = [at for at, one in self._connections.items() if one.open_still]
-        yield from dict.fromkeys((*connected, *known, *self._bootstrap))
+        order = dict.fromkeys((*connected, *known, *self._bootstrap))
+        return sorted(order, key=silent.__contains__)
 
     def leader(self, topic: str, key: bytes, begun: int | None = None) -> Leader | None:
         """Who takes the events of `key`; None when nobody has been asked about the topic.

@@ -153,6 +153,7 @@ class KafkaSink(Sink):
         self._spawn(self._connect(client))
         self._spawn(self._watch(client))
         self._spawn(self._watch_connections(client))
+        self._spawn(self._watch_leaders(client))
         for topic in self._topics.values():
             self._spawn(self._deliver(topic, client))
 
@@ -511,6 +512,15 @@ class KafkaSink(Sink):
         while True:
             await asyncio.sleep(UNHEARD_SECONDS / 4)
             await client.replace_unheard(UNHEARD_SECONDS)
+
+    async def _watch_leaders(self, client: Client) -> None:
+        """Look for those that cannot be replaced, of brokers that lead nothing any more.
+
+        By itself: where nobody answers, asking takes long.
+        """
+        while True:
+            await asyncio.sleep(UNHEARD_SECONDS / 4)
+            await client.leave_unheard(UNHEARD_SECONDS)
 
     # Stopping
 
