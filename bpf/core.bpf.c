@@ -64,6 +64,52 @@ int learn_pids(void *ctx)
 	return 0;
 }
 
+#define LEAST_STACK_SHIFT 12
+#define STACK_SIZES 6 /* to 128 KiB */
+#define FRED_PADDING 16
+
+/* Whether these are the registers of the call that runs the program: bpf(BPF_PROG_TEST_RUN, ...). */
+static __always_inline bool of_this_call(struct pt_regs___user *registers)
+{
+	int number = -1;
+#if defined(__TARGET_ARCH_x86)
+	const int bpf = 321;
+
+	number = BPF_CORE_READ(registers, orig_ax);
+#elif defined(__TARGET_ARCH_arm64)
+	const int bpf = 280;
+
+	number = BPF_CORE_READ(registers, syscallno);
+#endif
+	return number == bpf && call_arguments(registers).at[0] == BPF_PROG_TEST_RUN;
+}
+
+/* Never attached either: the agent runs it in itself to find out where, from the beginning of its stack, a
+ * task has the registers of a system call. That, or 0: nowhere. */
+SEC("raw_tp/streamer_learn_registers")
+int learn_registers(void *ctx)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	__u32 size, at;
+	void *stack;
+	int i;
+
+	if (helper_tells_registers()) /* then nobody asks */
+		return 1;
+	if (!bpf_core_type_exists(struct task_struct)) /* nothing can be read of it anyway */
+		return 0;
+	size = bpf_core_type_size(struct pt_regs___user);
+	stack = BPF_CORE_READ(task, stack);
+	for (i = 0; i < STACK_SIZES; i++) {
+		at = (1 << (LEAST_STACK_SHIFT + i)) - size;
+		if (of_this_call(stack + at))
+			return at;
+		if (of_this_call(stack + at - FRED_PADDING))
+			return at - FRED_PADDING;
+	}
+	return 0;
+}
+
 /* Never attached either: whether it loads tells whether events can travel as they are to. */
 SEC("raw_tp/streamer_try_rings")
 int try_rings(void *ctx)

@@ -616,8 +616,9 @@ ON_SOCK_STATE(on_sock_state_twin_untyped, "raw_tp/inet_sock_set_state", "sock_st
 #define PREEMPTS "function:bpf_preempt_disable"
 
 #define ON_DESTROYED(name)                                                             \
-	SEC("tp_btf/tcp_destroy_sock") NEEDS(PREEMPTS) COMPLETES("net.close")          \
-	DOC("closes that both programs on the hook of socket states missed")           \
+	SEC("tp_btf/tcp_destroy_sock") NEEDS(PREEMPTS)                                 \
+	COMPLETES("net.connect,net.close")                                             \
+	DOC("changes that both programs on the hook of socket states missed")          \
 	int BPF_PROG(name, struct sock *sk)                                            \
 	{                                                                              \
 		return UNPREEMPTED(destroyed(ctx, sk));                                     \

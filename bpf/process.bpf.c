@@ -226,6 +226,9 @@ static __always_inline int executed(void *ctx, struct task_struct *task, const s
 #define PREEMPTIBLE                                                                              \
 	PREEMPTED LACKS("those that happen on a CPU where a task is preempted in the program")
 
+/* Something can be kept with a task where the kernel has BTF of its own. */
+#define PREPARED NEEDS("variable:tracepoint_srcu_srcu_data,no function:srcu_free_old_probes,own btf")
+
 /* What is being executed, by the task that does: kept when nothing can fail any more, which is before it
  * happens. */
 struct prepared {
@@ -239,11 +242,13 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
 	__type(value, struct prepared);
-} exec_prepared SEC(".maps") PREEMPTED;
+} exec_prepared SEC(".maps") PREPARED;
+
+#if PLAIN_LOADS
 
 /* A task that is preempted in here can have it left out for others, too: of their exec is missing then
  * whether it has an interpreter, and it is said to. It is short, and lets go of no CPU. */
-SEC("raw_tp/sched_prepare_exec") PREEMPTED COMPLETES("process.exec")
+SEC("raw_tp/sched_prepare_exec") PREPARED COMPLETES("process.exec")
 DOC("interpreters of scripts")
 int BPF_PROG(on_prepare_exec, struct task_struct *task, struct linux_binprm *bprm)
 {
@@ -289,6 +294,7 @@ int on_exec_unpreempted(struct trace_event_raw_sched_process_exec *ctx)
 		image = image_from_outside(ctx, task);
 	return AMONG_OTHERS(executed(ctx, task, &image));
 }
+#endif
 
 SEC("raw_tp/sched_process_exec") HOOK("exec") PREEMPTIBLE EMITS("process.exec")
 int BPF_PROG(on_exec_preemptible, struct task_struct *task, int old_pid, struct linux_binprm *bprm)

@@ -17,6 +17,8 @@
  *                        function:NAME            a function of the running kernel (in its BTF)
  *                        no function:NAME         the lack of it
  *                        variable:NAME            a variable of each CPU's (in the kernel's own BTF)
+ *                        own btf                  that the kernel has BTF of its own, and no file
+ *                                                 stands in for it
  *                        fentry, no fentry        that programs at functions (fentry, fexit) load,
  *                                                 or that they do not
  *                        option:NAME              a setting of the configuration

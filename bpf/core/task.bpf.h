@@ -153,35 +153,23 @@ static __always_inline struct file *file_of_fd(struct task_struct *task, int fd)
  * The registers with which the current task entered its system call.
  *
  * bpf_task_pt_regs() came with 5.15 (dd6e10fbd9fb). Before, and where the kernel itself has no BTF by
- * which to name the type of a task, they are where the kernel puts them: at the very end of the stack,
- * or 16 bytes before it where an x86_64 kernel knows of FRED (6.9, CONFIG_X86_FRED). The stack segment,
- * their last word, tells: in user space it always has the same number, and behind it is nothing of the
- * user's.
+ * which to name the type of a task, they are where the kernel puts them: at the end of the stack, or
+ * 16 bytes before it where an x86_64 kernel knows of FRED (6.9, CONFIG_X86_FRED). How large stacks are
+ * no type says (16 KiB mostly; more with KASAN or on arm64 with pages of 64 KiB), so where that is from
+ * a stack's beginning was found out at the start: see learn_registers in core.bpf.c.
  */
-#define KERNEL_STACK (1 << 14)
-#define FRED_PADDING 16
-#define USER_STACK_SEGMENT 0x2b
+OPTION(registers_at);
 
-static __always_inline struct pt_regs___user *end_of_stack(struct task_struct *task)
-{
-	void *regs = BPF_CORE_READ(task, stack) + KERNEL_STACK -
-		     bpf_core_type_size(struct pt_regs___user);
-
-#if defined(__TARGET_ARCH_x86)
-	if ((READ(struct pt_regs___user, (struct pt_regs___user *)regs, ss) & 0xffff) !=
-	    USER_STACK_SEGMENT)
-		regs -= FRED_PADDING;
-#endif
-	return regs;
-}
+#define helper_tells_registers() \
+	(PLAIN_LOADS && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
 
 static __always_inline struct pt_regs___user *user_registers(void)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 
-	if (PLAIN_LOADS && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
+	if (helper_tells_registers())
 		return (void *)bpf_task_pt_regs(bpf_get_current_task_btf());
-	return end_of_stack(task);
+	return BPF_CORE_READ(task, stack) + registers_at;
 }
 
 struct call_arguments {

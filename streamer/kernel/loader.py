@@ -43,6 +43,11 @@ OBJECTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "bpf")
 CORE = "core"
 _IDENTITY = struct.Struct(f"<{max(at + size for _, at, size in CONTRACT['identity']) // 4}I")
 _LEARN_PIDS, _TRY_FUNCTION = "learn_pids", "try_function"
+_LEARN_REGISTERS, _REGISTERS_AT = "learn_registers", "registers_at"
+_NO_REGISTERS = (
+    "where this kernel keeps the registers of system calls was not found: what calls are given "
+    "could not be read"
+)
 _OF_PREEMPTIBLE = "tracepoint_srcu_srcu_data"  # what tells that they are, see process.bpf.c
 _TRY_RINGS = "try_rings"
 PERF_BUFFERS = "perf_buffers"
@@ -242,6 +247,7 @@ class Loader:
         """Why programs at functions (fentry, fexit) do not load; empty where they do."""
         self.transport = Transport("ring", {})
         self._buffers: PerfBuffers | None = None
+        self._registers_at = 0  # where in a task's stack those of its system call are
         self._more_rings: dict[str, int] = {}  # descriptors of ring buffers that no object has
         self._sensors: dict[str, _Sensor] = {}
         # Made here, while a socket can be opened.
@@ -317,6 +323,7 @@ class Loader:
             else:
                 self._make_more_rings(core)
             self._find_out_who(core)
+            self._find_registers(core)
             self._known = self._known_functions() | self._known_variables()
             self.no_functions = self._try_function()
         except OSError as error:
@@ -374,6 +381,7 @@ class Loader:
             PERF_BUFFERS: int(perf),
             _BULK_RINGS: rings if rings > 1 and not perf else 0,
             _BULK_SHIFT: self.transport.bulk_shift,
+            _REGISTERS_AT: self._registers_at,
         }
 
     def _load_core_object(self, rings: Mapping[str, int]) -> Object:
@@ -399,7 +407,7 @@ class Loader:
                 else:
                     core.maps[ring].resize(rings[ring])
             for program in core.programs.values():
-                program.autoload(program.name in (_LEARN_PIDS, _TRY_RINGS))
+                program.autoload(program.name in (_LEARN_PIDS, _LEARN_REGISTERS, _TRY_RINGS))
             core.load()
         except OSError:
             core.close()
@@ -454,6 +462,12 @@ class Loader:
         if not self._workers:  # then other children of its are observed like anybody
             found, others = 0, [0] * len(others)
         identities.update(key, _IDENTITY.pack(first, own, mntns, found, *others))
+
+    def _find_registers(self, core: Object) -> None:
+        """Where programs that no helper tells find what a call was given. Raises KernelError."""
+        self._registers_at = core.programs[_LEARN_REGISTERS].run()
+        if not self._registers_at and self.types.rung != "none":
+            raise KernelError(_NO_REGISTERS)
 
     def _known_functions(self) -> set[str]:
         return functions_of(self._wanted_functions(), self.types.path)
@@ -593,6 +607,8 @@ class Loader:
     def _is_given(self, made: _Sensor, needs: Iterable[str]) -> bool:
         at_functions = "no fentry" if self.no_functions else "fentry"
         given = {platform.machine(), at_functions, *made.targets.given()}
+        if not self.types.path:
+            given.add("own btf")
         for need in needs:
             what, _, name = need.partition(":")
             if what == "option":

@@ -169,10 +169,6 @@ def _measured(view: View, task: Task, found: Collection[str]) -> tuple[Measured,
         # Whoever a cgroup was given to. Nothing of a kernel that is not asked to give one away has
         # such attributes, so it is not measured: this is what they begin with since Linux 5.1.
         more["kernfs_iattrs"] = (Field("ia_uid", 0, "cred.uid"),)
-    if "struct trace_event_raw_sched_process_exec" not in found:
-        # A macro of a header makes it. Records of tracepoints begin with eight bytes of all.
-        place = Field("__data_loc_filename", 8, "file.f_flags")  # an unsigned int, as that
-        more["trace_event_raw_sched_process_exec"] = (place,)
     if "struct mount" not in found:
         try:
             more |= measure_mounts(view, task)

@@ -24,6 +24,7 @@ from streamer.kernel.state import KindStatus
 from streamer.kernel.targets import without_target
 from tests.bpf_variant import Change, Variant
 from tests.kernel.agent import ROOT, Agent
+from tests.kernel.live import Live
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
 from tests.kernel.system import BTF, kernel_knows, open_missing, preempts_tracepoints
@@ -101,8 +102,23 @@ def test_a_btf_file_instead_of_the_kernels(scope: Scope, tmp_path: Path) -> None
     # others can keep from running.
     assert "latencies of openat() are not observed" in coverage["file.open"].reason
     lacking -= {"file.open"}
-    expected = {"net.close"} if kernel_knows("bpf_preempt_disable") else set()
-    assert lacking == expected | ({"process.fork"} if preempts_tracepoints() else set())
+    expected = {"net.connect", "net.close"} if kernel_knows("bpf_preempt_disable") else set()
+    for kind in expected:
+        assert "changes that both programs" in coverage[kind].reason
+    if preempts_tracepoints():
+        expected |= {"process.exec", "process.fork"}
+    assert lacking == expected
+
+
+def test_registers_where_nobody_looks_for_them(
+    scope: Scope, tmp_path: Path, variant: Callable[[Mapping[str, Change]], Variant]
+) -> None:
+    """Such as with stacks of another size than is looked for: no argument is guessed at."""
+    made = variant({"core.bpf.c": ("return number == bpf", "return number == -bpf")})
+    shutil.copyfile(BTF, tmp_path / "vmlinux")
+    settings = Settings(btf=str(tmp_path / "vmlinux"))
+    with pytest.raises(KernelError, match="registers of system calls was not found"):
+        Live(scope, {"file.open"}, settings, str(made.objects))
 
 
 # ---------------------------------------------------------------- no BPF

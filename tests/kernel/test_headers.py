@@ -67,10 +67,7 @@ def members(btf: Btf, struct: Type, offset: int = 0) -> Iterator[tuple[str, int,
             yield one.name, offset + one.offset, found.kind, size
 
 
-NOT_WHOLE = (
-    *("mount", "mnt_namespace", "mptcp_sock", "kernfs_iattrs"),
-    "trace_event_raw_sched_process_exec",
-)
+NOT_WHOLE = ("mount", "mnt_namespace", "mptcp_sock", "kernfs_iattrs")
 
 
 def by_name(btf: Btf) -> dict[tuple[int, str], Type]:

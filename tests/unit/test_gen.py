@@ -359,7 +359,7 @@ WITHOUT = {
         for call in ("open", "creat", "openat", "openat2")
         for at in ("start", "enter")
     },
-    "process": {"on_fork_unpreempted"},
+    "process": {"on_prepare_exec", "on_exec_unpreempted", "on_fork_unpreempted"},
 }
 """Programs that the kernel's own BTF is needed for: their hooks have another, or none."""
 

@@ -62,6 +62,9 @@ IDENTITY = struct.pack("<20I", 7, 8, 9, 2, 11, 12, *[0] * 14)
 """Of an agent whose first process has two children beside the one that loads."""
 
 
+CORE_PROGRAMS = ("learn_pids", "learn_registers", "try_function")
+
+
 class Kernel:
     """What loads and attaches, and what there is of it. Everything is noted in `done`."""
 
@@ -76,6 +79,7 @@ class Kernel:
         self.ran: list[tuple[str, tuple[str, ...]]] = []  # and what was attached by then
         self.fds = iter(range(1000, 2000))
         self.identity = IDENTITY
+        self.registers_at = 16216
 
 
 class FakeMap:
@@ -132,6 +136,8 @@ class FakeProgram:
         self.log = "R1 invalid\nprocessed 3 insns"
 
     def run(self, repeat: int = 0) -> int:
+        if self.name == "learn_registers":
+            return self._kernel.registers_at
         self._kernel.ran.append((self.name, tuple(self._kernel.attached)))
         return repeat
 
@@ -145,9 +151,7 @@ class FakeObject:
     def __init__(self, kernel: Kernel, path: str) -> None:
         self._kernel = kernel
         self.sensor = os.path.basename(path).removesuffix(".bpf.o")
-        names = {"core": ("learn_pids", "try_function"), "thing": tuple(SECTIONS)}.get(
-            self.sensor, ()
-        )
+        names = {"core": CORE_PROGRAMS, "thing": tuple(SECTIONS)}.get(self.sensor, ())
         self.programs = {n: FakeProgram(kernel, n, SECTIONS.get(n, "syscall")) for n in names}
         maps = {
             "core": ("counters", "kinds", "critical", "bulk", "identities"),
@@ -190,6 +194,22 @@ def loaded(kernel: Kernel, **options: Any) -> Loader:
 
 def statuses(programs: list[Any]) -> dict[str, str]:
     return {program.name: program.status for program in programs}
+
+
+@pytest.mark.parametrize(("rung", "refused"), [("headers", True), ("none", False)])
+def test_registers_that_are_not_found(
+    kernel: Kernel, rung: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is guessed at. Where nothing of the kernel is known, nobody reads any."""
+    kernel.registers_at = 0
+    known = types.KernelTypes(rung, "/memory")
+    monkeypatch.setattr(types, "find", lambda wanted, headers: known)
+    if refused:
+        with pytest.raises(KernelError, match="registers of system calls was not found"):
+            loaded(kernel)
+        assert kernel.open == []
+    else:
+        loaded(kernel).close()
 
 
 def test_the_best_way_that_loads_is_attached_and_the_rest_is_spare(kernel: Kernel) -> None:

@@ -10,7 +10,7 @@ from streamer.kernel.contract import dotted, kind_names, summary_names
 from streamer.kernel.tags import MapInfo, ProgramInfo, SensorInfo
 
 _PLAIN_NEEDS = (
-    *("x86_64", "aarch64", "fentry", "no fentry"),
+    *("x86_64", "aarch64", "own btf", "fentry", "no fentry"),
     *("interface", "cgroup", "rate", "functions"),
 )
 _GIVEN_BY = ("function:", "no function:", "variable:", "option:")
