@@ -54,7 +54,9 @@ def preempts_tracepoints() -> bool:
     return kernel_knows("tracepoint_srcu_srcu_data") and not kernel_knows("srcu_free_old_probes")
 
 
-def open_missing(prefix: str, count: int) -> None:
-    """Try to open `count` files that are not there: `prefix` and a number each."""
+def open_missing(prefix: str, count: int, digits: int = 0) -> None:
+    """Try to open `count` files that are not there: `prefix` and a number each, of so many digits
+    at least.
+    """
     for i in range(count):
-        system_call(OPENAT, AT_FDCWD, f"{prefix}{i}".encode(), 0, 0)
+        system_call(OPENAT, AT_FDCWD, f"{prefix}{i:0{digits}}".encode(), 0, 0)
