@@ -222,11 +222,16 @@ def mqtt_fault(mosquitto: MosquittoBroker, scope: Scope, tmp_path: Path) -> Faul
     """Makes an experiment with Mosquitto; the agent may be given another address for it."""
 
     def make(
-        fault: str, *, host: str = "127.0.0.1", port: int | None = None, **options: Any
+        fault: str,
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        sink: str = "",
+        **options: Any,
     ) -> Experiment:
         port = port or mosquitto.port
-        sink = f'type = "mqtt"\nhost = "{host}"\nport = {port}\ntopic = "kernel"'
-        agent = configured(scope, tmp_path / "agent", sink, **options)
+        lines = f'type = "mqtt"\nhost = "{host}"\nport = {port}\ntopic = "kernel"\n{sink}'
+        agent = configured(scope, tmp_path / "agent", lines, **options)
         return Experiment(
             fault,
             agent,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -160,3 +161,23 @@ def test_mosquitto_restarted(
         mosquitto.start()
         experiment.heal()
         record(experiment.finish())
+
+
+@slow
+@pytest.mark.mqtt
+def test_session_taken_over(
+    mosquitto: MosquittoBroker, mqtt_fault: Faults, record: Callable[[Row], None]
+) -> None:
+    """By somebody of the same identifier, who is there for a moment, again and again."""
+    fault = "MQTT session taken over, 5 times"
+    with mqtt_fault(fault, sink='client_id = "agent"') as experiment:
+        experiment.steady()
+        thief = ["mosquitto_sub", "-V", "mqttv5", "-p", str(mosquitto.port), "-i", "agent", "-E"]
+        for _ in range(5):
+            subprocess.run([*thief, "-t", "none"], check=True, timeout=30)
+            time.sleep(1)
+        experiment.heal()
+        row = experiment.finish()
+        assert mosquitto.log.count("agent already connected, closing old connection") >= 5
+        assert row.accounted == 0
+        record(row)
