@@ -95,6 +95,7 @@ def test_too_few_replicas(
         record(row)
 
 
+@slow
 @pytest.mark.kafka
 def test_leader_moved(cluster: Cluster, kafka_fault: Faults, record: Callable[[Row], None]) -> None:
     """By Kafka's own tools, while it is written to: the partition is given to another pair of

@@ -1,4 +1,4 @@
-"""The Kafka sink on a real cluster of three nodes, whose leaders change, die and come back."""
+"""The Kafka sink on a real cluster of three nodes, whose leaders move, die and come back."""
 
 from __future__ import annotations
 
@@ -85,6 +85,35 @@ async def test_leaders_that_die_cost_no_event_no_repetition_and_no_order(
             await producing.more(1000)
             assert await asyncio.to_thread(cluster.leader, topic, PARTITION) != number
             await asyncio.to_thread(node.start)
+        total = await producing.end()
+        await until(lambda: not sink.account.pending)
+        assert sink._topics[topic].window.epoch == 0
+    assert ids(await read_back(cluster, topic)) == expected(0, total)
+    assert sink.account.delivered == Counter({"file.open": total})
+    assert heard.drops == []
+
+
+async def test_leaders_that_are_moved_cost_no_event_no_repetition_and_no_order(
+    cluster: KafkaCluster,
+) -> None:
+    """By Kafka's own tools: to a node that gets the partition, and to one that is preferred."""
+    topic = next(topics)
+    await create(cluster, topic, 2)
+    sink, heard = make(cluster.address, topic, linger_ms=1, batch_bytes=2048)
+    async with started(sink):
+        producing = Producing(sink)
+        await producing.more(1000)
+        before = (await asyncio.to_thread(cluster.partitions, topic))[PARTITION]
+        (other,) = set(before.replicas) - {before.leader}
+        (free,) = {1, 2, 3} - set(before.replicas)
+        await asyncio.to_thread(cluster.reassign, topic, PARTITION, (free, other))
+        await producing.more(1000)
+        moved = await asyncio.to_thread(cluster.leader, topic, PARTITION)
+        assert moved != before.leader
+        await asyncio.to_thread(cluster.reassign, topic, PARTITION, (free + other - moved, moved))
+        await asyncio.to_thread(cluster.elect, topic, PARTITION)
+        await producing.more(1000)
+        assert await asyncio.to_thread(cluster.leader, topic, PARTITION) == free + other - moved
         total = await producing.end()
         await until(lambda: not sink.account.pending)
         assert sink._topics[topic].window.epoch == 0
