@@ -264,6 +264,8 @@ static __always_inline __u64 take_seq(struct cpu_counters *mine, enum event_ring
 		__sync_fetch_and_add((__u64 *)seq, 1);
 		if (*seq == before + 1)
 			return before + 1;
+		if (attempt + 1 == SEQ_ATTEMPTS)
+			break; /* this number stands for the event, which is lost */
 		count(&mine->skipped[ring]);
 		(*skipped)++;
 	}

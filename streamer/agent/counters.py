@@ -5,10 +5,11 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from streamer.events.kinds import RECORDS
-from streamer.events.stream import CpuMark, KindCounts
+from streamer.events.kinds import KINDS, RECORDS
+from streamer.events.stream import KindCounts
 from streamer.events.summaries import SUMMARIES
 from streamer.kernel.objects import CONTRACT, KIND_END
 from streamer.kernel.state import size_of
@@ -17,14 +18,38 @@ from streamer.kernel.tags import RINGS
 _AT = {name: offset for name, offset, _ in CONTRACT["cpu_counters"]}
 _CPU_BYTES = size_of("cpu_counters")
 _PER_KIND = struct.Struct("<4Q")  # struct kind_counters
+_OF_CPU = struct.Struct(f"<{4 * KIND_END}Q")
 _FIELDS = tuple(name for name, _, _ in CONTRACT["kind_counters"])
 assert _FIELDS == ("produced", "filtered", "shed", "lost")
+_PER_RING = ("seq", "skipped")
 _SHED, _LOST = _FIELDS.index("shed"), _FIELDS.index("lost")
 _FAULTS = tuple(
     name.removeprefix("FAULT_").lower()
     for name, _, _ in CONTRACT["enum fault"]
     if name != "FAULT_END"
 )
+_RING_OF = {kind: RINGS.index(info.ring) for kind, info in KINDS.items()}
+_ATTEMPTS = 50
+"""Looks at the counters of a CPU, of which a program is changing them: two or three do."""
+
+
+class CpuCounts(NamedTuple):
+    """The counters of one CPU, of one moment."""
+
+    kinds: dict[str, tuple[int, int, int, int]]
+    """Produced, filtered, shed and lost of each kind that was produced."""
+    seqs: tuple[int, ...]
+    """Per ring, as the next."""
+    skipped: tuple[int, ...]
+
+    @property
+    def closes(self) -> bool:
+        """Whether every event that was neither filtered nor shed has a number of its ring."""
+        numbered = [0] * len(RINGS)
+        for kind, (produced, filtered, shed, _) in self.kinds.items():
+            numbered[_RING_OF[kind]] += produced - filtered - shed
+        numbers = zip(self.seqs, self.skipped, strict=True)
+        return numbered == [seq - skipped for seq, skipped in numbers]
 
 
 class KernelCounters:
@@ -70,22 +95,25 @@ class KernelCounters:
                 found[kind] = KindCounts(made, filtered=0, shed=0, lost=0, read=made)
         return found
 
-    def marks(
-        self, passed: Mapping[tuple[str, int], int], watermark: Callable[[str, int], int]
-    ) -> list[CpuMark]:
-        """Sequence per ring and CPU that has any; `passed` is the reader's.
+    def of_cpu(self, cpu: int) -> CpuCounts:
+        """All of one CPU: of a moment at which they close, if there is one in so many looks."""
+        for _ in range(_ATTEMPTS):
+            found = self._of_cpu(cpu)
+            if found.closes:
+                break
+        return found
 
-        `watermark` gives the time that nothing older follows of a ring and CPU, or 0.
-        """
-        marks = []
-        for cpu in range(self.cpus):
-            seqs, skipped = self._rings(cpu, "seq"), self._rings(cpu, "skipped")
-            for i, ring in enumerate(RINGS):
-                if seqs[i]:
-                    read = passed.get((ring, cpu), 0)
-                    mark = CpuMark(ring, cpu, seqs[i], read, skipped[i], watermark(ring, cpu))
-                    marks.append(mark)
-        return marks
+    def _of_cpu(self, cpu: int) -> CpuCounts:
+        # Copied at once, and one right after the other: programs go on counting.
+        at, own = cpu * _OF_CPU.size, cpu * _CPU_BYTES
+        kinds = self._kind_counters[at : at + _OF_CPU.size]
+        rings = self._counters[own : own + _CPU_BYTES]
+        counts = _OF_CPU.unpack(kinds)
+        rows = ((layout.kind, counts[4 * n : 4 * n + 4]) for n, layout in RECORDS.items())
+        return CpuCounts(
+            {kind: row for kind, row in rows if any(row)},
+            *(struct.unpack_from(f"<{len(RINGS)}Q", rings, _AT[name]) for name in _PER_RING),
+        )
 
     def seqs(self) -> dict[str, list[int]]:
         """Per ring, the last sequence number taken on each CPU."""

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -28,6 +28,7 @@ from streamer.agent.crew_messages import (
     Gone,
     LogFrom,
     Progress,
+    Read,
     Ready,
     Said,
     Seen,
@@ -107,6 +108,10 @@ class Member:
         self.activity: Activity | None = None
         self.given_up: list[tuple[int, Lost]] = []
         """Losses of its sinks, by index, that its next progress has in their accounts."""
+        self.read: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        """What it had read by its last progress, by CPU and kind."""
+        self.reading: dict[tuple[int, str], int] = {}
+        """What the next one has, where that is different."""
         self.told: Counter[tuple[str, int]] = Counter()
         """What it has told as lost on the way to it, of each ring and CPU."""
         self.heard = time.monotonic()
@@ -223,6 +228,9 @@ class Crew:
         match message:
             case Ready():
                 member.ready.set()
+            case Read(cells):
+                self._check_cells(member, cells)
+                member.reading.update({(cpu, kind): count for cpu, kind, count in cells})
             case Progress():
                 self._advance(member, message)
             case Seen(activity):
@@ -256,7 +264,10 @@ class Crew:
         before = member.progress or self._nothing()
         self._check(member, now, before)
         member.progress = now
-        _add(self._read, now.read, before.read)
+        for (cpu, kind), count in member.reading.items():
+            self._read[kind] += count - member.read[cpu][kind]
+            member.read[cpu][kind] = count
+        member.reading = {}
         for sink, one, past in zip(self._sinks, now.sinks, before.sinks, strict=True):
             account = sink.account
             _add(account.received, one.received, past.received)
@@ -277,13 +288,13 @@ class Crew:
             SinkProgress({}, {}, {}, 0, 0, 0.0, "starting", 0.0, [0] * len(one.latency.counts), 0.0)
             for one in self._sinks
         ]
-        return Progress({}, [], [], sinks, ReaderCounts(0, 0, 0, 0, 0, 0), False)
+        return Progress([], [], sinks, ReaderCounts(0, 0, 0, 0, 0, 0), False)
 
     def _check(self, member: Member, now: Progress, before: Progress) -> None:
         """What is added up for ever is of what there is. Raises msgspec.ValidationError."""
         if len(now.sinks) != len(self._sinks):
             raise msgspec.ValidationError(f"{len(now.sinks)} sinks of {len(self._sinks)}")
-        pairs: list[tuple[Mapping[str, int], Mapping[str, int]]] = [(now.read, before.read)]
+        pairs: list[tuple[Mapping[str, int], Mapping[str, int]]] = []
         for one, past in zip(now.sinks, before.sinks, strict=True):
             pairs += (
                 (one.received, past.received),
@@ -295,11 +306,17 @@ class Crew:
             if len(one.latency) != len(past.latency):
                 raise msgspec.ValidationError(f"{len(one.latency)} latencies")
             _check_kinds(one.received, one.delivered, one.dropped)
-        _check_kinds(now.read)
         for counts, earlier in pairs:
             if any(counts.get(what, 0) < count for what, count in earlier.items()):
                 raise msgspec.ValidationError("a count that has become less")
         _check_places(member, ((ring, cpu) for ring, cpu, _ in (*now.passed, *now.settled)))
+
+    def _check_cells(self, member: Member, cells: Sequence[tuple[int, str, int]]) -> None:
+        """The same, of what was read by CPU and kind."""
+        _check_kinds({kind: count for _, kind, count in cells})
+        _check_places(member, ((KINDS[kind].ring, cpu) for cpu, kind, _ in cells))
+        if any(count < member.read[cpu][kind] for cpu, kind, count in cells):
+            raise msgspec.ValidationError("a count that has become less")
 
     def _check_lost(self, member: Member, lost: Lost, index: int | None) -> None:
         """The same, of a loss."""
@@ -355,6 +372,10 @@ class Crew:
         run.fail(WorkerGone(f"{member.name} {how}: what it read is not observed any more"))
 
     # ------------------------------------------------------------ for the run
+
+    def read_of(self, cpu: int) -> Counter[str]:
+        """What they have read of a CPU, per kind, those included that have ended."""
+        return sum((member.read[cpu] for member in self.members), Counter())
 
     @property
     def passed(self) -> Marks:

@@ -75,10 +75,16 @@ class SinkProgress(msgspec.Struct):
     """See `LatencySamples`: counts and sum."""
 
 
+class Read(msgspec.Struct, tag=True):
+    """From one, before a `Progress`: what it had read by then, where that has changed."""
+
+    cells: list[tuple[Count, str, Count]]
+    """CPU, kind, events since the start."""
+
+
 class Progress(msgspec.Struct, tag=True):
     """From one, again and again: how far it has come. What it has lost was said before."""
 
-    read: Counts
     passed: list[Mark]
     settled: list[Mark]
     """Numbers up to which each event was delivered, or is told as lost."""
@@ -122,7 +128,7 @@ class Done(msgspec.Struct, tag=True):
     """From one, the last: everything was told."""
 
 
-FromWorker = Ready | Progress | Seen | Gone | Said | Failed | Done
+FromWorker = Ready | Read | Progress | Seen | Gone | Said | Failed | Done
 ToWorker = Begin | LogFrom | Watched | End
 
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import msgspec
 
 from streamer import __version__
+from streamer.agent.cells import CpuAccount, CpuAccounts, by_kind, marks, unread
 from streamer.agent.counters import KernelCounters, faults
 from streamer.agent.crew import Crew
 from streamer.agent.losses import Lost
@@ -33,6 +34,8 @@ from streamer.events.stream import (
     StreamLoss,
     StreamManifest,
 )
+from streamer.events.summaries import SUMMARIES
+from streamer.kernel.bulk_rings import BULK
 from streamer.kernel.cgroups import what_is_unseen as cgroups_unseen
 from streamer.kernel.grace_period import wait_for_programs
 from streamer.kernel.state import KernelState
@@ -60,6 +63,8 @@ class Reporter:
         self._counters = KernelCounters(kernel.counters, kernel.kind_counters, kernel.cpus)
         self.account = RingAccount(reader, self._counters)
         """Of what this process reads."""
+        self._cells = CpuAccounts(self._counters, self._read_of)
+        self._left_read: dict[int, Counter[str]] = {}
         self._payers = Payers(kernel)
         self.watermarks = Watermarks(self.seqs, wait_for_programs)
         self._missed_told: Counter[str] = Counter()
@@ -76,9 +81,32 @@ class Reporter:
         self._filters = filters
         self._since_ns = boot_ns if timing is None else timing.moment(boot_ns)
 
-    def counts(self, read: Mapping[str, int]) -> dict[str, KindCounts]:
-        """The counts per kind; `read` are the events that came out of the rings."""
-        return self._counters.kinds(read)
+    def counts(self, made: Mapping[str, int]) -> dict[str, KindCounts]:
+        """The counts per kind. `made` has those of the summaries, one as good as the other."""
+        return self._counts(self._cells.look(), made)
+
+    def _counts(
+        self, cells: Mapping[int, CpuAccount], made: Mapping[str, int]
+    ) -> dict[str, KindCounts]:
+        summaries = {
+            kind: KindCounts(produced=n, filtered=0, shed=0, lost=0, read=n)
+            for kind in SUMMARIES
+            if (n := made.get(kind, 0))
+        }
+        return by_kind(cells.values()) | summaries
+
+    def _read_of(self, cpu: int) -> Mapping[str, int]:
+        """Of all workers, and what one had read that has ended."""
+        left = self._left_read.get(cpu, Counter())
+        return self.account.read(cpu) + self._crew.read_of(cpu) + left
+
+    def left_behind(self, reason: str) -> Lost:
+        """When all is read: what a worker that ended had read, and never said what became of it.
+
+        It counts as read from then on.
+        """
+        self._left_read = left = unread(self._cells.look(final=True), BULK)
+        return self.account.left_behind(sum(left.values(), Counter()), reason)
 
     @property
     def missed_runs(self) -> int:
@@ -99,9 +127,11 @@ class Reporter:
         return faults(self._kernel.faults)
 
     def marks(self) -> list[CpuMark]:
-        """How far the sequence of each ring and CPU has come."""
-        passed = self.account.passed() | self._crew.passed
-        return self._counters.marks(passed, self._watermark)
+        """How far the sequence of each ring and CPU has come, with the account of its kinds."""
+        return self._marks(self._cells.look())
+
+    def _marks(self, cells: Mapping[int, CpuAccount]) -> list[CpuMark]:
+        return marks(cells, self.account.passed() | self._crew.passed, self._watermark)
 
     def _watermark(self, ring: str, cpu: int) -> int:
         exact, timing = self.watermarks.of(ring, cpu), self._envelope.timing
@@ -151,14 +181,15 @@ class Reporter:
         )
 
     def heartbeat(
-        self, read: Mapping[str, int], sinks: Iterable[Sink], *, final: bool = False
+        self, made: Mapping[str, int], sinks: Iterable[Sink], *, final: bool = False
     ) -> StreamHeartbeat:
-        """The account so far; `final`: nothing follows it."""
+        """The account so far; `final`: nothing follows it. `made` is as of `counts`."""
+        cells = self._cells.look(final=final)
         return self._envelope.record(
             StreamHeartbeat,
             uptime_seconds=round(self.uptime, 3),
-            counts=self.counts(read),
-            marks=self.marks(),
+            counts=self._counts(cells, made),
+            marks=self._marks(cells),
             sink_counts=counts_by_name(sinks, self._crew.held),
             reader=self.reader_counts(),
             faults=self.faults(),
@@ -245,6 +276,10 @@ def sink_counts(sink: Sink, elsewhere: int = 0) -> SinkCounts:
         status=sink.status,
         spooled=sink.spooled,
         recovered=sink.recovered,
+        kinds={
+            kind: (n, account.delivered[kind], account.dropped[kind])
+            for kind, n in account.received.items()
+        },
     )
 
 
@@ -257,8 +292,11 @@ def counts_by_name(
         counts = sink_counts(sink, elsewhere(sink))
         if (before := found.get(sink.name)) is not None:
             for name in SinkCounts.__struct_fields__:
-                if name != "status":
+                if name not in ("status", "kinds"):
                     setattr(counts, name, getattr(counts, name) + getattr(before, name))
+            for kind, row in before.kinds.items():
+                received, delivered, dropped = counts.kinds.get(kind, (0, 0, 0))
+                counts.kinds[kind] = received + row[0], delivered + row[1], dropped + row[2]
         found[sink.name] = counts
     return found
 

@@ -37,6 +37,13 @@ class RingAccount:
         """Per ring, the last sequence number taken on each CPU."""
         return self._counters.seqs()
 
+    def read(self, cpu: int) -> Counter[str]:
+        """How many events of a CPU were read, per kind."""
+        found: Counter[str] = Counter()
+        for source in self._reader.sources:
+            found.update(source.decoder.drained(cpu))
+        return found
+
     def passed(self) -> Marks:
         """The last number that came out of each ring, of each CPU."""
         return {

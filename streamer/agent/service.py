@@ -22,7 +22,6 @@ from streamer.config.settings import Limits, Settings, spool_mode, with_budgets
 from streamer.errors import ConfigError, KernelError, SinkError, StreamerError
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
-from streamer.events.kinds import KINDS
 from streamer.events.stream import (
     PreviousRun,
     SeqRange,
@@ -31,7 +30,6 @@ from streamer.events.stream import (
     UntoldLoss,
 )
 from streamer.events.timing import Timing
-from streamer.kernel.bulk_rings import BULK
 from streamer.kernel.flows import KIND, FlowWalk
 from streamer.kernel.loader import Attached, Loaded
 from streamer.kernel.state import KernelState, KindStatus
@@ -256,13 +254,7 @@ class Service:
         """When all is read: what a worker that ended had read, and never said what became of it."""
         if not self._left_by:
             return
-        counts = self._reporter.counts(self._read)
-        unread = {
-            kind: one.produced - one.filtered - one.shed - one.lost - one.read
-            for kind, one in counts.items()
-            if kind in KINDS and KINDS[kind].ring == BULK
-        }
-        left = self._reporter.account.left_behind(unread, self._left_by)
+        left = self._reporter.left_behind(self._left_by)
         self._read.update(left.kinds)
         for sink in self.fanout.sinks if left.count else ():
             sink.account.received.update(left.kinds)

@@ -28,6 +28,7 @@ from streamer.agent.crew_messages import (
     Gone,
     LogFrom,
     Progress,
+    Read,
     Ready,
     Said,
     Seen,
@@ -64,6 +65,7 @@ _DELIVERING = 0.75
 """Of the grace period, as in `service.py`."""
 _MOST_MARKS = 256
 _MOST_SAID = 100
+_MOST_CELLS = 1000  # in a message, which has room for three times as many
 """Lines of the log that wait."""
 _IGNORED = (
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
@@ -155,7 +157,8 @@ class Worker:
         self._channel = channel
         self._outbox: deque[FromWorker] = deque()
         self._lost = LossBook()
-        self._read: Counter[str] = Counter()
+        self._cpus = sorted({cpu for source in self._reader.sources for cpu in source.cpus})
+        self._cells: Counter[tuple[int, str]] = Counter()
         self._watch = Watch()
         self._ticks = 0
         self._complete: deque[tuple[int, Marks]] = deque()
@@ -207,7 +210,6 @@ class Worker:
     # ------------------------------------------------------------ reading
 
     def _on_batch(self, batch: Batch) -> None:
-        self._read.update(batch.kinds)
         if self._watch.watched:
             self._watch.count(batch)
         self._fanout.submit(batch)
@@ -273,9 +275,11 @@ class Worker:
         self._outbox.extend(Gone(lost) for lost in self._lost.take())
         for index, book in enumerate(self._fanout.given_up):
             self._outbox.extend(Gone(lost, index) for lost in book.take())
+        changed = self._changed_cells()
+        for at in range(0, len(changed), _MOST_CELLS):
+            self._outbox.append(Read(changed[at : at + _MOST_CELLS]))
         self._outbox.append(
             Progress(
-                read=dict(self._read),
                 passed=marks_of(self._account.passed()),
                 settled=marks_of(settled),
                 sinks=[_progress_of(sink) for sink in self._fanout.sinks],
@@ -283,6 +287,15 @@ class Worker:
                 paused=self._reader.paused,
             )
         )
+
+    def _changed_cells(self) -> list[tuple[int, str, int]]:
+        """What was read by CPU and kind, where that is not what was said before."""
+        cells = {
+            (cpu, kind): n for cpu in self._cpus for kind, n in self._account.read(cpu).items()
+        }
+        changed = [(*cell, n) for cell, n in cells.items() if n != self._cells[cell]]
+        self._cells.update({(cpu, kind): n - self._cells[cpu, kind] for cpu, kind, n in changed})
+        return changed
 
     def _flush(self) -> None:
         while self._outbox:

@@ -233,8 +233,17 @@ class KindCounts(Struct, gc=False):
     read: Annotated[Count, Meta(description="read from the ring and decoded")]
 
 
+CellCounts = tuple[Count, Count, Count, Count, Count]
+"""Produced, filtered, shed, lost and read, as in `KindCounts`: of one ring, CPU and kind."""
+SinkKindCounts = tuple[Count, Count, Count]
+"""Received, delivered and dropped, as in `SinkCounts`: of one kind."""
+
+
 class CpuMark(Struct, gc=False):
-    """How far the sequence of one ring on one CPU has come."""
+    """How far the sequence of one ring on one CPU has come, and what was numbered there.
+
+    Of the kinds the sum of produced - filtered - shed is seq - skipped.
+    """
 
     ring: Annotated[RingName, Meta(description="ring")]
     cpu: Annotated[Cpu, Meta(description="CPU")]
@@ -249,6 +258,13 @@ class CpuMark(Struct, gc=False):
             " run, where order is kept; 0: not known",
         ),
     ] = 0
+    kinds: Annotated[
+        dict[str, CellCounts],
+        Meta(
+            description="per kind that happened on that CPU: produced, filtered, shed, lost and "
+            "read, of the same moment as `seq`; empty where that is not told"
+        ),
+    ] = field(default_factory=dict)
 
 
 class SinkCounts(Struct, gc=False):
@@ -266,6 +282,10 @@ class SinkCounts(Struct, gc=False):
     recovered: Annotated[
         Count, Meta(description="of those received, found in the spool, from runs before")
     ] = 0
+    kinds: Annotated[
+        dict[str, SinkKindCounts],
+        Meta(description="per kind: received, delivered and dropped; empty where that is not told"),
+    ] = field(default_factory=dict)
 
 
 class ReaderCounts(Struct, gc=False):

@@ -380,6 +380,8 @@ typedef struct {
 	uint64_t unknown_kind, short_record, invalid_utf8, truncated, incomplete;
 	struct plan **plans; /* by kind number; NULL where there is none */
 	uint32_t plan_count;
+	uint64_t *drained; /* events out of buffers, per CPU and kind number */
+	uint32_t cpus;     /* for so many CPUs */
 	struct caches *caches;
 	PyObject *space;     /* " ", which joins an argv */
 	uint8_t *id_prefix;  /* with its hyphen */
@@ -1433,6 +1435,7 @@ static void decoder_dealloc(Decoder *self)
 	PyObject_GC_UnTrack(self);
 	free_plans(self);
 	free_caches(self->caches);
+	PyMem_Free(self->drained);
 	Py_XDECREF(self->space);
 	PyMem_Free(self->id_prefix);
 	type->tp_free(self);
@@ -1471,10 +1474,78 @@ static int set_clock_offset(Decoder *self, PyObject *value, void *Py_UNUSED(clos
 	return 0;
 }
 
+/* A number of a CPU, or -1 with an exception. */
+static long cpu_from(PyObject *number)
+{
+	long cpu = PyLong_AsLong(number);
+	if (cpu == -1 && PyErr_Occurred())
+		return -1;
+	if (cpu < 0 || cpu >= CPUS) {
+		PyErr_Format(PyExc_ValueError, "cpu is %ld, not 0 to %d", cpu, CPUS - 1);
+		return -1;
+	}
+	return cpu;
+}
+
+/* Room for `cpu` in what is kept per CPU: so many are to have it. */
+static uint32_t cpus_with(uint32_t cpus, uint16_t cpu)
+{
+	cpus = cpus == 0 ? 8 : cpus;
+	while (cpus <= cpu)
+		cpus *= 2;
+	return cpus;
+}
+
+/* The count of events of a kind of `cpu` that came out of buffers; NULL with an exception. */
+static uint64_t *drained_of(Decoder *self, uint16_t cpu, uint16_t kind)
+{
+	size_t width = self->plan_count;
+	if (UNLIKELY(cpu >= self->cpus)) {
+		uint32_t cpus = cpus_with(self->cpus, cpu);
+		uint64_t *drained = PyMem_Realloc(self->drained, cpus * width * sizeof(*drained));
+		if (drained == NULL) {
+			PyErr_NoMemory();
+			return NULL;
+		}
+		memset(drained + self->cpus * width, 0,
+		       (cpus - self->cpus) * width * sizeof(*drained));
+		self->drained = drained;
+		self->cpus = cpus;
+	}
+	return &self->drained[cpu * width + kind];
+}
+
+static int set_count(PyObject *kinds, PyObject *kind, uint64_t count)
+{
+	PyObject *number = PyLong_FromUnsignedLongLong(count);
+	if (number == NULL)
+		return -1;
+	int result = PyDict_SetItem(kinds, kind, number);
+	Py_DECREF(number);
+	return result;
+}
+
+static PyObject *decoder_drained(Decoder *self, PyObject *number)
+{
+	long cpu = cpu_from(number);
+	PyObject *kinds = cpu < 0 ? NULL : PyDict_New();
+	if (kinds == NULL || cpu >= self->cpus)
+		return kinds;
+	const uint64_t *drained = self->drained + (size_t)cpu * self->plan_count;
+	for (uint32_t i = 0; kinds != NULL && i < self->plan_count; i++) {
+		if (drained[i] > 0 && set_count(kinds, self->plans[i]->kind, drained[i]) < 0)
+			Py_CLEAR(kinds);
+	}
+	return kinds;
+}
+
 static PyMethodDef decoder_methods[] = {
 	{"decode", (PyCFunction)decoder_decode, METH_O, PyDoc_STR(
 		"decode(record)\n--\n\n"
 		"The event of one record; None when it was refused, which is counted.")},
+	{"drained", (PyCFunction)decoder_drained, METH_O, PyDoc_STR(
+		"drained(cpu, /)\n--\n\n"
+		"How many events of a CPU came out of buffers so far, per dotted kind.")},
 	{NULL, NULL, 0, NULL},
 };
 
@@ -1542,9 +1613,7 @@ enum stop { STOP_EMPTY, STOP_BUSY, STOP_LIMIT };
 static uint64_t *last_seq_of(Consumer *self, uint16_t cpu)
 {
 	if (UNLIKELY(cpu >= self->cpus)) {
-		uint32_t cpus = self->cpus == 0 ? 8 : self->cpus;
-		while (cpus <= cpu)
-			cpus *= 2;
+		uint32_t cpus = cpus_with(self->cpus, cpu);
 		uint64_t *last = PyMem_Realloc(self->last_seq, cpus * sizeof(*last));
 		if (last == NULL) {
 			PyErr_NoMemory();
@@ -1603,11 +1672,17 @@ static int take(Consumer *self, const struct state *state, Decoder *decoder,
 		const uint8_t *record, size_t length)
 {
 	struct outcome outcome = {0};
-	uint64_t *last = NULL;
+	uint64_t *last = NULL, *drained = NULL;
 	Py_ssize_t gaps = PyList_GET_SIZE(self->gaps);
 	PyObject *event = decode_record(decoder, record, length, &outcome);
 	if (event == NULL && PyErr_Occurred())
 		return -1;
+	if (event != NULL) {
+		drained = drained_of(decoder, load16(record + decoder->header.cpu),
+				     load16(record + decoder->header.kind));
+		if (UNLIKELY(drained == NULL))
+			goto undo;
+	}
 	if (LIKELY(length >= decoder->header.total) &&
 	    follow(self, state, &decoder->header, record, &last) < 0)
 		goto undo;
@@ -1615,8 +1690,10 @@ static int take(Consumer *self, const struct state *state, Decoder *decoder,
 		goto undo;
 	if (last != NULL)
 		*last = load64(record + decoder->header.seq);
-	if (event != NULL)
+	if (event != NULL) {
 		outcome.plan->decoded++;
+		(*drained)++;
+	}
 	commit_outcome(decoder, &outcome);
 	self->records++;
 	Py_XDECREF(event);
@@ -1631,22 +1708,13 @@ undo:
 	return -1;
 }
 
-static int count_kind(PyObject *kinds, const struct plan *plan)
-{
-	PyObject *number = PyLong_FromUnsignedLongLong(plan->decoded);
-	if (number == NULL)
-		return -1;
-	int result = PyDict_SetItem(kinds, plan->kind, number);
-	Py_DECREF(number);
-	return result;
-}
-
 static PyObject *kinds_of(const Decoder *decoder)
 {
 	PyObject *kinds = PyDict_New();
 	for (uint32_t i = 0; kinds != NULL && i < decoder->plan_count; i++) {
 		const struct plan *plan = decoder->plans[i];
-		if (plan != NULL && plan->decoded > 0 && count_kind(kinds, plan) < 0)
+		if (plan != NULL && plan->decoded > 0 &&
+		    set_count(kinds, plan->kind, plan->decoded) < 0)
 			Py_CLEAR(kinds);
 	}
 	return kinds;
@@ -1726,19 +1794,6 @@ static PyObject *drain(Consumer *self, PyObject *const *args, Py_ssize_t count,
 		drained = hand_over(self, state, decoder, stop);
 	self->draining = false;
 	return drained;
-}
-
-/* A number of a CPU, or -1 with an exception. */
-static long cpu_from(PyObject *number)
-{
-	long cpu = PyLong_AsLong(number);
-	if (cpu == -1 && PyErr_Occurred())
-		return -1;
-	if (cpu < 0 || cpu >= CPUS) {
-		PyErr_Format(PyExc_ValueError, "cpu is %ld, not 0 to %d", cpu, CPUS - 1);
-		return -1;
-	}
-	return cpu;
 }
 
 static PyObject *next_seq(Consumer *self, PyObject *number)

@@ -14,6 +14,7 @@ import ctypes
 import math
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import itemgetter
@@ -614,6 +615,7 @@ class Decoder:
         self._clock_offset_ns = 0
         self._unknown_kind = self._short_record = self._invalid_utf8 = 0
         self._truncated = self._incomplete = 0
+        self._drained: dict[int, Counter[str]] = {}
         self._kind_and_size = self.header.getter("kind", "size")
         self.sequence_of = self.header.getter("cpu", "seq", "skipped")
         self.times_of = self.header.getter("boot_ns", "seq")
@@ -663,6 +665,14 @@ class Decoder:
         """The event of one record; None when it was refused, which is counted."""
         decoded = self.decode_kind(bytes(record))
         return None if decoded is None else decoded[1]
+
+    def drained(self, cpu: int, /) -> dict[str, int]:
+        """How many events of `cpu` (0 to 65535) came out of buffers so far, per dotted kind."""
+        return dict(self._drained.get(_between(0, cpu, 65535, "cpu"), {}))
+
+    def count_drained(self, cpu: int, kind: str) -> None:
+        """An event came out of a buffer."""
+        self._drained.setdefault(cpu, Counter())[kind] += 1
 
     def decode_kind(self, record: bytes) -> tuple[str, Any] | None:
         """The dotted kind and the event of one record; None when it was refused."""
@@ -869,6 +879,7 @@ class Ring:
             kind, event = decoded
             drained.events.append(event)
             drained.kinds[kind] = drained.kinds.get(kind, 0) + 1
+            decoder.count_drained(decoder.sequence_of(record)[0], kind)
 
     def _walk(self, start: int, limit: int) -> tuple[list[_Slice], bool, bool]:
         """The records to consume, and whether there are more, and whether the next is busy."""
@@ -1163,6 +1174,7 @@ class PerfBuffers:
             kind, event = decoded
             drained.events.append(event)
             drained.kinds[kind] = drained.kinds.get(kind, 0) + 1
+            decoder.count_drained(decoder.sequence_of(record)[0], kind)
 
     def _drop_replaced(self) -> None:
         """Let go of buffers that are empty, and that nothing writes to any more."""

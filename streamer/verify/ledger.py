@@ -100,7 +100,7 @@ class Ledger:
                 self._refuse(Malformed(chunk.where, f"{error}: {line.event} {line.id[:60]}"))
                 continue
             run = track.run
-            run.kinds[line.event] += 1
+            track.kinds[line.event] += 1
             if line.time_ns - line.boot_ns != run.offset:
                 run.set_clock(line)
             if line.boot_ns < track.bound_ns:
@@ -145,7 +145,7 @@ class Ledger:
             return
         run = track.run
         run.boot_id = own.boot_id or run.boot_id
-        run.kinds[line.event] += 1
+        track.kinds[line.event] += 1
         if line.time_ns - line.boot_ns != run.offset:
             run.set_clock(line)
         run.heard(line, lane)

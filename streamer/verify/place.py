@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from streamer.verify import report
@@ -38,6 +38,7 @@ class Track:
         "bound_ns",
         "duplicates",
         "first_mark",
+        "kinds",
         "lane",
         "late",
         "mark",
@@ -61,6 +62,7 @@ class Track:
         self.own = place[0] == OWN
         self.split = False
         self.seen = Numbers()
+        self.kinds: defaultdict[str, int] = defaultdict(int)
         self.next = -1
         self.duplicates = self.out_of_order = self.late = self.older = 0
         self.passed = 0
@@ -99,6 +101,8 @@ class Track:
         """
         self.sync()
         self.first_mark = self.first_mark or mark
+        if self.mark is not None:
+            self.mark.kinds = {}  # the last heartbeat's are asked for
         self.mark = mark
         self.passed = mark.read
         self.watermark_ns = max(self.watermark_ns, mark.watermark_ns)
@@ -157,8 +161,11 @@ class Outcome:
             return 0
         return mark.skipped - (first.skipped if self._first > 1 else 0)
 
-    def reported(self, *, killed: bool) -> report.Place:
-        """All of it. What is not settled of a run that was `killed` is explained by that."""
+    def reported(self, kinds: dict[str, report.Cell], *, killed: bool) -> report.Place:
+        """All of it, with its `kinds`.
+
+        What is not settled of a run that was `killed` is explained by that.
+        """
         track = self._track
         recent = sum(s.left for s in self.segments if s.first > self.settled)
         open_ = [s for s in self.segments if s.left and s.first <= self.settled]
@@ -182,4 +189,5 @@ class Outcome:
             older_than_watermark=track.older,
             lost_but_there=self._contradicted[True],
             given_up_but_there=self._contradicted[False],
+            kinds=kinds,
         )

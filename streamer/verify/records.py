@@ -31,6 +31,10 @@ class Line(Struct, gc=False):
     host: str
 
 
+Cell = tuple[Number, Number, Number, Number, Number]
+"""See `streamer.events.stream.CellCounts`."""
+
+
 class Mark(Struct, gc=False):
     """How far the numbers of a ring and CPU have come; see `CpuMark`."""
 
@@ -41,6 +45,7 @@ class Mark(Struct, gc=False):
     skipped: Number = 0
     watermark_ns: Number = 0
     """No event of the ring and CPU that follows is older, in ns since boot; 0: not known."""
+    kinds: dict[str, Cell] = field(default_factory=dict)
 
 
 class Counts(Struct, gc=False):
@@ -60,6 +65,7 @@ class SinkTotals(Struct, gc=False):
     delivered: Number
     dropped: Number
     pending: Number
+    kinds: dict[str, tuple[Number, Number, Number]] = field(default_factory=dict)
 
 
 class Heartbeat(Struct, gc=False):

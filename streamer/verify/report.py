@@ -23,6 +23,24 @@ class Span(Struct, frozen=True):
     ]
 
 
+class Cell(Struct, frozen=True):
+    """Events of one ring, CPU and kind: the last heartbeat's counts, and what is there."""
+
+    produced: Annotated[Count, Meta(description="happened")]
+    filtered: Annotated[Count, Meta(description="kept back by a filter in the kernel")]
+    shed: Annotated[Count, Meta(description="kept back by sampling")]
+    lost: Annotated[Count, Meta(description="found no room in the kernel")]
+    read: Annotated[Count, Meta(description="read from the ring and decoded")]
+    there: Annotated[Count, Meta(description="are there, each counted once")]
+    given_up: Annotated[
+        Count,
+        Meta(
+            description="of a run that is there from its beginning to its end: read, and not "
+            "there; of a kind together no more than the sink has told"
+        ),
+    ]
+
+
 class Place(Struct, frozen=True):
     """The numbers of one ring and CPU. `missing` = what is in `explained` + `pending` +
     `unexplained`.
@@ -67,6 +85,7 @@ class Place(Struct, frozen=True):
         Count,
         Meta(description="events that are there, and that a sink gave up: its broker had them"),
     ]
+    kinds: Annotated[dict[str, Cell], Meta(description="events per kind")]
 
 
 class Account(Struct, frozen=True):

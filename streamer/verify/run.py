@@ -6,7 +6,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 
 from streamer.events.summaries import SUMMARIES
-from streamer.verify import report
+from streamer.verify import cells, report
 from streamer.verify.lanes import SETTLED_NS, Lanes
 from streamer.verify.place import OWN, Outcome, Track
 from streamer.verify.records import Heartbeat, Line, Loss, Manifest, Mark, Previous, RunMark
@@ -21,6 +21,9 @@ STEP_NS = 100_000_000
 
 SILENT_NS = 60_000_000_000
 """A run that says nothing for so long, or three times as long as ever before, has ended."""
+
+MOST_WRONG = 100
+"""Contradictions of heartbeats that are told apart."""
 
 MOST_STEPS = 100
 """Clock steps that are reported for a run."""
@@ -40,7 +43,6 @@ class Run:
         self.host = line.host
         self.boot_id = self.agent = ""
         self.tracks: dict[Place, Track] = {}
-        self.kinds: defaultdict[str, int] = defaultdict(int)
         self.offset = line.time_ns - line.boot_ns
         self.steps: list[report.ClockStep] = []
         self.steps_total = 0
@@ -64,6 +66,15 @@ class Run:
         self._ours: tuple[str, ...] = ()
         self._beat_ns = 0
         self._left: dict[Place, RunMark] = {}
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many there are of each kind."""
+        found: defaultdict[str, int] = defaultdict(int)
+        for track in self.tracks.values():
+            for kind, count in track.kinds.items():
+                found[kind] += count
+        return found
 
     # ---------------------------------------------------------------- what comes
 
@@ -161,7 +172,7 @@ class Run:
         for mark in beat.marks:
             self._track(mark, lane).pass_mark(mark, lane)
         if self._base is None:
-            self._base = beat, dict(self.kinds), self.given_up.copy()
+            self._base = beat, self.kinds, self.given_up.copy()
         if beat.final and self.end == "open":
             self.end = "ended"
         self._beats.append((boot_ns, beat))
@@ -206,12 +217,11 @@ class Run:
         return bool(names) and not any(beat.sink_counts[name].pending for name in names)
 
     def _check(self, beat: Heartbeat) -> None:
-        for kind, one in beat.counts.items():
-            if one.produced < one.filtered + one.shed + one.lost + one.read:
-                self.wrong[f"{kind}: more filtered, shed, lost and read than was produced"] += 1
-        for name, sink in beat.sink_counts.items():
-            if sink.received != sink.delivered + sink.dropped + sink.pending:
-                self.wrong[f"{name}: received is not delivered + dropped + pending"] += 1
+        for what in cells.violations(beat):
+            known = what in self.wrong or len(self.wrong) < MOST_WRONG
+            self.wrong[what if known else "more contradictions"] += 1
+        for sink in beat.sink_counts.values():
+            sink.kinds = {}  # which takes room, and nobody asks for it any more
 
     # ---------------------------------------------------------------- what there is to say
 
@@ -230,7 +240,11 @@ class Run:
         silent = certain and self.silent
         settled = self._all_numbers() if silent else self._marks(beat, linear)
         outcomes = self._explained(settled, begun, linear)
-        places = [one.reported(killed=self.end == "killed") for one in outcomes.values()]
+        whole_account = begun and self._is_final
+        places = [
+            one.reported(self._cells(place, whole_account and over), killed=self.end == "killed")
+            for place, one in outcomes.items()
+        ]
         kinds = self._accounts(over, begun, linear)
         return report.Run(
             run_id=self.run_id,
@@ -254,8 +268,12 @@ class Run:
             clock_steps_total=self.steps_total,
             shed_periods=self.shedding.periods,
             shed_periods_total=self.shedding.total,
-            problems=list(self._problems(places, kinds, begun and self._is_final)),
+            problems=list(self._problems(places, kinds, whole_account)),
         )
+
+    def _cells(self, place: Place, complete: bool) -> dict[str, report.Cell]:
+        track = self.tracks.get(place)
+        return cells.of_place(track, complete=complete) if track is not None else {}
 
     @property
     def _is_final(self) -> bool:
@@ -311,12 +329,13 @@ class Run:
     def _accounts(self, over: bool, begun: bool, linear: bool) -> dict[str, report.Account]:
         counts = self.last.counts if self.last is not None else {}
         found: dict[str, report.Account] = {}
-        for kind in sorted(counts.keys() | {k for k in self.kinds if not k.startswith("stream.")}):
+        events = {k: n for k, n in self.kinds.items() if not k.startswith("stream.")}
+        for kind in sorted(counts.keys() | events.keys()):
             one = counts.get(kind)
-            there, given_up = self.kinds.get(kind, 0), self.given_up[kind]
+            there, given_up = events.get(kind, 0), self.given_up[kind]
             missing = 0
             if one is not None and over and self._is_final:
-                missing = self._missing_of_kind(kind, one.read, begun, linear)
+                missing = self._missing_of_kind(kind, one.read, there, begun, linear)
             found[kind] = report.Account(
                 produced=one.produced if one else 0,
                 filtered=one.filtered if one else 0,
@@ -329,8 +348,8 @@ class Run:
             )
         return found
 
-    def _missing_of_kind(self, kind: str, read: int, begun: bool, linear: bool) -> int:
-        there, given_up = self.kinds.get(kind, 0), self.given_up[kind]
+    def _missing_of_kind(self, kind: str, read: int, there: int, begun: bool, linear: bool) -> int:
+        given_up = self.given_up[kind]
         if begun:
             return read - there - given_up
         if self._base is None or not linear:
@@ -351,6 +370,9 @@ class Run:
                 yield f"{kind}: {account.missing:,} were read, and are neither there nor given up"
             if complete and account.there > account.read:
                 yield f"{kind}: {account.there:,} are there, of {account.read:,} that were read"
+        if complete and self.last is not None and cells.tells(self.last):
+            for place in places:
+                yield from cells.in_excess(place)
         for kind, told in self.shedding.shed.items() if complete else ():
             counted = kinds[kind].shed if kind in kinds else 0
             if told > counted:

@@ -19,13 +19,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+from msgspec.structs import astuple
 
 from streamer.events.batch import inert
 from streamer.events.catalogue import PUBLISHED
 from streamer.events.kinds import KINDS
-from streamer.events.stream import StreamHeartbeat, StreamLoss, StreamManifest, StreamRecord
+from streamer.events.stream import (
+    KindCounts,
+    StreamHeartbeat,
+    StreamLoss,
+    StreamManifest,
+    StreamRecord,
+)
 from streamer.events.summaries import SUMMARIES
-from streamer.kernel.tags import RINGS
 from tests.kernel.pace import seconds
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -182,19 +188,46 @@ class Recording:
                     yield (one.ring, one.cpu), range(one.seq_from, one.seq_to + 1)
 
     def check_numbers(self) -> None:
-        """In the final account each event that was neither filtered nor shed has a number."""
-        last = self.heartbeat
-        for ring in RINGS:
-            events = sum(
-                counts.produced - counts.filtered - counts.shed
-                for kind, counts in last.counts.items()
-                if kind not in SUMMARIES and KINDS[kind].ring == ring
-            )
-            numbers = sum(mark.seq - mark.skipped for mark in last.marks if mark.ring == ring)
-            assert events == numbers, ring
+        """At each heartbeat the account of every ring, CPU and kind closes, and is all there is."""
+        for beat in self.of("stream.heartbeat"):
+            sums: dict[str, list[tuple[int, ...]]] = {}
+            for mark in beat.marks:
+                place = mark.ring, mark.cpu
+                cells = [KindCounts(*cell) for cell in mark.kinds.values()]
+                assert all(KINDS[kind].ring == mark.ring for kind in mark.kinds), place
+                assert all(c.produced >= c.filtered + c.shed + c.lost + c.read for c in cells)
+                numbered = sum(c.produced - c.filtered - c.shed for c in cells)
+                assert numbered == mark.seq - mark.skipped, place
+                for kind, cell in mark.kinds.items():
+                    sums.setdefault(kind, []).append(cell)
+            assert {
+                kind: astuple(c) for kind, c in beat.counts.items() if kind not in SUMMARIES
+            } == {kind: tuple(map(sum, zip(*rows, strict=True))) for kind, rows in sums.items()}
+            for name, sink in beat.sink_counts.items():
+                totals = tuple(map(sum, zip(*sink.kinds.values(), strict=True))) or (0, 0, 0)
+                assert totals == (sink.received, sink.delivered, sink.dropped), name
+
+    def _check_cells(self) -> None:
+        """In the final one all of each ring, CPU and kind is delivered, filtered, shed or lost."""
+        there = Counter(
+            (event.ring, event.cpu, kind_of(event))
+            for event in self._published
+            if not isinstance(event, StreamRecord)
+        )
+        cells = {
+            (mark.ring, mark.cpu, kind): KindCounts(*cell)
+            for mark in self.heartbeat.marks
+            for kind, cell in mark.kinds.items()
+        }
+        assert there.keys() <= cells.keys()
+        for cell, counts in cells.items():
+            assert counts.read == there[cell], cell
+            known = counts.filtered + counts.shed + counts.lost + counts.read
+            assert counts.produced == known, cell
 
     def _check_account(self) -> None:
         self.check_numbers()
+        self._check_cells()
         delivered = Counter(kind_of(event) for event in self._published)
         lost = Counter[str]()
         for loss in self.losses:

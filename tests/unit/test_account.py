@@ -6,7 +6,8 @@ import mmap
 import struct
 from collections.abc import Mapping
 
-from streamer.agent.counters import KernelCounters, LossLedger, faults
+from streamer.agent.cells import CpuAccounts, by_kind, marks, unread
+from streamer.agent.counters import CpuCounts, KernelCounters, LossLedger, faults
 from streamer.agent.reports import account_line
 from streamer.events.kinds import KINDS
 from streamer.events.stream import CpuMark, KindCounts
@@ -87,17 +88,69 @@ def test_the_numbers_taken_per_ring_and_cpu() -> None:
     assert memory.counters().seqs() == {"critical": [5, 0, 0], "bulk": [0, 0, 9]}
 
 
+class Counting(KernelCounters):
+    """A program has produced an event, and numbers it after the first of these looks."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__(memory.cpus, memory.kinds, CPUS)
+        self._memory = memory
+        memory.kind(0, "file.open", (6, 0, 0, 0))
+        memory.rings(0, "seq", {"critical": 0, "bulk": 5})
+
+    def _of_cpu(self, cpu: int) -> CpuCounts:
+        found = super()._of_cpu(cpu)
+        self._memory.rings(0, "seq", {"critical": 0, "bulk": 6})
+        return found
+
+
+def counted(memory: Memory) -> None:
+    memory.kind(0, "process.exec", (9, 3, 1, 2))
+    memory.kind(0, "file.open", (4, 4, 0, 0))
+    memory.kind(2, "file.open", (12, 1, 2, 0))
+    memory.rings(0, "seq", {"critical": 5, "bulk": 0})
+    memory.rings(2, "seq", {"critical": 0, "bulk": 11})
+    memory.rings(2, "skipped", {"critical": 0, "bulk": 2})
+
+
+READ = {0: {"process.exec": 3}, 1: {}, 2: {"file.open": 8}}
+
+
 def test_marks_are_of_the_rings_and_cpus_that_were_used() -> None:
     memory = Memory()
-    memory.rings(0, "seq", {"critical": 5, "bulk": 0})
-    memory.rings(2, "seq", {"critical": 0, "bulk": 9})
-    memory.rings(2, "skipped", {"critical": 0, "bulk": 2})
-    counters = memory.counters()
+    counted(memory)
+    accounts = CpuAccounts(memory.counters(), READ.__getitem__).look()
     watermarks = {("bulk", 2): 77}
-    assert counters.marks({("critical", 0): 4}, lambda *of: watermarks.get(of, 0)) == [
-        CpuMark("critical", 0, seq=5, read=4, skipped=0, watermark_ns=0),
-        CpuMark("bulk", 2, seq=9, read=0, skipped=2, watermark_ns=77),
+    passed = {("critical", 0): 4}
+    assert marks(accounts, passed, lambda *of: watermarks.get(of, 0)) == [
+        CpuMark("critical", 0, 5, 4, 0, 0, {"process.exec": (9, 3, 1, 2, 3)}),
+        CpuMark("bulk", 0, 0, 0, 0, 0, {"file.open": (4, 4, 0, 0, 0)}),
+        CpuMark("bulk", 2, 11, 0, 2, 77, {"file.open": (12, 1, 2, 0, 8)}),
     ]
+    assert by_kind(accounts.values()) == {
+        "process.exec": KindCounts(9, 3, 1, 2, 3),
+        "file.open": KindCounts(16, 5, 2, 0, 8),
+    }
+    assert unread(accounts, "bulk") == {0: {}, 1: {}, 2: {"file.open": 1}}
+
+
+def test_the_account_of_a_cpu_is_of_a_moment_at_which_it_closes() -> None:
+    found = Counting(Memory()).of_cpu(0)
+    assert (found.kinds, found.seqs) == ({"file.open": (6, 0, 0, 0)}, (0, 6))
+
+
+def test_an_account_that_never_closes_is_the_one_before() -> None:
+    memory = Memory()
+    counted(memory)
+    read = {"process.exec": 3}
+    accounts = CpuAccounts(memory.counters(), lambda cpu: {} if cpu else dict(read))
+    before = accounts.look()
+    memory.kind(0, "process.exec", (11, 3, 1, 2))  # and 5 of 7 have a number
+    read["process.exec"] = 4
+    assert accounts.look() == before
+    assert by_kind([accounts.look(final=True)[0]])["process.exec"] == KindCounts(11, 3, 1, 2, 4)
+    assert next(CpuAccounts(memory.counters(), lambda _: {}).look()[0].cells("critical")) == (
+        "process.exec", (11, 3, 1, 2, 0),
+    ), "there is none before"  # fmt: skip
 
 
 # ------------------------------------------------------------------ the ledger of losses

@@ -25,6 +25,7 @@ from streamer.agent.crew_messages import (
     Gone,
     LogFrom,
     Progress,
+    Read,
     Ready,
     SinkProgress,
     packed,
@@ -148,21 +149,25 @@ def setting() -> Iterator[Setting]:
     made.close()
 
 
-def progress(read: int, delivered: int, dropped: int = 0, settled: int = 0) -> Progress:
+def progress(
+    read: int, delivered: int, dropped: int = 0, settled: int = 0
+) -> tuple[Read, Progress]:
     sink = SinkProgress(
         {KIND: read}, {KIND: delivered}, {KIND: dropped} if dropped else {}, 10 * delivered, 7, 0.5,
         "up", 0.25, [0] * 15, 0.0,
     )  # fmt: skip
     reader = ReaderCounts(0, 0, 0, read, 0, 1)
-    return Progress({KIND: read}, [("bulk", 1, read)], [("bulk", 1, settled)], [sink], reader, True)
+    far = Progress([("bulk", 1, read)], [("bulk", 1, settled)], [sink], reader, True)
+    return Read([(1, KIND, read)]), far
 
 
 async def test_what_it_does_is_added_once(setting: Setting) -> None:
     begin = await setting.begin()
     assert (begin.rings, begin.run_id) == (["bulk.1"], "aa" * 8)
-    setting.say(progress(10, 4), progress(30, 20, 1, settled=12))
+    setting.say(*progress(10, 4), *progress(30, 20, 1, settled=12))
     await setting.heard()
     assert setting.read == {KIND: 130}
+    assert (setting.crew.read_of(1), setting.crew.read_of(0)) == ({KIND: 30}, {})
     account = setting.sink.account
     assert (account.received, account.delivered, account.dropped) == (
         {KIND: 30}, {KIND: 20}, {KIND: 1},
@@ -184,7 +189,7 @@ async def test_each_loss_is_told_where_it_was(setting: Setting) -> None:
     await setting.heard()
     assert setting.run.lost == [in_kernel]
     assert setting.run.given_up == [], "no account has it yet"
-    setting.say(progress(7, 2, 1))
+    setting.say(*progress(7, 2, 1))
     await setting.heard()
     assert setting.run.given_up == [(setting.sink, by_sink)]
     (error,) = setting.run.errors
@@ -214,7 +219,7 @@ async def test_one_ends_in_order(setting: Setting) -> None:
     received = setting.there.receive()
     assert received is not None
     assert to_worker(received[0]) == End(4.5)
-    setting.say(progress(30, 30, settled=30), Done())
+    setting.say(*progress(30, 30, settled=30), Done())
     await asyncio.wait_for(setting.crew.ended(asyncio.get_running_loop().time() + 30), 30)
     assert setting.run.errors == []
     assert setting.crew.settled == {("bulk", 1): 30}
@@ -224,7 +229,7 @@ async def test_one_ends_in_order(setting: Setting) -> None:
 async def test_one_ends_in_the_middle(setting: Setting) -> None:
     """What it held is lost for its sink, and its ring is read where it was last known to be."""
     await setting.begin()
-    setting.say(progress(30, 20, 1, settled=12))
+    setting.say(*progress(30, 20, 1, settled=12))
     setting.there.close()
     await setting.heard()
     ((sink, lost),) = setting.run.given_up
@@ -241,10 +246,19 @@ async def test_one_ends_in_the_middle(setting: Setting) -> None:
     assert setting.run.unsettled == [SeqRange("bulk", 1, 13, 30)]
 
 
+async def test_one_ends_before_it_has_said_what_became_of_what_it_read(setting: Setting) -> None:
+    """It counts as unread until it is known how much that was."""
+    await setting.begin()
+    setting.say(*progress(30, 20), Read([(1, KIND, 35)]))
+    setting.there.close()
+    await setting.heard()
+    assert (setting.read, setting.crew.read_of(1)) == ({KIND: 130}, {KIND: 30})
+
+
 async def test_one_ends_before_it_has_said_all_of_a_loss(setting: Setting) -> None:
     """What its sink gave up is told with what it held, and not once more."""
     await setting.begin()
-    setting.say(progress(30, 20))
+    setting.say(*progress(30, 20))
     in_kernel = Lost("kernel", "no room", 3, {KIND: 3}, (SeqRange("bulk", 1, 4, 6),), "bulk", 1)
     by_sink = Lost("sink", "refused", 10, {KIND: 10}, (SeqRange("bulk", 1, 7, 17),))
     setting.say(Gone(in_kernel), Gone(by_sink, 0))
@@ -311,7 +325,7 @@ async def test_one_that_says_much_keeps_nobody_waiting(setting: Setting) -> None
 async def test_sinks_in_another_order(setting: Setting) -> None:
     """As a reload may have them: each keeps what is said of it."""
     await setting.begin()
-    setting.say(progress(10, 4))
+    setting.say(*progress(10, 4))
     await setting.heard()
     assert [one.held for one in setting.crew.of_sink(setting.sink)] == [7]
     assert setting.crew.of_sink(MemorySink()) == []
@@ -328,7 +342,7 @@ def changed(message: FromWorker, *path: str | int, to: Any) -> dict[str, Any]:
     return whole
 
 
-GOOD = progress(5, 4, settled=3)
+READ, GOOD = progress(5, 4, settled=3)
 LOSS = Gone(Lost("sink", "refused", 1, {KIND: 1}, (SeqRange("bulk", 1, 7, 7),)), 0)
 
 
@@ -345,10 +359,12 @@ LOSS = Gone(Lost("sink", "refused", 1, {KIND: 1}, (SeqRange("bulk", 1, 7, 7),)),
         changed(GOOD, "sinks", 0, "received", KIND, to=1),
         changed(GOOD, "sinks", 0, "delivered_bytes", to=1),
         changed(GOOD, "sinks", 0, "lag_seconds", to=float("inf")),
-        changed(GOOD, "read", KIND, to=1),
-        changed(GOOD, "read", KIND, to=1 << 53),
-        changed(GOOD, "read", KIND, to=1 << 64),
-        changed(GOOD, "read", "stream.loss", to=5),
+        changed(READ, "cells", 0, to=(1, KIND, 1)),
+        changed(READ, "cells", 0, to=(1, KIND, 1 << 53)),
+        changed(READ, "cells", 0, to=(1, KIND, 1 << 64)),
+        changed(READ, "cells", 0, to=(1, "stream.loss", 5)),
+        changed(READ, "cells", 0, to=(0, KIND, 5)),
+        changed(READ, "cells", 0, to=(1, "process.exec", 5)),
         changed(GOOD, "passed", to=[("bulk", 0, 5)]),
         changed(GOOD, "settled", to=[("critical", 1, 5)]),
         changed(LOSS, "sink", to=1),
@@ -368,7 +384,7 @@ LOSS = Gone(Lost("sink", "refused", 1, {KIND: 1}, (SeqRange("bulk", 1, 7, 7),)),
 )
 async def test_one_says_what_none_of_ours_does(setting: Setting, wrong: dict[str, Any]) -> None:
     await setting.begin()
-    setting.say(progress(5, 4))
+    setting.say(*progress(5, 4))
     await setting.heard()
     assert setting.run.errors == []
     setting.there.send(wrong)

@@ -925,6 +925,26 @@ def test_events_come_in_order_with_their_count_per_kind(
     assert ring.drain(decoder, 10).kinds == {"test.fork": 1}
 
 
+def test_events_are_counted_by_cpu_and_kind_for_ever(
+    ring: Any, decoder: Any, simulated: SimulatedRing
+) -> None:
+    """What is decoded and did not come out of a ring is not among them, nor what is refused."""
+    fill(simulated, fork(1), sample(seq=1, cpu=65535), fork(2), sample(seq=2, cpu=65535)[:40])
+    while ring.drain(decoder, 1).more:
+        pass
+    decoder.decode(fork(3))
+    assert decoder.drained(0) == {"test.fork": 2}
+    assert decoder.drained(65535) == {"test.sample": 1}
+    assert decoder.drained(7) == decoder.drained(65534) == {}
+    fill(simulated, fork(4), fork(1, cpu=9))
+    ring.drain(decoder, 10)
+    assert (decoder.drained(0), decoder.drained(9)) == ({"test.fork": 3}, {"test.fork": 1})
+    assert decoder.short_record == 1
+    for cpu in (-1, 65536):
+        with pytest.raises(ValueError, match="cpu is"):
+            decoder.drained(cpu)
+
+
 def test_the_position_moves_on_once_the_records_are_decoded(
     ring: Any, decoder: Any, simulated: SimulatedRing
 ) -> None:
@@ -1411,6 +1431,8 @@ def test_the_compiled_reader_loses_nothing_when_memory_runs_out(
             ("skipped", 30, 2, 2),
         ]
         assert kinds == {"test.sample": 2, "test.fork": 4}
+        drained_by_cpu = [decoder.drained(cpu) for cpu in (0, 30)]
+        assert sum(map(Counter, drained_by_cpu), Counter()) == kinds
         assert counters(decoder) == dict.fromkeys(COUNTERS, 1)
         assert (ring.records, ring.pending) == (len(EXHAUSTED), 0)
     assert raised > 5
