@@ -391,6 +391,8 @@ class Client:
         connection = await self.connection(address)
         try:
             return await self._answer(address, connection, request)
+        except DeliveryError:  # what is under way there may still come through
+            raise
         except Exception as error:
             await connection.abort()
             raise delivery_error_of(error, _name(address)) from None

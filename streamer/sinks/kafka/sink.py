@@ -519,7 +519,7 @@ class KafkaSink(Sink):
         By itself: where nobody answers, asking takes long.
         """
         while True:
-            await asyncio.sleep(UNHEARD_SECONDS / 4)
+            await asyncio.sleep(UNHEARD_SECONDS / 2)
             await client.leave_unheard(UNHEARD_SECONDS)
 
     # Stopping

@@ -1,0 +1,76 @@
+"""Whom the Kafka client asks, and which connections it leaves, when nothing comes through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from streamer.config.settings import KafkaSink as Settings
+from streamer.sinks.kafka.client import Address, Client, _Metadata, _Topic
+from streamer.sinks.kafka.errors import DeliveryError
+
+FIRST, SECOND, THIRD = (("host", port) for port in (1, 2, 3))
+BROKERS = {1: FIRST, 2: SECOND, 3: THIRD}
+
+
+class Line:
+    """A connection that has been open for long; `unheard_seconds` as `Connection` has it."""
+
+    open_still = True
+
+    def __init__(self, unheard_seconds: float = 0.0) -> None:
+        self.unheard_seconds = unheard_seconds
+        self.aborted = False
+
+    async def abort(self) -> None:
+        self.aborted = True
+
+
+class Cluster(Client):
+    """A client that is told who leads by the test: None is by nobody."""
+
+    def __init__(self, leaders: dict[int, int] | None, brokers: dict[int, Address]) -> None:
+        super().__init__(Settings(bootstrap=("host:1", "host:9"), topic="events"))
+        self.leaders, self.brokers = leaders, brokers
+        self._brokers = dict(BROKERS)
+
+    async def _metadata(self) -> _Metadata:
+        if self.leaders is None:
+            raise DeliveryError("nobody is there")
+        return _Metadata(self.brokers, {"events": _Topic(0, self.leaders)})
+
+    def with_lines(self, **lines: Any) -> Cluster:
+        self._connections = {BROKERS[int(name[1:])]: line for name, line in lines.items()}
+        return self
+
+
+async def left(cluster: Cluster, unheard_seconds: float = 3.0) -> bool:
+    """Whether it leaves the first broker, and that one alone."""
+    silent, sound = Line(unheard_seconds), Line()
+    await cluster.with_lines(b1=silent, b2=sound).leave_unheard(2.0)
+    assert not sound.aborted
+    assert (FIRST in cluster._connections) is not silent.aborted
+    return silent.aborted
+
+
+async def test_where_nobody_leads_any_more_is_left() -> None:
+    """It is gone, or leads nothing, or is somewhere else."""
+    assert await left(Cluster({0: 2, 1: 3}, {2: SECOND, 3: THIRD}))
+    assert await left(Cluster({0: 2, 1: -1}, BROKERS))
+    assert await left(Cluster({0: 1}, {1: THIRD, 2: SECOND}))
+
+
+async def test_where_somebody_leads_or_nobody_knows_is_not_left() -> None:
+    assert not await left(Cluster({0: 2, 1: 1}, BROKERS))
+    assert not await left(Cluster(None, BROKERS))
+    assert not await left(Cluster({0: 2}, BROKERS), unheard_seconds=1.0)
+
+
+@pytest.mark.parametrize("silent", [1, 2, 3])
+def test_who_is_not_heard_is_asked_last(silent: int) -> None:
+    lines = {f"b{node}": Line(0.5 if node == silent else 0.0) for node in BROKERS}
+    asked = Cluster(None, BROKERS).with_lines(**lines)._addresses()
+    assert asked[-1] == BROKERS[silent]
+    assert asked[-2] == ("host", 9)  # the other bootstrap server
+    assert sorted(asked) == [FIRST, SECOND, THIRD, ("host", 9)]
