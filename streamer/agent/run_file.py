@@ -138,25 +138,36 @@ def _decoded(data: bytes) -> _Slot | None:
 
 
 def bounded(untold: list[UntoldLoss], most: int = MOST_UNTOLD) -> list[UntoldLoss]:
-    """The same losses in at most `most` entries, and one for each sink and stage.
+    """The same losses in at most `most` entries, and two for each sink and stage.
 
     A sink that is away for many runs in a row is told the oldest as a sum. Ranges are left out,
-    of the oldest first, where they take too much room.
+    of the oldest first, where they take too much room. What counts nothing, such as that a run was
+    killed, says something of its run alone: it is left out last, and never added to a count.
     """
-    sums: dict[tuple[str, str], UntoldLoss] = {}
-    for one in untold[: max(len(untold) - most, 0)]:
-        found = sums.get((one.sink, one.stage))
-        count, kinds = (found.count, found.kinds) if found is not None else (0, {})
-        sums[one.sink, one.stage] = UntoldLoss(
-            run_id=one.run_id,
-            sink=one.sink,
-            stage=one.stage,
-            count=count + one.count,
-            kinds=dict(Counter(kinds) + Counter(one.kinds)),
-            reason=EARLIER,
-            ranges=[],
-        )
-    return _without_ranges([*sums.values(), *untold[-most:]])
+    counted = [i for i, one in enumerate(untold) if one.count]
+    others = [i for i, one in enumerate(untold) if not one.count]
+    summed = {*[*counted, *others][: max(len(untold) - most, 0)]}
+    sums: dict[tuple[str, str, bool], UntoldLoss] = {}
+    for i in sorted(summed):
+        one = untold[i]
+        place = one.sink, one.stage, one.count > 0
+        sums[place] = _added(sums.get(place), one)
+    return _without_ranges(
+        [*sums.values(), *(one for i, one in enumerate(untold) if i not in summed)]
+    )
+
+
+def _added(sum_of: UntoldLoss | None, one: UntoldLoss) -> UntoldLoss:
+    count, kinds = (sum_of.count, sum_of.kinds) if sum_of is not None else (0, {})
+    return UntoldLoss(
+        run_id=one.run_id,
+        sink=one.sink,
+        stage=one.stage,
+        count=count + one.count,
+        kinds=dict(Counter(kinds) + Counter(one.kinds)),
+        reason=EARLIER,
+        ranges=[],
+    )
 
 
 def _without_ranges(untold: list[UntoldLoss]) -> list[UntoldLoss]:

@@ -26,6 +26,7 @@ from msgspec import UNSET
 from streamer.events.batch import NO_SPANS, Batch, Spans, join_spans
 from streamer.sinks.base import Listener, Sink, Status
 from streamer.spool.records import CRITICAL, batch_of, run_of
+from streamer.spool.seldom import Seldom
 from streamer.spool.store import ROW_BYTES, Found, GivenUp, Item, Mark, SpoolError
 from streamer.spool.writer import TRANSACTION_BYTES, Fed, Writer
 
@@ -39,7 +40,7 @@ READ_BYTES = 1 << 20
 RETRY_SECONDS = 5.0
 """How long the disk is left alone after it did not take something."""
 WARN_SECONDS = 600.0
-"""How often at most it is said that the disk fails."""
+"""How often at most it is said that the disk fails, for the same reason."""
 TICK_SECONDS = 0.02
 """How often one looks at what the sink has delivered."""
 FORGET_SECONDS = 0.5
@@ -97,7 +98,7 @@ class SpooledSink(Sink, Listener):
         self._failed = ""
         self._lasting = False
         self._retry_at = 0.0
-        self._warn_at = 0.0
+        self._warned = Seldom(WARN_SECONDS)
         self._gave_up = 0  # the n of the last that made way
         self._telling = (0, 0)  # the n of a batch that tells of what made way, and up to which n
         self._on_disk = False  # whether anything may be there that can be forgotten
@@ -247,8 +248,7 @@ class SpooledSink(Sink, Listener):
         now = asyncio.get_running_loop().time()
         self._retry_at = now + RETRY_SECONDS
         self._failed = self._failed or error.reason
-        if now >= self._warn_at:  # a disk that is full fails again and again
-            self._warn_at = now + WARN_SECONDS
+        if self._warned.may(error.reason, now):  # a disk that is full fails again and again
             _log.warning("%s: the spool is not used for now, and events wait in memory: %s",
                          self.name, error.reason)  # fmt: skip
         if error.lasting and not self._lasting:
@@ -337,8 +337,7 @@ class SpooledSink(Sink, Listener):
     def _read(self, found: list[Fed], error: SpoolError | None) -> None:
         self._reading = False
         if error is not None:
-            self._fail(error)
-            self._read_at = self._retry_at
+            self._fail_to_read(error)
             return
         self._feeding = True
         if not found:  # all that is not there any more was told
@@ -354,6 +353,15 @@ class SpooledSink(Sink, Listener):
                 self._give(n, batch, None)
         self._feeding = False
         self._feed()
+
+    def _fail_to_read(self, error: SpoolError) -> None:
+        """What is on disk waits there; that nothing can be written is not said by it."""
+        if error.lasting:
+            self._fail(error)
+        now = asyncio.get_running_loop().time()
+        self._read_at = now + RETRY_SECONDS
+        if not error.lasting and self._warned.may(("read", error.reason), now):
+            _log.warning("%s: what is in the spool waits there: %s", self.name, error.reason)
 
     def _settle(self) -> None:
         """Forget what the sink has accounted for."""

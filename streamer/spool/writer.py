@@ -11,12 +11,14 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from streamer.events.batch import Batch
-from streamer.spool.records import batch_of
+from streamer.spool.records import batch_of, named
+from streamer.spool.seldom import Seldom
 from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store, Unreadable
 
 _log = logging.getLogger("streamer")
@@ -26,6 +28,9 @@ TRANSACTION_BYTES = 4 << 20
 
 WARN_SECONDS = 600.0
 """A defect is logged once in so long."""
+
+TRIES = 3
+"""How often a row is tried that makes a defect, before what is in it is lost."""
 
 Wrote = Callable[[Sequence[Item], SpoolError | None], None]
 """Called with batches that are on disk, or that are not and why."""
@@ -80,7 +85,9 @@ class Writer:
         self._forget: dict[str, dict[str, int]] = {"done": {}, "told": {}}
         self._note: _Note | None = None
         self._refused: dict[str, SpoolError] = {}
-        self._warn_at = 0.0
+        self._warned = Seldom(WARN_SECONDS)
+        self._tries: dict[int, int] = {}
+        """How often a row has made a defect, by its `n`."""
         self.gave_up: Callable[[GivenUp], None] = lambda one: None
         self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
         self._thread.start()
@@ -201,24 +208,39 @@ class Writer:
 
     def _read(self, asked: _Next) -> None:
         before = self._store.fed(asked.sink)
+        found: list[Fed] = []
+        failed: SpoolError | None = None
         try:
-            found = [self._fed(one) for one in self._store.next(asked.sink, asked.most)]
+            for one in self._store.next(asked.sink, asked.most):
+                found.append(self._fed(one))  # those before one that fails count
         except Exception as error:
-            self._store.feed_from(asked.sink, before)  # the sink has got none of them
-            self._call(asked.read, [], self._spool_error(error))
-        else:
-            self._call(asked.read, found, None)
+            failed = self._spool_error(error)
+            self._store.feed_from(asked.sink, found[-1].n if found else before)
+        # The sink gets those before it; asked for the next, it is told.
+        self._call(asked.read, found, None if found else failed)
 
     def _fed(self, one: Item | Unreadable) -> Fed:
-        return Fed(one.n, *batch_of(one, self._run_id))
+        try:
+            fed = Fed(one.n, *batch_of(one, self._run_id))
+        except Exception as error:
+            # Out of memory it would be another time; a row for which it never is holds up no more.
+            self._tries[one.n] = self._tries.get(one.n, 0) + 1
+            if self._tries[one.n] < TRIES:
+                raise
+            reason = f"made a defect of what reads the spool: {self._spool_error(error).reason}"
+            spans = named(one.spans, one.run, self._run_id)
+            fed = Fed(one.n, Batch([], dict(one.kinds), spans), reason)
+        self._tries.pop(one.n, None)
+        return fed
 
     def _spool_error(self, error: Exception) -> SpoolError:
         """What is said to who asked. A defect is no end of the thread, for which all would wait."""
         if isinstance(error, SpoolError):
             return error
-        now = time.monotonic()
-        if now >= self._warn_at:
-            self._warn_at = now + WARN_SECONDS
+        # Which it is says the place that raised: a message can have anything in it.
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        where = [(frame.filename, frame.lineno) for frame in last]
+        if self._warned.may((type(error), *where), time.monotonic()):
             _log.error("a defect in the spool's thread", exc_info=error)
         return SpoolError(f"{type(error).__name__}: {error}"[:200])
 

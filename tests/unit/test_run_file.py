@@ -39,6 +39,25 @@ def test_of_many_the_oldest_are_added_up() -> None:
     assert untold[-2:] == [loss(99), loss(99, "two")]
 
 
+def killed(number: int) -> UntoldLoss:
+    return UntoldLoss(f"killed {number}", "", "stop", 0, {}, "this run was killed", [])
+
+
+def test_that_a_run_was_killed_is_kept_before_what_can_be_added_up() -> None:
+    """It is said of that run alone: as part of a sum nobody would know of which."""
+    untold: list[UntoldLoss] = []
+    for number in range(150):
+        untold = bounded([*untold, loss(number), killed(number), loss(number, "two")], 100)
+        kept = [one for one in untold if not one.count and one.reason != EARLIER]
+        assert kept == [killed(n) for n in range(number + 1)][-len(kept) :]
+        assert len(kept) >= min(number + 1, 98)
+        assert len(untold) <= 100 + 3
+    for sink in ("one", "two"):
+        assert sum(one.count for one in untold if one.sink == sink) == 300
+    stopped = [UntoldLoss("run", "", "stop", 7, {"file.open": 7}, "left", []), killed(1)]
+    assert sorted(one.count for one in bounded(stopped, 0)) == [0, 7]
+
+
 def test_a_note_is_read_as_it_was_written(tmp_path: Path) -> None:
     """A shorter one leaves nothing of a longer one, and only root can read it."""
     path = tmp_path / "new" / "run.json"

@@ -30,6 +30,7 @@ from streamer.spool.records import batch_of
 from streamer.spool.sink import MADE_WAY, Mode
 from streamer.spool.spool import Spool
 from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store, Unreadable
+from streamer.spool.writer import TRIES
 from tests.unit.spooled import RUN, WAIT, Run, batch, event, ids
 
 NOTE = msgspec.json.encode(PreviousRun(RUN, "boot", "0", 1, "killed", [])).decode()
@@ -819,8 +820,48 @@ async def test_a_defect_in_its_thread_is_seen_and_costs_no_event(
     assert tried[0] == tried[1], "what the sink has not got comes again"
     assert len(run.delivered) == 1000
     assert run.recorder.drops == []
-    assert caplog.text.count("Traceback") == 1, "one in ten minutes"
+    assert caplog.text.count("Traceback") == 2, "of each one in ten minutes"
+    assert caplog.text.count("MemoryError: once") == 2, "its traceback, and what it means"
     await run.stop()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["first", "middle", "last"])
+async def test_a_row_that_always_makes_a_defect_holds_up_no_other(
+    directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Those before it are delivered, and it is a loss with its reason when it was tried enough."""
+    monkeypatch.setattr("streamer.spool.sink.RETRY_SECONDS", 0.1)
+    run = Run(directory, budget=1 << 18)
+    await run.start(hold=True)
+    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(100)]
+    for one in sent:
+        run.sink.submit(one)
+        await asyncio.sleep(0)
+    await run.until(lambda: not run.sink._writing and run.sink.spooled)
+    on_disk = run.sink._disk
+    assert on_disk > 20
+    at = 100 - on_disk + round(share * (on_disk - 1))
+    tried: list[int] = []
+
+    def broken(row: Item | Unreadable, run_id: str) -> tuple[Batch, str]:
+        if row.n == at + 1:
+            tried.append(row.n)
+            raise KeyError("what is in it")
+        return batch_of(row, run_id)
+
+    monkeypatch.setattr("streamer.spool.writer.batch_of", broken)
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert run.delivered == ids(*sent[:at], *sent[at + 1 :])
+    assert len(tried) == TRIES
+    ((kinds, reason),) = run.recorder.drops
+    assert kinds == {"file.open": 10}
+    assert reason == "made a defect of what reads the spool: KeyError: 'what is in it'"
+    assert run.recorder.spans == [sent[at].spans]
+    assert caplog.text.count("Traceback") == 1
+    await run.stop()
+    assert Run(directory).spool._found == {}
 
 
 @pytest.mark.parametrize("error", [AttributeError("a defect"), SpoolError("what?", lasting=True)])
