@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+
+from msgspec.structs import asdict, astuple
 
 from streamer.verify import report
 from streamer.verify.place import Track
-from streamer.verify.records import Cell, Heartbeat, Mark
+from streamer.verify.records import Cell, Counts, Heartbeat, Mark, SinkTotals
 
-_NONE: Cell = (0, 0, 0, 0, 0)
+_NONE = Cell(0, 0, 0, 0, 0)
 
 
 def tells(beat: Heartbeat) -> bool:
@@ -19,43 +22,50 @@ def tells(beat: Heartbeat) -> bool:
 def violations(beat: Heartbeat) -> Iterator[str]:
     """What in a heartbeat contradicts itself, in words without numbers."""
     for kind, one in beat.counts.items():
-        if one.produced < one.filtered + one.shed + one.lost + one.read:
+        if _is_overfull(one):
             yield f"{kind}: more filtered, shed, lost and read than was produced"
     for name, sink in beat.sink_counts.items():
-        totals = sink.received, sink.delivered, sink.dropped
         if sink.received != sink.delivered + sink.dropped + sink.pending:
             yield f"{name}: received is not delivered + dropped + pending"
-        if sink.kinds and tuple(map(sum, zip(*sink.kinds.values(), strict=True))) != totals:
-            yield f"{name}: its kinds are not what it counts in all"
-        for kind, (received, delivered, dropped) in sink.kinds.items():
-            if received < delivered + dropped:
-                yield f"{name}: more of {kind} delivered and dropped than received"
+        yield from _of_sink(name, sink)
     if tells(beat):
         for mark in beat.marks:
-            yield from _violations(mark)
+            yield from _of_mark(mark)
         yield from _sums(beat)
 
 
-def _violations(mark: Mark) -> Iterator[str]:
+def _of_sink(name: str, sink: SinkTotals) -> Iterator[str]:
+    for kind, one in sink.kinds.items():
+        if one.received < one.delivered + one.dropped:
+            yield f"{name}: more of {kind} delivered and dropped than received"
+    found = (sum(every) for every in zip(*map(astuple, sink.kinds.values()), strict=True))
+    if sink.kinds and tuple(found) != (sink.received, sink.delivered, sink.dropped):
+        yield f"{name}: its kinds are not what it counts in all"
+
+
+def _of_mark(mark: Mark) -> Iterator[str]:
     place = f"{mark.ring} cpu {mark.cpu}"
     numbered = 0
-    for kind, (produced, filtered, shed, lost, read) in mark.kinds.items():
-        numbered += produced - filtered - shed
-        if produced < filtered + shed + lost + read:
+    for kind, one in mark.kinds.items():
+        numbered += one.produced - one.filtered - one.shed
+        if _is_overfull(one):
             yield f"{place}, {kind}: more filtered, shed, lost and read than was produced"
     if numbered != mark.seq - mark.skipped:
         yield f"{place}: the kinds are not as many as the numbers"
 
 
+def _is_overfull(one: Counts) -> bool:
+    return one.produced < one.filtered + one.shed + one.lost + one.read
+
+
 def _sums(beat: Heartbeat) -> Iterator[str]:
-    found: dict[str, Cell] = {}
+    found: defaultdict[str, list[Cell]] = defaultdict(list)
     for mark in beat.marks:
         for kind, cell in mark.kinds.items():
-            a, b, c, d, e = found.get(kind, _NONE)
-            found[kind] = a + cell[0], b + cell[1], c + cell[2], d + cell[3], e + cell[4]
-    for kind, cell in found.items():
-        one = beat.counts.get(kind)
-        if one is None or cell != (one.produced, one.filtered, one.shed, one.lost, one.read):
+            found[kind].append(cell)
+    for kind, cells in found.items():
+        sums = tuple(sum(every) for every in zip(*map(astuple, cells), strict=True))
+        if kind not in beat.counts or sums != astuple(beat.counts[kind]):
             yield f"{kind}: the CPUs together are not what it counts in all"
 
 
@@ -72,8 +82,8 @@ def of_place(track: Track, *, complete: bool) -> dict[str, report.Cell]:
 
 
 def _cell(counts: Cell, there: int, complete: bool) -> report.Cell:
-    gone = max(counts[4] - there, 0) if complete else 0
-    return report.Cell(*counts, there=there, given_up=gone)
+    gone = max(counts.read - there, 0) if complete else 0
+    return report.Cell(**asdict(counts), there=there, given_up=gone)
 
 
 def in_excess(place: report.Place) -> Iterator[str]:

@@ -31,10 +31,13 @@ class Track:
 
     `next` is the number that is taken without a call: the one behind all others. It is -1 where
     every number has to be looked at: of the stream's own records, and behind a heartbeat.
+    `ahead` is whether no number behind that of the first mark was there before it: an agent that
+    finds no moment at which the account of a CPU closes tells one of before.
     """
 
     __slots__ = (
         "_end",
+        "ahead",
         "bound_ns",
         "duplicates",
         "first_mark",
@@ -69,6 +72,7 @@ class Track:
         self.watermark_ns = 0
         self.bound_ns = 0
         self.first_mark: Mark | None = None
+        self.ahead = True
         self.mark: Mark | None = None
 
     def take(self, number: int, lane: str) -> bool:
@@ -100,7 +104,8 @@ class Track:
         Its watermark binds what follows in the same lane alone.
         """
         self.sync()
-        self.first_mark = self.first_mark or mark
+        if self.first_mark is None:
+            self.first_mark, self.ahead = mark, self.seen.last <= mark.seq
         if self.mark is not None:
             self.mark.kinds = {}  # the last heartbeat's are asked for
         self.mark = mark

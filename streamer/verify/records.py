@@ -31,8 +31,18 @@ class Line(Struct, gc=False):
     host: str
 
 
-Cell = tuple[Number, Number, Number, Number, Number]
-"""See `streamer.events.stream.CellCounts`."""
+class Counts(Struct, gc=False):
+    """See `KindCounts`."""
+
+    produced: Number
+    filtered: Number
+    shed: Number
+    lost: Number
+    read: Number
+
+
+class Cell(Counts, array_like=True, gc=False):
+    """See `streamer.events.stream.CellCounts`. What other releases add behind it is skipped."""
 
 
 class Mark(Struct, gc=False):
@@ -48,14 +58,12 @@ class Mark(Struct, gc=False):
     kinds: dict[str, Cell] = field(default_factory=dict)
 
 
-class Counts(Struct, gc=False):
-    """See `KindCounts`."""
+class SinkCell(Struct, array_like=True, gc=False):
+    """See `streamer.events.stream.SinkKindCounts`."""
 
-    produced: Number
-    filtered: Number
-    shed: Number
-    lost: Number
-    read: Number
+    received: Number
+    delivered: Number
+    dropped: Number
 
 
 class SinkTotals(Struct, gc=False):
@@ -65,7 +73,7 @@ class SinkTotals(Struct, gc=False):
     delivered: Number
     dropped: Number
     pending: Number
-    kinds: dict[str, tuple[Number, Number, Number]] = field(default_factory=dict)
+    kinds: dict[str, SinkCell] = field(default_factory=dict)
 
 
 class Heartbeat(Struct, gc=False):

@@ -23,7 +23,7 @@ SILENT_NS = 60_000_000_000
 """A run that says nothing for so long, or three times as long as ever before, has ended."""
 
 MOST_WRONG = 100
-"""Contradictions of heartbeats that are told apart."""
+"""Contradictions of heartbeats, and of them and what is there, that are told apart."""
 
 MOST_STEPS = 100
 """Clock steps that are reported for a run."""
@@ -171,13 +171,23 @@ class Run:
         self.last = beat
         for mark in beat.marks:
             self._track(mark, lane).pass_mark(mark, lane)
-        if self._base is None:
+        if self._base is None and self._is_ahead(beat):
             self._base = beat, self.kinds, self.given_up.copy()
         if beat.final and self.end == "open":
             self.end = "ended"
         self._beats.append((boot_ns, beat))
         if len(self._beats) > MOST_BEATS:
             del self._beats[self._least_missed()]
+
+    def _is_ahead(self, beat: Heartbeat) -> bool:
+        """Whether all that is there was read by then. What other workers have read, and the CPUs
+        of which the account does not close, a heartbeat may know as of some time before.
+        """
+        read = {(mark.ring, mark.cpu): mark.read for mark in beat.marks}
+        return all(
+            track.own or track.seen.last <= read.get(place, 0)
+            for place, track in self.tracks.items()
+        )
 
     def _track(self, mark: Mark, lane: str) -> Track:
         place = mark.ring, mark.cpu
@@ -371,8 +381,10 @@ class Run:
             if complete and account.there > account.read:
                 yield f"{kind}: {account.there:,} are there, of {account.read:,} that were read"
         if complete and self.last is not None and cells.tells(self.last):
-            for place in places:
-                yield from cells.in_excess(place)
+            excess = [what for place in places for what in cells.in_excess(place)]
+            yield from excess[:MOST_WRONG]
+            if len(excess) > MOST_WRONG:
+                yield f"so it is of {len(excess) - MOST_WRONG:,} more of a ring, CPU and kind"
         for kind, told in self.shedding.shed.items() if complete else ():
             counted = kinds[kind].shed if kind in kinds else 0
             if told > counted:
@@ -396,7 +408,7 @@ def _first(track: Track, linear: bool) -> int:
     """Of a run whose beginning is not there: the first number that has to be there."""
     track.sync()
     seen = track.seen.first
-    if track.first_mark is None or not linear:
+    if track.first_mark is None or not (linear and track.ahead):
         return seen or (track.mark.seq + 1 if track.mark else 1)
     # Not from `read` on: what was lost behind it may have been told before the heartbeat.
     return min(seen or track.first_mark.seq + 1, track.first_mark.seq + 1)

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from streamer.verify.ledger import Ledger
+from streamer.verify.records import Chunk
 from streamer.verify.report import Cell, Run
-from tests.unit.test_verify import Record, Stream, only_run, verified
+from tests.unit.test_verify import Record, Stream, lines, only_run, verified
 
 Cells = dict[str, list[int]]
 OPEN, CLOSE = "file.open", "net.close"
@@ -122,6 +124,98 @@ def test_an_account_that_holds() -> None:
     marks = mark(0, 0, {OPEN: [9, 9, 0, 0, 0]}), mark(1, 7, {OPEN: [9, 2, 1, 1, 3]}, skipped=1)
     run = run_of(stream.manifest(), beat(stream, *marks, sink_counts={"file:x": sink}))
     assert run.problems == []
+
+
+def test_what_another_release_counts_besides() -> None:
+    stream = Stream()
+    sink = {
+        "received": 3,
+        "delivered": 3,
+        "dropped": 0,
+        "pending": 0,
+        "kinds": {OPEN: [3, 3, 0, 9]},
+    }
+    one = mark(0, 5, {OPEN: [5, 0, 0, 0, 5]})
+    told = beat(stream, one, sink_counts={"file:x": sink})
+    one["kinds"][OPEN].append(9)
+    run = run_of(stream.manifest(), told)
+    assert (run.heartbeats, run.problems) == (1, [])
+
+
+def test_without_it_nothing_is_asked() -> None:
+    """As in the heartbeats of other releases."""
+    stream = Stream()
+    counts = {OPEN: {"produced": 2, "filtered": 0, "shed": 0, "lost": 0, "read": 2}}
+    events = [stream.event(n) for n in (1, 2, 3)]
+    end = beat(stream, mark(0, 3, {}), counts=counts, final=True)
+    run = run_of(stream.manifest(), *events, end)
+    assert run.problems == ["file.open: 3 are there, of 2 that were read"]
+    assert run.places[0].kinds == {OPEN: Cell(0, 0, 0, 0, 0, 3, 0)}
+
+
+def test_duplicates_in_several_partitions() -> None:
+    """Each event is there once, whatever else its broker has of it."""
+    stream = Stream()
+    begin, events, end = stream.manifest(), two_cpus(stream), beat(stream, *FINAL, final=True)
+    ledger = Ledger()
+    for lane, records in (
+        ("0", [begin, *events[:4], end]),
+        ("1", [*events[3:], *events[:2]]),
+        ("2", [end, *events[::-1], begin]),
+    ):
+        ledger.feed(Chunk(lane, lines(records)))
+    run = only_run(ledger.reported())
+    assert (run.problems, run.duplicates) == ([], 12)
+    assert [place.kinds[OPEN].there for place in run.places] == [3, 2]
+
+
+def late(stream: Stream, *marks: Record) -> list[Record]:
+    """What is there of a run from 121 on, with its first heartbeat behind 150, and its end."""
+    events = [stream.event(n) for n in range(121, 161)]
+    end = beat(stream, mark(0, 160, {OPEN: [160, 0, 0, 0, 160]}), final=True)
+    return [*events[:30], beat(stream, *marks), *events[30:], end]
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        [mark(0, 150, {OPEN: [150, 0, 0, 0, 150]})],
+        [mark(0, 100, {OPEN: [100, 0, 0, 0, 100]})],
+        [mark(0, 150, {OPEN: [150, 0, 0, 0, 130]}) | {"read": 130}],
+        [],
+    ],
+    ids=["now", "before", "another worker's", "never"],
+)
+def test_an_account_of_some_time_before(marks: list[Record]) -> None:
+    """As an agent tells it of a CPU of which it does not close, or before it has heard of what
+    another worker has read and published. Nothing is missing that came before the beginning.
+    """
+    stream = Stream()
+    stream.manifest()
+    run = run_of(*late(stream, *marks))
+    assert (run.whole, run.problems) == (False, [])
+
+
+def test_what_is_missing_behind_the_first_account() -> None:
+    """Its number is explained by a loss of another kind."""
+    stream = Stream()
+    stream.manifest()
+    first, last = ({OPEN: [n, 0, 0, 0, n], CLOSE: [9, 0, 0, 0, 9]} for n in (141, 151))
+    events = [stream.event(n) for n in (149, 150)]
+    loss = stream.loss("sink", 1, ("bulk", 0, 151, 151), kinds={CLOSE: 1})
+    end = beat(stream, mark(0, 160, last), final=True)
+    more = [stream.event(n) for n in range(152, 161)]
+    run = run_of(*events, beat(stream, mark(0, 150, first)), loss, *more, end)
+    assert run.problems == ["file.open: 1 were read, and are neither there nor given up"]
+
+
+def test_more_than_was_read_without_end() -> None:
+    stream = Stream()
+    events = [stream.event(1, cpu=cpu, kind=CLOSE) for cpu in range(150)]
+    marks = [mark(cpu, 1, {OPEN: [1, 0, 0, 0, 1]}) for cpu in range(150)]
+    run = run_of(stream.manifest(), *events, beat(stream, *marks, final=True))
+    assert sum("cpu" in one for one in run.problems) == 100
+    assert run.problems[-1] == "so it is of 50 more of a ring, CPU and kind"
 
 
 def test_contradictions_without_end() -> None:
