@@ -220,11 +220,11 @@ class Load:
 
     def produced(self) -> int:
         """Events that the programs produced so far, those lost among them."""
-        return sum(counts.produced for counts in self.counters.kinds({}).values())
+        return sum(produced for produced, *_ in self.counters.of_kinds().values())
 
     def lost(self) -> int:
         """Events that found no room."""
-        return sum(counts.lost for counts in self.counters.kinds({}).values())
+        return sum(lost for *_, lost in self.counters.of_kinds().values())
 
     def close(self) -> None:
         """Release everything."""

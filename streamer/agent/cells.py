@@ -6,13 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from streamer.agent.counters import CpuCounts, KernelCounters
+from streamer.agent.counters import NOTHING, CpuCounts, KernelCounters
 from streamer.events.kinds import KINDS
 from streamer.events.stream import CellCounts, CpuMark, KindCounts
 from streamer.kernel.tags import RINGS
-
-Cells = Mapping[int, Mapping[str, int]]
-"""Events by CPU and kind, which has one ring."""
 
 
 class CpuAccount(NamedTuple):
@@ -20,6 +17,8 @@ class CpuAccount(NamedTuple):
 
     counts: CpuCounts
     read: Mapping[str, int]
+    passed: Mapping[str, int]
+    """The last number of each ring that the readers had passed."""
 
     def cells(self, ring: str | None = None) -> Iterator[tuple[str, CellCounts]]:
         """The kinds of a ring, or of all."""
@@ -31,11 +30,19 @@ class CpuAccount(NamedTuple):
 class CpuAccounts:
     """Looks at the account of every CPU."""
 
-    def __init__(self, counters: KernelCounters, read: Callable[[int], Mapping[str, int]]) -> None:
-        """`read` says how many events of a CPU were read so far, per kind."""
+    def __init__(
+        self,
+        counters: KernelCounters,
+        read: Callable[[int], Mapping[str, int]],
+        passed: Callable[[], Mapping[tuple[str, int], int]],
+    ) -> None:
+        """Before anything is counted. `read` says how many events of a CPU were read so far, per
+        kind; `passed` up to which number, per ring and CPU.
+        """
         self._counters = counters
         self._read = read
-        self._last: dict[int, CpuAccount] = {}
+        self._passed = passed
+        self._last = {cpu: CpuAccount(NOTHING, {}, {}) for cpu in range(counters.cpus)}
 
     def look(self, *, final: bool = False) -> Mapping[int, CpuAccount]:
         """By CPU.
@@ -43,10 +50,12 @@ class CpuAccounts:
         Programs count while one looks. Of a CPU whose account did not close in many looks it is
         that of the time before; unless it is `final`, when nothing is counted any more.
         """
-        for cpu in range(self._counters.cpus):
+        passed = self._passed()
+        for cpu in self._last:
             counts = self._counters.of_cpu(cpu)
-            if counts.closes or final or cpu not in self._last:
-                self._last[cpu] = CpuAccount(counts, self._read(cpu))
+            if counts.closes or final:
+                numbers = {ring: passed.get((ring, cpu), 0) for ring in RINGS}
+                self._last[cpu] = CpuAccount(counts, self._read(cpu), numbers)
         return dict(self._last)
 
 
@@ -73,11 +82,9 @@ def unread(accounts: Mapping[int, CpuAccount], ring: str) -> dict[int, Counter[s
 
 
 def marks(
-    accounts: Mapping[int, CpuAccount],
-    passed: Mapping[tuple[str, int], int],
-    watermark: Callable[[str, int], int],
+    accounts: Mapping[int, CpuAccount], watermark: Callable[[str, int], int]
 ) -> list[CpuMark]:
-    """Of each ring and CPU that was used; `passed` is the reader's.
+    """Of each ring and CPU that was used.
 
     `watermark` gives the time that nothing older follows of a ring and CPU, or 0.
     """
@@ -86,7 +93,7 @@ def marks(
         for ring, seq, skipped in zip(RINGS, *account.counts[1:], strict=True):
             kinds = dict(account.cells(ring))
             if seq or kinds:
-                read = min(passed.get((ring, cpu), 0), seq)
+                read = account.passed[ring]
                 found.append(CpuMark(ring, cpu, seq, read, skipped, watermark(ring, cpu), kinds))
     return found
 

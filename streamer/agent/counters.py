@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from streamer.events.kinds import KINDS, RECORDS
-from streamer.events.stream import KindCounts
-from streamer.events.summaries import SUMMARIES
 from streamer.kernel.objects import CONTRACT, KIND_END
 from streamer.kernel.state import size_of
 from streamer.kernel.tags import RINGS
@@ -52,6 +50,10 @@ class CpuCounts(NamedTuple):
         return numbered == [seq - skipped for seq, skipped in numbers]
 
 
+NOTHING = CpuCounts({}, (0,) * len(RINGS), (0,) * len(RINGS))
+"""Before programs run."""
+
+
 class KernelCounters:
     """Reads the counters of every CPU and kind from the mapped arrays."""
 
@@ -68,6 +70,11 @@ class KernelCounters:
         rows = [self._row(cpu, number) for cpu in range(self.cpus)]
         return tuple(map(sum, zip(*rows, strict=True)))
 
+    def of_kinds(self) -> dict[str, tuple[int, ...]]:
+        """The same of every kind that was produced."""
+        rows = ((layout.kind, self.of_kind(n)) for n, layout in RECORDS.items())
+        return {kind: row for kind, row in rows if any(row)}
+
     def lost(self, cpu: int) -> dict[str, int]:
         """Lost on one CPU, per kind that lost any."""
         rows = ((layout.kind, self._row(cpu, n)[_LOST]) for n, layout in RECORDS.items())
@@ -75,25 +82,7 @@ class KernelCounters:
 
     def shed(self) -> dict[str, int]:
         """Kept back by sampling on all CPUs, per kind of which any was."""
-        rows = ((layout.kind, self.of_kind(n)[_SHED]) for n, layout in RECORDS.items())
-        return {kind: shed for kind, shed in rows if shed}
-
-    def kinds(self, read: Mapping[str, int]) -> dict[str, KindCounts]:
-        """The counts of every kind that was produced; `read` is what came out of the rings.
-
-        And of the summaries in `read`, which are made by the agent, one as good as the other.
-        """
-        found = {}
-        for number, layout in RECORDS.items():
-            counts = self.of_kind(number)
-            if any(counts):
-                found[layout.kind] = KindCounts(
-                    **dict(zip(_FIELDS, counts, strict=True)), read=read.get(layout.kind, 0)
-                )
-        for kind in SUMMARIES:
-            if made := read.get(kind, 0):
-                found[kind] = KindCounts(made, filtered=0, shed=0, lost=0, read=made)
-        return found
+        return {kind: row[_SHED] for kind, row in self.of_kinds().items() if row[_SHED]}
 
     def of_cpu(self, cpu: int) -> CpuCounts:
         """All of one CPU: of a moment at which they close, if there is one in so many looks."""

@@ -71,6 +71,7 @@ class Looks:
     def look(self, phase: Phase, coverage: Mapping[str, KindStatus]) -> Look:
         """How things are now."""
         reporter = self._reporter
+        counts, marks = reporter.counts_and_marks(self._read)
         return Look(
             version=VERSION,
             agent=__version__,
@@ -81,10 +82,10 @@ class Looks:
             not_ready=list(self._not_ready(phase)),
             uptime_seconds=round(reporter.uptime, 3),
             rates=self._rates(),
-            counts=reporter.counts(self._read),
+            counts=counts,
             losses=[LossLook(*where, count) for where, count in self._fanout.lost.counts.items()],
             rings=self._rings(),
-            marks=reporter.marks(),
+            marks=marks,
             paused=self._reader.paused or self._crew.paused,
             reader=reporter.reader_counts(),
             sinks={sink.name: self._sink(sink) for sink in self._fanout.sinks},

@@ -63,7 +63,7 @@ class Reporter:
         self._counters = KernelCounters(kernel.counters, kernel.kind_counters, kernel.cpus)
         self.account = RingAccount(reader, self._counters)
         """Of what this process reads."""
-        self._cells = CpuAccounts(self._counters, self._read_of)
+        self._cells = CpuAccounts(self._counters, self._read_of, self._passed)
         self._left_read: dict[int, Counter[str]] = {}
         self._payers = Payers(kernel)
         self.watermarks = Watermarks(self.seqs, wait_for_programs)
@@ -83,22 +83,15 @@ class Reporter:
 
     def counts(self, made: Mapping[str, int]) -> dict[str, KindCounts]:
         """The counts per kind. `made` has those of the summaries, one as good as the other."""
-        return self._counts(self._cells.look(), made)
-
-    def _counts(
-        self, cells: Mapping[int, CpuAccount], made: Mapping[str, int]
-    ) -> dict[str, KindCounts]:
-        summaries = {
-            kind: KindCounts(produced=n, filtered=0, shed=0, lost=0, read=n)
-            for kind in SUMMARIES
-            if (n := made.get(kind, 0))
-        }
-        return by_kind(cells.values()) | summaries
+        return _counts(self._cells.look(), made)
 
     def _read_of(self, cpu: int) -> Mapping[str, int]:
         """Of all workers, and what one had read that has ended."""
         left = self._left_read.get(cpu, Counter())
         return self.account.read(cpu) + self._crew.read_of(cpu) + left
+
+    def _passed(self) -> Marks:
+        return self.account.passed() | self._crew.passed
 
     def left_behind(self, reason: str) -> Lost:
         """When all is read: what a worker that ended had read, and never said what became of it.
@@ -126,12 +119,15 @@ class Reporter:
         """What went wrong in the kernel apart from numbered losses."""
         return faults(self._kernel.faults)
 
-    def marks(self) -> list[CpuMark]:
-        """How far the sequence of each ring and CPU has come, with the account of its kinds."""
-        return self._marks(self._cells.look())
+    def counts_and_marks(
+        self, made: Mapping[str, int], *, final: bool = False
+    ) -> tuple[dict[str, KindCounts], list[CpuMark]]:
+        """`counts`, and the same of each ring and CPU with how far its sequence has come.
 
-    def _marks(self, cells: Mapping[int, CpuAccount]) -> list[CpuMark]:
-        return marks(cells, self.account.passed() | self._crew.passed, self._watermark)
+        `final`: nothing is counted any more.
+        """
+        cells = self._cells.look(final=final)
+        return _counts(cells, made), marks(cells, self._watermark)
 
     def _watermark(self, ring: str, cpu: int) -> int:
         exact, timing = self.watermarks.of(ring, cpu), self._envelope.timing
@@ -184,12 +180,12 @@ class Reporter:
         self, made: Mapping[str, int], sinks: Iterable[Sink], *, final: bool = False
     ) -> StreamHeartbeat:
         """The account so far; `final`: nothing follows it. `made` is as of `counts`."""
-        cells = self._cells.look(final=final)
+        counts, by_cpu = self.counts_and_marks(made, final=final)
         return self._envelope.record(
             StreamHeartbeat,
             uptime_seconds=round(self.uptime, 3),
-            counts=self._counts(cells, made),
-            marks=self._marks(cells),
+            counts=counts,
+            marks=by_cpu,
             sink_counts=counts_by_name(sinks, self._crew.held),
             reader=self.reader_counts(),
             faults=self.faults(),
@@ -245,6 +241,15 @@ class Reporter:
     def reader_counts(self) -> ReaderCounts:
         """What the readers met."""
         return self._crew.reader_counts(self.account.reader_counts())
+
+
+def _counts(cells: Mapping[int, CpuAccount], made: Mapping[str, int]) -> dict[str, KindCounts]:
+    summaries = {
+        kind: KindCounts(produced=n, filtered=0, shed=0, lost=0, read=n)
+        for kind in SUMMARIES
+        if (n := made.get(kind, 0))
+    }
+    return by_kind(cells.values()) | summaries
 
 
 def unseen_of(kind: str) -> tuple[str, ...]:

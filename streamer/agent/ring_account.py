@@ -41,7 +41,8 @@ class RingAccount:
         """How many events of a CPU were read, per kind."""
         found: Counter[str] = Counter()
         for source in self._reader.sources:
-            found.update(source.decoder.drained(cpu))
+            if cpu in source.cpus:
+                found.update(source.decoder.drained(cpu))
         return found
 
     def passed(self) -> Marks:

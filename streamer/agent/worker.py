@@ -65,8 +65,9 @@ _DELIVERING = 0.75
 """Of the grace period, as in `service.py`."""
 _MOST_MARKS = 256
 _MOST_SAID = 100
-_MOST_CELLS = 1000  # in a message, which has room for three times as many
 """Lines of the log that wait."""
+_MOST_CELLS = 1000
+"""In a message, which has room for more than twice as many."""
 _IGNORED = (
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE),

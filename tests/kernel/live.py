@@ -92,13 +92,19 @@ class Live:
         self.read()
         read = Counter(kind_of(event) for event in self.events)
         nothing = KindCounts(produced=0, filtered=0, shed=0, lost=0, read=0)
-        return self._counters.kinds(read).get(kind, nothing)
+        return self._by_kind(read).get(kind, nothing)
+
+    def _by_kind(self, read: Counter[str]) -> dict[str, KindCounts]:
+        found = {}
+        for kind, (produced, filtered, shed, lost) in self._counters.of_kinds().items():
+            found[kind] = KindCounts(produced, filtered, shed, lost, read[kind])
+        return found
 
     def _is_accounted(self) -> bool:
         read = Counter(kind_of(event) for event in self.events)
         return all(
             counts.produced == counts.read + counts.filtered + counts.shed + counts.lost
-            for counts in self._counters.kinds(read).values()
+            for counts in self._by_kind(read).values()
         )
 
     def check(self) -> None:
@@ -109,7 +115,7 @@ class Live:
         while self.read() or (not self._is_accounted() and time.monotonic() < deadline):
             time.sleep(0.01)
         read = Counter(kind_of(event) for event in self.events)
-        for kind, counts in self._counters.kinds(read).items():
+        for kind, counts in self._by_kind(read).items():
             accounted = counts.read + counts.filtered + counts.shed + counts.lost
             assert counts.produced == accounted, f"{kind}: {counts}"
             if not counts.lost:

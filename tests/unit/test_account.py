@@ -54,10 +54,7 @@ def test_counts_of_a_kind_are_of_all_cpus() -> None:
     memory.kind(1, "net.close", (7, 0, 0, 0))
     counters = memory.counters()
     assert counters.of_kind(KIND_NUMBERS["file.open"]) == (300, 30, 30, 3)
-    assert counters.kinds({"file.open": 230}) == {
-        "file.open": KindCounts(produced=300, filtered=30, shed=30, lost=3, read=230),
-        "net.close": KindCounts(produced=7, filtered=0, shed=0, lost=0, read=0),
-    }
+    assert counters.of_kinds() == {"file.open": (300, 30, 30, 3), "net.close": (7, 0, 0, 0)}
 
 
 def test_counts_of_the_largest_numbers() -> None:
@@ -65,10 +62,6 @@ def test_counts_of_the_largest_numbers() -> None:
     memory.kind(CPUS - 1, "net.close", (2**64 - 1, 2**63, 0, 1))
     counters = memory.counters()
     assert counters.of_kind(KIND_NUMBERS["net.close"]) == (2**64 - 1, 2**63, 0, 1)
-
-
-def test_kinds_that_never_happened_are_left_out() -> None:
-    assert Memory().counters().kinds({}) == {}
 
 
 def test_lost_of_one_cpu() -> None:
@@ -118,10 +111,10 @@ READ = {0: {"process.exec": 3}, 1: {}, 2: {"file.open": 8}}
 def test_marks_are_of_the_rings_and_cpus_that_were_used() -> None:
     memory = Memory()
     counted(memory)
-    accounts = CpuAccounts(memory.counters(), READ.__getitem__).look()
-    watermarks = {("bulk", 2): 77}
     passed = {("critical", 0): 4}
-    assert marks(accounts, passed, lambda *of: watermarks.get(of, 0)) == [
+    accounts = CpuAccounts(memory.counters(), READ.__getitem__, lambda: passed).look()
+    watermarks = {("bulk", 2): 77}
+    assert marks(accounts, lambda *of: watermarks.get(of, 0)) == [
         CpuMark("critical", 0, 5, 4, 0, 0, {"process.exec": (9, 3, 1, 2, 3)}),
         CpuMark("bulk", 0, 0, 0, 0, 0, {"file.open": (4, 4, 0, 0, 0)}),
         CpuMark("bulk", 2, 11, 0, 2, 77, {"file.open": (12, 1, 2, 0, 8)}),
@@ -139,18 +132,32 @@ def test_the_account_of_a_cpu_is_of_a_moment_at_which_it_closes() -> None:
 
 
 def test_an_account_that_never_closes_is_the_one_before() -> None:
+    """All of it: what was read by now is not held against what was produced by then."""
     memory = Memory()
     counted(memory)
-    read = {"process.exec": 3}
-    accounts = CpuAccounts(memory.counters(), lambda cpu: {} if cpu else dict(read))
+    read, passed = {"process.exec": 3}, {("critical", 0): 3}
+    accounts = CpuAccounts(
+        memory.counters(), lambda cpu: {} if cpu else dict(read), lambda: dict(passed)
+    )
     before = accounts.look()
+    told = marks(before, lambda *_: 0)
     memory.kind(0, "process.exec", (11, 3, 1, 2))  # and 5 of 7 have a number
-    read["process.exec"] = 4
+    read["process.exec"] = passed["critical", 0] = 4
     assert accounts.look() == before
-    assert by_kind([accounts.look(final=True)[0]])["process.exec"] == KindCounts(11, 3, 1, 2, 4)
-    assert next(CpuAccounts(memory.counters(), lambda _: {}).look()[0].cells("critical")) == (
-        "process.exec", (11, 3, 1, 2, 0),
-    ), "there is none before"  # fmt: skip
+    assert marks(accounts.look(), lambda *_: 0) == told
+    last = accounts.look(final=True)
+    assert by_kind([last[0]])["process.exec"] == KindCounts(11, 3, 1, 2, 4)
+    assert marks(last, lambda *_: 0)[0].read == 4
+
+
+def test_before_an_account_has_ever_closed_nothing_was_counted() -> None:
+    """A heartbeat that has it would contradict itself."""
+    memory = Memory()
+    accounts = CpuAccounts(memory.counters(), lambda _: {"file.open": 1}, dict)
+    memory.kind(0, "file.open", (2, 0, 0, 0))
+    memory.rings(0, "seq", {"critical": 0, "bulk": 1})
+    assert by_kind(accounts.look().values()) == {}
+    assert marks(accounts.look(), lambda *_: 0) == []
 
 
 # ------------------------------------------------------------------ the ledger of losses
