@@ -748,8 +748,8 @@ static __always_inline struct connection *listener_of_fd(int fd)
 	return bpf_map_lookup_elem(&listeners, &key);
 }
 
-/* From now on the connection belongs to the current task. */
-static __always_inline void take_over(struct sock *sk, const struct owner *owner, int listener_fd)
+/* From now on the connection belongs to the current task. Not inlined: the stack has to do for what comes then. */
+static __noinline void take_over(struct sock *sk, const struct owner *owner, int listener_fd)
 {
 	struct connection *listener = listener_of_fd(listener_fd);
 	struct connection made = {}, *found;
