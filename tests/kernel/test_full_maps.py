@@ -1,0 +1,250 @@
+"""Maps that only much at once, or a smaller size, can fill: docs/limits.md has all of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+import threading
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamer.config.settings import Kernel, Settings
+from streamer.kernel import state
+from streamer.kernel.flows import KIND as FLOW
+from streamer.kernel.libbpf import run_program
+from streamer.kernel.loader import Loader
+from streamer.kernel.objects import CONTRACT, SENSORS
+from streamer.kernel.tags import MapInfo
+from tests.golden.make import drained
+from tests.kernel import flow_reading
+from tests.kernel.agent import TCP_KINDS, kind_of
+from tests.kernel.live import Live
+from tests.kernel.packets import IPV4, UDP, ethernet, ipv4, udp
+from tests.kernel.roles import Role, in_own_network
+from tests.kernel.scope import Scope, checkpoint
+from tests.kernel.test_tracepoint_net import deafen
+
+pytestmark = pytest.mark.kernel
+
+Patch = pytest.MonkeyPatch
+FAULTS = [name.removeprefix("FAULT_") for name, _, _ in CONTRACT["enum fault"]]
+
+
+def faults_of(kernel: state.KernelState) -> dict[str, int]:
+    """Those that were counted."""
+    counts = memoryview(kernel.faults).cast("Q")[: len(FAULTS)]
+    return {name: count for name, count in zip(FAULTS, counts, strict=True) if count}
+
+
+def give_room(patch: Patch, sensor: str, name: str, entries: int) -> None:
+    """Have a map of a sensor made with so many entries."""
+    info, options_of = SENSORS[sensor], state.options_of
+    maps = [one for one in info.maps if one.name != name]
+    of_test = info._replace(maps=(*maps, MapInfo(name, "table:room_of_test")))
+    made = partial(Loader, sensors={**SENSORS, sensor: of_test})
+    patch.setattr(state, "Loader", made)
+    patch.setattr(
+        state, "options_of", lambda kernel: {**options_of(kernel), "room_of_test": entries}
+    )
+
+
+# ---------------------------------------------------------------- flow_index
+
+KEYS, FLOWS, TIMES = 64, 300, 3
+
+
+def more_flows_than_keys() -> tuple[flow_reading.Counts, dict[str, int]]:
+    """What is in which flow, and the faults."""
+    kernel = state.load(Settings(kernel=Kernel(interfaces=("lo",))), {FLOW})
+    try:
+        kernel.attach()
+        fd = kernel.program_fds["flow_egress"]
+        for _ in range(TIMES):
+            for port in range(FLOWS):
+                run_program(fd, 1, ethernet(IPV4, ipv4(UDP, udp(1024 + port, 9))))
+        kernel.detach()
+        assert kernel.flows is not None
+        while not kernel.flows.flush():
+            pass
+        counts = flow_reading.counts_of(case.event for case in drained(kernel, "bulk"))
+        return counts, faults_of(kernel)
+    finally:
+        kernel.close()
+
+
+def test_more_flows_than_the_index_has_room_for(monkeypatch: Patch) -> None:
+    """Those that have a place are whole; each packet of the others is counted, and none gone."""
+    options_of = state.options_of
+    monkeypatch.setattr(
+        state, "options_of", lambda kernel: {**options_of(kernel), "flow_index": KEYS}
+    )
+    counts, faults = Role("test", in_own_network, more_flows_than_keys).result()
+    packets = [count for (_, _, what), count in counts.items() if what == "packets"]
+    assert packets == [TIMES] * KEYS
+    assert faults == {"FLOWS_FULL": (FLOWS - KEYS) * TIMES}
+
+
+# ---------------------------------------------------------------- agent_peers
+
+PEERS = 1024
+CONNECTIONS = 1400
+ANOTHERS = 5
+
+
+def serve_all() -> Any:
+    """Accept all that come, until the test lets it close them."""
+    raise_limit()
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        checkpoint(listener.getsockname()[1])
+        accepted = [listener.accept()[0] for _ in range(CONNECTIONS + ANOTHERS)]
+        checkpoint()
+        for one in accepted:
+            one.recv(1)
+            one.close()
+    return os.getpid()
+
+
+def raise_limit() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def connect_some(port: int) -> list[int]:
+    """As others do. Their ports."""
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(ANOTHERS)]
+    ports = [int(one.getsockname()[1]) for one in clients]
+    for one in clients:
+        one.close()
+    return ports
+
+
+def test_more_connections_of_the_agents_own_than_are_remembered(scope: Scope) -> None:
+    """At the other end those that were forgotten make events; and what others do makes all."""
+    raise_limit()
+    with Live(scope, TCP_KINDS.split(",")) as live, scope.start(serve_all) as server:
+        port = server.reached()
+        server.proceed()
+        own = [socket.create_connection(("127.0.0.1", port)) for _ in range(CONNECTIONS)]
+        ours = [int(one.getsockname()[1]) for one in own]
+        theirs = scope.act(connect_some, port)
+        server.reached()
+        for one in own:
+            one.close()
+        server.proceed()
+        pid = server.result()
+        live.check()
+        events = [one for one in live.events if port in (one.local_port, one.remote_port)]
+        faults = faults_of(live.state)
+    found = Counter((kind_of(one), one.remote_port) for one in events if one.pid == pid)
+    assert Counter({one: found[one] for one in found if one[1] in theirs}) == {
+        (kind, port): 1 for kind in ("net.accept", "net.close") for port in theirs
+    }
+    of_ours = [one for one in found if one[1] in ours]
+    assert {kind for kind, _ in of_ours} == {"net.close"}
+    assert {found[one] for one in of_ours} == {1}
+    assert CONNECTIONS - PEERS <= len(of_ours) < CONNECTIONS
+    assert sum(one.pid != pid for one in events) == 2 * ANOTHERS
+    assert "AGENT_PEERS_FULL" not in faults
+
+
+# ---------------------------------------------------------------- exited
+
+EXITS, THREADS, REMEMBERED = 300, 6, 16
+
+
+def end_at_once() -> None:
+    """A process whose threads end together with it."""
+    barrier = threading.Barrier(THREADS)
+    for _ in range(THREADS - 1):
+        threading.Thread(target=lambda: (barrier.wait(), os._exit(3)), daemon=True).start()
+    barrier.wait()
+    os._exit(3)
+
+
+def end_many() -> list[int]:
+    """Processes of one thread and of several, all at once."""
+    pids = []
+    for number in range(EXITS):
+        pid = os.fork()
+        if not pid:
+            end_at_once() if number % 10 == 0 else os._exit(3)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    return pids
+
+
+def test_more_exits_than_are_remembered(scope: Scope, monkeypatch: Patch) -> None:
+    """Each is told, and none twice unless so many end between two threads of its process."""
+    give_room(monkeypatch, "process", "exited", REMEMBERED)
+    with Live(scope, {"process.exit"}) as live:
+        held = {one.name: one.entries for one in live.maps()}
+        pids = scope.act(end_many)
+        live.check()
+        found = Counter(one.pid for one in live.events)
+        faults = faults_of(live.state)
+    assert held["exited"] == REMEMBERED
+    alone = [pid for number, pid in enumerate(pids) if number % 10]
+    assert {found[pid] for pid in alone} == {1}
+    assert {found[pid] for pid in pids} <= {1, 2}
+    assert "EXITED_FULL" not in faults
+
+
+# ---------------------------------------------------------------- failed_connects
+
+FAILING, KNOWN = 64, 1
+FIFO_PRIORITY = 10
+
+
+def fail_together() -> int:
+    """Connects whose SYNs are dropped, until nobody listens: then all are refused at once.
+
+    Nobody returns from connect() meanwhile: something more urgent has the CPU. How many failed.
+    """
+    cpu = min(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpu})
+    listener = socket.create_server(("127.0.0.1", 0), backlog=FAILING)
+    deafen(listener)
+    refused = []
+
+    def fail() -> None:
+        with socket.socket() as client:
+            refused.append(client.connect_ex(listener_at))
+
+    listener_at = listener.getsockname()
+    threads = [threading.Thread(target=fail) for _ in range(FAILING)]
+    began = time.monotonic()
+    for one in threads:
+        one.start()
+    while Path("/proc/thread-self/net/tcp").read_text().count(" 02 ") < FAILING:
+        time.sleep(0.001)
+    listener.close()
+    time.sleep(max(0, began + 0.9 - time.monotonic()))
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(FIFO_PRIORITY))
+    while " 02 " in Path("/proc/thread-self/net/tcp").read_text():
+        pass
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    for one in threads:
+        one.join()
+    return Counter(refused)[errno.ECONNREFUSED]
+
+
+def test_more_connects_that_fail_than_are_remembered(scope: Scope, monkeypatch: Patch) -> None:
+    """Each is told; those that were forgotten before they returned are told twice."""
+    give_room(monkeypatch, "net", "failed_connects", KNOWN)
+    with Live(scope, {"net.connect"}) as live:
+        failed = scope.act(in_own_network, fail_together)
+        live.check()
+        found = Counter((one.errno, one.local_port) for one in live.events)
+        faults = faults_of(live.state)
+    assert failed == len(found) == FAILING
+    assert {error for error, _ in found} == {errno.ECONNREFUSED}
+    assert Counter(found.values()) == {1: KNOWN, 2: FAILING - KNOWN}
+    assert "FAILED_FULL" not in faults
