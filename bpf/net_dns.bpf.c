@@ -189,7 +189,8 @@ struct dns_stream {
 	__u8 partial; /* bytes of the message are missing: no more are kept */
 	__u8 half;    /* the first byte of a length has come */
 	__u8 first;   /* that */
-	__u8 pad[2];
+	__u8 ends;    /* the packet of now is the last one */
+	__u8 pad;
 	__u32 at;     /* what the packet of now brings: where, how much, and its number */
 	__u32 brings;
 	__u32 seq;
@@ -895,7 +896,9 @@ static __noinline void emit_response(struct __sk_buff *skb, const struct dns_pac
 
 /* ---------------------------------------------------------------- TCP */
 
+#define TCP_FLAG_FIN 0x01
 #define TCP_FLAG_SYN 0x02
+#define TCP_FLAG_RST 0x04
 #define MOST_PIECES 32 /* of a packet: each message is two, its length and the rest */
 #define TYPE_IXFR 251
 #define TYPE_AXFR 252
@@ -919,8 +922,10 @@ static __always_inline void query_complete(struct __sk_buff *skb, struct dns_con
 {
 	__u64 question;
 
-	if (connection->sent.filled < DNS_HEADER || connection->sent_bytes[2] & DNS_RESPONSE)
+	if (connection->sent.filled < DNS_HEADER || connection->sent_bytes[2] & DNS_RESPONSE) {
+		count_fault(FAULT_DNS_MALFORMED);
 		return;
+	}
 	question = question_of_kept(skb, 1);
 	if (asks_for_zone(connection->sent_bytes, question)) {
 		connection->transfer_id = number_of(connection->sent_bytes);
@@ -936,8 +941,10 @@ static __always_inline void response_complete(struct __sk_buff *skb, struct dns_
 	struct dns_response response = {};
 
 	if (connection->received.filled < DNS_HEADER ||
-	    !(connection->received_bytes[2] & DNS_RESPONSE))
+	    !(connection->received_bytes[2] & DNS_RESPONSE)) {
+		count_fault(FAULT_DNS_MALFORMED);
 		return;
+	}
 	response.kept = connection->received_bytes;
 	response.length = connection->received.filled;
 	response.whole = connection->received.length;
@@ -989,6 +996,8 @@ static __always_inline __u32 take_length(struct __sk_buff *skb, struct dns_strea
 		taken = 2;
 	}
 	stream->length = number_of(bytes);
+	if (!stream->length)
+		count_fault(FAULT_DNS_MALFORMED);
 	stream->left = stream->length;
 	stream->filled = 0;
 	stream->partial = 0;
@@ -1071,8 +1080,10 @@ __noinline int find_start(struct __sk_buff *skb, __u32 sent)
 		return stream->left ? FOLLOW_MORE : FOLLOW_MESSAGE;
 	}
 	known = stream->next - stream->seq;
-	if (known >= stream->brings)
+	if (known >= stream->brings) {
+		stream->brings = 0;
 		return FOLLOW_END;
+	}
 	stream->at += known;
 	stream->brings -= known;
 	return FOLLOW_MORE;
@@ -1112,7 +1123,8 @@ __noinline int take_piece(struct __sk_buff *skb, __u32 sent)
 }
 
 /* What a packet brings, after its last piece: with more messages than are looked at, the next one is not
- * to be found. */
+ * to be found. A message that the end of its connection cuts off is told of nowhere, and counted once,
+ * however often that end comes. */
 __noinline int find_end(struct __sk_buff *skb, __u32 sent)
 {
 	struct dns_connection *connection = connection_of(skb);
@@ -1123,6 +1135,12 @@ __noinline int find_end(struct __sk_buff *skb, __u32 sent)
 	stream = sent ? &connection->sent : &connection->received;
 	if (stream->brings)
 		lose_stream(skb, stream);
+	if (stream->ends && stream->state == STREAM_FOLLOWED &&
+	    (int)(stream->seq - stream->next) <= 0 && (stream->left || stream->half)) {
+		stream->left = 0;
+		stream->half = 0;
+		count_fault(FAULT_DNS_MALFORMED);
+	}
 	return 0;
 }
 
@@ -1130,14 +1148,12 @@ static __always_inline void follow_packet(struct __sk_buff *skb, const bool sent
 {
 	int found = find_start(skb, sent), i;
 
-	if (found == FOLLOW_END)
-		return;
 	for (i = 0; i < MOST_PIECES; i++) {
+		if (found == FOLLOW_END)
+			break;
 		if (found == FOLLOW_MESSAGE)
 			message_complete(skb, sent);
 		found = take_piece(skb, sent);
-		if (found == FOLLOW_END)
-			break;
 	}
 	if (found == FOLLOW_MESSAGE)
 		message_complete(skb, sent);
@@ -1160,17 +1176,22 @@ static __noinline bool begin_packet(struct __sk_buff *skb, struct bpf_sock *sk, 
 	struct dns_connection *connection;
 	struct dns_stream *stream;
 	struct dns_packet packet;
-	bool begins;
+	bool begins, ends;
 
-	if (!read_packet(&packet, skb, transport, sent))
+	if (!read_packet(&packet, skb, transport, sent)) {
+		count_fault(FAULT_DNS_MALFORMED);
 		return false;
+	}
 	begins = packet.flags & TCP_FLAG_SYN;
-	if (!begins && !packet.length)
+	ends = packet.flags & (TCP_FLAG_FIN | TCP_FLAG_RST);
+	if (!begins && !ends && !packet.length)
 		return false;
 	read_peer(&packet, sk);
-	connection = bpf_sk_storage_get(&dns_connections, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	connection = bpf_sk_storage_get(&dns_connections, sk, NULL,
+					begins || packet.length ? BPF_SK_STORAGE_GET_F_CREATE : 0);
 	if (!connection) {
-		count_fault(FAULT_SOCKET_STORAGE);
+		if (begins || packet.length)
+			count_fault(FAULT_SOCKET_STORAGE);
 		return false;
 	}
 	stream = sent ? &connection->sent : &connection->received;
@@ -1183,7 +1204,8 @@ static __noinline bool begin_packet(struct __sk_buff *skb, struct bpf_sock *sk, 
 	stream->at = packet.at;
 	stream->brings = packet.length;
 	stream->seq = packet.seq + begins;
-	return packet.length;
+	stream->ends = ends;
+	return packet.length || ends;
 }
 
 /* ---------------------------------------------------------------- UDP */
@@ -1198,8 +1220,10 @@ static __noinline void over_udp(struct __sk_buff *skb, struct bpf_sock *sk, __u3
 
 	if (!read_packet(&packet, skb, transport, sent) || packet.length < DNS_HEADER ||
 	    bpf_skb_load_bytes(skb, packet.at, header, sizeof(header)) ||
-	    !(header[2] & DNS_RESPONSE) != !!sent)
+	    !(header[2] & DNS_RESPONSE) != !!sent) {
+		count_fault(FAULT_DNS_MALFORMED);
 		return;
+	}
 	question = question_of(skb, packet.at, packet.length);
 	if (sent) {
 		read_peer(&packet, sk);

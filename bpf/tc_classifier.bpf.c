@@ -344,8 +344,10 @@ struct network {
 static __always_inline bool read_ipv4(struct network *net, struct cursor *cursor,
 				      struct __sk_buff *skb)
 {
+	struct cursor last = *cursor;
 	struct ipv4 ip;
 	__u32 fragment;
+	__u8 byte;
 
 	if (!LOAD(skb, cursor, &ip))
 		return false;
@@ -354,6 +356,9 @@ static __always_inline bool read_ipv4(struct network *net, struct cursor *cursor
 	net->size = bpf_ntohs(ip.total_length);
 	if (ip.version_length >> 4 != 4 || net->header < sizeof(ip) ||
 	    (net->size && net->size < net->header))
+		return false;
+	last.at += net->header - 1;
+	if (net->header > sizeof(ip) && !LOAD(skb, &last, &byte)) /* its options are cut off */
 		return false;
 	*(__u32 *)net->from = ip.from;
 	*(__u32 *)net->to = ip.to;
@@ -397,6 +402,9 @@ static __always_inline bool read_ipv6(struct network *net, struct cursor *cursor
 #pragma unroll /* before 5.13 no loop may begin behind a call */
 	for (i = 0; i < MOST_EXTENSIONS; i++) {
 		if (net->later_fragment || !is_extension(net->protocol))
+			break;
+		/* What is behind the packet, such as padding, is none of it. */
+		if (net->size && cursor->at - begin + sizeof(extension) > net->size)
 			break;
 		if (!LOAD(skb, cursor, &extension))
 			break; /* what is behind has no ports, then */
@@ -517,7 +525,7 @@ __noinline int read_packet(struct __sk_buff *skb)
 	struct ports ports = {};
 	struct network net = {};
 	struct cursor cursor;
-	__u32 type, transport = 0, behind;
+	__u32 type, transport = 0, behind, room;
 	bool readable;
 
 	if (!packet)
@@ -533,16 +541,18 @@ __noinline int read_packet(struct __sk_buff *skb)
 		count_fault(FAULT_PACKET_MALFORMED);
 		return false;
 	}
+	room = !net.size ? ~0u : net.size > net.header ? net.size - net.header : 0;
 	if (net.later_fragment) {
 		if (has_ports(net.protocol))
 			packet->key.portless = !find_ports(&net, packet, &ports);
-	} else if (net.protocol == NEXT_TCP && LOAD(skb, &cursor, &start)) {
+	} else if (net.protocol == NEXT_TCP && room >= sizeof(start) &&
+		   LOAD(skb, &cursor, &start)) {
 		ports.from = start.from;
 		ports.to = start.to;
 		packet->flags = start.flags;
 		transport = (start.offset >> 4) * 4;
 	} else if (has_ports(net.protocol)) {
-		packet->key.portless = !LOAD(skb, &cursor, &ports);
+		packet->key.portless = room < sizeof(ports) || !LOAD(skb, &cursor, &ports);
 		if (net.protocol == NEXT_UDP)
 			transport = 8;
 	}

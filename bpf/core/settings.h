@@ -107,7 +107,10 @@ enum fault {
 	FAULT_PACKET_MALFORMED = 20, /* a packet is in no flow: its IP header is cut off, or contradicts itself */
 	FAULT_FLOWS_EVICTED = 21,    /* a flow that went on made way for another: it is told as `evicted` */
 	FAULT_PAYERS_FULL = 22,      /* who pays for an event could not be kept: he was not kept back */
-	FAULT_END = 23,
+	FAULT_DNS_MALFORMED = 23,    /* what went to or came from a port of DNS is in no event: it is shorter than a
+				      * header, its connection ended in the middle, or it is no query where one
+				      * is sent, or no response where one comes */
+	FAULT_END = 24,
 };
 
 /* When a program is to wake the reader. */

@@ -33,6 +33,7 @@ from streamer.kernel.targets import targets_of
 from streamer.kernel.traffic import Filter, TrafficFilters
 from tests.conftest import Require
 from tests.golden.make import drained
+from tests.kernel import flow_reading
 from tests.kernel.flows import (
     CONFIG,
     FAR,
@@ -51,7 +52,7 @@ from tests.kernel.flows import (
     tc,
 )
 from tests.kernel.pace import repetitions, seconds
-from tests.kernel.packets import classify, mutated
+from tests.kernel.packets import mutated
 from tests.kernel.roles import Role, in_own_network, two_namespaces
 from tests.kernel.scope import Scope, cgroup_mount
 from tests.kernel.system import kernel_is
@@ -1284,8 +1285,8 @@ def test_an_agent_that_was_killed_with_its_helper(require: Require, tmp_path: Pa
 # ---------------------------------------------------------------- the program alone
 
 
-def run_all(frames: list[bytes]) -> tuple[set[int], int, int]:
-    """What it answers to each; packets in flows, and those that are malformed."""
+def run_all(frames: list[bytes]) -> tuple[set[int], flow_reading.Counts, int]:
+    """What it answers to each; what is in which flow; packets that are malformed."""
     settings = Settings(
         kernel=Kernel(interfaces=("lo",), flows=1 << 17), rings=Rings(bulk_bytes=1 << 26)
     )
@@ -1298,12 +1299,11 @@ def run_all(frames: list[bytes]) -> tuple[set[int], int, int]:
         assert kernel.flows is not None
         while not kernel.flows.flush():
             pass
-        events = [case.event for case in drained(kernel, "bulk")]
-        packets = sum(one["client_packets"] + one["server_packets"] for one in events)
+        counts = flow_reading.counts_of(case.event for case in drained(kernel, "bulk"))
         faults = memoryview(kernel.faults).cast("Q")
         malformed = faults[FAULTS["PACKET_MALFORMED"]]
         assert sum(faults[: len(FAULTS)]) == malformed
-        return verdicts, packets, malformed
+        return verdicts, counts, malformed
     finally:
         kernel.close()
 
@@ -1318,11 +1318,19 @@ def can_be_tried(frame: bytes) -> bool:
 
 
 def test_a_hundred_thousand_frames_with_bytes_changed_at_random() -> None:
-    """Each that is of IP is in a flow or counted as malformed."""
+    """Each of IP is in its flow, as its sender's, with its bytes; or counted as malformed."""
     frames = list(mutated(repetitions(100_000, 10_000), seed=20261129))
     frames = [frame for frame in frames if can_be_tried(frame)]
-    verdicts, packets, malformed = Role("test", in_own_network, run_all, frames).result()
+    verdicts, counts, malformed = Role("test", in_own_network, run_all, frames).result()
     assert verdicts == {PASS_ON}
-    of_ip = sum(classify(frame).network in ("ipv4", "ipv6") for frame in frames)
-    assert packets + malformed == of_ip
-    assert packets > malformed > 0
+    expected = flow_reading.Reader()
+    for frame in frames:
+        expected.read(frame)
+    wrong = {
+        one for one in counts.keys() | expected.counts.keys() if counts[one] != expected.counts[one]
+    }
+    assert {one: (counts[one], expected.counts[one]) for one in wrong} == {}
+    assert malformed == expected.malformed > 0
+    in_flows = sum(count for (_, _, what), count in counts.items() if what == "packets")
+    assert in_flows + malformed + expected.others == len(frames)
+    assert len({flow for flow, _, _ in counts}) > len(frames) // 50

@@ -463,7 +463,8 @@ def test_a_connection_that_cannot_be_followed_says_so(tmp_path: Path, scope: Sco
         "mute.test": "unanswered",
     }
     assert len(events) == 3
-    assert recording.heartbeat.faults == {"dns_unfollowed": 1}
+    none = 2 * MESSAGES - 1  # queries, where responses are due
+    assert recording.heartbeat.faults == {"dns_unfollowed": 1, "dns_malformed": none}
 
 
 # ---------------------------------------------------------------- the address of the record
