@@ -121,6 +121,9 @@ class KafkaSource:
                 if follow:
                     self._ends[partition] = consumer.highwater(partition)
                 for batch in batches:
+                    # What has come since the start is not read: elsewhere it is not either.
+                    if not follow and batch.offset >= self._ends[partition]:
+                        break
                     await asyncio.sleep(0)  # the next answer is asked for, and comes
                     if values := batch.values():
                         yield Chunk(where, values, f"{where}, from offset {batch.offset}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import struct
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition  # type: ignore[import-untyped]
+from aiokafka.consumer import fetcher  # type: ignore[import-untyped]
 from aiokafka.errors import CorruptRecordException  # type: ignore[import-untyped]
 from aiokafka.record.default_records import (  # type: ignore[import-untyped]
     DefaultRecordBatchBuilder,
@@ -14,9 +17,11 @@ from aiokafka.record.legacy_records import (  # type: ignore[import-untyped]
     LegacyRecordBatchBuilder,
 )
 
+from streamer.config.settings import KafkaSink
 from streamer.sinks.kafka.codecs import CODECS
 from streamer.sinks.kafka.record_batch import crc32c
 from streamer.verify.fetched import Batch, _Answer
+from streamer.verify.kafka import KafkaSource
 
 VALUES = [b'{"seq":%d}' % i for i in range(500)]
 BASE = 1000
@@ -100,3 +105,82 @@ def test_a_batch_that_is_shorter_than_its_head_is_corrupt(length: int) -> None:
     assert answer.has_next()
     with pytest.raises(CorruptRecordException, match="shorter than its head"):
         answer.next_batch()
+
+
+def test_what_is_replaced_of_aiokafka_is_used_by_it() -> None:
+    """These are no part of its interface: another version may name them otherwise."""
+    source = inspect.getsource(fetcher.Fetcher)
+    for name in ("= MemoryRecords(", "= PartitionRecords(", "backoff=self._prefetch_backoff"):
+        assert name in source
+
+
+class Consumer:
+    """Gives what it was made with, an answer each time; and then nothing."""
+
+    def __init__(self, *answers: dict[Any, list[Batch]]) -> None:
+        self.answers = list(answers)
+        self.end = 0
+
+    async def getmany(self, **_: Any) -> dict[Any, list[Batch]]:
+        return self.answers.pop(0) if self.answers else {}
+
+    async def position(self, _: Any) -> int:
+        return self.end
+
+    def highwater(self, _: Any) -> int:
+        return self.end
+
+
+EACH = len(VALUES) + 1
+OWN, FILES = TopicPartition("stream", 0), TopicPartition("file", 0)
+
+
+def source_of(ends: dict[Any, int]) -> KafkaSource:
+    source = KafkaSource(KafkaSink(bootstrap=("127.0.0.1:1",), topic="{category}"))
+    source._ends, source._read = ends, dict.fromkeys(ends, 0)
+    return source
+
+
+def batches(*numbers: int) -> list[Batch]:
+    return [Batch(EACH * number, built(base=EACH * number)) for number in numbers]
+
+
+async def test_each_partition_is_read_up_to_its_end_of_the_start() -> None:
+    """What has come meanwhile in one may tell of what has in another, which is not read."""
+    source = source_of({OWN: EACH, FILES: 3 * EACH})
+    consumer = Consumer(
+        {OWN: batches(0, 1), FILES: batches(0)}, {OWN: batches(2)}, {FILES: batches(1, 2, 3)}
+    )
+    read = [chunk.where async for chunk in source._chunks(consumer, follow=False)]
+    assert read == [
+        "stream, partition 0, from offset 0",
+        *(f"file, partition 0, from offset {EACH * number}" for number in range(3)),
+    ]
+    assert source.complete
+
+
+async def test_what_is_followed_is_complete_when_it_is_at_its_end() -> None:
+    source = source_of({OWN: EACH})
+    consumer = Consumer({OWN: batches(0, 1)}, {OWN: batches(2)})
+    consumer.end = 2 * EACH
+    reading = source._chunks(consumer, follow=True)
+    seen = []
+    async for _ in reading:
+        seen.append(source.complete)
+        consumer.end = 3 * EACH
+        if len(seen) == 3:
+            break
+    assert seen == [False, False, False]
+    assert source._read[OWN] == 2 * EACH
+    await reading.aclose()  # type: ignore[attr-defined]
+    assert not source.complete
+    source._read[OWN] = 3 * EACH
+    assert source.complete
+
+
+async def test_what_a_broker_has_removed_meanwhile_is_not_waited_for() -> None:
+    source = source_of({OWN: 5 * EACH})
+    consumer = Consumer({OWN: batches(0)})
+    consumer.end = 5 * EACH
+    assert len([one async for one in source._chunks(consumer, follow=False)]) == 1
+    assert source.complete
