@@ -66,13 +66,16 @@ def kafka_class_path() -> str:
     return f"{cache}/kafka/*"
 
 
+TOOLS = "org.apache.kafka.tools"
+
+
 def kafka_tool(name: str, *arguments: str) -> str:
-    """What one of Kafka's own tools prints: `name` is its class in `org.apache.kafka.tools`.
+    """What one of Kafka's own tools prints: `name` is its class, of Java.
 
     Raises:
         RuntimeError: it failed; with what it printed.
     """
-    command = ["java", "-cp", kafka_class_path(), *JAVA_OPTIONS, f"org.apache.kafka.tools.{name}"]
+    command = ["java", "-cp", kafka_class_path(), *JAVA_OPTIONS, name]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise RuntimeError(f"{name} {' '.join(arguments)}: {done.stdout}{done.stderr}")
@@ -336,7 +339,9 @@ class KafkaCluster:
         """Have the first of a partition's replicas lead it, if it does not."""
         where = ("--topic", topic, "--partition", f"{partition}")
         how = ("--election-type", "preferred")
-        kafka_tool("LeaderElectionCommand", "--bootstrap-server", self.address, *how, *where)
+        kafka_tool(
+            f"{TOOLS}.LeaderElectionCommand", "--bootstrap-server", self.address, *how, *where
+        )
 
     def reassign(
         self, topic: str, partition: int, replicas: Sequence[int], timeout: float = 60.0
@@ -350,7 +355,7 @@ class KafkaCluster:
         plan = self.nodes[0].directory / "reassignment.json"
         plan.write_text(json.dumps({"version": 1, "partitions": [one]}))
         arguments = ("--bootstrap-server", self.address, "--reassignment-json-file", str(plan))
-        kafka_tool("reassign.ReassignPartitionsCommand", *arguments, "--execute")
+        kafka_tool(f"{TOOLS}.reassign.ReassignPartitionsCommand", *arguments, "--execute")
         deadline = time.monotonic() + timeout
         while (found := self.partitions(topic)[partition]).replicas != tuple(replicas) or (
             set(found.in_sync) != set(replicas)

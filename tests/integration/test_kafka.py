@@ -36,7 +36,7 @@ from streamer.sinks.kafka.client import partition_of
 from streamer.sinks.kafka.encoded import encode
 from streamer.sinks.kafka.sink import KafkaSink
 from streamer.sinks.kafka.window import SEQUENCES, Window
-from tests.brokers import KafkaBroker, free_port
+from tests.brokers import KafkaBroker, free_port, kafka_tool
 from tests.kafka_helpers import (
     HOST,
     NOW_NS,
@@ -476,6 +476,53 @@ async def test_cluster_that_moved_is_found_through_the_bootstrap_servers(
         await until(lambda: not sink.account.pending)
     assert ids(await read_back(mortal, topic)) == expected(0, 200)
     assert [status for status, _ in heard.statuses][-2:] == ["up", "closed"]
+
+
+async def test_a_quota_is_kept_and_costs_no_event(broker: KafkaBroker) -> None:
+    """Of 20 kB/s, over ten seconds: what exceeds it the broker takes, and names a time of rest."""
+    topic, rate = next(topics), 20_000
+    await create(broker, topic)
+    quota = ("--alter", "--add-config", f"producer_byte_rate={rate}")
+    whose = ("--entity-type", "clients", "--entity-name", "throttled")
+    where = ("--bootstrap-server", broker.address)
+    await asyncio.to_thread(kafka_tool, "kafka.admin.ConfigCommand", *where, *quota, *whose)
+    sink, heard = make(
+        broker.address, topic, client_id="throttled", compression="none", batch_bytes=8192
+    )
+    async with started(sink):
+        sent, rests = note_throttling(sink)
+        for start in range(0, 2600, 100):
+            sink.submit(Batch(opens(start, 100)))
+            await asyncio.sleep(0.01)
+        await until(lambda: not sink.account.pending)
+    assert rests
+    for at, seconds in rests:
+        assert not [moment for moment in sent if at < moment < at + seconds - 0.01]
+    assert ids(await read_back(broker, topic)) == expected(0, 2600)
+    assert heard.statuses == [("up", ""), ("closed", "")]
+
+
+def note_throttling(sink: KafkaSink) -> tuple[list[float], list[tuple[float, float]]]:
+    """When produce requests are sent from now on, and when an answer asks for how long a rest."""
+    client, loop = sink._client, asyncio.get_running_loop()
+    assert client is not None
+    produce, produced = client.produce, client.produced
+    sent: list[float] = []
+    rests: list[tuple[float, float]] = []
+
+    def noted_produce(*arguments: Any) -> Any:
+        sent.append(loop.time())
+        return produce(*arguments)
+
+    async def noted_produced(*arguments: Any) -> Any:
+        answer = await produced(*arguments)
+        if answer.throttle:
+            rests.append((loop.time(), answer.throttle))
+        return answer
+
+    client.produce = noted_produce  # type: ignore[assignment, method-assign]
+    client.produced = noted_produced  # type: ignore[assignment, method-assign]
+    return sent, rests
 
 
 # ---------------------------------------------------------------- numbers

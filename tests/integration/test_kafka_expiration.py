@@ -15,7 +15,7 @@ import pytest
 
 from streamer.events.batch import Batch
 from streamer.sinks.kafka.client import partition_of
-from tests.brokers import KafkaBroker, kafka_tool
+from tests.brokers import TOOLS, KafkaBroker, kafka_tool
 from tests.kafka_helpers import (
     HOST,
     FileOpen,
@@ -44,7 +44,7 @@ async def known(broker: KafkaBroker, topic: str) -> list[tuple[int, int]]:
     """Producers of the partition that the broker knows, each with its newest sequence number."""
     where = ("describe-producers", "--topic", topic, "--partition", f"{PARTITION}")
     said = await asyncio.to_thread(
-        kafka_tool, "TransactionsCommand", "--bootstrap-server", broker.address, *where
+        kafka_tool, f"{TOOLS}.TransactionsCommand", "--bootstrap-server", broker.address, *where
     )
     head, *lines = (line.split() for line in said.splitlines() if line)
     assert head[:4] == ["ProducerId", "ProducerEpoch", "LatestCoordinatorEpoch", "LastSequence"]
