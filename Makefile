@@ -57,10 +57,12 @@ test-faults: ## break brokers, networks, disks and the agent under load, and cou
 	@tools/setup.sh test
 	@exec $(PYTHON_BIN) -m pytest tests/faults -o faulthandler_timeout=900 $(WRITE) $(ARGS)
 
+verify: KERNELS += bullseye/headers bookworm/headers trixie-arm64
 verify: ## what the verifier says of every program on those kernels, as a table (root, slow)
 	@tools/setup.sh dev
 	@$(PYTHON_BIN) bpf/build.py --all
-	@tools/kernels.sh setup $(KERNELS)
+	@tools/kernels.sh setup $(foreach one,$(KERNELS),$(firstword $(subst /, ,$(one))))
+	@[[ " $(KERNELS)" != *-arm64* ]] || tools/arm64.sh
 	@exec $(PYTHON_BIN) -m tests.vm.verifier $(KERNELS:%=--kernel %) $(ARGS)
 
 lint: ## check style, types, generated files, and that released schemas still hold

@@ -1,31 +1,39 @@
 """What the verifier says of every program, on this machine's kernel and on Debian's.
 
-    python -m tests.vm.verifier [--kernel SUITE]... [--write]     a table; with --write, its page
-    python -m tests.vm.verifier --here                            this kernel alone, a line each
+    python -m tests.vm.verifier [--kernel SUITE[/VARIANT]]... [--write]   a table; or its page, too
+    python -m tests.vm.verifier --here                          this kernel alone, a line each
 
-Every program is loaded alone, with all settings on, so that nothing of it is left out. Exit 1 if
-one that belongs to a kernel does not load there, or if the verifier says anything but figures.
+Every program is loaded alone, with all settings on, so that nothing of it is left out. A variant is
+one of `tests/vm/suite.py`: without BTF the objects for such kernels are loaded, by headers.
+
+Exit 1 if a program that belongs to a kernel does not load there or has no figure on any, if the
+verifier says anything but figures, or libbpf anything at all, if a chain of calls may take more
+than STACK bytes, or, without --write, if a figure has grown by more than a tenth from what the page
+says: then it is to be written anew, where those who review the change see it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
 from streamer.config.settings import Kernel
 from streamer.events.catalogue import SELECTABLE
-from streamer.kernel.loader import CORE, PERF_BUFFERS, Loader, Targets, _is_copied, _Sensor
+from streamer.kernel.loader import CORE, Loader, Targets, _is_copied, _Sensor
 from streamer.kernel.objects import SENSORS
 from streamer.kernel.state import options_of, wanting
 from streamer.kernel.system_calls import functions_of_calls
 from streamer.kernel.tags import ProgramInfo
-from tests.vm.suite import ROOT, RUNNER, releases
+from tests.vm.stack import LIMIT, deepest, loaded
+from tests.vm.suite import ARM64_PYTHON, ROOT, RUNNER, STOCK, VARIANTS, releases
 
 PAGE = ROOT / "docs" / "verifier.md"
 FUNCTIONS = functions_of_calls(("getppid",), os.uname().machine)
@@ -44,12 +52,19 @@ _PROCESSED = re.compile(
     r"processed (\d+) insns \(limit \d+\) max_states_per_insn \d+ total_states (\d+) "
 )
 _STACK = re.compile(r"stack depth ([\d+]+)")
+STACK = LIMIT * 7 // 8
+"""The most bytes that a chain of calls of a program may take."""
+GROWTH, FEW = 1.1, 10
+"""What a kernel's other version may make of a figure, or add; more is the programs' doing."""
+UNUSED = frozenset({"on_sock_state_alone"})
+"""Loaded where others are used: theirs are kernels from 5.11 to 6.0, and none of those is here."""
+WITHOUT_FIGURE = "no figure on any kernel"
 _FIGURES = ("verification time", "stack depth", "processed ", "insns processed")
 
 
 class Row(msgspec.Struct, frozen=True):
     """A program on one kernel. `outcome` is `loads`, `not here` (it needs what this kernel or
-    machine has not), or why it does not load. `stack`: bytes, of all its functions together.
+    machine has not), or why it does not load. `stack`: bytes of the deepest chain of its functions.
     """
 
     sensor: str
@@ -80,7 +95,7 @@ def rows() -> Iterator[Row]:
 def _rows(transport: str) -> Iterator[Row]:
     loader = Loader()
     loader.load_core(RINGS, None, transport)
-    told = OPTIONS | {PERF_BUFFERS: int(loader.transport.name == "perf")}
+    told = OPTIONS | loader._own_options()
     try:
         for name, sensor in SENSORS.items():
             if name != CORE:
@@ -95,10 +110,12 @@ def row(loader: Loader, made: _Sensor, info: ProgramInfo) -> Row:
     """One of them."""
     opened = loader._open(made.info.name)
     try:
-        program = opened.programs[info.name]
-        place = made.info.name, info.name, program.section
-        if not loader._is_given(made, info.needs):
+        program = opened.programs.get(info.name)
+        place = made.info.name, info.name, program.section if program else ""
+        if info.name not in UNUSED and not loader._is_given(made, info.needs):
             return Row(*place, "not here")
+        if program is None:
+            return Row(*place, loader._why_absent())
         obstacle = loader._obstacle(program.section)
         if obstacle:
             return Row(*place, obstacle)
@@ -109,22 +126,53 @@ def row(loader: Loader, made: _Sensor, info: ProgramInfo) -> Row:
             program.set_function(loader._typed_functions(made)[0])
         program.keep_log(figures=True)
         try:
-            opened.load()
+            with told_by_libbpf() as told:
+                opened.load()
         except OSError as error:
             lines = program.log.splitlines()
             return Row(*place, f"{error.strerror}: {' / '.join(lines[-3:])}")
-        return Row(*place, "loads", *figures(program.log), warnings(program.log))
+        insns, states, depths = figures(program.log)
+        stack = deepest(loaded(program.fd), depths)
+        return Row(*place, "loads", insns, states, stack, (*warnings(program.log), *told))
     finally:
         opened.close()
 
 
-def figures(log: str) -> tuple[int, int, int]:
-    """Instructions processed, states, and bytes of stack, out of the verifier's log."""
+@contextmanager
+def told_by_libbpf() -> Iterator[list[str]]:
+    """What libbpf warns of meanwhile, once it is over.
+
+    It calls `print(level, format, arguments)`, and vdprintf(3) is called like that with a
+    descriptor: warnings are of level 0, so they go to what is 0 meanwhile. Others are let go.
+    """
+    libbpf, libc = ctypes.CDLL("libbpf.so.1"), ctypes.CDLL(None)
+    libbpf.libbpf_set_print.restype = ctypes.c_void_p
+    libbpf.libbpf_set_print.argtypes = (ctypes.c_void_p,)
+    kept = {number: os.dup(number) for number in (0, 1, 2)}
+    found: list[str] = []
+    with open(os.memfd_create("warnings"), "r+b") as file, open(os.devnull, "wb") as nothing:
+        sys.stdout.flush()
+        os.dup2(file.fileno(), 0)
+        for number in (1, 2):
+            os.dup2(nothing.fileno(), number)
+        before = libbpf.libbpf_set_print(ctypes.cast(libc.vdprintf, ctypes.c_void_p))
+        try:
+            yield found
+        finally:
+            libbpf.libbpf_set_print(before)
+            for number, descriptor in kept.items():
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            file.seek(0)
+            found += file.read().decode(errors="replace").splitlines()
+
+
+def figures(log: str) -> tuple[int, int, list[int]]:
+    """Instructions processed, states, and bytes of stack by function, out of the verifier's log."""
     processed, stack = _PROCESSED.search(log), _STACK.search(log)
     if processed is None or stack is None:
         raise ValueError(f"no figures in {log!r}")
-    depth = sum(map(int, stack[1].split("+")))
-    return int(processed[1]), int(processed[2]), depth
+    return int(processed[1]), int(processed[2]), [int(one) for one in stack[1].split("+")]
 
 
 def warnings(log: str) -> tuple[str, ...]:
@@ -137,12 +185,19 @@ def warnings(log: str) -> tuple[str, ...]:
 # ---------------------------------------------------------------- on every kernel
 
 
-def on(suite: str) -> list[Row]:
+def on(suite: str, variant: str) -> list[Row]:
     """The rows of one of Debian's kernels, in a virtual machine."""
-    command = [RUNNER, "run", suite, "--", sys.executable, "-m", "tests.vm.verifier", "--here"]
-    environ = os.environ | {"KERNEL_SECONDS": "1800"}
+    prefix, python = VARIANTS[variant].prefix, sys.executable
+    if suite.endswith("-arm64"):
+        prefix, python = (*ARM64_PYTHON, *prefix), "python3"
+    inside = [*prefix, python, "-m", "tests.vm.verifier", "--here"]
+    environ = os.environ | {"KERNEL_SECONDS": "3600"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, stdin=subprocess.DEVNULL
+        [RUNNER, "run", suite, "--", *inside],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
     )
     if done.returncode:
         raise RuntimeError(
@@ -168,29 +223,67 @@ def cell(found: Row | None, there: Sequence[Row]) -> str:
 
 def table(by_kernel: dict[str, list[Row]]) -> list[str]:
     """A line for each program, a column for each kernel."""
-    names = dict.fromkeys((r.sensor, r.program, r.section) for rs in by_kernel.values() for r in rs)
+    names = dict.fromkeys((r.sensor, r.program) for rs in by_kernel.values() for r in rs)
     found = {(kernel, r.program): r for kernel, rs in by_kernel.items() for r in rs}
     lines = [
         "| sensor | program | " + " | ".join(by_kernel) + " |",
         "| --- | --- |" + " ---: |" * len(by_kernel),
     ]
-    for sensor, program, _ in names:
+    for sensor, program in names:
         cells = (cell(found.get((kernel, program)), rows) for kernel, rows in by_kernel.items())
         lines.append(f"| {sensor} | `{program}` | " + " | ".join(cells) + " |")
     return lines
 
 
-_HEAD = """\
+_HEAD = f"""\
 # What the verifier says
 
 Written by `make verify ARGS=--write`. Every program, loaded alone and with all settings on:
-instructions that the verifier processed (of a million) / states / bytes of stack of all its
-functions together, of which never all are in use (512 at once are refused). A dash: the program is
-for other kernels, or another machine. *another*: this kernel has not what the program is made with,
-and another one at the same hook loads. *without*: nor is there another one, and events go without
-what it adds to them, as `streamer check` says there.
+instructions that the verifier processed (of a million) / states / bytes of stack of the deepest
+chain of its functions, as the kernel counts them. More than {LIMIT} are refused, and more than
+{STACK} fail the target. So do warnings, of the verifier's or libbpf's: there were none. And so does
+a figure that has grown by more than a tenth, as long as it is not here.
+
+A dash: the program is for other kernels, or another machine. *another*: this kernel has not what
+the program is made with, and another one at the same hook loads. *without*: nor is there another
+one, and events go without what it adds to them, as `streamer check` says there. Without BTF the
+objects are those for kernels that have none, relocated by their headers.
 
 """
+
+
+def figures_in(page: str) -> dict[tuple[str, str], tuple[int, int, int]]:
+    """The figures of a page, by kernel and program."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
+    found = {}
+    for _, program, *cells in rows[2:]:
+        for kernel, text in zip(rows[0][2:], cells, strict=True):
+            numbers = text.replace(",", "").split(" / ")
+            if len(numbers) == 3:
+                insns, states, stack = map(int, numbers)
+                found[kernel, program.strip("`")] = insns, states, stack
+    return found
+
+
+def growth(by_kernel: Mapping[str, list[Row]], page: str) -> list[str]:
+    """What has grown from what the page says, or is not there."""
+    known = figures_in(page)
+    found = []
+    for kernel, there in by_kernel.items():
+        for one in there:
+            if one.outcome != "loads":
+                continue
+            had = known.get((kernel, one.program))
+            has = one.insns, one.states, one.stack
+            if had is None:
+                found.append(f"{kernel}: {one.program} is new: {has}")
+            elif any(new > max(old * GROWTH, old + FEW) for new, old in zip(has, had, strict=True)):
+                found.append(f"{kernel}: {one.program} has grown from {had} to {has}")
+    return found
 
 
 def problems(by_kernel: dict[str, list[Row]]) -> list[str]:
@@ -202,8 +295,19 @@ def problems(by_kernel: dict[str, list[Row]]) -> list[str]:
         for one in there:
             if one.outcome not in ("loads", "not here") and not spare(one, there):
                 found.append(f"{kernel}: {one.program} does not load: {one.outcome}")
+            if one.stack > STACK:
+                found.append(f"{kernel}: {one.program} may take {one.stack} bytes of stack")
             found += [f"{kernel}: {one.program}: {warning}" for warning in one.warnings]
     return found
+
+
+def without_figure(by_kernel: Mapping[str, list[Row]]) -> list[str]:
+    """Programs that loaded nowhere."""
+    loaded = {one.program for there in by_kernel.values() for one in there if one.insns}
+    programs = (
+        one.name for name, sensor in SENSORS.items() if name != CORE for one in sensor.programs
+    )
+    return [f"{name}: {WITHOUT_FIGURE}" for name in programs if name not in loaded]
 
 
 def spare(failed: Row, there: Iterable[Row]) -> str:
@@ -230,17 +334,33 @@ def main(arguments: Sequence[str]) -> int:
             print(msgspec.json.encode(one).decode(), flush=True)
         return 0
     there = releases()
-    by_kernel = {}
-    for suite in given.kernel or [suite for suite in there if not suite.endswith("-arm64")]:
-        print(f"verifier: {there[suite]}", file=sys.stderr, flush=True)
-        by_kernel[".".join(there[suite].split(".")[:2])] = on(suite)
+    wanted = [one.partition("/") for one in given.kernel or list(there)]
+    print(f"verifier: {os.uname().release}", file=sys.stderr, flush=True)
+    by_kernel = {column(os.uname().release, "here", ""): list(rows())}
+    for suite, _, variant in wanted:
+        print(f"verifier: {there[suite]} {variant}", file=sys.stderr, flush=True)
+        by_kernel[column(there[suite], suite, variant)] = on(suite, variant)
     lines = table(by_kernel)
     print("\n".join(lines))
+    wrong = problems(by_kernel)
+    if {suite for suite, _, variant in wanted if not variant} >= STOCK | {"trixie-arm64"}:
+        wrong += without_figure(by_kernel)
     if given.write:
         PAGE.write_text(_HEAD + "\n".join(lines) + "\n")
-    for problem in problems(by_kernel):
+    else:
+        wrong += growth(by_kernel, PAGE.read_text())
+    for problem in wrong:
         print(f"verifier: {problem}", file=sys.stderr)
-    return 1 if problems(by_kernel) else 0
+    return 1 if wrong else 0
+
+
+def column(release: str, suite: str, variant: str) -> str:
+    """What a kernel's column is called."""
+    version = ".".join(release.split(".")[:2])
+    if suite == "here":
+        return f"{version} (not Debian's)"
+    machine = "arm64" if suite.endswith("-arm64") else ""
+    return " ".join(filter(None, (version, machine, VARIANTS[variant].title)))
 
 
 if __name__ == "__main__":
