@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -250,6 +251,27 @@ def test_what_has_to_fire_where_something_is_kept_back() -> None:
         "norings": (),
         "lockdown": (),
     }
+
+
+VERSIONS = {"bullseye": "5.10", "bookworm": "6.1", "trixie": "6.12", "sid": "7."}
+
+
+def test_the_page_has_what_the_target_runs() -> None:
+    """A column for each kernel that `make test-kernels` boots, and one of another machine's."""
+    made = (vm_suite.ROOT / "Makefile").read_text()
+    (stock,) = re.findall(r"^KERNELS := (.*)$", made, re.MULTILINE)
+    (more,) = re.findall(r"^test-kernels: KERNELS \+= (.*)$", made, re.MULTILINE)
+    head = next(line for line in kinds.PAGE.read_text().splitlines() if line.startswith("| kind"))
+    _, here, *columns = (cell.strip() for cell in head.strip("|").split("|"))
+    assert here.endswith("(not Debian's)")
+    assert len(columns) == len(f"{stock} {more}".split())
+    for kernel in f"{stock} {more}".split():
+        name, _, variant = kernel.partition("/")
+        suite, _, machine = name.partition("-")
+        title = " ".join(filter(None, (machine, VARIANTS[variant].title)))
+        assert any(
+            one.startswith(VERSIONS[suite]) and one.partition(" ")[2] == title for one in columns
+        ), kernel
 
 
 def test_files_that_are_named_are_run_alone() -> None:
