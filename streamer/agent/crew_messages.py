@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -14,6 +14,9 @@ from streamer.sinks.base import Status
 
 MOST_TEXT = 8000
 """Characters of a text: of what is escaped, twelve bytes each, a message has room for more."""
+
+MOST_CELLS = 1000
+"""Events by CPU and kind: a message has room for more than twice as many."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
 """Sums of these of all workers have a place in 64 bits."""
@@ -160,6 +163,11 @@ def to_worker(message: Mapping[str, Any]) -> ToWorker:
 def brief(text: str) -> str:
     """As much of a text as a message has, and as it may have it."""
     return text[:MOST_TEXT].encode("utf-8", "backslashreplace").decode()[:MOST_TEXT]
+
+
+def reads_of(cells: Sequence[tuple[int, str, int]]) -> list[Read]:
+    """As many messages as it takes."""
+    return [Read([*cells[at : at + MOST_CELLS]]) for at in range(0, len(cells), MOST_CELLS)]
 
 
 def marks_of(numbers: Mapping[tuple[str, int], int]) -> list[Mark]:

@@ -13,7 +13,7 @@ import mmap
 import os
 import signal
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -28,7 +28,6 @@ from streamer.agent.crew_messages import (
     Gone,
     LogFrom,
     Progress,
-    Read,
     Ready,
     Said,
     Seen,
@@ -37,6 +36,7 @@ from streamer.agent.crew_messages import (
     brief,
     marks_of,
     packed,
+    reads_of,
     to_worker,
 )
 from streamer.agent.fanout import Fanout, Policy
@@ -66,8 +66,6 @@ _DELIVERING = 0.75
 _MOST_MARKS = 256
 _MOST_SAID = 100
 """Lines of the log that wait."""
-_MOST_CELLS = 1000
-"""In a message, which has room for more than twice as many."""
 _IGNORED = (
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE),
@@ -159,7 +157,7 @@ class Worker:
         self._outbox: deque[FromWorker] = deque()
         self._lost = LossBook()
         self._cpus = sorted({cpu for source in self._reader.sources for cpu in source.cpus})
-        self._cells: Counter[tuple[int, str]] = Counter()
+        self._cells: dict[tuple[int, str], int] = {}
         self._watch = Watch()
         self._ticks = 0
         self._complete: deque[tuple[int, Marks]] = deque()
@@ -276,9 +274,7 @@ class Worker:
         self._outbox.extend(Gone(lost) for lost in self._lost.take())
         for index, book in enumerate(self._fanout.given_up):
             self._outbox.extend(Gone(lost, index) for lost in book.take())
-        changed = self._changed_cells()
-        for at in range(0, len(changed), _MOST_CELLS):
-            self._outbox.append(Read(changed[at : at + _MOST_CELLS]))
+        self._outbox.extend(reads_of(self._changed_cells()))
         self._outbox.append(
             Progress(
                 passed=marks_of(self._account.passed()),
@@ -294,8 +290,8 @@ class Worker:
         cells = {
             (cpu, kind): n for cpu in self._cpus for kind, n in self._account.read(cpu).items()
         }
-        changed = [(*cell, n) for cell, n in cells.items() if n != self._cells[cell]]
-        self._cells.update({(cpu, kind): n - self._cells[cpu, kind] for cpu, kind, n in changed})
+        changed = [(*cell, n) for cell, n in cells.items() if n != self._cells.get(cell)]
+        self._cells = cells
         return changed
 
     def _flush(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from streamer.agent.cells import CpuAccounts, by_kind, marks, unread
 from streamer.agent.counters import CpuCounts, KernelCounters, LossLedger, faults
-from streamer.agent.reports import account_line
+from streamer.agent.reports import account_line, counts_by_name
 from streamer.events.kinds import KINDS
 from streamer.events.stream import CpuMark, KindCounts
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS
@@ -126,6 +126,19 @@ def test_marks_are_of_the_rings_and_cpus_that_were_used() -> None:
     assert unread(accounts, "bulk") == {0: {}, 1: {}, 2: {"file.open": 1}}
 
 
+def test_what_nobody_has_read_of_a_ring() -> None:
+    """What was filtered, shed or lost is nobody's to read, nor is what is in another ring."""
+    memory = Memory()
+    memory.kind(1, "process.exec", (20, 0, 0, 0))
+    memory.kind(1, "file.open", (20, 4, 3, 2))
+    memory.kind(1, "net.close", (7, 0, 0, 1))
+    memory.rings(1, "seq", {"critical": 20, "bulk": 20})
+    read = {"process.exec": 12, "file.open": 5, "net.close": 6}
+    accounts = CpuAccounts(memory.counters(), lambda cpu: read if cpu == 1 else {}, dict).look()
+    assert unread(accounts, "bulk") == {0: {}, 1: {"file.open": 6}, 2: {}}
+    assert unread(accounts, "critical") == {0: {}, 1: {"process.exec": 8}, 2: {}}
+
+
 def test_the_account_of_a_cpu_is_of_a_moment_at_which_it_closes() -> None:
     found = Counting(Memory()).of_cpu(0)
     assert (found.kinds, found.seqs) == ({"file.open": (6, 0, 0, 0)}, (0, 6))
@@ -158,6 +171,23 @@ def test_before_an_account_has_ever_closed_nothing_was_counted() -> None:
     memory.rings(0, "seq", {"critical": 0, "bulk": 1})
     assert by_kind(accounts.look().values()) == {}
     assert marks(accounts.look(), lambda *_: 0) == []
+
+
+def test_two_sinks_of_one_name_are_one() -> None:
+    """While one that was replaced delivers what it has, and the other begins."""
+    old, new = MemorySink("kafka:x"), MemorySink("kafka:x")
+    old.account.received.update({"file.open": 9, "net.close": 2})
+    old.account.delivered.update({"file.open": 5})
+    old.account.dropped.update({"file.open": 1, "net.close": 2})
+    new.account.received.update({"file.open": 3, "process.exec": 1})
+    new.account.delivered.update({"file.open": 1})
+    (counts,) = counts_by_name([old, new], lambda _: 0).values()
+    assert (counts.received, counts.delivered, counts.dropped, counts.pending) == (15, 6, 3, 6)
+    assert counts.kinds == {
+        "file.open": (12, 6, 1),
+        "net.close": (2, 0, 2),
+        "process.exec": (1, 0, 0),
+    }
 
 
 # ------------------------------------------------------------------ the ledger of losses

@@ -6,6 +6,7 @@ The others are sockets here, which say what a process would, or what no process 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -29,13 +30,15 @@ from streamer.agent.crew_messages import (
     Ready,
     SinkProgress,
     packed,
+    reads_of,
     to_worker,
 )
 from streamer.agent.losses import Lost
 from streamer.errors import PrivilegeError, SinkError, StreamerError, WorkerGone
+from streamer.events.kinds import KINDS
 from streamer.events.stream import ReaderCounts, SeqRange
 from streamer.kernel.loader import Transport
-from streamer.privilege.channel import Channel
+from streamer.privilege.channel import MESSAGE_BYTES, Channel
 from streamer.ring.reader import Source
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
@@ -253,6 +256,16 @@ async def test_one_ends_before_it_has_said_what_became_of_what_it_read(setting: 
     setting.there.close()
     await setting.heard()
     assert (setting.read, setting.crew.read_of(1)) == ({KIND: 130}, {KIND: 30})
+
+
+def test_a_machine_with_many_cpus_says_what_was_read_in_several_messages() -> None:
+    longest = max(KINDS, key=len)
+    cells = [(cpu, longest, (1 << 53) - 1) for cpu in range(65536 - 2500, 65536)]
+    reads = reads_of(cells)
+    assert [cell for one in reads for cell in one.cells] == cells
+    assert len(reads) == 3
+    assert max(len(json.dumps(packed(one))) for one in reads) < MESSAGE_BYTES / 2
+    assert reads_of([]) == []
 
 
 async def test_one_ends_before_it_has_said_all_of_a_loss(setting: Setting) -> None:

@@ -53,3 +53,20 @@ def test_it_had_told_all() -> None:
     """More, even, where it ended at the end: with what it could not read any more."""
     for told in (11, 12):
         assert left(11, told, 0) == Lost("sink", "it has gone", 0, {}, ())
+
+
+def source(cpus: range, drained: dict[int, dict[str, int]]) -> Any:
+    def of(cpu: int) -> dict[str, int]:
+        assert cpu in cpus, "a ring that it does not write to"
+        return drained.get(cpu, {})
+
+    return SimpleNamespace(cpus=cpus, decoder=SimpleNamespace(drained=of))
+
+
+def test_what_was_read_of_a_cpu_is_of_all_rings_that_it_writes_to() -> None:
+    critical = source(range(2), {1: {"process.exec": 3}})
+    halves = [source(range(1), {0: {KIND: 7}}), source(range(1, 2), {1: {KIND: 5}})]
+    reader: Any = SimpleNamespace(sources=[critical, *halves])
+    counters: Any = None
+    made = RingAccount(reader, counters)
+    assert [made.read(cpu) for cpu in (0, 1)] == [{KIND: 7}, {"process.exec": 3, KIND: 5}]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
 
+from streamer.events.summaries import SUMMARIES
 from streamer.verify.ledger import Ledger
 from streamer.verify.records import Chunk
 from streamer.verify.report import Cell, Run
+from streamer.verify.run import MOST_BEATS
 from tests.unit.test_verify import Record, Stream, lines, only_run, verified
 
 Cells = dict[str, list[int]]
@@ -126,6 +129,78 @@ def test_an_account_that_holds() -> None:
     assert run.problems == []
 
 
+def test_what_comes_behind_the_last_account_is_not_in_it() -> None:
+    stream = Stream()
+    events = [stream.event(n) for n in (1, 2, 3, 4, 5)]
+    middle = beat(stream, mark(0, 3, {OPEN: [3, 0, 0, 0, 3]}))
+    run = run_of(stream.manifest(), *events[:3], middle, *events[3:])
+    assert (run.problems, run.places[0].kinds) == ([], {OPEN: Cell(3, 0, 0, 0, 3, 5, 0)})
+
+
+def test_nothing_was_given_up_where_all_is_not_there_yet() -> None:
+    """Another partition may have it."""
+    stream = Stream()
+    ledger = Ledger()
+    events, end = two_cpus(stream), beat(stream, *FINAL, final=True)
+    ledger.feed(Chunk("0", lines([stream.manifest(), *events[:3], end])))
+    ledger.feed(Chunk("1", lines(events[4:5])))
+    given_up = {
+        complete: [
+            cell.given_up
+            for place in only_run(ledger.reported(complete=complete)).places
+            for cell in place.kinds.values()
+        ]
+        for complete in (False, True)
+    }
+    assert given_up == {False: [0, 0, 0], True: [0, 2, 1]}
+
+
+def test_nothing_was_given_up_by_an_account_that_is_not_the_last() -> None:
+    stream, after = Stream(), Stream("fedcba9876543210")
+    after.boot_ns = stream.boot_ns + 20 * 1_000_000_000
+    events = [stream.event(n) for n in (1, 2)]
+    records = [stream.manifest(), *events, beat(stream, mark(0, 3, {OPEN: [3, 0, 0, 0, 3]}))]
+    previous = {"run_id": stream.run_id, "ended": "undelivered", "untold": []}
+    (host,) = verified([*records, after.manifest(previous=previous)]).hosts.values()
+    assert host.runs[0].end == "undelivered"
+    assert host.runs[0].places[0].kinds == {OPEN: Cell(3, 0, 0, 0, 3, 2, 0)}
+
+
+def test_what_the_agent_makes_is_there_without_a_ring() -> None:
+    stream, kind = Stream(), min(SUMMARIES)
+    summary = stream.stream("") | {"event": kind}
+    made = {kind: {"produced": 1, "filtered": 0, "shed": 0, "lost": 0, "read": 1}}
+    counts = beat(stream, *FINAL)["counts"] | made
+    end = beat(stream, *FINAL, counts=counts, final=True)
+    run = run_of(stream.manifest(), *two_cpus(stream), summary, end)
+    assert (run.problems, run.kinds[kind].there) == ([], 1)
+
+
+def test_memory_does_not_grow_with_heartbeats() -> None:
+    """Of many CPUs: the account of each is kept of the last heartbeat alone."""
+    stream, ledger = Stream(), Ledger()
+    kinds = [f"kind.{n}" for n in range(20)]
+
+    def feed(turn: int) -> None:
+        numbers = range(10_000 * turn, 10_000 * turn + 20)
+        rows = {kind: [n, 0, 0, 0, n] for kind, n in zip(kinds, numbers, strict=True)}
+        marks = [mark(cpu, sum(numbers), rows) for cpu in range(200)]
+        total = sum(numbers)
+        sink: Record = {"received": total, "delivered": total, "dropped": 0, "pending": 0}
+        sink["kinds"] = {kind: [n, n, 0] for kind, n in zip(kinds, numbers, strict=True)}
+        sinks = {f"file:{n}": sink for n in range(200)}
+        ledger.feed(Chunk("file", lines([beat(stream, *marks, sink_counts=sinks)])))
+
+    for turn in (1, 2):
+        feed(turn)
+    tracemalloc.start()
+    for turn in range(3, 3 + MOST_BEATS):
+        feed(turn)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 3_000_000
+
+
 def test_what_another_release_counts_besides() -> None:
     stream = Stream()
     sink = {
@@ -221,6 +296,9 @@ def test_more_than_was_read_without_end() -> None:
 def test_contradictions_without_end() -> None:
     stream = Stream()
     marks = [mark(cpu, 5, {OPEN: [4, 0, 0, 0, 4]}) for cpu in range(150)]
-    run = run_of(stream.manifest(), beat(stream, *marks))
+    run = run_of(stream.manifest(), beat(stream, *marks), beat(stream, *marks))
     assert len(run.problems) == 101
-    assert run.problems[-1] == "in 50 heartbeats: more contradictions"
+    assert (
+        run.problems[0] == "in 2 heartbeats: bulk cpu 0: the kinds are not as many as the numbers"
+    )
+    assert run.problems[-1] == "in 100 heartbeats: more contradictions"
