@@ -93,6 +93,8 @@ needed_to_test() {
     need bind9-dnsutils command -v dig
     need dnsmasq-base command -v dnsmasq
     need iptables command -v iptables
+    need librsvg2-bin command -v rsvg-convert
+    need libdevel-nytprof-perl test -e /usr/share/perl5/Devel/NYTProf/flamegraph.pl
     need systemd command -v systemd-analyze # one that is not running is enough
     need python3-bpfcc has_bcc # for kernels without BTF
     if [ "$(uname -m)" = x86_64 ]; then # CI compiles the kernel programs for arm64 too

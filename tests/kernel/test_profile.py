@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -404,12 +405,35 @@ def check_hot(stacks: Counter[tuple[str, ...]]) -> None:
     assert named.total() > of_it.total() / 4
 
 
-def test_folded_stacks(scope: Scope, profiled: Path) -> None:
+FLAMEGRAPH = "/usr/share/perl5/Devel/NYTProf/flamegraph.pl"
+"""Brendan Gregg's, as Debian has it."""
+
+
+def drawn_by_flamegraph(lines: str) -> Counter[str]:
+    """What it writes for each frame that is wide enough: name and samples, added up."""
+    command = ["perl", FLAMEGRAPH, "--minwidth", "0"]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    found = Counter[str]()
+    for title in ElementTree.fromstring(done.stdout).iter("{http://www.w3.org/2000/svg}title"):
+        name, _, rest = (title.text or "").rpartition(" (")
+        found[name] += int(rest.split()[0].replace(",", ""))
+    return found
+
+
+def test_folded_stacks(scope: Scope, profiled: Path, require: Require) -> None:
+    """Another tool, too, reads of them how often each function was met."""
+    require(os.path.exists(FLAMEGRAPH), "libdevel-nytprof-perl is not installed")
     done = profile_of(scope, profiled)
     stacks = folded(done.stdout)
     check_hot(stacks)
     assert re.fullmatch(
         rf"streamer: {stacks.total():,} samples of {len(stacks)} stacks.*\n", done.stderr
+    )
+    drawn = drawn_by_flamegraph(done.stdout)
+    assert drawn["all"] == stacks.total()
+    assert drawn["profiled`hot"] == sum(
+        count * stack.count("profiled`hot") for stack, count in stacks.items()
     )
 
 
@@ -433,8 +457,9 @@ def test_a_speedscope_file(scope: Scope, profiled: Path, tmp_path: Path) -> None
     check_hot(stacks)
 
 
-def test_a_flame_graph(scope: Scope, profiled: Path, tmp_path: Path) -> None:
-    """Well-formed XML, in which the hot function is as wide as its share."""
+def test_a_flame_graph(scope: Scope, profiled: Path, tmp_path: Path, require: Require) -> None:
+    """A picture to what shows SVG, in which the hot function is as wide as its share."""
+    require(shutil.which("rsvg-convert"), "rsvg-convert (librsvg2-bin) is not installed")
     path = tmp_path / "found.svg"
     path.write_text("what was there before, and is longer than nothing" * 100_000)
     profile_of(scope, profiled, "--output", str(path))
@@ -450,6 +475,11 @@ def test_a_flame_graph(scope: Scope, profiled: Path, tmp_path: Path) -> None:
     for title in hot:
         count = int(title.split()[1].replace(",", ""))
         assert shown[title] == pytest.approx(1200 * count / total, abs=0.02)
+    picture = subprocess.run(["rsvg-convert", path], capture_output=True, check=True)
+    assert picture.stderr == b""
+    assert picture.stdout.startswith(b"\x89PNG\r\n\x1a\n")
+    size = struct.unpack_from("!II", picture.stdout, 16)
+    assert size == (1200, int(root.get("height", "0")))
 
 
 def test_one_process(scope: Scope, profiled: Path) -> None:
