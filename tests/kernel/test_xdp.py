@@ -29,7 +29,14 @@ from tests.conftest import Require
 from tests.kernel.agent import Agent
 from tests.kernel.pace import seconds
 from tests.kernel.packets import FRAMES, Class, classify, mutated
-from tests.kernel.roles import Role, enter_netns, in_own_network, two_namespaces
+from tests.kernel.roles import (
+    Role,
+    enter_netns,
+    in_own_network,
+    leave_mounts,
+    show_network,
+    two_namespaces,
+)
 from tests.kernel.witness import bpftrace
 
 pytestmark = pytest.mark.kernel
@@ -97,6 +104,65 @@ def test_a_hundred_thousand_frames_with_bytes_changed_at_random() -> None:
     wanted = expected((frame, classify(frame)) for frame in frames)
     assert counted(records) == wanted
     assert len({klass.verdict for klass, _ in wanted}) == 6  # it met all there are
+
+
+# ---------------------------------------------------------------- as many as can be named
+
+MOST = 16
+PAIRS = [(f"veth{at}", f"veth{at + 1}") for at in range(0, MOST, 2)]
+
+
+def count_at_all() -> tuple[list[XdpCounters], dict[str, int], int]:
+    """As many packets into each interface as its number says. Records, indexes, entries."""
+    leave_mounts()
+    show_network()
+    for one, other in PAIRS:
+        run_ip("add", one, "type", "veth", "peer", "name", other)
+        for name in (one, other):
+            Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+            run_ip("set", name, "up")
+    names = tuple(name for pair in PAIRS for name in pair)
+    settings = Settings(kernel=Kernel(interfaces=names))
+    kernel = state.load(settings, {KIND}, Loader(targets=targets_of(settings.kernel)))
+    try:
+        kernel.attach()
+        summaries = Summaries(kernel, Envelope(), {KIND})
+        for one, other in PAIRS:
+            for source, to in ((one, other), (other, one)):
+                with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
+                    sender.bind((source, 0))
+                    for _ in range(names.index(to) + 1):
+                        sender.send(FRAMES["UDP"][0])
+        time.sleep(seconds(0.3))
+        indexes = {name: socket.if_nametoindex(name) for name in names}
+        records: list[Any] = summaries.collect()
+        return records, indexes, len(kernel.read("interfaces"))
+    finally:
+        kernel.close()
+
+
+def run_ip(*command: str) -> None:
+    subprocess.run(["ip", "link", *command], check=True)
+
+
+def test_as_many_interfaces_as_can_be_named(require: Require) -> None:
+    """Each has an entry of its own, and what comes in there is counted for no other."""
+    require(shutil.which("ip"), "ip (iproute2) is not installed")
+    records, indexes, entries = Role("test", in_own_network, count_at_all).result()
+    assert {(one.interface, one.ifindex): one.packets for one in records} == {
+        item: number for number, item in enumerate(indexes.items(), 1)
+    }
+    assert counted(records) == expected([FRAMES["UDP"]] * sum(range(MOST + 1)))
+    assert len(records) == entries == MOST
+
+
+def test_more_interfaces_than_can_be_named() -> None:
+    """Are a mistake in the configuration, before anything is loaded."""
+    named = [part for at in range(MOST + 1) for part in ("--interface", f"veth{at}")]
+    command = [sys.executable, "-m", "streamer", "run", "--events", KIND, *named]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "interfaces" in done.stderr
 
 
 # ---------------------------------------------------------------- real traffic
