@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from streamer.kernel.perf_buffers import buffer_size
 from streamer.ring import _records, records, records_py
 from tests.unit.perf import DATA_OFFSET, LOST, SAMPLE, SimulatedPerfBuffer, sample_bytes
-from tests.unit.test_records import counters, fork, sample
+from tests.unit.test_records import counters, drained_by_cpu, fork, sample
 from tests.unit.test_records_property import anything, decoders, drain, limits, sound, starts
 
 U64 = (1 << 64) - 1
@@ -69,6 +69,7 @@ class TwoReaders:
         compiled, twin = map(state, self.readers)
         assert compiled == twin
         assert counters(self.decoders[0]) == counters(self.decoders[1])
+        assert drained_by_cpu(self.decoders[0]) == drained_by_cpu(self.decoders[1])
         one, other = ({c: b.tail for c, b in buffers.items()} for buffers in self.simulated)
         assert one == other
 

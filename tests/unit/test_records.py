@@ -189,6 +189,10 @@ def counters(decoder: Any) -> dict[str, int]:
     return {name: getattr(decoder, name) for name in COUNTERS if getattr(decoder, name)}
 
 
+def drained_by_cpu(decoder: Any) -> dict[int, dict[str, int]]:
+    return {cpu: decoder.drained(cpu) for cpu in (0, 1, 7, 8, 65535)}
+
+
 def test_the_compiled_reader_is_the_one_in_use() -> None:
     assert records.COMPILED
     assert records.Ring is _records.Ring

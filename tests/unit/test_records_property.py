@@ -16,6 +16,7 @@ from tests.unit.test_records import (
     PREFIX,
     SAMPLE_SIZE,
     counters,
+    drained_by_cpu,
     fork,
     header,
     sample,
@@ -197,6 +198,7 @@ class TwoReaders:
         compiled, twin = map(state, self.rings)
         assert compiled == twin
         assert counters(self.decoders[0]) == counters(self.decoders[1])
+        assert drained_by_cpu(self.decoders[0]) == drained_by_cpu(self.decoders[1])
 
 
 def drain(ring: Any, decoder: Any, limit: int) -> Any:
