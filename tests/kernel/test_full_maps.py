@@ -96,6 +96,42 @@ def test_more_flows_than_the_index_has_room_for(monkeypatch: Patch) -> None:
     assert faults == {"FLOWS_FULL": (FLOWS - KEYS) * TIMES}
 
 
+# ---------------------------------------------------------------- free_slots
+
+SLOTS, ROUNDS = 64, 4
+
+
+def flows_in_rounds() -> tuple[flow_reading.Counts, Counter[str], dict[str, int]]:
+    """As many flows as there are slots, again and again. What is told, and why; faults."""
+    kernel = state.load(Settings(kernel=Kernel(interfaces=("lo",), flows=SLOTS)), {FLOW})
+    try:
+        kernel.attach()
+        assert kernel.flows is not None
+        fd = kernel.program_fds["flow_egress"]
+        kernel.detach()
+        for turn in range(ROUNDS):
+            for port in range(SLOTS):
+                frame = ethernet(IPV4, ipv4(UDP, udp(1024 + turn * SLOTS + port, 9)))
+                run_program(fd, TIMES, frame)
+            while not kernel.flows.flush():
+                pass
+        events = [case.event for case in drained(kernel, "bulk")]
+        why = Counter(str(event["reason"]) for event in events)
+        return flow_reading.counts_of(events), why, faults_of(kernel)
+    finally:
+        kernel.close()
+
+
+def test_slots_that_cannot_be_given_back(monkeypatch: Patch) -> None:
+    """They are found again: no packet is missing. What makes way for others is counted as that."""
+    give_room(monkeypatch, "tc_classifier", "free_slots", 1)
+    counts, why, faults = Role("test", in_own_network, flows_in_rounds).result()
+    packets = [count for (_, _, what), count in counts.items() if what == "packets"]
+    assert packets == [TIMES] * SLOTS * ROUNDS
+    assert faults.get("FLOWS_EVICTED", 0) == why["evicted"]
+    assert faults.keys() <= {"FLOWS_EVICTED"}
+
+
 # ---------------------------------------------------------------- agent_peers
 
 PEERS = 1024
