@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from collections import Counter
 from typing import Any
@@ -44,6 +45,9 @@ def family_of(address: str) -> socket.AddressFamily:
 
 # ---------------------------------------------------------------- UDP
 
+PORTS, UDP_HEADER, DNS_HEADER = 4, 8, 12
+CUT = 500
+
 
 def over_udp(seed: int) -> tuple[int, Account]:
     """From a socket for each address."""
@@ -59,8 +63,20 @@ def over_udp(seed: int) -> tuple[int, Account]:
                 one.settimeout(seconds(5))
             for _ in range(OVER_UDP // len(ADDRESSES)):
                 exchange(client, server, number, account, mutants)
+    send_cut_headers(account, mutants)
     account.expire(set())
     return netns_inode(), account
+
+
+def send_cut_headers(account: Account, mutants: Mutants) -> None:
+    """Packets that end behind their ports, and before a header of DNS does."""
+    whole = struct.pack("!4H", 40000, PORT, UDP_HEADER + DNS_HEADER, 0) + bytes(DNS_HEADER)
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP) as sender:
+        for _ in range(CUT):
+            size = mutants.dice.randrange(PORTS, len(whole))
+            sender.sendto(whole[:size], ("127.0.0.1", 0))
+            account.queries += 1
+            account.malformed += 1
 
 
 def exchange(
