@@ -31,6 +31,7 @@ from streamer.events.stream import (
 )
 from streamer.events.timing import Timing
 from streamer.kernel.flows import KIND, FlowWalk
+from streamer.kernel.grace_period import wait_for_programs
 from streamer.kernel.loader import Attached, Loaded
 from streamer.kernel.state import KernelState, KindStatus
 from streamer.operation.activity import Watch
@@ -744,6 +745,7 @@ class Service:
             await self._end_changes(grace / 4)
             # Half for reading what is left, so that there is time to deliver it.
             await self._flush_flows(begun + grace / 4)
+            await self._wait_for_programs(begun + grace / 2)
             # Only now: flows are written into the ring of whatever CPU reports them.
             self._crew.end(max(begun + grace * _CREWS - time.monotonic(), 0))
             await self._drain_rest(begun + grace / 2)
@@ -793,6 +795,17 @@ class Service:
         if flows.live:
             kinds = {KIND: flows.live}
             self._lose([Lost("stop", _UNREPORTED, flows.live, kinds)])
+
+    async def _wait_for_programs(self, deadline: float) -> None:
+        """Until those have ended that were running when they were detached.
+
+        One that is interrupted, or preempted, may have counted an event and not written it yet.
+        """
+        left = max(deadline - time.monotonic(), 0)
+        try:
+            await asyncio.wait_for(asyncio.to_thread(wait_for_programs), left)
+        except (OSError, TimeoutError) as error:
+            _log.debug("whether programs still run is not known: %s", error)
 
     async def _drain_rest(self, deadline: float) -> None:
         while time.monotonic() < deadline and not self.reader.done:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -262,6 +263,38 @@ async def test_detached_is_before_the_last_look_at_the_rings(runs: Runs) -> None
     run.programs.unload = unload_late  # type: ignore[method-assign]
     await run.stop()
     assert len(run.of("process.fork")) >= 1
+    run.check()
+
+
+async def test_what_a_program_was_writing_when_it_was_detached_is_there(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was preempted, and goes on while the agent waits for it."""
+    run = runs()
+    await run.start()
+
+    def wait() -> None:
+        assert run.programs.attached == set()
+        run.programs._event("process.fork", 0, False)
+
+    monkeypatch.setattr("streamer.agent.service.wait_for_programs", wait)
+    await run.stop()
+    assert len(run.of("process.fork")) == 1
+    run.check()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSYS, "no"), TimeoutError()])
+async def test_a_kernel_that_does_not_tell_when_programs_have_ended(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run = runs()
+    await run.start()
+    run.programs.emit("process.exec", 5)
+    waits = Mock(side_effect=error)
+    monkeypatch.setattr("streamer.agent.service.wait_for_programs", waits)
+    await run.stop()
+    waits.assert_called_once()
+    assert len(run.of("process.exec")) == 5
     run.check()
 
 
