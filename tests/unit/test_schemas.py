@@ -35,6 +35,9 @@ def shape(node: dict[str, Any], components: dict[str, Any]) -> str:
         (one,) = {type(value).__name__ for value in node["enum"]} - {"NoneType"}
         return {"str": "string", "int": "integer"}[one]
     kind = node["type"]
+    if kind == "array" and "prefixItems" in node:
+        (one,) = {shape(part, components) for part in node["prefixItems"]}
+        return f"array of {one}"
     if kind == "array":
         return f"array of {shape(node['items'], components)}"
     if kind == "object" and "properties" in node:
