@@ -44,6 +44,11 @@ class CpuAccounts:
         self._passed = passed
         self._last = {cpu: CpuAccount(NOTHING, {}, {}) for cpu in range(counters.cpus)}
 
+    @property
+    def closes(self) -> bool:
+        """Whether the account of every CPU does now."""
+        return all(self._counters.of_cpu(cpu).closes for cpu in self._last)
+
     def look(self, *, final: bool = False) -> Mapping[int, CpuAccount]:
         """By CPU.
 

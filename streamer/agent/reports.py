@@ -111,6 +111,15 @@ class Reporter:
         """The same, per program."""
         return dict(self._missed_told)
 
+    @property
+    def closes(self) -> bool:
+        """Whether all that was counted has its number, or was kept back."""
+        return self._cells.closes
+
+    def lost_in_kernel(self) -> int:
+        """Events that found no room in the kernel since the start."""
+        return sum(lost for *_, lost in self._counters.of_kinds().values())
+
     def shed(self) -> dict[str, int]:
         """Events kept back by sampling since the start, per kind of which there were any."""
         return self._counters.shed()

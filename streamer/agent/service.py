@@ -61,6 +61,11 @@ _SETTLE_SECONDS = 0.02
 """A packet may still be counted that came before the programs were detached."""
 _UNREPORTED = "flows that were not reported when the agent stopped"
 
+_CLOSING = 10
+"""Looks at an account that does not close yet, `_SETTLE_SECONDS` apart."""
+
+_PROGRAMS = 3 / 8
+"""Of the grace period, by when programs that ran when they were detached are to have ended."""
 _CREWS = 0.85
 """Of the grace period, what further workers have to come to their end."""
 _DELIVERING = 0.75
@@ -630,7 +635,7 @@ class Service:
             if now - then >= 1:
                 rate, before, then = (total - before) / (now - then), total, now
             delivered = max(s.account.delivered.total() for s in self.fanout.sinks)
-            lost = sum(counts.lost for counts in self._reporter.counts({}).values())
+            lost = self._reporter.lost_in_kernel()
             level = self.shedding.pressure.level
             notes = ["paused"] if self.reader.paused else []
             note = "  ".join([*notes, *([f"shedding, level {level}"] if level else [])])
@@ -745,7 +750,7 @@ class Service:
             await self._end_changes(grace / 4)
             # Half for reading what is left, so that there is time to deliver it.
             await self._flush_flows(begun + grace / 4)
-            await self._wait_for_programs(begun + grace / 2)
+            await self._wait_for_programs(begun + grace * _PROGRAMS)
             # Only now: flows are written into the ring of whatever CPU reports them.
             self._crew.end(max(begun + grace * _CREWS - time.monotonic(), 0))
             await self._drain_rest(begun + grace / 2)
@@ -804,8 +809,12 @@ class Service:
         left = max(deadline - time.monotonic(), 0)
         try:
             await asyncio.wait_for(asyncio.to_thread(wait_for_programs), left)
-        except (OSError, TimeoutError) as error:
+        except (OSError, RuntimeError, TimeoutError) as error:
             _log.debug("whether programs still run is not known: %s", error)
+        for _ in range(_CLOSING):
+            if self._reporter.closes:
+                break
+            await asyncio.sleep(_SETTLE_SECONDS)
 
     async def _drain_rest(self, deadline: float) -> None:
         while time.monotonic() < deadline and not self.reader.done:

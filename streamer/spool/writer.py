@@ -222,8 +222,10 @@ class Writer:
     def _fed(self, one: Item | Unreadable) -> Fed:
         try:
             fed = Fed(one.n, *batch_of(one, self._run_id))
+        except MemoryError:  # the row is not to blame
+            raise
         except Exception as error:
-            # Out of memory it would be another time; a row for which it never is holds up no more.
+            # What fails each time is a defect, and holds up the others no more.
             self._tries[one.n] = self._tries.get(one.n, 0) + 1
             if self._tries[one.n] < TRIES:
                 raise

@@ -11,6 +11,9 @@ from streamer.verify import report
 from streamer.verify.place import Track
 from streamer.verify.records import Cell, Counts, Heartbeat, Mark, SinkTotals
 
+MOST_NAME = 64
+"""Characters of a name in words: whoever writes to a topic may give things longer ones."""
+
 _NONE = Cell(0, 0, 0, 0, 0)
 
 
@@ -23,11 +26,11 @@ def violations(beat: Heartbeat) -> Iterator[str]:
     """What in a heartbeat contradicts itself, in words without numbers."""
     for kind, one in beat.counts.items():
         if _is_overfull(one):
-            yield f"{kind}: more filtered, shed, lost and read than was produced"
+            yield f"{brief(kind)}: more filtered, shed, lost and read than was produced"
     for name, sink in beat.sink_counts.items():
         if sink.received != sink.delivered + sink.dropped + sink.pending:
-            yield f"{name}: received is not delivered + dropped + pending"
-        yield from _of_sink(name, sink)
+            yield f"{brief(name)}: received is not delivered + dropped + pending"
+        yield from _of_sink(brief(name), sink)
     if tells(beat):
         for mark in beat.marks:
             yield from _of_mark(mark)
@@ -37,21 +40,26 @@ def violations(beat: Heartbeat) -> Iterator[str]:
 def _of_sink(name: str, sink: SinkTotals) -> Iterator[str]:
     for kind, one in sink.kinds.items():
         if one.received < one.delivered + one.dropped:
-            yield f"{name}: more of {kind} delivered and dropped than received"
+            yield f"{name}: more of {brief(kind)} delivered and dropped than received"
     found = (sum(every) for every in zip(*map(astuple, sink.kinds.values()), strict=True))
     if sink.kinds and tuple(found) != (sink.received, sink.delivered, sink.dropped):
         yield f"{name}: its kinds are not what it counts in all"
 
 
 def _of_mark(mark: Mark) -> Iterator[str]:
-    place = f"{mark.ring} cpu {mark.cpu}"
+    place = f"{brief(mark.ring)} cpu {mark.cpu}"
     numbered = 0
     for kind, one in mark.kinds.items():
         numbered += one.produced - one.filtered - one.shed
         if _is_overfull(one):
-            yield f"{place}, {kind}: more filtered, shed, lost and read than was produced"
+            yield f"{place}, {brief(kind)}: more filtered, shed, lost and read than was produced"
     if numbered != mark.seq - mark.skipped:
         yield f"{place}: the kinds are not as many as the numbers"
+
+
+def brief(name: str) -> str:
+    """As much of a name as is repeated."""
+    return name[:MOST_NAME]
 
 
 def _is_overfull(one: Counts) -> bool:
@@ -66,13 +74,13 @@ def _sums(beat: Heartbeat) -> Iterator[str]:
     for kind, cells in found.items():
         sums = tuple(sum(every) for every in zip(*map(astuple, cells), strict=True))
         if kind not in beat.counts or sums != astuple(beat.counts[kind]):
-            yield f"{kind}: the CPUs together are not what it counts in all"
+            yield f"{brief(kind)}: the CPUs together are not what it counts in all"
 
 
 def of_place(track: Track, *, complete: bool) -> dict[str, report.Cell]:
     """Each kind of a ring and CPU, by the last heartbeat and by what is there.
 
-    `complete`: all that was read of them has to be there, or was given up.
+    `complete`: all that was read of them is there, was given up, or is missing.
     """
     cells: Mapping[str, Cell] = track.mark.kinds if track.mark is not None else {}
     return {
@@ -83,7 +91,7 @@ def of_place(track: Track, *, complete: bool) -> dict[str, report.Cell]:
 
 def _cell(counts: Cell, there: int, complete: bool) -> report.Cell:
     gone = max(counts.read - there, 0) if complete else 0
-    return report.Cell(**asdict(counts), there=there, given_up=gone)
+    return report.Cell(**asdict(counts), there=there, not_there=gone)
 
 
 def in_excess(place: report.Place) -> Iterator[str]:
@@ -91,4 +99,5 @@ def in_excess(place: report.Place) -> Iterator[str]:
     for kind, cell in place.kinds.items():
         if cell.there > cell.read:
             read = f"of {cell.read:,} that were read"
-            yield f"{place.ring} cpu {place.cpu}, {kind}: {cell.there:,} are there, {read}"
+            where = f"{brief(place.ring)} cpu {place.cpu}, {brief(kind)}"
+            yield f"{where}: {cell.there:,} are there, {read}"

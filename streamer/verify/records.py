@@ -15,6 +15,7 @@ from msgspec import Meta, Struct, field
 from streamer.verify.numbers import MOST
 
 Number = Annotated[int, Meta(ge=0, lt=MOST)]
+Cpu = Annotated[int, Meta(ge=0, le=65535)]
 _NOT_RECORDS = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError)
 """What msgspec raises for bytes that are no record."""
 _QUOTED = 60
@@ -49,7 +50,7 @@ class Mark(Struct, gc=False):
     """How far the numbers of a ring and CPU have come; see `CpuMark`."""
 
     ring: str
-    cpu: int
+    cpu: Cpu
     seq: Number
     read: Number
     skipped: Number = 0
@@ -139,6 +140,7 @@ class Manifest(Struct, gc=False):
 
     agent: str
     sinks: list[str] = field(default_factory=list)
+    workers: Number = 1
     previous: Previous | None = None
 
 

@@ -32,11 +32,11 @@ class Cell(Struct, frozen=True):
     lost: Annotated[Count, Meta(description="found no room in the kernel")]
     read: Annotated[Count, Meta(description="read from the ring and decoded")]
     there: Annotated[Count, Meta(description="are there, each counted once")]
-    given_up: Annotated[
+    not_there: Annotated[
         Count,
         Meta(
             description="of a run that is there from its beginning to its end: read, and not "
-            "there; of a kind together no more than the sink has told"
+            "there; what the sink gave up, and what is missing"
         ),
     ]
 

@@ -9,18 +9,36 @@ from streamer.events.summaries import SUMMARIES
 from streamer.verify import cells, report
 from streamer.verify.lanes import SETTLED_NS, Lanes
 from streamer.verify.place import OWN, Outcome, Track
-from streamer.verify.records import Heartbeat, Line, Loss, Manifest, Mark, Previous, RunMark
+from streamer.verify.records import (
+    Heartbeat,
+    Line,
+    Loss,
+    Manifest,
+    Mark,
+    Previous,
+    RunMark,
+    SinkCell,
+    SinkTotals,
+)
 from streamer.verify.shedding import Shedding
 from streamer.verify.told import Place, Segment, Told, Vague, assign, cut
 
 MOST_BEATS = 16
 """Heartbeats that are kept until it is known how far the slowest lane has come."""
 
+_NOTHING = SinkCell(0, 0, 0)
+
 STEP_NS = 100_000_000
 """By so much at least the clock was set; by less a clock is slewed, and measured."""
 
 SILENT_NS = 60_000_000_000
 """A run that says nothing for so long, or three times as long as ever before, has ended."""
+
+MOST_BASES = 100
+"""Heartbeats among which one is looked for that is ahead of all that is there."""
+
+MOST_TRACKS = 1 << 18
+"""Rings and CPUs of a run: there are two rings, and no more than 65,536 CPUs."""
 
 MOST_WRONG = 100
 """Contradictions of heartbeats, and of them and what is there, that are told apart."""
@@ -137,6 +155,7 @@ class Run:
         elif has and self.end == "left":
             self.end = "open"
         self.agent = manifest.agent
+        self._workers = manifest.workers
         self.sinks = manifest.sinks
         self._ours = ours
 
@@ -171,7 +190,7 @@ class Run:
         self.last = beat
         for mark in beat.marks:
             self._track(mark, lane).pass_mark(mark, lane)
-        if self._base is None and self._is_ahead(beat):
+        if self._base is None and self.heartbeats <= MOST_BASES and self._is_ahead(beat):
             self._base = beat, self.kinds, self.given_up.copy()
         if beat.final and self.end == "open":
             self.end = "ended"
@@ -192,6 +211,8 @@ class Run:
     def _track(self, mark: Mark, lane: str) -> Track:
         place = mark.ring, mark.cpu
         if place not in self.tracks:
+            if len(self.tracks) >= MOST_TRACKS:
+                raise ValueError("there are too many rings and CPUs")
             self.tracks[place] = Track(self, place, lane)
         return self.tracks[place]
 
@@ -222,16 +243,33 @@ class Run:
         return None
 
     def _has_delivered(self, beat: Heartbeat) -> bool:
-        """Whether the sink that is read had delivered, or given up, all that it had been given."""
+        """Whether the sink that is read has delivered, or given up, all that it had been given."""
         names = [name for name in beat.sink_counts if name.endswith(self._ours or ("",))]
-        return bool(names) and not any(beat.sink_counts[name].pending for name in names)
+        return bool(names) and all(
+            self._has_settled(name, beat.sink_counts[name]) for name in names
+        )
+
+    def _has_settled(self, name: str, then: SinkTotals) -> bool:
+        """By then; or by now: what delivers each kind in order (Kafka, by a single worker) has
+        delivered as much of each as it had.
+        """
+        now = self.last.sink_counts.get(name) if self.last is not None else None
+        if not then.pending or (now is not None and not now.pending):
+            return True
+        if now is None or not then.kinds or self._workers != 1:
+            return False
+        return all(
+            now.kinds.get(kind, _NOTHING).delivered >= one.received - one.dropped
+            for kind, one in then.kinds.items()
+        )
 
     def _check(self, beat: Heartbeat) -> None:
         for what in cells.violations(beat):
             known = what in self.wrong or len(self.wrong) < MOST_WRONG
             self.wrong[what if known else "more contradictions"] += 1
-        for sink in beat.sink_counts.values():
-            sink.kinds = {}  # which takes room, and nobody asks for it any more
+        for name, sink in beat.sink_counts.items():
+            if not (sink.pending and name.startswith("kafka")):  # see _has_settled
+                sink.kinds = {}
 
     # ---------------------------------------------------------------- what there is to say
 

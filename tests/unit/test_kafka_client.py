@@ -67,6 +67,22 @@ async def test_where_somebody_leads_or_nobody_knows_is_not_left() -> None:
     assert not await left(Cluster({0: 2}, BROKERS), unheard_seconds=1.0)
 
 
+async def test_what_took_the_place_of_one_that_is_left_meanwhile_stays() -> None:
+    """While the first ends, the second is replaced, and the third ends by itself."""
+    cluster = Cluster({0: 9}, {9: ("host", 8)})
+    silent = {f"b{node}": Line(3.0) for node in BROKERS}
+    new: Any = Line()
+
+    async def meanwhile() -> None:
+        cluster._connections[SECOND] = new
+        del cluster._connections[THIRD]
+
+    silent["b1"].abort = meanwhile  # type: ignore[method-assign]
+    await cluster.with_lines(**silent).leave_unheard(2.0)
+    assert list(cluster._connections.values()) == [new]
+    assert not new.aborted
+
+
 @pytest.mark.parametrize("silent", [1, 2, 3])
 def test_who_is_not_heard_is_asked_last(silent: int) -> None:
     lines = {f"b{node}": Line(0.5 if node == silent else 0.0) for node in BROKERS}

@@ -283,6 +283,28 @@ async def test_what_a_program_was_writing_when_it_was_detached_is_there(
     run.check()
 
 
+async def test_what_was_counted_and_has_no_number_yet_is_waited_for(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel does not tell when programs have ended, the counters do."""
+    run = runs()
+    await run.start()
+    loop = asyncio.get_running_loop()
+
+    def number() -> None:
+        record = run.programs._record("process.fork", 0, run.programs._next_seq("critical", 0))
+        assert run.programs.rings["critical"].write(record) is not None
+
+    def wait() -> None:
+        run.programs._count("process.fork", 0, "produced")
+        loop.call_soon_threadsafe(loop.call_later, 0.05, number)
+
+    monkeypatch.setattr("streamer.agent.service.wait_for_programs", wait)
+    await run.stop()
+    assert len(run.of("process.fork")) == 1
+    run.check()
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSYS, "no"), TimeoutError()])
 async def test_a_kernel_that_does_not_tell_when_programs_have_ended(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, error: Exception

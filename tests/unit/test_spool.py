@@ -864,6 +864,33 @@ async def test_a_row_that_always_makes_a_defect_holds_up_no_other(
     assert Run(directory).spool._found == {}
 
 
+async def test_want_of_memory_is_no_fault_of_a_row(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried for as long as it takes, and costs no event."""
+    monkeypatch.setattr("streamer.spool.sink.RETRY_SECONDS", 0.02)
+    run = Run(directory, budget=1 << 18)
+    await run.start(hold=True)
+    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(100)]
+    for one in sent:
+        run.sink.submit(one)
+        await asyncio.sleep(0)
+    await run.until(lambda: not run.sink._writing and run.sink.spooled)
+    wants = [MemoryError()] * (3 * TRIES)
+
+    def short(row: Item | Unreadable, run_id: str) -> tuple[Batch, str]:
+        if wants:
+            raise wants.pop()
+        return batch_of(row, run_id)
+
+    monkeypatch.setattr("streamer.spool.writer.batch_of", short)
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert (run.delivered, run.recorder.drops, wants) == (ids(*sent), [], [])
+    await run.stop()
+
+
 @pytest.mark.parametrize("error", [AttributeError("a defect"), SpoolError("what?", lasting=True)])
 async def test_a_note_that_cannot_be_written_is_not_tried_for_ever(
     directory: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

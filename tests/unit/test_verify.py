@@ -549,6 +549,39 @@ def test_a_topic_that_is_silent_has_all_that_a_heartbeat_says_is_delivered() -> 
     assert missing_of(lagging(pending=0, seconds=0)[1]) == (1, 0, True)
 
 
+@pytest.mark.parametrize(
+    ("delivered", "sink", "workers", "expected"),
+    [
+        ((4, 1), "kafka", 1, (0, 3, False)),
+        ((3, 2), "kafka", 1, (1, 0, True)),  # an event that was on its way may still be
+        ((4, 0), "kafka", 1, (1, 0, True)),
+        ((4, 1), "kafka", 2, (1, 0, True)),  # what one has delivered may be newer than what waits
+        ((4, 1), "mqtt", 1, (1, 0, True)),
+    ],
+)
+def test_where_something_is_always_on_its_way(
+    delivered: tuple[int, int], sink: str, workers: int, expected: tuple[int, int, bool]
+) -> None:
+    """A topic is silent, and the others are not: it had all of what the heartbeat before knew."""
+    stream, ledger = Stream(), Ledger(["/{category}"])
+    name = f"{sink}://b/{{category}}"
+
+    def beat(opens: int, execs: tuple[int, int]) -> Record:
+        kinds = {"file.open": [5, opens, 1], "process.exec": [*execs, 0]}
+        received, done = 5 + execs[0], opens + execs[1]
+        account = {"received": received, "delivered": done, "dropped": 1, "kinds": kinds}
+        account["pending"] = received - 1 - done
+        return stream.heartbeat(("bulk", 0, 5, 5), sink_counts={name: account})
+
+    own = [stream.manifest(sinks=[name], workers=workers), beat(1, (1, 0))]
+    events = [stream.event(1), stream.event(3)]
+    stream.boot_ns += 20 * SECOND
+    own.append(beat(delivered[0], (2, delivered[1])))
+    for topic, records in (("stream", own), ("file", events)):
+        ledger.feed(Chunk(topic, lines(records)))
+    assert missing_of(ledger) == expected
+
+
 def test_what_another_sink_holds_is_not_on_its_way_to_this_one() -> None:
     _, ledger = lagging(pending=0)
     stream, both = lagging(pending=3)

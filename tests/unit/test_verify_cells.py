@@ -81,14 +81,14 @@ def test_where_the_sink_gave_up() -> None:
     loss = stream.loss("sink", 2, ("bulk", 0, 2, 2), ("bulk", 1, 2, 2), kinds={OPEN: 2})
     run = run_of(stream.manifest(), *events, loss, beat(stream, *FINAL, final=True))
     assert run.problems == []
-    assert [place.kinds[OPEN].given_up for place in run.places] == [1, 1]
+    assert [place.kinds[OPEN].not_there for place in run.places] == [1, 1]
 
 
 def test_what_is_not_at_its_end_is_not_asked_for() -> None:
     stream = Stream()
     run = run_of(stream.manifest(), *two_cpus(stream)[:3], beat(stream, *FINAL))
     assert run.problems == []
-    assert [place.kinds[OPEN].given_up for place in run.places] == [0, 0]
+    assert [place.kinds[OPEN].not_there for place in run.places] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -137,25 +137,25 @@ def test_what_comes_behind_the_last_account_is_not_in_it() -> None:
     assert (run.problems, run.places[0].kinds) == ([], {OPEN: Cell(3, 0, 0, 0, 3, 5, 0)})
 
 
-def test_nothing_was_given_up_where_all_is_not_there_yet() -> None:
+def test_nothing_is_away_where_all_is_not_there_yet() -> None:
     """Another partition may have it."""
     stream = Stream()
     ledger = Ledger()
     events, end = two_cpus(stream), beat(stream, *FINAL, final=True)
     ledger.feed(Chunk("0", lines([stream.manifest(), *events[:3], end])))
     ledger.feed(Chunk("1", lines(events[4:5])))
-    given_up = {
+    away = {
         complete: [
-            cell.given_up
+            cell.not_there
             for place in only_run(ledger.reported(complete=complete)).places
             for cell in place.kinds.values()
         ]
         for complete in (False, True)
     }
-    assert given_up == {False: [0, 0, 0], True: [0, 2, 1]}
+    assert away == {False: [0, 0, 0], True: [0, 2, 1]}
 
 
-def test_nothing_was_given_up_by_an_account_that_is_not_the_last() -> None:
+def test_nothing_is_away_by_an_account_that_is_not_the_last() -> None:
     stream, after = Stream(), Stream("fedcba9876543210")
     after.boot_ns = stream.boot_ns + 20 * 1_000_000_000
     events = [stream.event(n) for n in (1, 2)]
@@ -215,6 +215,21 @@ def test_what_another_release_counts_besides() -> None:
     one["kinds"][OPEN].append(9)
     run = run_of(stream.manifest(), told)
     assert (run.heartbeats, run.problems) == (1, [])
+
+
+def test_long_names_are_cut() -> None:
+    stream, name = Stream(), "x" * 100_000
+    one = mark(0, 1, {"y" * 100_000: [1, 0, 0, 0, 5]}) | {"ring": name}
+    sink = {"received": 1, "delivered": 2, "dropped": 0, "pending": 0, "kinds": {name: [1, 2, 0]}}
+    run = run_of(stream.manifest(), beat(stream, one, sink_counts={name: sink}))
+    assert len(run.problems) == 4
+    assert max(map(len, run.problems)) < 300
+
+
+def test_a_cpu_that_is_none() -> None:
+    stream = Stream()
+    report = verified([stream.manifest(), beat(stream, mark(65536, 1, {}))])
+    assert (report.malformed, only_run(report).heartbeats) == (1, 0), "no kernel has such a CPU"
 
 
 def test_without_it_nothing_is_asked() -> None:

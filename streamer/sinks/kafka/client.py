@@ -320,7 +320,7 @@ class Client:
         nodes = {node for topic in self._topics.values() for node in topic.leaders.values()}
         leading = {self._brokers.get(node) for node in nodes}
         for address, connection in self._unheard(seconds).items():
-            if address not in leading:
+            if address not in leading and self._connections.get(address) is connection:
                 del self._connections[address]
                 await connection.abort()
 
@@ -414,7 +414,7 @@ class Client:
         """
         known = list(self._brokers.values())
         random.shuffle(known)
-        silent = self._unheard(sys.float_info.min)
+        silent = self._unheard(sys.float_info.min)  # more than none at all
         connected = [at for at, one in self._connections.items() if one.open_still]
         order = dict.fromkeys((*connected, *known, *self._bootstrap))
         return sorted(order, key=silent.__contains__)
