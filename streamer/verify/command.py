@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import uvloop
 from streamer.config.settings import KafkaSink, MqttSink
 from streamer.config.sink_url import parse_sink
 from streamer.errors import SinkError
+from streamer.terminal.console import say
+from streamer.terminal.lines import printable
 from streamer.verify.files import Opened, open_files, read_files
 from streamer.verify.kafka import KafkaSource
 from streamer.verify.ledger import Ledger
@@ -88,6 +90,12 @@ class _Sources:
         return all(one.complete for one in self.brokers if isinstance(one, KafkaSource))
 
     @property
+    def remarks(self) -> Iterator[str]:
+        for one in self.brokers:
+            if isinstance(one, KafkaSource):
+                yield from one.remarks
+
+    @property
     def only_live(self) -> bool:
         return any(isinstance(one, MqttSource) for one in self.brokers)
 
@@ -105,6 +113,8 @@ async def _verify(names: Sequence[str], options: Options) -> VerifyReport:
     finally:
         progress.cancel()
         await asyncio.gather(progress, return_exceptions=True)
+    for text in sources.remarks:
+        say(f"streamer: {printable(text)}")
     whole = options.start.whole and not sources.trimmed and not sources.only_live
     return ledger.reported(
         sources.names, whole=whole, complete=sources.complete, ended=options.ended

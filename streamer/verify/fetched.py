@@ -6,11 +6,16 @@ So the next answer is under way while this one is read, and no object is made ar
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from aiokafka.consumer import fetcher  # type: ignore[import-untyped]
 from aiokafka.errors import CorruptRecordException  # type: ignore[import-untyped]
+from aiokafka.record.legacy_records import (  # type: ignore[import-untyped]
+    LegacyRecordBatch,
+)
 from aiokafka.record.memory_records import MemoryRecords  # type: ignore[import-untyped]
 
 from streamer.sinks.kafka.codecs import decompress
@@ -33,8 +38,19 @@ _VERSION = 16
 _NEWEST = 2
 
 
+# What aiokafka unpacks batches of before Kafka 0.11 with has no bound.
+vars(sys.modules[LegacyRecordBatch.__module__]).update(
+    gzip_decode=partial(decompress, 1),
+    snappy_decode=partial(decompress, 2),
+    lz4_decode=partial(decompress, 3),
+)
+
 _LONG_SECONDS = 3600.0
 """Until what was not taken is asked for no longer: it is taken always."""
+
+
+class UnreadableRecords(ValueError):
+    """They came as they were written, and cannot be read, or not in bounded memory."""
 
 
 class Batch(NamedTuple):
@@ -51,13 +67,18 @@ class Batch(NamedTuple):
         return int(first) + last + 1
 
     def values(self) -> list[bytes]:
-        """Its values. Raises CorruptRecordException."""
+        """Its values.
+
+        Raises:
+            UnreadableRecords: no other batch is touched by that.
+            CorruptRecordException: the checksum is wrong, and so may be where the next batch is.
+        """
         try:
             return self._values() if self.data[_VERSION] >= _NEWEST else self._older()
         except CorruptRecordException:
             raise
         except Exception as error:  # of each codec another
-            raise CorruptRecordException(f"at offset {self.offset}: {error}") from None
+            raise UnreadableRecords(str(error) or type(error).__name__) from None
 
     def _values(self) -> list[bytes]:
         first, _, _, _, checksum, attributes, _ = _V2.unpack_from(self.data)

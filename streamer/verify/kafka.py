@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition  # type: ignore[import-untyped]
@@ -18,18 +20,26 @@ from streamer.config.settings import KafkaSink as Settings
 from streamer.errors import SinkError
 from streamer.sinks.credentials import ssl_context
 from streamer.sinks.kafka.client import check_topic, connection_options, silence_aiokafka
-from streamer.verify.fetched import give_batches
+from streamer.verify.fetched import Batch, UnreadableRecords, give_batches
 from streamer.verify.records import Chunk
 from streamer.verify.start import Start
 
 START_SECONDS = 30.0
 ASK_SECONDS = 30.0
 POLL_MS = 200
+SILENT_SECONDS = 60.0
+"""So long nothing of what is still to be read may come."""
+
+STOP_SECONDS = 5.0
+MOST_NAMED = 10
+"""Partitions."""
+
 FETCH_BYTES = 4 << 20
 """Of each partition: with less, a topic of large batches is read a batch at a time."""
 
 ANSWER_BYTES = 16 << 20
-"""Of all partitions, as they are compressed. Two such answers are held: one is read, one comes."""
+"""Of all partitions of a broker, as they are compressed. Two such answers of each broker are held:
+one is read, one comes."""
 
 
 class KafkaSource:
@@ -42,10 +52,14 @@ class KafkaSource:
         self.settings = settings
         self.name = f"kafka://{','.join(settings.bootstrap)}/{settings.topic}"
         self.trimmed = False
-        """Whether the brokers have removed records from the beginning."""
+        """Whether the brokers have removed records from the beginning, or before they were read."""
         self._read: dict[Any, int] = {}
         self._ends: dict[Any, int] = {}
-        """Per partition, up to where it was read, and where it ended, as far as is known."""
+        """Per partition, up to where it was read, and where it ended at the start; of what is
+        followed where it ended when that was over, or none if nobody said so.
+        """
+        self._silent: list[Any] = []
+        self._removed: set[Any] = set()
         tls = settings.tls
         context: ssl.SSLContext | None = ssl_context(tls) if tls is not None else None
         self._options = connection_options(settings, context)
@@ -53,8 +67,21 @@ class KafkaSource:
     @property
     def complete(self) -> bool:
         """Whether every partition was read to its end, as it was at the start, or later."""
-        ends = self._ends.items()
-        return bool(ends) and all(self._read[partition] >= end for partition, end in ends)
+        return bool(self._ends) and not self._unfinished
+
+    @property
+    def _unfinished(self) -> list[Any]:
+        return [one for one, end in self._ends.items() if self._read[one] < end]
+
+    @property
+    def remarks(self) -> Iterator[str]:
+        """What there is to say of the reading itself."""
+        if self._silent:
+            names = _named(self._silent)
+            yield f"{self.name}: nothing more came for {SILENT_SECONDS:.0f} s of {names}"
+        if self._removed:
+            names = _named(sorted(self._removed))
+            yield f"{self.name}: records were removed before they could be read, of {names}"
 
     async def read(self, start: Start, *, follow: bool) -> AsyncIterator[Chunk]:
         """The records: up to the end as it is now, or for ever.
@@ -82,6 +109,8 @@ class KafkaSource:
             reason = str(error) or type(error).__name__
             raise SinkError(f"{self.name}: cannot be read: {reason}") from None
         finally:
+            if follow:
+                await self._renew_ends(consumer)
             await asyncio.wait({asyncio.ensure_future(consumer.stop())}, timeout=5)
 
     async def _begin(self, consumer: Any, start: Start) -> None:
@@ -97,8 +126,8 @@ class KafkaSource:
             for number in sorted(await self._numbers(consumer, topic))
         ]
         consumer.assign(partitions)
-        first = await consumer.beginning_offsets(partitions)
-        self._ends = await consumer.end_offsets(partitions)
+        first = await self._offsets(consumer.beginning_offsets, partitions)
+        self._ends = await self._offsets(consumer.end_offsets, partitions)
         self.trimmed = any(first.values())
         self._read = await _places(consumer, start, first, self._ends)
         for partition, at in self._read.items():
@@ -111,23 +140,76 @@ class KafkaSource:
             await asyncio.sleep(0.05)
         return set(found)
 
+    async def _offsets(
+        self, ask: Callable[[Sequence[Any]], Awaitable[dict[Any, int]]], partitions: Sequence[Any]
+    ) -> dict[Any, int]:
+        """One for each partition. Raises SinkError: the answer leaves one out."""
+        found = await ask(partitions)
+        if missing := [one for one in partitions if one not in found]:
+            raise SinkError(f"{self.name}: no broker tells the offsets of {_named(missing)}")
+        return {one: found[one] for one in partitions}
+
+    async def _renew_ends(self, consumer: Any) -> None:
+        """When following is over. Partitions of which nothing was fetched may have got records."""
+        partitions, self._ends = [*self._ends], {}
+        if partitions:
+            asked = self._offsets(consumer.end_offsets, partitions)
+            with suppress(SinkError, KafkaError, OSError, TimeoutError):
+                self._ends = await asyncio.wait_for(asked, STOP_SECONDS)
+
     async def _chunks(self, consumer: Any, *, follow: bool) -> AsyncIterator[Chunk]:
-        while follow or not self.complete:
+        came = time.monotonic()
+        while follow or not (self.complete or self._silent):
+            before = self._read.copy()
             got = await consumer.getmany(timeout_ms=POLL_MS)
-            if not got:  # where a broker has removed all that was to come, no batch says so
-                self._read = {one: await consumer.position(one) for one in self._ends}
             for partition, batches in got.items():
-                where = f"{partition.topic}, partition {partition.partition}"
-                if follow:
-                    self._ends[partition] = consumer.highwater(partition)
                 for batch in batches:
                     # What has come since the start is not read: elsewhere it is not either.
                     if not follow and batch.offset >= self._ends[partition]:
                         break
                     await asyncio.sleep(0)  # the next answer is asked for, and comes
-                    if values := batch.values():
-                        yield Chunk(where, values, f"{where}, from offset {batch.offset}")
+                    self._go_to(partition, batch.offset)
+                    chunk = _chunk(partition, batch)
+                    if chunk.data or chunk.unreadable:
+                        yield chunk
                     self._read[partition] = batch.next_offset
+            if self._read == before:
+                await self._look(consumer, self._ends if follow else self._unfinished)
+            if self._read != before:
+                came = time.monotonic()
+            elif not follow and time.monotonic() - came >= SILENT_SECONDS:
+                self._silent = self._unfinished
+
+    async def _look(self, consumer: Any, partitions: Iterable[Any]) -> None:
+        """Where a broker has removed all that was to come, no batch says so."""
+        for one in partitions:
+            # One whose leader cannot be asked where it begins by now has no position for so long.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    self._go_to(one, await consumer.position(one))
+
+    def _go_to(self, partition: Any, offset: int) -> None:
+        """Note that the next record is there: one that is further on, if some were removed."""
+        if offset > self._read[partition]:
+            self.trimmed = True
+            self._removed.add(partition)
+        self._read[partition] = offset
+
+
+def _named(partitions: Sequence[Any]) -> str:
+    names = [f"{one.topic}, partition {one.partition}" for one in partitions]
+    more = len(names) - MOST_NAMED
+    return "; ".join(names[:MOST_NAMED] + ([f"{more} more"] if more > 0 else []))
+
+
+def _chunk(partition: Any, batch: Batch) -> Chunk:
+    """The values of a batch; one that cannot be read is malformed, and costs no other."""
+    lane = _named([partition])
+    where = f"{lane}, from offset {batch.offset}"
+    try:
+        return Chunk(lane, batch.values(), where)
+    except UnreadableRecords as error:
+        return Chunk(lane, [], where, str(error))
 
 
 async def _places(

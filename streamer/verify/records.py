@@ -20,6 +20,8 @@ _NOT_RECORDS = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError)
 """What msgspec raises for bytes that are no record."""
 _QUOTED = 60
 """Bytes of a malformed record that are repeated."""
+_TOLD_APART = 100
+"""Malformed records of a chunk: far more than are quoted. Those of millions would take room."""
 
 
 class Line(Struct, gc=False):
@@ -163,12 +165,14 @@ class Chunk(NamedTuple):
     """Some records as they were read, in order.
 
     `data` are whole lines of NDJSON, or one `bytes` for each record. `lane` is where they are in
-    order: a file, a partition, a topic. `where` is the place of the first, for people.
+    order: a file, a partition, a topic. `where` is the place of the first, for people. `unreadable`
+    says why there are none of those that were together there.
     """
 
     lane: str
     data: bytes | list[bytes]
     where: str = ""
+    unreadable: str = ""
 
 
 class Malformed(NamedTuple):
@@ -194,6 +198,8 @@ _MSGPACK = _msgpack.Decoder(Line)
 
 def decode(chunk: Chunk) -> Decoded:
     """The records of a chunk: all at once, or, if one of them is none, one by one."""
+    if chunk.unreadable:
+        return Decoded([], _Raw(b""), [Malformed(chunk.where, chunk.unreadable)])
     data = chunk.data if isinstance(chunk.data, bytes) else b"\n".join(chunk.data)
     try:
         lines: list[Line] = _JSON.decode_lines(data)
@@ -250,6 +256,9 @@ def _one_by_one(chunk: Chunk) -> Decoded:
         try:
             lines.append((_JSON if is_json(value) else _MSGPACK).decode(value))
         except _NOT_RECORDS as error:
+            if len(malformed) >= _TOLD_APART:
+                malformed.append(malformed[-1])
+                continue
             start = value[:_QUOTED].decode("ascii", "backslashreplace")
             place = f"{chunk.where}, record {number + 1} of those read there"
             malformed.append(Malformed(place, f"{reason_of(error)}: {start}"))

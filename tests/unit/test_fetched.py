@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import struct
 from typing import Any
 
+import cramjam
 import pytest
 from aiokafka import TopicPartition  # type: ignore[import-untyped]
 from aiokafka.consumer import fetcher  # type: ignore[import-untyped]
@@ -18,10 +20,16 @@ from aiokafka.record.legacy_records import (  # type: ignore[import-untyped]
 )
 
 from streamer.config.settings import KafkaSink
-from streamer.sinks.kafka.codecs import CODECS
+from streamer.errors import SinkError
+from streamer.sinks.kafka import codecs
+from streamer.sinks.kafka.codecs import CODECS, decompress
 from streamer.sinks.kafka.record_batch import crc32c
-from streamer.verify.fetched import Batch, _Answer
+from streamer.verify import kafka
+from streamer.verify.fetched import Batch, UnreadableRecords, _Answer
 from streamer.verify.kafka import KafkaSource
+from streamer.verify.ledger import Ledger
+from streamer.verify.records import Chunk, decode
+from streamer.verify.start import BEGINNING
 
 VALUES = [b'{"seq":%d}' % i for i in range(500)]
 BASE = 1000
@@ -81,8 +89,54 @@ def test_a_control_batch_has_no_records_of_the_stream() -> None:
 @pytest.mark.parametrize("change", [{"count": 1}, {"count": -1}, {"attributes": 2}])
 def test_what_does_not_fit_its_checksum_s_batch_is_corrupt(change: dict[str, int]) -> None:
     """A producer's mistake: other numbers of records, or another codec, than it says."""
-    with pytest.raises(CorruptRecordException, match="at offset 1000: "):
+    with pytest.raises(UnreadableRecords):
         Batch(BASE, changed(built(), **change)).values()
+
+
+def bomb(codec: str, size: int) -> bytes:
+    """A batch with a checksum that is right, of so many bytes that are no records."""
+    batch = built(codec)
+    body = batch[21:61] + CODECS[codec].compress(bytes(size))
+    return batch[:17] + struct.pack(">I", crc32c(body)) + body
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+def test_what_unpacks_to_more_than_a_batch_may_have_is_not_unpacked(
+    monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """At the limit they are unpacked, and found to be no records."""
+    most = 1 << 20
+    monkeypatch.setattr(codecs, "UNPACKED_MOST", most)
+    for size, why in ((most, "the records of a batch are corrupt"), (most + 1, f"{most} bytes")):
+        with pytest.raises(UnreadableRecords, match=why):
+            Batch(BASE, bomb(codec, size)).values()
+    monkeypatch.undo()
+    assert decompress(CODECS[codec].number, CODECS[codec].compress(bytes(2 * most))) == bytes(
+        2 * most
+    )
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4"])
+def test_a_batch_of_before_kafka_0_11_has_that_limit(
+    monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    batch = Batch(BASE, built(codec, BASE + len(VALUES), LegacyRecordBatchBuilder))
+    assert batch.values() == VALUES
+    monkeypatch.setattr(codecs, "UNPACKED_MOST", 4096)
+    with pytest.raises(UnreadableRecords, match="4096 bytes"):
+        batch.values()
+
+
+def test_snappy_as_it_is_and_what_is_cut_off() -> None:
+    data = b"".join(VALUES)
+    raw, framed = bytes(cramjam.snappy.compress_raw(data)), CODECS["snappy"].compress(data)
+    assert decompress(2, raw) == decompress(2, framed) == data
+    with pytest.raises(ValueError, match="a block of its snappy is cut off"):
+        decompress(2, framed[:-1])
+    with pytest.raises(ValueError, match="a block of its snappy is cut off"):
+        decompress(2, framed[:16] + struct.pack(">i", -4) + framed[20:])
+    with pytest.raises(ValueError, match="its gzip is cut off"):
+        decompress(1, CODECS["gzip"].compress(data)[:-9])
 
 
 def test_an_answer_is_cut_into_batches() -> None:
@@ -119,16 +173,25 @@ class Consumer:
 
     def __init__(self, *answers: dict[Any, list[Batch]]) -> None:
         self.answers = list(answers)
-        self.end = 0
+        self.places: dict[Any, int] = {}
+        """Where the next record of a partition is: of others no broker says so."""
+        self.ends: dict[Any, int] = {}
+        self.takes = 0.0
+        """Seconds."""
 
     async def getmany(self, **_: Any) -> dict[Any, list[Batch]]:
+        await asyncio.sleep(self.takes)
         return self.answers.pop(0) if self.answers else {}
 
-    async def position(self, _: Any) -> int:
-        return self.end
+    async def position(self, partition: Any) -> int:
+        if partition not in self.places:
+            await asyncio.Event().wait()
+        return self.places[partition]
 
-    def highwater(self, _: Any) -> int:
-        return self.end
+    async def end_offsets(self, _: Any) -> dict[Any, int]:
+        if not self.ends:
+            await asyncio.Event().wait()
+        return self.ends
 
 
 EACH = len(VALUES) + 1
@@ -145,42 +208,120 @@ def batches(*numbers: int) -> list[Batch]:
     return [Batch(EACH * number, built(base=EACH * number)) for number in numbers]
 
 
+async def chunks(source: KafkaSource, consumer: Consumer) -> list[Chunk]:
+    return [chunk async for chunk in source._chunks(consumer, follow=False)]
+
+
 async def test_each_partition_is_read_up_to_its_end_of_the_start() -> None:
     """What has come meanwhile in one may tell of what has in another, which is not read."""
     source = source_of({OWN: EACH, FILES: 3 * EACH})
     consumer = Consumer(
         {OWN: batches(0, 1), FILES: batches(0)}, {OWN: batches(2)}, {FILES: batches(1, 2, 3)}
     )
-    read = [chunk.where async for chunk in source._chunks(consumer, follow=False)]
-    assert read == [
+    assert [chunk.where for chunk in await chunks(source, consumer)] == [
         "stream, partition 0, from offset 0",
         *(f"file, partition 0, from offset {EACH * number}" for number in range(3)),
     ]
     assert source.complete
+    assert not source.trimmed
+    assert not [*source.remarks]
 
 
-async def test_what_is_followed_is_complete_when_it_is_at_its_end() -> None:
-    source = source_of({OWN: EACH})
-    consumer = Consumer({OWN: batches(0, 1)}, {OWN: batches(2)})
-    consumer.end = 2 * EACH
+async def test_what_is_followed_is_complete_when_it_is_at_its_end_of_the_stop() -> None:
+    """Also of a partition of which nothing has come, and nobody was told that it has more."""
+    source = source_of({OWN: EACH, FILES: 0})
+    consumer = Consumer({OWN: batches(0, 1)})
     reading = source._chunks(consumer, follow=True)
-    seen = []
-    async for _ in reading:
-        seen.append(source.complete)
-        consumer.end = 3 * EACH
-        if len(seen) == 3:
+    async for chunk in reading:
+        if chunk.where.endswith(f"from offset {EACH}"):
             break
-    assert seen == [False, False, False]
-    assert source._read[OWN] == 2 * EACH
     await reading.aclose()  # type: ignore[attr-defined]
-    assert not source.complete
-    source._read[OWN] = 3 * EACH
-    assert source.complete
+    source._read[OWN] = 2 * EACH
+    for more, complete in ((0, True), (1, False)):
+        consumer.ends = {OWN: 2 * EACH, FILES: more}
+        await source._renew_ends(consumer)
+        assert source.complete is complete
+
+
+async def test_what_is_followed_is_not_complete_where_nobody_says_where_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kafka, "STOP_SECONDS", 0.05)
+    for ends in ({}, {FILES: 0}):
+        source, consumer = source_of({OWN: 0}), Consumer()
+        assert source.complete
+        consumer.ends = ends
+        await source._renew_ends(consumer)
+        assert not source.complete
 
 
 async def test_what_a_broker_has_removed_meanwhile_is_not_waited_for() -> None:
-    source = source_of({OWN: 5 * EACH})
-    consumer = Consumer({OWN: batches(0)})
-    consumer.end = 5 * EACH
-    assert len([one async for one in source._chunks(consumer, follow=False)]) == 1
+    """Neither at the end nor before it: the beginning of what is there is no beginning."""
+    source = source_of({OWN: 5 * EACH, FILES: 3 * EACH})
+    consumer = Consumer({OWN: batches(0), FILES: batches(0)}, {FILES: batches(2)})
+    consumer.places = {OWN: 5 * EACH}
+    assert len(await chunks(source, consumer)) == 3
     assert source.complete
+    assert source.trimmed
+    (remark,) = source.remarks
+    names = "file, partition 0; stream, partition 0"
+    assert remark.endswith(f"records were removed before they could be read, of {names}")
+
+
+async def test_a_partition_of_which_nothing_comes_ends_the_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not while others go on; and one that waits for a broker to say where it is stops none."""
+    monkeypatch.setattr(kafka, "SILENT_SECONDS", 0.05)
+    source = source_of({OWN: 2 * EACH, FILES: 3 * EACH})
+    consumer = Consumer({OWN: batches(0)}, *({FILES: batches(number)} for number in range(3)))
+    consumer.takes = 0.03
+    consumer.places = {FILES: 3 * EACH}
+    read = await asyncio.wait_for(chunks(source, consumer), 10)
+    assert len(read) == 4
+    assert source._read == {OWN: EACH, FILES: 3 * EACH}
+    assert not source.complete
+    assert not source.trimmed
+    (remark,) = source.remarks
+    assert remark.endswith("nothing more came for 0 s of stream, partition 0")
+
+
+async def test_a_batch_that_cannot_be_read_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codecs, "UNPACKED_MOST", 1 << 20)
+    bad = Batch(EACH, struct.pack(">q", EACH) + bomb("gzip", 2 << 20)[8:])
+    source, ledger = source_of({OWN: 3 * EACH}), Ledger()
+    read = await chunks(source, Consumer({OWN: [*batches(0), bad, *batches(2)]}))
+    assert [len(chunk.data) for chunk in read] == [len(VALUES), 0, len(VALUES)]
+    ledger.feed(read[1])
+    report = ledger.reported()
+    assert (report.records, report.malformed) == (1, 1)
+    assert report.malformed_first[0].where == f"stream, partition 0, from offset {EACH}"
+    assert "longer than 1048576 bytes" in report.malformed_first[0].reason
+
+
+def test_millions_of_malformed_records_are_counted_and_take_no_room() -> None:
+    found = decode(Chunk("x", [b"?"] * 1000, "x")).malformed
+    assert len(found) == 1000
+    assert len({id(one) for one in found}) == 100
+
+
+@pytest.mark.parametrize("lacks", ["beginning", "end"])
+async def test_an_answer_that_leaves_out_a_partition(lacks: str) -> None:
+    class Short(Consumer):
+        async def topics(self) -> set[str]:
+            return {"file"}
+
+        def partitions_for_topic(self, _: str) -> set[int]:
+            return {0, 1}
+
+        def assign(self, _: Any) -> None:
+            pass
+
+        async def beginning_offsets(self, asked: list[Any]) -> dict[Any, int]:
+            return dict.fromkeys(asked[: 1 if lacks == "beginning" else 2], 0)
+
+        async def end_offsets(self, asked: list[Any]) -> dict[Any, int]:
+            return dict.fromkeys(asked[: 1 if lacks == "end" else 2], 0)
+
+    with pytest.raises(SinkError, match="no broker tells the offsets of file, partition 1"):
+        await source_of({})._begin(Short(), BEGINNING)
