@@ -31,6 +31,7 @@ from tests.faults.experiment import RATE, Experiment, Faulty, configured
 from tests.faults.proxy import Proxy
 from tests.faults.table import Row
 from tests.kafka_helpers import create
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope, cgroup_mount
 
 PROBED = "probed"
@@ -102,6 +103,16 @@ class Cluster(KafkaCluster):
     def of_host(self, topic: str) -> Partition:
         """Who has the partition of this host's events: see `OF_HOST`."""
         return self.partitions(topic)[OF_HOST]
+
+    def wait_for(
+        self, topic: str, wanted: Callable[[Partition], bool], limit: float = 60
+    ) -> Partition:
+        """Until the partition of this host's events is as it is wanted; as it is then."""
+        deadline = time.monotonic() + seconds(limit)
+        while not wanted(found := self.of_host(topic)):
+            assert time.monotonic() < deadline, f"{topic}: {found}"
+            time.sleep(0.05)
+        return found
 
     def wait_until_writable(self, timeout: float = 60) -> None:
         """Until kcat can write to each node, with two replicas at least: there a fault ends.

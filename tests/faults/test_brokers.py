@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.brokers import KafkaBroker, MosquittoBroker
+from tests.brokers import KafkaBroker, MosquittoBroker, Partition
 from tests.faults.conftest import OF_HOST, Cluster, Faults
 from tests.faults.table import Row
 
@@ -28,6 +28,10 @@ def chosen(cluster: Cluster, topic: str, count: int) -> list[KafkaBroker]:
     """So many nodes: the one that has the events first."""
     leader = cluster.of_host(topic).leader - 1
     return [cluster.nodes[(leader + i) % 3] for i in range(count)]
+
+
+def led_by(node: int) -> Callable[[Partition], bool]:
+    return lambda now: now.leader == node
 
 
 @pytest.mark.kafka
@@ -83,11 +87,11 @@ def test_too_few_replicas(
         before = cluster.of_host(experiment.topic)
         (follower,) = set(before.replicas) - {before.leader}
         cluster.nodes[follower - 1].kill()
-        time.sleep(SECONDS + 4)
-        assert cluster.of_host(experiment.topic) == before._replace(in_sync=(before.leader,))
+        alone = before._replace(in_sync=(before.leader,))
+        cluster.wait_for(experiment.topic, alone.__eq__)
+        time.sleep(SECONDS + 2)  # more than requests have
         cluster.nodes[follower - 1].start()
-        while len(cluster.of_host(experiment.topic).in_sync) < 2:
-            time.sleep(0.1)
+        cluster.wait_for(experiment.topic, lambda now: len(now.in_sync) == 2)
         experiment.heal()
         row = experiment.finish(note="requests have 5 s")
         assert "too few replicas are in sync" in experiment.agent.stderr
@@ -115,8 +119,7 @@ def test_leader_moved(cluster: Cluster, kafka_fault: Faults, record: Callable[[R
             cluster.reassign(experiment.topic, OF_HOST, (follower, moved))
             assert cluster.of_host(experiment.topic).leader == moved
             cluster.elect(experiment.topic, OF_HOST)
-            while cluster.of_host(experiment.topic).leader != follower:
-                time.sleep(0.1)
+            cluster.wait_for(experiment.topic, led_by(follower))
         experiment.heal()
         row = experiment.finish()
         assert (row.duplicates, row.accounted) == (0, 0)

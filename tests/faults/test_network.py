@@ -13,6 +13,7 @@ from tests.faults.conftest import Cluster, Faults
 from tests.faults.consumers import Found
 from tests.faults.proxy import Proxy
 from tests.faults.table import Row
+from tests.kernel.pace import seconds
 
 pytestmark = [pytest.mark.faults, pytest.mark.kernel]
 
@@ -66,8 +67,7 @@ def test_leader_gone(cluster: Cluster, kafka_fault: Faults, record: Callable[[Ro
         gone = cluster.of_host(experiment.topic).leader
         cluster.proxies[gone - 1].silence()
         cluster.nodes[gone - 1].kill()
-        while cluster.of_host(experiment.topic).leader in (gone, -1):
-            time.sleep(0.05)
+        cluster.wait_for(experiment.topic, lambda now: now.leader not in (gone, -1))
         experiment.heal()
         row = experiment.finish(after=10)
         assert (row.duplicates, row.accounted) == (0, 0)
@@ -146,7 +146,7 @@ def check_levels(levels: list[tuple[int, int]], healed_boot_ns: int) -> None:
     assert max(level for _, level in levels) == LEVELS
     over_boot_ns, last = levels[-1]
     assert last == 0
-    assert 0 < (over_boot_ns - healed_boot_ns) / 1e9 < 5.0
+    assert 0 < (over_boot_ns - healed_boot_ns) / 1e9 < seconds(5.0)
 
 
 def check_weights(found: Found, offered: int) -> None:
