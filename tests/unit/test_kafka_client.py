@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.errors import KafkaConnectionError  # type: ignore[import-untyped]
 
 from streamer.config.settings import KafkaSink as Settings
+from streamer.sinks.kafka import client
 from streamer.sinks.kafka.client import Address, Client, _Metadata, _Topic
 from streamer.sinks.kafka.errors import DeliveryError
 
@@ -25,6 +29,27 @@ class Line:
 
     async def abort(self) -> None:
         self.aborted = True
+
+
+class Asked(Line):
+    """Answers after a while, or fails; if it has no answer, nothing is heard from then on."""
+
+    def __init__(self, answer: Any = None) -> None:
+        super().__init__()
+        self.answer = answer
+        self.given_up = False
+
+    async def send(self, _: Any) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        if self.answer is None:
+            self.unheard_seconds = 3.0
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.given_up = True
+        await asyncio.sleep(0.05)
+        return self.answer
 
 
 class Cluster(Client):
@@ -81,6 +106,49 @@ async def test_what_took_the_place_of_one_that_is_left_meanwhile_stays() -> None
     await cluster.with_lines(**silent).leave_unheard(2.0)
     assert list(cluster._connections.values()) == [new]
     assert not new.aborted
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "UNHEARD_SECONDS", 0.02)
+
+
+PRODUCER = SimpleNamespace(error_code=0, producer_id=7)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_an_answer_is_waited_for_as_long_as_something_comes_through() -> None:
+    line = Asked(PRODUCER)
+    assert await Cluster(None, BROKERS).with_lines(b1=line)._ask(FIRST, None) is PRODUCER
+    assert not line.aborted
+
+
+@pytest.mark.usefixtures("soon")
+async def test_where_nothing_is_heard_no_answer_is_waited_for_and_another_is_asked() -> None:
+    """The connection stays: what is under way there may still come through."""
+    silent, sound = Asked(), Asked(PRODUCER)
+    cluster = Cluster(None, BROKERS).with_lines(b1=silent, b2=sound)
+    with pytest.raises(DeliveryError, match="host:1: nothing is heard of it"):
+        await cluster._ask(FIRST, None)
+    await asyncio.sleep(0)
+    assert silent.given_up
+    silent.unheard_seconds = 0.0
+    assert await cluster.producer_id(None) == 7
+    assert not silent.aborted
+    assert list(cluster._connections) == [FIRST, SECOND]
+
+
+@pytest.mark.parametrize("error", [KafkaConnectionError("reset"), TimeoutError(), ValueError("?")])
+async def test_a_connection_that_fails_an_answer_is_aborted_and_another_is_asked(
+    error: Exception,
+) -> None:
+    broken, sound = Asked(error), Asked(PRODUCER)
+    cluster = Cluster(None, BROKERS).with_lines(b1=broken, b2=sound)
+    with pytest.raises(DeliveryError, match="host:1"):
+        await cluster._ask(FIRST, None)
+    assert broken.aborted
+    assert await cluster.producer_id(None) == 7
+    assert not sound.aborted
 
 
 @pytest.mark.parametrize("silent", [1, 2, 3])
