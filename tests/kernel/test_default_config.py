@@ -94,16 +94,16 @@ def test_a_run_goes_by_it_and_reads_it_again(etc: Etc, scope: Scope, tmp_path: P
     output = tmp_path / "events"
     configure(etc, tmp_path, scope, '"process.exec"')
     with etc.start(*STREAMER, "run", "--no-status") as process:
-        wait_for(process, output, b'"stream.manifest"', 1)
+        wait_for(process, output, b'{"event":"stream.manifest"', 1)
         scope.act(serve_and_act)
         scope.act(open_missing, "/no/before/", 10)
-        wait_for(process, output, b'"process.exec"', RUNS)
+        wait_for(process, output, b'{"event":"process.exec"', RUNS)
         code, shown, _ = etc.run(*STREAMER, "status")  # finds the socket by the same file
         assert code == 0
         assert "process.exec" in shown
         configure(etc, tmp_path, scope, '"file.open"')
         process.send_signal(signal.SIGHUP)
-        wait_for(process, output, b'"stream.manifest"', 2)
+        wait_for(process, output, b'{"event":"stream.manifest"', 2)
         scope.act(open_missing, "/no/after/", 20)
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=seconds(60))

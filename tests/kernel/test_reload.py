@@ -245,7 +245,7 @@ def test_a_sink_goes_and_comes_back(scope: Scope, tmp_path: Path) -> None:
         assert f"sinks: {name} gone" in line
         scope.act(open_missing, f"{base}/second/", 2 * EACH)
         agent.wait_for(b"/second/", 2 * EACH)
-        agent.wait_for(b"stream.heartbeat")
+        agent.wait_for(b'{"event":"stream.heartbeat"')
         assert "goes on without this sink" in verified(other)
         agent.write(sinks=both, **wanted)
         assert f"sinks: {name} new" in agent.reload()
@@ -328,7 +328,7 @@ def test_a_broker_is_added_and_taken_out(scope: Scope, tmp_path: Path) -> None:
             agent.write(**wanted)
             agent.reload()
             scope.act(open_missing, f"{base}/after/", EACH)
-            agent.wait_for(b"stream.heartbeat", timeout=seconds(20))
+            agent.wait_for(b'{"event":"stream.heartbeat"', timeout=seconds(20))
             recording = agent.stop(check=False)
     recording._check_ids()
     recording.check_sequence()

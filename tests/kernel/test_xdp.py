@@ -336,7 +336,7 @@ def test_an_interface_that_goes_and_comes_back(near: str, tmp_path: Path) -> Non
         link(near, "add", *pair)
         for name, device in ((near_name, "veth1"), (far_name, "veth2")):
             subprocess.run(["ip", "-n", name, "link", "set", device, "up"], check=True)
-        agent.wait_for(b"stream.manifest", 3)
+        agent.wait_for(b'{"event":"stream.manifest"', 3)
         Role("sender", send, [frame for frame, _ in frames]).result()
         recording = agent.stop(check=False)
     assert recording.returncode == 0
