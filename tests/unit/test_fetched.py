@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import struct
+from types import SimpleNamespace
 from typing import Any
 
 import cramjam
@@ -176,11 +177,11 @@ class Consumer:
         self.places: dict[Any, int] = {}
         """Where the next record of a partition is: of others no broker says so."""
         self.ends: dict[Any, int] = {}
-        self.takes = 0.0
-        """Seconds."""
+        self.now = self.takes = 0.0
+        """Seconds: what the clock says, and how long an answer takes."""
 
     async def getmany(self, **_: Any) -> dict[Any, list[Batch]]:
-        await asyncio.sleep(self.takes)
+        self.now += self.takes
         return self.answers.pop(0) if self.answers else {}
 
     async def position(self, partition: Any) -> int:
@@ -271,19 +272,32 @@ async def test_what_a_broker_has_removed_meanwhile_is_not_waited_for() -> None:
 async def test_a_partition_of_which_nothing_comes_ends_the_reading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not while others go on; and one that waits for a broker to say where it is stops none."""
-    monkeypatch.setattr(kafka, "SILENT_SECONDS", 0.05)
+    """Not while others go on; and one that waits for a broker to say where it is stops none. What
+    goes on and was read to its end does not count.
+    """
+
+    class Live(Consumer):
+        async def position(self, partition: Any) -> int:
+            if source._read[FILES] < 3 * EACH:
+                return source._read[partition]
+            if partition == FILES:
+                self.places[FILES] += 1
+            return await super().position(partition)
+
     source = source_of({OWN: 2 * EACH, FILES: 3 * EACH})
-    consumer = Consumer({OWN: batches(0)}, *({FILES: batches(number)} for number in range(3)))
-    consumer.takes = 0.03
+    each = ({FILES: batches(number)} for number in range(3))
+    consumer = Live({OWN: batches(0)}, next(each), {}, next(each), {}, next(each))
+    consumer.takes = 25.0
     consumer.places = {FILES: 3 * EACH}
+    monkeypatch.setattr(kafka, "time", SimpleNamespace(monotonic=lambda: consumer.now))
     read = await asyncio.wait_for(chunks(source, consumer), 10)
     assert len(read) == 4
+    assert consumer.now == (6 + 3) * consumer.takes
     assert source._read == {OWN: EACH, FILES: 3 * EACH}
     assert not source.complete
     assert not source.trimmed
     (remark,) = source.remarks
-    assert remark.endswith("nothing more came for 0 s of stream, partition 0")
+    assert remark.endswith("nothing more came for 60 s of stream, partition 0")
 
 
 async def test_a_batch_that_cannot_be_read_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
