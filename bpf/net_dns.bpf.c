@@ -177,6 +177,7 @@ enum dns_stream_state {
 	STREAM_UNKNOWN,  /* nobody saw it begin */
 	STREAM_FOLLOWED,
 	STREAM_LOST,     /* where the next message begins is not known any more */
+	STREAM_ENDED,    /* by a FIN or RST: nothing belongs to it from here on */
 };
 
 /* One direction of a TCP connection: messages, each behind its length in two bytes. */
@@ -189,11 +190,12 @@ struct dns_stream {
 	__u8 partial; /* bytes of the message are missing: no more are kept */
 	__u8 half;    /* the first byte of a length has come */
 	__u8 first;   /* that */
-	__u8 ends;    /* the packet of now is the last one */
+	__u8 ends;    /* the packet of now says that it is the last one */
 	__u8 pad;
-	__u32 at;     /* what the packet of now brings: where, how much, and its number */
+	__u32 at;     /* what the packet of now brings: where, how much, its number, and that behind it */
 	__u32 brings;
 	__u32 seq;
+	__u32 end;
 };
 
 #define SENT_BYTES 512
@@ -1056,7 +1058,8 @@ static __always_inline void lose_stream(struct __sk_buff *skb, struct dns_stream
 }
 
 /* Bytes that have come before are left out. Where some are missing, the message goes on without them,
- * unless it is not known where the next one begins. An enum follow, as of the next. */
+ * unless it is not known where the next one begins. What comes behind an end says that TCP did not take
+ * that end. An enum follow, as of the next. */
 __noinline int find_start(struct __sk_buff *skb, __u32 sent)
 {
 	struct dns_connection *connection = connection_of(skb);
@@ -1066,6 +1069,8 @@ __noinline int find_start(struct __sk_buff *skb, __u32 sent)
 	if (!connection)
 		return FOLLOW_END;
 	stream = sent ? &connection->sent : &connection->received;
+	if (stream->state == STREAM_ENDED && (int)(stream->end - stream->next) <= 0)
+		stream->brings = 0;
 	if (!stream->brings)
 		return FOLLOW_END;
 	missing = stream->seq - stream->next;
@@ -1124,7 +1129,8 @@ __noinline int take_piece(struct __sk_buff *skb, __u32 sent)
 
 /* What a packet brings, after its last piece: with more messages than are looked at, the next one is not
  * to be found. A message that the end of its connection cuts off is told of nowhere, and counted once,
- * however often that end comes. */
+ * however often that end comes. TCP looks at numbers only behind this hook: what has another number than
+ * is expected, as an old packet or a forged one, is no end. */
 __noinline int find_end(struct __sk_buff *skb, __u32 sent)
 {
 	struct dns_connection *connection = connection_of(skb);
@@ -1135,12 +1141,11 @@ __noinline int find_end(struct __sk_buff *skb, __u32 sent)
 	stream = sent ? &connection->sent : &connection->received;
 	if (stream->brings)
 		lose_stream(skb, stream);
-	if (stream->ends && stream->state == STREAM_FOLLOWED &&
-	    (int)(stream->seq - stream->next) <= 0 && (stream->left || stream->half)) {
-		stream->left = 0;
-		stream->half = 0;
+	if (!stream->ends || stream->state != STREAM_FOLLOWED || stream->end != stream->next)
+		return 0;
+	stream->state = STREAM_ENDED;
+	if (stream->left || stream->half)
 		count_fault(FAULT_DNS_MALFORMED);
-	}
 	return 0;
 }
 
@@ -1204,6 +1209,7 @@ static __noinline bool begin_packet(struct __sk_buff *skb, struct bpf_sock *sk, 
 	stream->at = packet.at;
 	stream->brings = packet.length;
 	stream->seq = packet.seq + begins;
+	stream->end = stream->seq + packet.length;
 	stream->ends = ends;
 	return packet.length || ends;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import struct
 import subprocess
 import time
 from collections import Counter
@@ -39,6 +40,7 @@ from tests.kernel.test_net_dns import (
     recorded,
     told,
 )
+from tests.kernel.test_net_drop_fuzz import checksum
 from tests.kernel.unprivileged import become
 
 pytestmark = pytest.mark.kernel
@@ -465,6 +467,76 @@ def test_a_connection_that_cannot_be_followed_says_so(tmp_path: Path, scope: Sco
     assert len(events) == 3
     none = 2 * MESSAGES - 1  # queries, where responses are due
     assert recording.heartbeat.faults == {"dns_unfollowed": 1, "dns_malformed": none}
+
+
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
+REPAIR, REPAIRED, SEND_QUEUE = 1, -1, 2
+FIN, RST = 1, 4
+BEHIND = (-1, -8, -(1 << 20), -(1 << 31) + 64)
+"""Of the number that is expected."""
+
+
+def next_number(connection: socket.socket) -> int:
+    """That of the byte which the connection sends next."""
+    connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, REPAIR)
+    connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
+    number = connection.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ)
+    connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, REPAIRED)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # which that took away
+    return number
+
+
+def forge(connection: socket.socket, flags: int, number: int) -> None:
+    """Send the other end what looks as if it came from here."""
+    peer = connection.getpeername()
+    ports, words = (PORT, peer[1]), 5
+    head = struct.pack("!HHIIBBHHH", *ports, number & 0xFFFFFFFF, 0, words << 4, flags, 0, 0, 0)
+    addresses = socket.inet_aton("127.0.0.1") * 2
+    pseudo = addresses + struct.pack("!HH", socket.IPPROTO_TCP, len(head))
+    head = head[:16] + struct.pack("!H", checksum(pseudo + head)) + head[18:]
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as sender:
+        sender.sendto(head, (peer[0], 0))
+
+
+def answer_with(forged: list[tuple[int, int]], name: bytes) -> None:
+    """In the middle of each of two responses come such packets: flags, distance from the number."""
+
+    def answer(connection: socket.socket) -> None:
+        for _ in range(2):
+            data = framed(response(read_framed(connection), ONE_A, 1))
+            for flags, distance in forged:
+                in_pieces(connection, data[:7])
+                data = data[7:]
+                forge(connection, flags, next_number(connection) + distance)
+            in_pieces(connection, data)
+
+    with over_tcp(answer) as client:
+        for number in range(2):
+            client.sendall(framed(query(number, question(name))))
+            read_framed(client)
+
+
+def end_in_the_middle() -> None:
+    """By packets none of which TCP takes: of other numbers, and without an acknowledgement."""
+    answer_with([(flag, behind) for behind in BEHIND[:2] for flag in (FIN, RST)], b"old.test")
+    answer_with([(flag, behind) for behind in BEHIND[2:] for flag in (FIN, RST)], b"older.test")
+    answer_with([(FIN, 1), (RST, 1 << 30)], b"ahead.test")
+    answer_with([(FIN, 0)], b"end.test")
+
+
+IN_TIME = f"[kernel]\ndns_timeout_seconds = {round(seconds(1))}\n"
+
+
+def test_an_end_that_tcp_does_not_take(tmp_path: Path, scope: Scope) -> None:
+    """One of another number ends nothing; behind one of the right number nothing is guessed."""
+    _, recording = recorded(tmp_path, scope, end_in_the_middle, config=IN_TIME, wait=8)
+    assert Counter((event.query, event.state) for event in recording.of("net.dns")) == {
+        ("old.test", "answered"): 2,
+        ("older.test", "answered"): 2,
+        ("ahead.test", "answered"): 2,
+        ("end.test", "unfollowed"): 2,
+    }
+    assert recording.heartbeat.faults == {"dns_unfollowed": 1, "dns_malformed": 1}
 
 
 # ---------------------------------------------------------------- the address of the record
