@@ -332,7 +332,8 @@ class StreamHeartbeat(StreamRecord, tag="stream.heartbeat", gc=False):
         dict[str, Count],
         Meta(
             description="what went wrong in the kernel apart from numbered losses, if it did: "
-            "tables that were full, memory that could not be read, changes that no program saw"
+            "tables that were full, memory that could not be read, changes that no program saw, "
+            "packets and messages that are none. Of the whole machine, whatever the filters are"
         ),
     ]
     missed: Annotated[

@@ -112,11 +112,16 @@ BAD = {
 """What makes each alert fire, in the place of what the agent said: a series, and its values."""
 NEW = ("streamer_lost_events_total", "streamer_skipped_runs_total", "streamer_faults_total")
 """Series that a healthy agent may not have."""
+FORGED = {
+    f'streamer_faults_total{{fault="{fault}"': RISES
+    for fault in ("dns_malformed", "packet_malformed")
+}
+"""What anybody makes with a packet."""
 
 
 @pytest.mark.usefixtures("have_prometheus")
 def test_each_alert_has_what_makes_it_fire(scope: Scope, tmp_path: Path, port: int) -> None:
-    """With the series of a real agent, which alone let none of them fire."""
+    """With the series of a real agent, which alone let none of them fire, nor do forged packets."""
     config = metrics_at(port, "\n[kernel]\nflows = 1000\n")
     options = (*scope.options, "--interface", "lo")
     with Agent(tmp_path, *options, events="process.*,net.flow", config=config) as agent:
@@ -129,7 +134,7 @@ def test_each_alert_has_what_makes_it_fire(scope: Scope, tmp_path: Path, port: i
         for series, value in re.findall(r"^(streamer_\S+|streamer_\S+\{.*\}) (\S+)$", page, re.M)
     }
     assert set(BAD) == {what for what, _ in expressions() if what.startswith("Streamer")}
-    tests = [alert_test(base, "")]
+    tests = [alert_test(base, ""), alert_test(base | FORGED, "")]
     for alert, bad in BAD.items():
         found = {series.replace("SINK", f"file:{agent.output}"): bad[series] for series in bad}
         for series in found:
