@@ -1,4 +1,8 @@
-"""Maps that only much at once, or a smaller size, can fill: docs/limits.md has all of them."""
+"""Maps that only much at once, or a smaller size, can fill: docs/limits.md has all of them.
+
+Mostly in the test's own process, where it is seen with which size a map was made. Tables that an
+agent fills as it is configured are in test_full_tables.py.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +32,7 @@ from tests.conftest import Require
 from tests.golden.make import drained
 from tests.kernel import flow_reading
 from tests.kernel.agent import TCP_KINDS, kind_of
+from tests.kernel.bpf_maps import maps_of
 from tests.kernel.live import Live
 from tests.kernel.pace import repetitions, seconds
 from tests.kernel.packets import IPV4, UDP, ethernet, ipv4, udp
@@ -101,10 +107,12 @@ def test_more_flows_than_the_index_has_room_for(monkeypatch: Patch) -> None:
 SLOTS, ROUNDS = 64, 4
 
 
-def flows_in_rounds() -> tuple[flow_reading.Counts, Counter[str], dict[str, int]]:
-    """As many flows as there are slots, again and again. What is told, and why; faults."""
+def flows_in_rounds() -> tuple[flow_reading.Counts, Counter[str], dict[str, int], list[int]]:
+    """As many flows as there are slots, again and again. What is told, and why; faults; the room
+    of the map of free slots."""
     kernel = state.load(Settings(kernel=Kernel(interfaces=("lo",), flows=SLOTS)), {FLOW})
     try:
+        room = [one.entries for one in maps_of() if one.name == "free_slots"]
         kernel.attach()
         assert kernel.flows is not None
         fd = kernel.program_fds["flow_egress"]
@@ -117,7 +125,7 @@ def flows_in_rounds() -> tuple[flow_reading.Counts, Counter[str], dict[str, int]
                 pass
         events = [case.event for case in drained(kernel, "bulk")]
         why = Counter(str(event["reason"]) for event in events)
-        return flow_reading.counts_of(events), why, faults_of(kernel)
+        return flow_reading.counts_of(events), why, faults_of(kernel), room
     finally:
         kernel.close()
 
@@ -125,7 +133,8 @@ def flows_in_rounds() -> tuple[flow_reading.Counts, Counter[str], dict[str, int]
 def test_slots_that_cannot_be_given_back(monkeypatch: Patch) -> None:
     """They are found again: no packet is missing. What makes way for others is counted as that."""
     give_room(monkeypatch, "tc_classifier", "free_slots", 1)
-    counts, why, faults = Role("test", in_own_network, flows_in_rounds).result()
+    counts, why, faults, room = Role("test", in_own_network, flows_in_rounds).result()
+    assert room == [1]
     packets = [count for (_, _, what), count in counts.items() if what == "packets"]
     assert packets == [TIMES] * SLOTS * ROUNDS
     assert faults.get("FLOWS_EVICTED", 0) == why["evicted"]
@@ -141,8 +150,7 @@ ANOTHERS = 5
 
 def serve_all() -> Any:
     """Accept all that come, until the test lets it close them."""
-    raise_limit()
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+    with many_descriptors(), socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         checkpoint(listener.getsockname()[1])
         accepted = [listener.accept()[0] for _ in range(CONNECTIONS + ANOTHERS)]
         checkpoint()
@@ -152,9 +160,15 @@ def serve_all() -> Any:
     return os.getpid()
 
 
-def raise_limit() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+@contextmanager
+def many_descriptors() -> Iterator[None]:
+    """As many as may be, for this process."""
+    had, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (had, most))
 
 
 def connect_some(port: int) -> list[int]:
@@ -168,8 +182,11 @@ def connect_some(port: int) -> list[int]:
 
 def test_more_connections_of_the_agents_own_than_are_remembered(scope: Scope) -> None:
     """At the other end those that were forgotten make events; and what others do makes all."""
-    raise_limit()
-    with Live(scope, TCP_KINDS.split(",")) as live, scope.start(serve_all) as server:
+    with (
+        many_descriptors(),
+        Live(scope, TCP_KINDS.split(",")) as live,
+        scope.start(serve_all) as server,
+    ):
         port = server.reached()
         server.proceed()
         own = [socket.create_connection(("127.0.0.1", port)) for _ in range(CONNECTIONS)]
@@ -244,6 +261,11 @@ FAILING, KNOWN = 64, 1
 FIFO_PRIORITY = 10
 
 
+def waiting() -> int:
+    """Connections of this network namespace that wait for an answer to their SYN."""
+    return Path("/proc/thread-self/net/tcp").read_text().count(" 02 ")
+
+
 def fail_together() -> int:
     """Connects whose SYNs are dropped, until nobody listens: then all are refused at once.
 
@@ -264,14 +286,18 @@ def fail_together() -> int:
     began = time.monotonic()
     for one in threads:
         one.start()
-    while Path("/proc/thread-self/net/tcp").read_text().count(" 02 ") < FAILING:
+    deadline = began + seconds(10)
+    while waiting() < FAILING:
+        assert time.monotonic() < deadline, f"{waiting()} are waiting"
         time.sleep(0.001)
     listener.close()
     time.sleep(max(0, began + 0.9 - time.monotonic()))
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(FIFO_PRIORITY))
-    while " 02 " in Path("/proc/thread-self/net/tcp").read_text():
-        pass
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    try:
+        while waiting():
+            assert time.monotonic() < deadline, f"{waiting()} are still waiting"
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     for one in threads:
         one.join()
     return Counter(refused)[errno.ECONNREFUSED]
@@ -281,10 +307,12 @@ def test_more_connects_that_fail_than_are_remembered(scope: Scope, monkeypatch: 
     """Each is told; those that were forgotten before they returned are told twice."""
     give_room(monkeypatch, "net", "failed_connects", KNOWN)
     with Live(scope, {"net.connect"}) as live:
+        held = {one.name: one.entries for one in live.maps()}
         failed = scope.act(in_own_network, fail_together)
         live.check()
         found = Counter((one.errno, one.local_port) for one in live.events)
         faults = faults_of(live.state)
+    assert held["failed_connects"] == KNOWN
     assert failed == len(found) == FAILING
     assert {error for error, _ in found} == {errno.ECONNREFUSED}
     assert {*found.values()} == {1, 2}
@@ -337,11 +365,14 @@ class Memory:
 @pytest.fixture
 def memory(require: Require) -> Iterator[Memory]:
     """In the hierarchy of version 1 or 2, whichever has the controller."""
+    command_line = Path("/proc/cmdline").read_text()
+    for off in ("nokmem", "nobpf"):
+        require(off not in command_line, f"cgroup.memory={off}: cgroups are charged for no map")
     own = dict(
         (line.split(":")[1], line.split(":", 2)[2])
         for line in Path("/proc/self/cgroup").read_text().splitlines()
     )
-    found = None
+    found, control = None, None
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, place, kind, options, *_ = line.split()
         root = Path(place)
@@ -349,12 +380,27 @@ def memory(require: Require) -> Iterator[Memory]:
             names = "memory.usage_in_bytes", "memory.limit_in_bytes"
             found = Memory(root, *names, root / own["memory"].lstrip("/"))
         elif kind == "cgroup2" and "memory" in (root / "cgroup.controllers").read_text().split():
-            (root / "cgroup.subtree_control").write_text("+memory")
+            control = enabled(root / "cgroup.subtree_control", require)
             found = Memory(root, "memory.current", "memory.max", root / own[""].lstrip("/"))
     require(found, "there is no memory controller of cgroups")
     assert found is not None
-    with found as made:
-        yield made
+    try:
+        with found as made:
+            yield made
+    finally:
+        if control is not None:
+            control.write_text("-memory")
+
+
+def enabled(control: Path, require: Require) -> Path | None:
+    """Have cgroups below this one account for memory; where to take that back, if they did not."""
+    if "memory" in control.read_text().split():
+        return None
+    try:
+        control.write_text("+memory")
+    except OSError as error:
+        require(False, f"cgroups cannot be made to account for memory: {error}")
+    return control
 
 
 def open_at_once(path: str) -> None:
@@ -406,8 +452,7 @@ def test_starts_of_opens_without_memory(
     assert lost == 0
     assert TASKS - missed <= len(opens) <= TASKS
     assert 0 < without < len(opens)
-    # Others on this machine open files, too.
-    assert faults.keys() == {"OPEN_STARTS_FULL"}
+    # Faults are the whole machine's, and others open files, too.
     assert faults["OPEN_STARTS_FULL"] >= without
 
 
@@ -422,7 +467,7 @@ def ask_for_priorities() -> None:
 def test_starts_of_system_calls_without_memory(
     scope: Scope, memory: Memory, require_kernel: Require
 ) -> None:
-    """Each call is in the latencies, or counted as one that is not."""
+    """Each call is in the latencies, or counted as one that is not, or its run was left out."""
     require_kernel(IS_CHARGED, CHARGES)
     memory.enter()
     with Timing(scope, "getpriority") as timing:
@@ -430,6 +475,7 @@ def test_starts_of_system_calls_without_memory(
         memory.is_used_up()
         scope.act(ask_for_priorities)
         timed = timing.of_all()["getpriority"].count
-        faults = faults_of(timing.state)
+        full = faults_of(timing.state)["SYSCALL_STARTS_FULL"]
+        missed = sum(timing.state.missed().values())  # runs that the kernel left out
     assert 0 < timed < TASKS
-    assert faults == {"SYSCALL_STARTS_FULL": TASKS - timed}
+    assert TASKS - missed <= timed + full <= TASKS

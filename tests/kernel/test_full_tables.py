@@ -1,4 +1,8 @@
-"""Tables that are full, as far as no other test fills them: docs/limits.md has all of them."""
+"""Tables that are full, as far as no other test fills them: docs/limits.md has all of them.
+
+Filled from outside, of an agent as it is configured. Those that only much at once, or a size that
+cannot be configured, can fill are in test_full_maps.py.
+"""
 
 from __future__ import annotations
 
