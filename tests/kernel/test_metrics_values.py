@@ -19,8 +19,9 @@ from streamer.operation.look import Look, SinkLook
 from tests.brokers import MosquittoBroker, free_port
 from tests.kernel.agent import ROOT, Agent, Recording, kind_of
 from tests.kernel.flows import CONFIG as FLOWS_CONFIG
-from tests.kernel.flows import Near, observe
+from tests.kernel.flows import Near, in_netns, observe
 from tests.kernel.pace import seconds
+from tests.kernel.roles import Role
 from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
 from tests.kernel.test_metrics import metrics_at
@@ -293,13 +294,23 @@ def test_the_table_of_flows(tmp_path: Path) -> None:
         return ports, page("table_used", **table), page("table_size", **table)
 
     told = metrics_at(port, f"{FLOWS_CONFIG}flows = 1000\n")
-    seen = observe(tmp_path, act, config=told)
+    seen = observe(tmp_path, act, config=told, prepare=without_ipv6)
     ports, used, size = seen.result
     flows = seen.recording.of("net.flow")
     assert {kind_of(one) for one in flows} == {"net.flow"}
     ours = Counter(one.client_port for one in flows if one.client_port in ports)
     assert ours == Counter(ports)
     assert (used, size) == (len(flows), 1000)
+
+
+def without_ipv6(_: str, far: str) -> None:
+    """At both ends: its addresses are looked for, and routers, while the test runs."""
+    disable_ipv6("veth1")
+    Role("far", in_netns, far, disable_ipv6, ("veth2",)).result()
+
+
+def disable_ipv6(device: str) -> None:
+    Path(f"/proc/sys/net/ipv6/conf/{device}/disable_ipv6").write_text("1")
 
 
 def broadcast(count: int) -> set[int]:

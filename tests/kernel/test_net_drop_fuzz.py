@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -203,11 +204,17 @@ def receive(near: str, far: str, frames: list[tuple[int, bytes]]) -> tuple[int, 
     return netns_inode(), after
 
 
+AT_ONCE, PAUSE = 256, 0.001
+"""So that no queue on the way is full."""
+
+
 def send_all(address: bytes, frames: list[tuple[int, bytes]]) -> None:
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
         sender.bind(("veth2", 0))
-        for kind, packet in frames:
+        for number, (kind, packet) in enumerate(frames, 1):
             sender.send(address + bytes(6) + struct.pack("!H", kind) + packet)
+            if number % AT_ONCE == 0:
+                time.sleep(PAUSE)
 
 
 def test_a_hundred_thousand_malformed_packets(require: Require) -> None:

@@ -23,9 +23,10 @@ from streamer.verify.report import Run, VerifyReport
 from tests.brokers import KafkaBroker, MosquittoBroker
 from tests.kafka_helpers import create
 from tests.kernel.agent import ROOT, Agent, Recording, kind_of
+from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import open_missing
-from tests.kernel.watch import DRAWN_ANEW, Watch
+from tests.kernel.verify_watch import DRAWN_ANEW, Watch
 
 pytestmark = pytest.mark.kernel
 
@@ -287,7 +288,7 @@ def _a_topic(kafka: KafkaBroker, url: str, scope: Scope, tmp_path: Path) -> None
     assert middle.records == len(records) - len(records) // 2
     assert verify(url, "--from", "1h").records == len(records)
     assert verify(url, "--from", "end").records == 0
-    assert verify(url, "--duration", "2s").records == len(records)
+    assert verify(url, "--duration", f"{seconds(2):g}s").records == len(records)
 
     opens = [i for i, line in enumerate(records) if line.startswith(b'{"event":"file.open"')]
     gone, twice = opens[100], opens[200]

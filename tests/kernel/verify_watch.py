@@ -45,11 +45,14 @@ class Watch:
 
     @property
     def lines(self) -> list[Progress]:
-        """All that was drawn, each anew over the one before, and nothing else."""
+        """All that was drawn, each anew over the one before, and nothing else.
+
+        Of the last one only a part may have been read; or it is empty: taken away at the end.
+        """
         first, *drawn = self.shown.split(DRAWN_ANEW)
-        assert first == b""
-        if drawn and not drawn[-1]:
-            drawn.pop()  # taken away at the end
+        assert first == b"" if drawn else DRAWN_ANEW.startswith(first), self.shown
+        if drawn and not _LINE.fullmatch(drawn[-1]):
+            drawn.pop()
         found = []
         for one in drawn:
             match = _LINE.fullmatch(one)
@@ -61,11 +64,12 @@ class Watch:
     def until(self, records: int) -> Progress:
         """Wait until so many are shown as read."""
         deadline = time.monotonic() + SECONDS
-        while not self.shown or self.lines[-1].records < records:
+        while True:
+            if (lines := self.lines) and lines[-1].records >= records:
+                return lines[-1]
             assert time.monotonic() < deadline, self.shown
             assert self._process.poll() is None, self.shown
             self._look(0.1)
-        return self.lines[-1]
 
     def end(self, number: signal.Signals = signal.SIGINT) -> tuple[int, VerifyReport]:
         """The exit code after the signal, and the report."""
