@@ -108,7 +108,8 @@ def _rows(transport: str) -> Iterator[Row]:
 
 def row(loader: Loader, made: _Sensor, info: ProgramInfo) -> Row:
     """One of them."""
-    opened = loader._open(made.info.name)
+    with told_by_libbpf() as of_opening:
+        opened = loader._open(made.info.name)
     try:
         program = opened.programs.get(info.name)
         place = made.info.name, info.name, program.section if program else ""
@@ -126,14 +127,15 @@ def row(loader: Loader, made: _Sensor, info: ProgramInfo) -> Row:
             program.set_function(loader._typed_functions(made)[0])
         program.keep_log(figures=True)
         try:
-            with told_by_libbpf() as told:
+            with told_by_libbpf() as of_loading:
                 opened.load()
         except OSError as error:
             lines = program.log.splitlines()
             return Row(*place, f"{error.strerror}: {' / '.join(lines[-3:])}")
         insns, states, depths = figures(program.log)
         stack = deepest(loaded(program.fd), depths)
-        return Row(*place, "loads", insns, states, stack, (*warnings(program.log), *told))
+        told = (*warnings(program.log), *of_opening, *of_loading)
+        return Row(*place, "loads", insns, states, stack, told)
     finally:
         opened.close()
 
