@@ -220,7 +220,7 @@ struct process_exit {
 struct file_open {
 	struct event_base base;
 	struct event_task task;
-	__u64 latency_ns AS("ns") DOC("time the system call took; 0 unless `open_latency` is configured, and without BTF of the kernel's own");
+	__u64 latency_ns AS("ns") DOC("time the system call took; 0 unless `open_latency` is configured, which needs Linux 5.12 and BTF of the kernel's own");
 	__u64 inode DOC("inode number of the file; 0 when the open failed");
 	__u32 dev DOC("device of its file system, as stat() gives it; 0 when the open failed");
 	__s32 fd RANGE("-1..") DOC("file descriptor; -1 when the open failed");

@@ -109,7 +109,7 @@ class ProcessExit(TaskEvent, tag="process.exit", gc=False):
 class FileOpen(TaskEvent, tag="file.open", gc=False):
     """A call of open, creat, openat or openat2 returned."""
 
-    latency_ns: Annotated[int, Meta(ge=0, description="time the system call took; 0 unless `open_latency` is configured, and without BTF of the kernel's own")]
+    latency_ns: Annotated[int, Meta(ge=0, description="time the system call took; 0 unless `open_latency` is configured, which needs Linux 5.12 and BTF of the kernel's own")]
     inode: Annotated[int, Meta(ge=0, description="inode number of the file; 0 when the open failed")]
     dev: Annotated[int, Meta(ge=0, le=4294967295, description="device of its file system, as stat() gives it; 0 when the open failed")]
     fd: Annotated[int, Meta(ge=-1, le=2147483647, description="file descriptor; -1 when the open failed")]
@@ -760,7 +760,7 @@ KINDS: dict[str, KindInfo] = {
     "file.open": KindInfo("file.open", FileOpen, "bulk", "A call of open, creat, openat or openat2 returned.", (
         *_BASE_INFO,
         *_TASK_INFO,
-        FieldInfo("latency_ns", "integer", "time the system call took; 0 unless `open_latency` is configured, and without BTF of the kernel's own"),
+        FieldInfo("latency_ns", "integer", "time the system call took; 0 unless `open_latency` is configured, which needs Linux 5.12 and BTF of the kernel's own"),
         FieldInfo("inode", "integer", "inode number of the file; 0 when the open failed"),
         FieldInfo("dev", "integer", "device of its file system, as stat() gives it; 0 when the open failed"),
         FieldInfo("fd", "integer from -1 to 2147483647", "file descriptor; -1 when the open failed"),
