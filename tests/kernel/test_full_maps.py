@@ -452,8 +452,9 @@ def test_starts_of_opens_without_memory(
     assert lost == 0
     assert TASKS - missed <= len(opens) <= TASKS
     assert 0 < without < len(opens)
-    # Faults are the whole machine's, and others open files, too.
-    assert faults["OPEN_STARTS_FULL"] >= without
+    # Faults are the whole machine's, and others open files, too. A run that was left out noted no
+    # start either.
+    assert faults["OPEN_STARTS_FULL"] >= without - missed
 
 
 def ask_for_priorities() -> None:
