@@ -23,8 +23,8 @@ class Span(Struct, frozen=True):
     ]
 
 
-class Cell(Struct, frozen=True):
-    """Events of one ring, CPU and kind: the last heartbeat's counts, and what is there."""
+class Counted(Struct, frozen=True):
+    """The last heartbeat's counts of some events, and what is there."""
 
     produced: Annotated[Count, Meta(description="happened")]
     filtered: Annotated[Count, Meta(description="kept back by a filter in the kernel")]
@@ -32,6 +32,11 @@ class Cell(Struct, frozen=True):
     lost: Annotated[Count, Meta(description="found no room in the kernel")]
     read: Annotated[Count, Meta(description="read from the ring and decoded")]
     there: Annotated[Count, Meta(description="are there, each counted once")]
+
+
+class Cell(Counted, frozen=True):
+    """Events of one ring, CPU and kind: the last heartbeat's counts, and what is there."""
+
     not_there: Annotated[
         Count,
         Meta(
@@ -88,15 +93,9 @@ class Place(Struct, frozen=True):
     kinds: Annotated[dict[str, Cell], Meta(description="events per kind")]
 
 
-class Account(Struct, frozen=True):
+class Account(Counted, frozen=True):
     """Events of one kind: the last heartbeat's counts, and what is there."""
 
-    produced: Annotated[Count, Meta(description="happened")]
-    filtered: Annotated[Count, Meta(description="kept back by a filter in the kernel")]
-    shed: Annotated[Count, Meta(description="kept back by sampling")]
-    lost: Annotated[Count, Meta(description="found no room in the kernel")]
-    read: Annotated[Count, Meta(description="read from the ring and decoded")]
-    there: Annotated[Count, Meta(description="are there, each counted once")]
     given_up: Annotated[Count, Meta(description="told as given up by the sink")]
     missing: Annotated[
         Count,

@@ -825,6 +825,17 @@ async def test_a_defect_in_its_thread_is_seen_and_costs_no_event(
     await run.stop()
 
 
+async def fill(run: Run) -> list[Batch]:
+    """Start it, and give it more than its sink takes: the rest is on disk."""
+    await run.start(hold=True)
+    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(100)]
+    for one in sent:
+        run.sink.submit(one)
+        await asyncio.sleep(0)
+    await run.until(lambda: not run.sink._writing and run.sink.spooled)
+    return sent
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["first", "middle", "last"])
 async def test_a_row_that_always_makes_a_defect_holds_up_no_other(
     directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, share: float
@@ -832,12 +843,7 @@ async def test_a_row_that_always_makes_a_defect_holds_up_no_other(
     """Those before it are delivered, and it is a loss with its reason when it was tried enough."""
     monkeypatch.setattr("streamer.spool.sink.RETRY_SECONDS", 0.1)
     run = Run(directory, budget=1 << 18)
-    await run.start(hold=True)
-    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(100)]
-    for one in sent:
-        run.sink.submit(one)
-        await asyncio.sleep(0)
-    await run.until(lambda: not run.sink._writing and run.sink.spooled)
+    sent = await fill(run)
     on_disk = run.sink._disk
     assert on_disk > 20
     at = 100 - on_disk + round(share * (on_disk - 1))
@@ -870,12 +876,7 @@ async def test_want_of_memory_is_no_fault_of_a_row(
     """It is tried for as long as it takes, and costs no event."""
     monkeypatch.setattr("streamer.spool.sink.RETRY_SECONDS", 0.02)
     run = Run(directory, budget=1 << 18)
-    await run.start(hold=True)
-    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(100)]
-    for one in sent:
-        run.sink.submit(one)
-        await asyncio.sleep(0)
-    await run.until(lambda: not run.sink._writing and run.sink.spooled)
+    sent = await fill(run)
     wants = [MemoryError()] * (3 * TRIES)
 
     def short(row: Item | Unreadable, run_id: str) -> tuple[Batch, str]:
