@@ -24,7 +24,8 @@ from streamer.verify.records import (
     decode,
     decode_own,
 )
-from streamer.verify.run import SILENT_NS, Run, previous_of
+from streamer.verify.run import Run, previous_of
+from streamer.verify.silence import Silence
 
 MOST_BAD = 10
 """Malformed records that are quoted."""
@@ -32,7 +33,6 @@ MOST_BAD = 10
 MOST_RUNS = 100_000
 """Runs, by far more than a topic of thousands of hosts holds: whoever writes more is no agent."""
 
-_TIMES = 3
 _CPUS = 65536
 
 
@@ -207,9 +207,9 @@ class Ledger:
             if ended or lanes[teller.host].has_replayed(teller):
                 before.take_marks(one for one in previous.marks if one.sink in sinks)
         for runs in hosts.values():
-            newest_first = runs[::-1]  # one that has gone on is found at once
+            silence = Silence(runs)
             for run in runs:
-                run.silent = run.end == "open" and (ended or is_silent(run, newest_first))
+                run.silent = run.end == "open" and (ended or silence.has(run))
         told = {
             host: report.Host(
                 len(runs) - 1,
@@ -258,9 +258,3 @@ class Ledger:
             malformed_first=self._bad,
             hosts=hosts,
         )
-
-
-def is_silent(run: Run, runs: Iterable[Run]) -> bool:
-    """Whether others of the host go on, and the run has said nothing for longer than it would."""
-    patience = max(SILENT_NS, _TIMES * run.longest_ns)
-    return any(other.after(run) > patience for other in runs if other is not run)

@@ -31,9 +31,6 @@ _NOTHING = SinkCell(0, 0, 0)
 STEP_NS = 100_000_000
 """By so much at least the clock was set; by less a clock is slewed, and measured."""
 
-SILENT_NS = 60_000_000_000
-"""A run that says nothing for so long, or three times as long as ever before, has ended."""
-
 MOST_BASES = 100
 """Heartbeats among which one is looked for that is ahead of all that is there."""
 
@@ -107,14 +104,6 @@ class Run:
         """Note the time of a record, and where it was."""
         self.saw(line)
         self.lanes[lane] = max(self.lanes.get(lane, 0), line.boot_ns)
-
-    def after(self, run: Run) -> int:
-        """How long it has gone on after another, in ns; about, if that was in an earlier boot."""
-        if self.boot_id == run.boot_id:
-            return self.last_boot_ns - run.last_boot_ns
-        if self.number < run.number:  # a boot ends before the next: whatever the clock said then
-            return 0
-        return self.last_ns - (run.last_boot_ns + run.offset)
 
     def set_clock(self, line: Line) -> None:
         """The wall clock is another than before: it was set, or slewed."""

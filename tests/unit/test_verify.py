@@ -22,6 +22,7 @@ from streamer.verify.numbers import Numbers
 from streamer.verify.records import Chunk, Line, split_msgpack
 from streamer.verify.report import Place, Run, VerifyReport
 from streamer.verify.run import Run as RunState
+from streamer.verify.silence import Silence
 from streamer.verify.start import parse_start
 from streamer.verify.text import report_text
 from streamer.verify.told import Segment, Vague, assign, cut
@@ -677,6 +678,39 @@ def test_who_has_replayed_is_the_same_as_by_asking_every_run(drawn: list[Any]) -
     asked = [*runs]
     runs.clear()  # of thousands of runs each is looked at once, and not for each other
     assert [found.has_replayed(run) for run in asked] == expected
+
+
+def silent_by_all(run: RunState, runs: list[RunState]) -> bool:
+    """What `Silence.has` means, by asking every other run."""
+    after = [0]
+    for other in runs:
+        if other.boot_id == run.boot_id:
+            after.append(other.last_boot_ns - run.last_boot_ns)
+        elif other.number > run.number:
+            after.append(other.last_ns - (run.last_boot_ns + run.offset))
+    return max(after) > max(60 * SECOND, 3 * run.longest_ns)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["", "a", "b"]),
+            st.sampled_from([0, 20 * SECOND, 21 * SECOND, 60 * SECOND]),
+            st.sampled_from([0, 1, 60, 61, 63, 64, 200]),
+            st.sampled_from([0, 1, 60, 61, 63, 64, 200]),
+        ),
+        max_size=6,
+    )
+)
+def test_who_is_silent_is_the_same_as_by_asking_every_run(drawn: list[Any]) -> None:
+    runs = []
+    for number, (boot_id, longest_ns, boot_seconds, seconds) in enumerate(drawn):
+        line = Line("file.open", "x", seconds * SECOND, boot_seconds * SECOND, "node-1")
+        run = RunState(str(number), line, number)
+        run.boot_id, run.longest_ns = boot_id, longest_ns
+        runs.append(run)
+    silence = Silence(runs[::-1])
+    assert [silence.has(run) for run in runs] == [silent_by_all(run, runs) for run in runs]
 
 
 def test_a_host_that_was_killed_often() -> None:
