@@ -191,6 +191,10 @@ FRAMES: dict[str, tuple[bytes, Class]] = {
         ethernet(IPV6, ipv6(FRAGMENT, fragment(UDP, bytes(100), 200, False))),
         Class("none", "ipv6", "udp", "none", "later_fragment"),
     ),
+    "IPv6, last fragment of what begins with options": (
+        ethernet(IPV6, ipv6(FRAGMENT, fragment(OPTIONS, bytes(100), 200, False))),
+        Class("none", "ipv6", "none", "none", "later_fragment"),
+    ),
     "IPv6, a fragment that is all": (
         ethernet(IPV6, ipv6(FRAGMENT, fragment(UDP, udp(5000, 5001), 0, False))),
         _U6,
