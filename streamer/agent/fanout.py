@@ -357,7 +357,8 @@ class Fanout(Listener):
         """See `Listener`."""
         recovered = False
         if status == "down":
-            self._trouble[sink] = _Trouble(reason, time.monotonic())
+            known = self._trouble.setdefault(sink, _Trouble(reason, time.monotonic()))
+            known.reason = reason  # which may be found later than that it is down
         elif status == "up":
             recovered = self._trouble.pop(sink, None) is not None
         if self.stopping or sink in self.leaving:
@@ -372,6 +373,11 @@ class Fanout(Listener):
         _log.log(level, "%s is %s%s", sink.name, status, f": {reason}" if reason else "")
         if status == "closed":
             self._fail(sink, reason)
+
+    def why_down(self, sink: Sink) -> str:
+        """Why a sink is down, in one line; empty if it is not."""
+        trouble = self._trouble.get(sink)
+        return " ".join(trouble.reason.split()) if trouble and sink.status == "down" else ""
 
     def still_down(self, now: float) -> list[str]:
         """What is to be logged at `now`, of the monotonic clock, of sinks that stay down."""

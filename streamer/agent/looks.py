@@ -103,7 +103,8 @@ class Looks:
             yield f"the agent is {phase}"
         for sink in self._fanout.sinks:
             if sink.status != "up":
-                yield f"{sink.name} is {sink.status}"
+                why = self._fanout.why_down(sink)
+                yield f"{sink.name} is {sink.status}{why and f': {why}'}"
         yield from self._crew.not_ready()
 
     def _rates(self) -> dict[str, float]:

@@ -117,6 +117,7 @@ class Sink(ABC):
         """A number for what is submitted next: see `oldest`."""
         self.recovered = 0
         """Events of earlier runs that it had when it started: they are `received`, too."""
+        self._unexplained = False  # it is down, and nobody has said why
 
     @abstractmethod
     async def start(self) -> None:
@@ -151,6 +152,11 @@ class Sink(ABC):
     def waiting(self) -> int:
         """Events that the end has to wait for: those `pending` that are nowhere else."""
         return self.account.pending
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it may deliver what it holds: it is up, or only nothing is acknowledged yet."""
+        return self.status == "up"
 
     @property
     def spooled(self) -> int:
@@ -215,4 +221,17 @@ class Sink(ABC):
     def _set_status(self, status: Status, reason: str = "") -> None:
         if status != self.status:
             self.status = status
+            self._unexplained = False
             self.listener.sink_status(self, status, reason)
+
+    def _set_silent(self, reason: str) -> None:
+        """It is down, because nothing is acknowledged. Why that is, is told when it is known."""
+        if self.status == "up":
+            self._set_status("down", reason)
+            self._unexplained = True
+
+    def _explain(self, reason: str) -> None:
+        """Tell, once, why nothing is acknowledged, if that has not been said."""
+        if self._unexplained:
+            self._unexplained = False
+            self.listener.sink_status(self, "down", reason)

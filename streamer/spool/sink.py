@@ -130,7 +130,7 @@ class SpooledSink(Sink, Listener):
         if self._failed:
             return self.account.pending - self.spooled
         writing = sum(held.item.number for held in self._writing)
-        return writing + (self.inner.account.pending if self.inner.status == "up" else 0)
+        return writing + (self.inner.account.pending if self.inner.reachable else 0)
 
     @property
     def kept(self) -> Mapping[str, int]:

@@ -24,6 +24,7 @@ import pytest
 from streamer.config import settings
 from streamer.errors import ConfigError
 from streamer.events.batch import Batch
+from streamer.sinks import silence
 from streamer.sinks.base import Sink
 from streamer.sinks.mqtt import sink as mqtt_sink
 from streamer.sinks.mqtt.encoded import encode
@@ -433,6 +434,42 @@ async def test_a_broker_that_stops_answering_is_replaced_and_the_window_replayed
     assert broker.payloads[:3] == expected
     assert broker.payloads[-3:] == expected
     assert ("down", "no acknowledgement within 0.5 s") in recorder.statuses
+
+
+async def test_a_broker_that_acknowledges_nothing_is_down_until_it_does(
+    start_sink: StartSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is connected all the time, and again: that alone does not make it be up."""
+    monkeypatch.setattr(silence, "SILENT_SECONDS", 0.6)
+    async with ScriptedBroker(lambda n: None) as broker:
+        sink, recorder = await start_sink(broker.port, batch_events=10, timeout_seconds=2)
+        sink.submit(execs(30))
+        await until(lambda: sink.status == "down")
+        assert sink.reachable  # so a spool goes on waiting for it at the end
+        await until(lambda: broker.connections == 2 and len(broker.payloads) == 6)
+        assert sink.status == "down"
+        broker.answer = lambda n: 0
+        await until(lambda: account(sink) == (30, 0, 0))
+        await sink.stop(GRACE)
+    reason = "the broker has acknowledged nothing for 1 s"
+    said = [("up", ""), ("down", reason), ("up", "")]
+    assert recorder.statuses == [*said, ("closed", "stopped before the broker acknowledged it")]
+
+
+async def test_a_broker_that_takes_nothing_for_now_is_down_for_that_reason(
+    start_sink: StartSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(silence, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(mqtt_sink, "QUOTA_MOST", 0.2)
+    async with ScriptedBroker(lambda n: 0x97) as broker:
+        sink, recorder = await start_sink(broker.port)
+        sink.submit(execs(10))
+        await until(lambda: sink.status == "down")
+        broker.answer = lambda n: 0
+        await until(lambda: account(sink) == (10, 0, 0))
+        await sink.stop(GRACE)
+    reason = f"publishing to {broker.topics[0]} put off: Quota exceeded (0x97)"
+    assert recorder.statuses[:3] == [("up", ""), ("down", reason), ("up", "")]
 
 
 async def test_a_broker_that_closes_at_once_is_a_reason_and_not_a_timeout(

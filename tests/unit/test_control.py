@@ -164,7 +164,7 @@ async def test_what_status_prints_is_inert(run: Run) -> None:
     assert "memory:\\x1b[31m is up: 6 delivered" in text
     assert status_code(run.service.look()) == 0
     run.sinks[0]._set_status("down", "gone")
-    assert "not ready: memory:\\x1b[31m is down" in status_text(run.service.look())
+    assert "not ready: memory:\\x1b[31m is down: gone" in status_text(run.service.look())
     assert status_code(run.service.look()) == 1
 
 

@@ -595,6 +595,9 @@ async def test_that_a_sink_stays_down_is_said_ever_less_often() -> None:
     said = [(t, line) for t in range(0, 36_000, 10) for line in fanout.still_down(begun + t + 0.5)]
     assert [t // 60 for t, _ in said[:9]] == [1, 2, 4, 8, 16, 32, 64, 124, 184]
     assert said[2][1] == "broker is down for 4 min: refused; 2 events wait for it"
+    fanout.sink_status(sink, "down", "its disk is full")  # since when it is down stays the same
+    later = fanout.still_down(begun + 36_250)
+    assert later == ["broker is down for 604 min: its disk is full; 2 events wait for it"]
     sink._set_status("up")
     assert fanout.still_down(begun + 100_000) == []
     begun = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 from aiokafka.protocol.metadata import MetadataResponse_v5  # type: ignore[import-untyped]
 
 from streamer.events.batch import Batch
+from streamer.sinks import silence
 from streamer.sinks.kafka import client as kafka_client
 from streamer.sinks.kafka import sink as kafka_sink
 from streamer.sinks.kafka import window
@@ -33,7 +35,7 @@ from tests.hostile_kafka import (
     Produced,
     encoded,
 )
-from tests.kafka_helpers import HOST, expected, make, opens, started, until
+from tests.kafka_helpers import HOST, NOW_NS, NetClose, expected, make, opens, started, until
 
 TOPIC = "t"
 
@@ -303,6 +305,103 @@ async def test_a_throttled_producer_waits(broker: HostileBroker) -> None:
         sink.submit(Batch(opens(5, 5)))
         await all_there(broker, sink, 10)
     assert times[1] - times[0] >= 0.59
+
+
+# ---------------------------------------------------------------- nothing is acknowledged
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silence, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(kafka_sink, "LOOK_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_broker_that_takes_requests_and_answers_none_is_down_until_it_does(
+    broker: HostileBroker,
+) -> None:
+    """It can be reached, and says who leads, all the time; and no event is given up for it."""
+    broker.produce = lambda sent: SILENCE
+    sink, heard = make(broker.address, TOPIC, linger_ms=0, request_timeout_seconds=1.5)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 5)))
+        await until(lambda: sink.status == "down", 10)
+        assert sink.reachable  # so a spool goes on waiting for it at the end
+        await until(lambda: len(broker.produced) == 3, 15)  # the first two were given up
+        reason = "topic t: the broker has acknowledged nothing for 1 s"
+        assert heard.statuses == [("up", ""), ("down", reason)]
+        broker.produce = broker.take
+        await all_there(broker, sink, 5)
+        assert heard.statuses[2:] == [("up", "")]
+    assert heard.drops == []
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_what_the_broker_says_of_it_is_told_once(broker: HostileBroker) -> None:
+    """A leader with too few replicas in sync waits for them, and then says so, again and again."""
+    codes = itertools.chain([7, 7], itertools.repeat(20))
+    broker.produce = lambda sent: SILENCE
+    sink, heard = make(broker.address, TOPIC, linger_ms=0, request_timeout_seconds=1.5)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 5)))
+        await until(lambda: sink.status == "down", 10)
+        broker.produce = lambda sent: broker.answer(sent, next(codes))
+        await until(lambda: len(heard.statuses) == 3, 10)
+        told_at = len(broker.produced)
+        await until(lambda: len(broker.produced) > told_at + 3, 10)
+        assert heard.statuses[2:] == [("down", "topic t: too few replicas are in sync")]
+        broker.produce = broker.take
+        await all_there(broker, sink, 5)
+    assert [status for status, _ in heard.statuses] == ["up", "down", "down", "up", "closed"]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_topic_of_which_nothing_is_acknowledged_keeps_what_it_holds(
+    broker: HostileBroker,
+) -> None:
+    """Others, which another broker leads, go on meanwhile, and do not make the sink be up."""
+    budget = 1 << 20
+    async with HostileBroker().listening() as other:
+
+        def metadata(topics: list[str]) -> bytes:
+            both = [(1, "127.0.0.1", broker.port, None), (2, "127.0.0.1", other.port, None)]
+            leaders = {topic: 2 if topic == "file" else 1 for topic in topics}
+            said: list[Any] = [(0, topic, False, [(0, 0, leader, [1, 2], [1, 2], [])])
+                               for topic, leader in leaders.items()]  # fmt: skip
+            return encoded(MetadataResponse_v5(0, both, "c", 1, said))
+
+        broker.metadata = other.metadata = metadata
+        other.produce = lambda sent: SILENCE
+        sink, heard = make(broker.address, "{category}", linger_ms=0, budget_bytes=budget)
+        async with started(sink, grace=0.1):
+            sink.submit(Batch(opens(0, 3000)))
+            assert sink.watermarks.held > budget / kafka_sink.SHARES
+            await until(lambda: sink.status == "down", 10)
+            sink.submit(Batch([NetClose(f"net-{number}", NOW_NS, 443) for number in range(5)]))
+            await until(lambda: sink.account.delivered["net.close"] == 5, 10)
+            sink.submit(Batch(opens(3000, 5)))
+            assert sink.status == "down"
+            assert sink.account.pending == 3005
+            assert heard.drops == []
+    assert [status for status, _ in heard.statuses] == ["up", "down", "closed"]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_broker_that_refuses_for_good_is_not_silent(
+    broker: HostileBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was, until then; and nothing waits any more that it could acknowledge."""
+    monkeypatch.setattr(kafka_sink, "STALL_SECONDS", 60.0)
+    answers = asyncio.Event()
+    broker.produce = lambda sent: broker.answer(sent, 87) if answers.is_set() else SILENCE
+    sink, heard = make(broker.address, TOPIC, linger_ms=0, request_timeout_seconds=1.5)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 1)))
+        await until(lambda: sink.status == "down", 10)
+        answers.set()
+        await until(lambda: not sink.account.pending, 10)
+        assert sink.status == "up"
+    assert heard.reasons == {"the broker refused a record as invalid"}
 
 
 # ---------------------------------------------------------------- leaders and partitions

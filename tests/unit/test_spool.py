@@ -25,6 +25,7 @@ from streamer.config.settings import SpoolSection
 from streamer.events.batch import NO_SPANS, Batch
 from streamer.events.envelope import Envelope
 from streamer.events.stream import PreviousRun, StreamLoss
+from streamer.sinks.memory import MemorySink
 from streamer.spool.place import BAD, LOG, NAME
 from streamer.spool.records import batch_of
 from streamer.spool.sink import MADE_WAY, Mode
@@ -954,6 +955,21 @@ async def test_a_spool_that_breaks_is_a_loss_of_what_it_had(directory: Path) -> 
     run.inner.release()
     await run.until(lambda: run.sink.account.pending == 0)
     assert len(run.delivered) == 1010 - spooled
+    await run.stop()
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+async def test_at_the_end_a_sink_is_waited_for_that_may_deliver(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool
+) -> None:
+    """Also where it is down, because nothing is acknowledged yet; else the disk has it."""
+    monkeypatch.setattr(MemorySink, "reachable", reachable)
+    run = Run(directory)
+    await run.start(hold=True)
+    run.sink.submit(batch("file.open", 1, 10))
+    run.inner._set_status("down", "the broker has acknowledged nothing")
+    assert run.sink.status == "down"
+    assert run.sink.waiting == (10 if reachable else 0)
     await run.stop()
 
 

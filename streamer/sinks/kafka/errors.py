@@ -16,11 +16,18 @@ class DeliveryError(Exception):
 
     `permanent` is what waiting does not mend, such as a wrong password. What passes by itself as
     a rule, such as a leader that changes, need not be told before it has lasted `grace` seconds.
-    `own`: it is about one topic, and says nothing of the brokers.
+    `own`: it is about one topic, and says nothing of the brokers. `vague`: it is that there was no
+    answer, and not why.
     """
 
     def __init__(
-        self, reason: str, *, permanent: bool = False, grace: float = 0.0, own: bool = False
+        self,
+        reason: str,
+        *,
+        permanent: bool = False,
+        grace: float = 0.0,
+        own: bool = False,
+        vague: bool = False,
     ) -> None:
         """See the class."""
         super().__init__(reason)
@@ -28,6 +35,7 @@ class DeliveryError(Exception):
         self.permanent = permanent
         self.grace = grace
         self.own = own
+        self.vague = vague
 
 
 class Verdict(enum.Enum):
@@ -76,6 +84,7 @@ _VERDICTS = {
     90: Verdict.NUMBERS,  # producer fenced
 }
 TOO_LARGE = frozenset({10, 18})
+TIMED_OUT = 7
 NETWORK = 13
 INVALID_TIME = 32
 NOT_AUTHORISED = 29

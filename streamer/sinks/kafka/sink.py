@@ -43,6 +43,8 @@ from streamer.sinks.kafka.client import (
 from streamer.sinks.kafka.codecs import CODECS
 from streamer.sinks.kafka.encoded import encode, sendable
 from streamer.sinks.kafka.errors import (
+    NETWORK,
+    TIMED_OUT,
     TOO_LARGE,
     DeliveryError,
     Verdict,
@@ -51,6 +53,7 @@ from streamer.sinks.kafka.errors import (
 )
 from streamer.sinks.kafka.record_batch import Payload, compress, lay_out, record_batch
 from streamer.sinks.kafka.window import Answer, Numbered, Outcome, Window, backoff
+from streamer.sinks.silence import LOOK_SECONDS, Silence
 from streamer.sinks.sockets import UNHEARD_SECONDS
 
 STALL_SECONDS = 3.0
@@ -89,6 +92,7 @@ class _Topic:
         self.name = name
         self.queue = TopicQueue(Extent(settings.batch_bytes), settings.linger_ms / 1000, GROWTH)
         self.window = Window(random.random)
+        self.silence = Silence()
         self.limit = SizeLimit(record_most)
         self.ratio = FIRST_RATIO if settings.compression != "none" else 1.0
         self.woken = asyncio.Event()
@@ -97,6 +101,7 @@ class _Topic:
         self.stale = True
         self.failing_since: float | None = None
         self.error: DeliveryError | None = None
+        self.error_at = 0.0
         self.acked_at = float("-inf")
         self.held = 0
         self.payloads = 0
@@ -154,6 +159,7 @@ class KafkaSink(Sink):
         self._spawn(self._watch(client))
         self._spawn(self._watch_connections(client))
         self._spawn(self._watch_leaders(client))
+        self._spawn(self._watch_silence())
         for topic in self._topics.values():
             self._spawn(self._deliver(topic, client))
 
@@ -173,6 +179,11 @@ class KafkaSink(Sink):
             batches = topic.window.clear_unsent() + topic.queue.clear()
             self._count_payloads(topic)
             self._drop(topic, batches, self._with_error(topic, reason))
+
+    @property
+    def reachable(self) -> bool:
+        """See `Sink`."""
+        return self.status == "up" or (self.status == "down" and not self._problems)
 
     def oldest(self) -> int | None:
         """See `Sink`."""
@@ -387,7 +398,9 @@ class KafkaSink(Sink):
         except Exception as error:  # it was closed in this moment
             topic.stale = True
             raise DeliveryError(delivery_error_of(error).reason, grace=LEADER_SECONDS) from None
-        window.sent(entry, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        window.sent(entry, now)
+        topic.silence.sent(now)
         answering = client.produced(sending, connection, topic.name, topic.partition)
         work = self._await_answer(topic, entry, answering)
         _keep(self._answers, asyncio.ensure_future(work))
@@ -408,6 +421,11 @@ class KafkaSink(Sink):
         topic.stale = topic.stale or outcome.elsewhere
         if outcome.anew:
             self.listener.sink_anew(self)
+        if outcome.delivered or outcome.dropped or outcome.divided:
+            # What is behind it, the broker may have asked not to be sent for a while.
+            waits = max(now, topic.window.retry_at) if topic.window else None
+            topic.silence.answered(now, waits)
+            self._mended()
         if outcome.delivered:
             topic.acked_at = now
             for batch in outcome.delivered:
@@ -461,7 +479,7 @@ class KafkaSink(Sink):
         now = asyncio.get_running_loop().time()
         if topic.failing_since is None:
             topic.failing_since = now
-        topic.error = error
+        topic.error, topic.error_at = error, now
         lasted = now - topic.failing_since
         if "" not in self._problems and (error.permanent or lasted >= error.grace):
             self._problem(topic.name, error)
@@ -476,15 +494,41 @@ class KafkaSink(Sink):
         before = self._problems.get(where)
         self._problems[where] = error
         if self.status != "down":
-            self._set_status("down", error.reason)
+            self._set_down(error)
+        elif self._unexplained and not error.vague:
+            self._explain(error.reason)
         elif error.permanent and (before is None or before.reason != error.reason):
             self.listener.sink_status(self, "down", error.reason)
 
     def _mended(self, *wheres: str) -> None:
         for where in wheres:
             self._problems.pop(where, None)
-        if not self._problems:
+        if not self._problems and self._silent() is None:
             self._set_status("up")
+
+    def _set_down(self, error: DeliveryError) -> None:
+        if error.vague:
+            self._set_silent(error.reason)
+        self._set_status("down", error.reason)
+
+    def _silent(self) -> _Topic | None:
+        """A topic of which nothing is acknowledged, though it is sent."""
+        now = asyncio.get_running_loop().time()
+        return next((one for one in self._topics.values() if one.silence.lasts(now)), None)
+
+    async def _watch_silence(self) -> None:
+        """Say that nothing is acknowledged. It costs no event: the topic keeps what it holds."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            topic = self._silent()
+            if topic is None or self.status != "up":
+                continue
+            error, since = topic.error, topic.silence.since or 0.0
+            if error is not None and not error.vague and topic.error_at >= since:
+                self._set_status("down", error.reason)
+            else:
+                self._set_silent(f"topic {topic.name}: {topic.silence.reason(loop.time())}")
 
     async def _watch(self, client: Client) -> None:
         """Ask whether brokers are there when an answer is late, and now and then who leads."""
@@ -591,4 +635,5 @@ def _error_of(topic: _Topic, answer: Answer) -> DeliveryError:
     """What keeps a topic from being written to, after a broker's answer."""
     if verdict_of(answer.code) is Verdict.DENIED:
         return DeliveryError(f"topic {topic.name}: {answer.reason}", permanent=True, own=True)
-    return DeliveryError(f"topic {topic.name}: {answer.reason}", grace=STALL_SECONDS)
+    vague = answer.code in (TIMED_OUT, NETWORK)
+    return DeliveryError(f"topic {topic.name}: {answer.reason}", grace=STALL_SECONDS, vague=vague)

@@ -41,6 +41,7 @@ from streamer.sinks.mqtt.connection import (
 from streamer.sinks.mqtt.encoded import encode, first_and_last, piece
 from streamer.sinks.mqtt.outbox import Outbox
 from streamer.sinks.mqtt.window import Message, Window
+from streamer.sinks.silence import LOOK_SECONDS, Silence
 from streamer.sinks.sockets import UNHEARD_SECONDS
 
 CONTENT_TYPES = {"json": "application/x-ndjson", "msgpack": "application/vnd.msgpack"}
@@ -155,6 +156,8 @@ class MqttSink(Sink):
         self._connect_failures = 0
         self._publish_failures = 0
         self._told: set[str] = set()
+        self._silence = Silence()
+        self._put_off = ""  # why the broker did not take for now what it was sent last
         self._stopping = asyncio.Event()
         self._drained = asyncio.Event()
         self._over = False
@@ -194,6 +197,11 @@ class MqttSink(Sink):
             self._finish(message, reason)
         self._settle()
 
+    @property
+    def reachable(self) -> bool:
+        """See `Sink`."""
+        return self.status == "up" or self._connection is not None
+
     def oldest(self) -> int | None:
         """See `Sink`."""
         held = (*self._window.held(), *self._outbox.first())
@@ -226,7 +234,8 @@ class MqttSink(Sink):
         while True:
             connection = await self._connect()
             self._told.clear()
-            self._set_status("up")
+            if not self._is_silent():
+                self._set_status("up")
             try:
                 reason = await self._serve(connection)
             finally:
@@ -248,6 +257,7 @@ class MqttSink(Sink):
                 if refused.lasting:
                     delay = RETRY_LASTING
                     self._tell_once("down", str(refused))
+                self._explain(str(refused))
                 self._set_status("down", str(refused))
             await self._pause(delay)
 
@@ -286,11 +296,15 @@ class MqttSink(Sink):
         self._allowed = 1 if self._suspicious else self._limit
         self._connection = connection
         self._pump()
-        check = min(UNHEARD_SECONDS / 4, self._settings.timeout_seconds / 4)
+        check = min(LOOK_SECONDS, UNHEARD_SECONDS / 4, self._settings.timeout_seconds / 4)
         while True:
-            reason = await connection.lost(check) or self._overdue() or await _unheard(connection)
-            if reason:
+            if lost := await connection.lost(check):
+                self._explain(lost)
+                return lost
+            if reason := self._overdue() or await _unheard(connection):
                 return reason
+            if self._is_silent():
+                self._tell_silence()
 
     def _overdue(self) -> str:
         """Why a connection that looks alive is not: an acknowledgement is missing too long."""
@@ -300,6 +314,31 @@ class MqttSink(Sink):
         if oldest is None or self._loop.time() - oldest.sent_at < timeout:
             return ""
         return f"no acknowledgement within {timeout:g} s"
+
+    def _is_silent(self) -> bool:
+        """Whether something that was sent waits, and nothing is acknowledged."""
+        assert self._loop is not None
+        if not self._window and not self._outbox:
+            self._silence.forget()
+        return self._silence.lasts(self._loop.time())
+
+    def _tell_silence(self) -> None:
+        """Say that nothing is acknowledged. It costs no event."""
+        assert self._loop is not None
+        if self._put_off:
+            self._explain(self._put_off)
+            self._set_status("down", self._put_off)
+        else:
+            self._set_silent(self._silence.reason(self._loop.time()))
+
+    def _heard(self) -> None:
+        """The broker took something, or refused it for good."""
+        assert self._loop is not None
+        now = self._loop.time()
+        self._silence.answered(now, now if self._window else None)
+        self._put_off = ""
+        if self._connection is not None and not self._over:
+            self._set_status("up")
 
     async def _pause(self, delay: float) -> None:
         """Wait before the next attempt, with jitter: a thousand hosts lose a broker at once.
@@ -369,6 +408,7 @@ class MqttSink(Sink):
             self._outbox.push_front([message])
             return False
         message.sent_at = now
+        self._silence.sent(now)
         self._window.put(mid, message)
         return True
 
@@ -428,6 +468,7 @@ class MqttSink(Sink):
         if code >= 0x80:
             self._refused(position, message, code)
         else:
+            self._heard()
             self._allowed = min(self._limit, self._allowed + 1)
             if not self._window.keep(position, message):
                 self._connect_failures = self._publish_failures = 0
@@ -444,8 +485,12 @@ class MqttSink(Sink):
 
     def _refused(self, position: int, message: Message, code: int) -> None:
         message.tries += 1
-        match verdict(code, message.tries):
+        said = verdict(code, message.tries)
+        if said != "later":
+            self._heard()
+        match said:
             case "later":
+                self._put_off = f"publishing to {message.topic} put off: {code_name(code)}"
                 self._window.again(position, message, [message])
                 self._hold_back()
             case "cut" if message.batch.number > 1:
