@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
+from aiokafka import TopicPartition  # type: ignore[import-untyped]
 from aiokafka.admin import (  # type: ignore[import-untyped]
     AIOKafkaAdminClient,
     NewPartitions,
     NewTopic,
+    RecordsToDelete,
 )
 from aiokafka.admin.config_resource import (  # type: ignore[import-untyped]
     ConfigResource,
@@ -68,6 +70,17 @@ async def create(
     await admin.start()
     try:
         await admin.create_topics([NewTopic(topic, 3, replicas, topic_configs=dict(config or {}))])
+    finally:
+        await admin.close()
+
+
+async def delete_before(broker: KafkaBroker, topic: str, partition: int, offset: int) -> None:
+    """Have its first records deleted."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.address)
+    await admin.start()
+    try:
+        which = {TopicPartition(topic, partition): RecordsToDelete(offset)}
+        await admin.delete_records(which)
     finally:
         await admin.close()
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -29,6 +29,9 @@ from streamer.verify.text import progress_text
 
 MQTT_SECONDS = 10.0
 """How long MQTT is listened to, unless it is said."""
+
+LAST_SECONDS = 10.0
+"""How long what is followed is read on when it is over, up to the end as it is then."""
 
 PROGRESS_SECONDS = 0.5
 _SCHEMES = ("kafka:", "kafkas:", "mqtt:", "mqtts:")
@@ -106,7 +109,10 @@ async def _verify(names: Sequence[str], options: Options) -> VerifyReport:
     if seconds is None and sources.only_live and not options.follow:
         seconds = MQTT_SECONDS
     ledger = Ledger(sources.sinks)
-    readers = [asyncio.create_task(_feed(ledger, it)) for it in _readers(sources, options)]
+    readers = {
+        asyncio.create_task(_feed(ledger, chunks)): source
+        for chunks, source in _readers(sources, options)
+    }
     progress = asyncio.create_task(_progress(ledger, show=options.progress))
     try:
         await _until(readers, seconds)
@@ -121,14 +127,18 @@ async def _verify(names: Sequence[str], options: Options) -> VerifyReport:
     )
 
 
-def _readers(sources: _Sources, options: Options) -> Iterable[AsyncIterator[Chunk]]:
+def _readers(
+    sources: _Sources, options: Options
+) -> Iterable[tuple[AsyncIterator[Chunk], KafkaSource | None]]:
+    """What reads the files, and each broker; with the topics of Kafka what they are."""
     if sources.files:
-        yield read_files(sources.files, options.start, follow=options.follow)
+        yield read_files(sources.files, options.start, follow=options.follow), None
     for one in sources.brokers:
         if isinstance(one, KafkaSource):
-            yield one.read(options.start, follow=options.follow or options.seconds is not None)
+            follow = options.follow or options.seconds is not None
+            yield one.read(options.start, follow=follow), one
         else:
-            yield one.read()
+            yield one.read(), None
 
 
 async def _feed(ledger: Ledger, chunks: AsyncIterator[Chunk]) -> None:
@@ -137,8 +147,14 @@ async def _feed(ledger: Ledger, chunks: AsyncIterator[Chunk]) -> None:
             ledger.feed(chunk)
 
 
-async def _until(readers: Sequence[asyncio.Task[None]], seconds: float | None) -> None:
+Readers = Mapping["asyncio.Task[None]", KafkaSource | None]
+
+
+async def _until(readers: Readers, seconds: float | None) -> None:
     """Until all are read, the time is over, or a signal comes; then they are ended.
+
+    What is followed of Kafka has by then more than was read of it, if anything goes on there: it is
+    read to its end first.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -153,6 +169,8 @@ async def _until(readers: Sequence[asyncio.Task[None]], seconds: float | None) -
     try:
         both: set[asyncio.Future[Any]] = {reading, stopped}
         await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            await _read_on([task for task, one in readers.items() if one and one.stop()], stop)
         if reading.done():
             reading.result()
     except SinkError as error:
@@ -163,6 +181,18 @@ async def _until(readers: Sequence[asyncio.Task[None]], seconds: float | None) -
         await asyncio.gather(reading, stopped, return_exceptions=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+async def _read_on(last: Sequence[asyncio.Task[None]], stop: asyncio.Event) -> None:
+    """Until these end by themselves, for a while, or until another signal."""
+    if not last:
+        return
+    stop.clear()
+    stopped = asyncio.create_task(stop.wait())
+    reading = asyncio.gather(*last, return_exceptions=True)
+    both: set[asyncio.Future[Any]] = {reading, stopped}
+    await asyncio.wait(both, timeout=LAST_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
 
 
 async def _progress(ledger: Ledger, *, show: bool) -> None:

@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 from aiokafka.consumer import fetcher  # type: ignore[import-untyped]
@@ -19,7 +20,8 @@ from aiokafka.record.legacy_records import (  # type: ignore[import-untyped]
 from aiokafka.record.memory_records import MemoryRecords  # type: ignore[import-untyped]
 
 from streamer.sinks.kafka.codecs import decompress
-from streamer.sinks.kafka.record_batch import crc32c, read_values
+from streamer.sinks.kafka.record_batch import crc32c, read_values, record_end
+from streamer.verify.records import MOST_BYTES, MOST_VALUES
 
 _HEAD = struct.Struct(">qiib")  # first offset, length of what is behind it, leader epoch, magic
 _V2 = struct.Struct(">qiibIhi")  # then checksum, attributes, last offset less the first
@@ -66,36 +68,72 @@ class Batch(NamedTuple):
         last: int = _V2.unpack_from(self.data)[6] if version >= _NEWEST else 0
         return int(first) + last + 1
 
-    def values(self) -> list[bytes]:
-        """Its values.
+    @property
+    def deleted(self) -> int:
+        """How many offsets up to its end no record has: they were deleted, as by compaction.
+
+        A broker takes no batch that is not numbered throughout.
+        """
+        if self.data[_VERSION] < _NEWEST:
+            return 0
+        first: int = _HEAD.unpack_from(self.data)[0]
+        return max(first - self.offset, 0) + max(self.next_offset - first - self._count, 0)
+
+    @property
+    def _count(self) -> int:
+        return int.from_bytes(self.data[_RECORDS - 4 : _RECORDS], "big", signed=True)
+
+    def values(self) -> Iterator[list[bytes]]:
+        """Its values, some at a time.
 
         Raises:
             UnreadableRecords: no other batch is touched by that.
             CorruptRecordException: the checksum is wrong, and so may be where the next batch is.
         """
         try:
-            return self._values() if self.data[_VERSION] >= _NEWEST else self._older()
+            yield from self._values() if self.data[_VERSION] >= _NEWEST else self._older()
         except CorruptRecordException:
             raise
         except Exception as error:  # of each codec another
             raise UnreadableRecords(str(error) or type(error).__name__) from None
 
-    def _values(self) -> list[bytes]:
+    def _values(self) -> Iterator[list[bytes]]:
         first, _, _, _, checksum, attributes, _ = _V2.unpack_from(self.data)
         if crc32c(self.data[_CHECKED:]) != checksum:
             raise CorruptRecordException(f"at offset {self.offset}: its checksum is wrong")
         if attributes & _CONTROL:
-            return []
+            return
         records = decompress(attributes & _CODEC, self.data[_RECORDS:])
-        count = int.from_bytes(self.data[_RECORDS - 4 : _RECORDS], "big", signed=True)
-        return read_values(records, count, self.offset - first)
+        for piece, count in _pieces(records, self._count):
+            yield read_values(piece, count, self.offset - first)
 
-    def _older(self) -> list[bytes]:
+    def _older(self) -> Iterator[list[bytes]]:
         """Of a topic from before Kafka 0.11, which can be asked for still."""
         batch = MemoryRecords(self.data).next_batch()
         if not batch.validate_crc():
             raise CorruptRecordException(f"at offset {self.offset}: its checksum is wrong")
-        return [one.value for one in batch if one.offset >= self.offset and one.value is not None]
+        values = (one.value for one in batch if one.offset >= self.offset)
+        kept = (value for value in values if value is not None)
+        while some := list(islice(kept, MOST_VALUES)):
+            yield some
+
+
+def _pieces(records: bytes, count: int) -> Iterator[tuple[bytes, int]]:
+    """The records of a batch in pieces, and how many are in each; as a rule it is one."""
+    start = at = taken = 0
+    while len(records) - start > MOST_BYTES or count > MOST_VALUES:
+        while taken < min(count, MOST_VALUES) and at - start < MOST_BYTES:
+            at = record_end(records, at)
+            taken += 1
+        if not taken:  # there is more than the records
+            break
+        yield records[start:at], taken
+        count -= taken
+        start, taken = at, 0
+    if start == 0:
+        yield records, count
+    elif count or start < len(records):
+        yield records[start:], count
 
 
 class _Answer:

@@ -9,7 +9,7 @@ import asyncio
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -52,14 +52,15 @@ class KafkaSource:
         self.settings = settings
         self.name = f"kafka://{','.join(settings.bootstrap)}/{settings.topic}"
         self.trimmed = False
-        """Whether the brokers have removed records from the beginning, or before they were read."""
+        """Whether the brokers have removed records from the beginning."""
         self._read: dict[Any, int] = {}
         self._ends: dict[Any, int] = {}
         """Per partition, up to where it was read, and where it ended at the start; of what is
         followed where it ended when that was over, or none if nobody said so.
         """
         self._silent: list[Any] = []
-        self._removed: set[Any] = set()
+        self._following = False
+        self._stopping = False
         tls = settings.tls
         context: ssl.SSLContext | None = ssl_context(tls) if tls is not None else None
         self._options = connection_options(settings, context)
@@ -71,7 +72,7 @@ class KafkaSource:
 
     @property
     def _unfinished(self) -> list[Any]:
-        return [one for one, end in self._ends.items() if self._read[one] < end]
+        return [one for one, end in self._ends.items() if self._read.get(one, 0) < end]
 
     @property
     def remarks(self) -> Iterator[str]:
@@ -79,16 +80,19 @@ class KafkaSource:
         if self._silent:
             names = _named(self._silent)
             yield f"{self.name}: nothing more came for {SILENT_SECONDS:.0f} s of {names}"
-        if self._removed:
-            names = _named(sorted(self._removed))
-            yield f"{self.name}: records were removed before they could be read, of {names}"
+
+    def stop(self) -> bool:
+        """Follow no longer than up to the end as it is now. False: it does not follow yet."""
+        self._stopping = self._following and bool(self._read)
+        return self._stopping
 
     async def read(self, start: Start, *, follow: bool) -> AsyncIterator[Chunk]:
-        """The records: up to the end as it is now, or for ever.
+        """The records: up to the end as it is now, or, if it follows, as it is at the stop.
 
         Raises:
             SinkError: there is no reading them.
         """
+        self._following = follow
         consumer = AIOKafkaConsumer(
             bootstrap_servers=list(self.settings.bootstrap),
             enable_auto_commit=False,
@@ -103,13 +107,13 @@ class KafkaSource:
             give_batches(consumer)
             async with asyncio.timeout(ASK_SECONDS):
                 await self._begin(consumer, start)
-            async for chunk in self._chunks(consumer, follow=follow):
+            async for chunk in self._chunks(consumer):
                 yield chunk
         except (KafkaError, OSError, TimeoutError, ssl.SSLError) as error:
             reason = str(error) or type(error).__name__
             raise SinkError(f"{self.name}: cannot be read: {reason}") from None
         finally:
-            if follow:
+            if self._following:
                 await self._renew_ends(consumer)
             await asyncio.wait({asyncio.ensure_future(consumer.stop())}, timeout=5)
 
@@ -150,50 +154,56 @@ class KafkaSource:
         return {one: found[one] for one in partitions}
 
     async def _renew_ends(self, consumer: Any) -> None:
-        """When following is over. Partitions of which nothing was fetched may have got records."""
-        partitions, self._ends = [*self._ends], {}
+        """Following is over. Partitions of which nothing was fetched may have got records."""
+        partitions, self._ends, self._following = [*self._ends], {}, False
         if partitions:
             asked = self._offsets(consumer.end_offsets, partitions)
             with suppress(SinkError, KafkaError, OSError, TimeoutError):
                 self._ends = await asyncio.wait_for(asked, STOP_SECONDS)
 
-    async def _chunks(self, consumer: Any, *, follow: bool) -> AsyncIterator[Chunk]:
+    async def _chunks(self, consumer: Any) -> AsyncIterator[Chunk]:
         came = time.monotonic()
-        while follow or not (self.complete or self._silent):
+        while self._following or (self._unfinished and not self._silent):
+            if self._following and self._stopping:
+                await self._renew_ends(consumer)
+                came = time.monotonic()
+                continue
             before = self._read.copy()
             got = await consumer.getmany(timeout_ms=POLL_MS)
             for partition, batches in got.items():
                 for batch in batches:
-                    # What has come since the start is not read: elsewhere it is not either.
-                    if not follow and batch.offset >= self._ends[partition]:
+                    # What has come since then is not read: elsewhere it is not either.
+                    if not self._following and batch.offset >= self._ends[partition]:
                         break
                     await asyncio.sleep(0)  # the next answer is asked for, and comes
-                    self._go_to(partition, batch.offset)
-                    chunk = _chunk(partition, batch)
-                    if chunk.data or chunk.unreadable:
+                    deleted = self._go_to(partition, batch.offset)
+                    for chunk in _chunks_of(partition, batch, deleted):
                         yield chunk
                     self._read[partition] = batch.next_offset
             if self._read == before:
-                await self._look(consumer, self._ends if follow else self._unfinished)
+                for chunk in await self._look(consumer):
+                    yield chunk
             if self._read != before:
                 came = time.monotonic()
-            elif not follow and time.monotonic() - came >= SILENT_SECONDS:
+            elif not self._following and time.monotonic() - came >= SILENT_SECONDS:
                 self._silent = self._unfinished
 
-    async def _look(self, consumer: Any, partitions: Iterable[Any]) -> None:
-        """Where a broker has removed all that was to come, no batch says so."""
-        for one in partitions:
+    async def _look(self, consumer: Any) -> list[Chunk]:
+        """Where a broker has deleted all that was to come, no batch says so."""
+        found = []
+        for one in [*self._ends] if self._following else self._unfinished:
             # One whose leader cannot be asked where it begins by now has no position for so long.
             with suppress(TimeoutError):
                 async with asyncio.timeout(0):
-                    self._go_to(one, await consumer.position(one))
+                    at = await consumer.position(one)
+                    if deleted := self._go_to(one, at):
+                        found.append(Chunk(_named([one]), [], deleted=deleted))
+        return found
 
-    def _go_to(self, partition: Any, offset: int) -> None:
-        """Note that the next record is there: one that is further on, if some were removed."""
-        if offset > self._read[partition]:
-            self.trimmed = True
-            self._removed.add(partition)
-        self._read[partition] = offset
+    def _go_to(self, partition: Any, offset: int) -> int:
+        """Note that the next record is there. How many offsets before it were deleted meanwhile."""
+        before, self._read[partition] = self._read[partition], offset
+        return max(offset - before, 0)
 
 
 def _named(partitions: Sequence[Any]) -> str:
@@ -202,14 +212,21 @@ def _named(partitions: Sequence[Any]) -> str:
     return "; ".join(names[:MOST_NAMED] + ([f"{more} more"] if more > 0 else []))
 
 
-def _chunk(partition: Any, batch: Batch) -> Chunk:
-    """The values of a batch; one that cannot be read is malformed, and costs no other."""
+def _chunks_of(partition: Any, batch: Batch, deleted: int = 0) -> Iterator[Chunk]:
+    """The values of a batch, before which so many offsets were deleted.
+
+    One that cannot be read, or what is left of it, is malformed, and costs no other.
+    """
     lane = _named([partition])
     where = f"{lane}, from offset {batch.offset}"
+    if deleted := deleted + batch.deleted:
+        yield Chunk(lane, [], where, deleted=deleted)
     try:
-        return Chunk(lane, batch.values(), where)
+        for values in batch.values():
+            if values:
+                yield Chunk(lane, values, where)
     except UnreadableRecords as error:
-        return Chunk(lane, [], where, str(error))
+        yield Chunk(lane, [], where, str(error))
 
 
 async def _places(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from streamer import __version__
 from streamer.verify import report
+from streamer.verify.holes import concerning
 from streamer.verify.lanes import Lanes
 from streamer.verify.place import LAST, OUT_OF_RANGE, OWN, Track
 from streamer.verify.records import (
@@ -23,6 +24,7 @@ from streamer.verify.records import (
     Shed,
     decode,
     decode_own,
+    pieces,
 )
 from streamer.verify.run import Run, previous_of
 from streamer.verify.silence import Silence
@@ -34,6 +36,8 @@ MOST_RUNS = 100_000
 """Runs, by far more than a topic of thousands of hosts holds: whoever writes more is no agent."""
 
 _CPUS = 65536
+_MOST_NAME = 255
+"""Characters of an id, or of a host's name: what is kept of each run and place."""
 
 
 def by_run(loss: Loss) -> Iterator[tuple[str, Loss]]:
@@ -65,6 +69,8 @@ class Ledger:
         self._previous: dict[str, tuple[Previous, set[str]]] = {}
         self._untold: list[tuple[str, Loss]] = []
         self._untold_known: set[str] = set()
+        self._deleted: dict[str, int] = {}
+        """Per lane, offsets that were deleted before they could be read, so far."""
 
     @property
     def events(self) -> int:
@@ -73,6 +79,12 @@ class Ledger:
 
     def feed(self, chunk: Chunk) -> None:
         """Take records in. One that is none is counted."""
+        if chunk.deleted:
+            self._deleted[chunk.lane] = self._deleted.get(chunk.lane, 0) + chunk.deleted
+        for piece in pieces(chunk):
+            self._feed(piece)
+
+    def _feed(self, chunk: Chunk) -> None:
         lines, raw, malformed = decode(chunk)
         self.records += len(lines) + len(malformed)
         self.bytes += (
@@ -81,6 +93,7 @@ class Ledger:
         for bad in malformed:
             self._refuse(bad)
         lane, tracks = chunk.lane, self._tracks
+        deleted = self._deleted.get(lane, 0)
         last: Run | None = None
         newest = None
         # Half a million events a second are to come through here.
@@ -97,7 +110,7 @@ class Ledger:
                 elif not track.take(seq, lane):
                     continue
             except ValueError as error:
-                self._refuse(Malformed(chunk.where, f"{error}: {line.event} {line.id[:60]}"))
+                self._refuse(Malformed(chunk.where, f"{error}: {line.event[:60]} {line.id[:60]}"))
                 continue
             run = track.run
             track.kinds[line.event] += 1
@@ -108,6 +121,8 @@ class Ledger:
             if run is not last:
                 if last is not None and newest is not None:
                     last.heard(newest, lane)
+                if deleted:
+                    run.pass_holes(lane, deleted)
                 run.heard(line, lane)
                 last = run
             newest = line
@@ -122,6 +137,8 @@ class Ledger:
     def _track(self, key: str, seq: int, line: Line, lane: str) -> Track:
         if not 1 <= seq < LAST:
             raise ValueError(OUT_OF_RANGE)
+        if max(len(line.host), len(key)) > _MOST_NAME:
+            raise ValueError("it has a longer name than any")
         run_id, _, rest = key.partition("-")
         ring, _, cpu = (rest, "", "0") if rest == OWN else rest.rpartition("-")
         if not (run_id and ring and cpu.isascii() and cpu.isdecimal() and int(cpu) < _CPUS):
@@ -148,6 +165,8 @@ class Ledger:
         track.kinds[line.event] += 1
         if line.time_ns - line.boot_ns != run.offset:
             run.set_clock(line)
+        if deleted := self._deleted.get(lane, 0):
+            run.pass_holes(lane, deleted)
         run.heard(line, lane)
         if isinstance(record, Manifest):
             run.take_manifest(record, self._sinks)
@@ -198,6 +217,7 @@ class Ledger:
         for previous, _ in self._previous.values():
             previous_of(self._runs, previous)
         lanes = {host: Lanes(runs) for host, runs in hosts.items()}  # once all ends are known
+        deleted = {host: concerning(one.names, self._deleted) for host, one in lanes.items()}
         for run_id, (previous, sinks) in self._previous.items():
             before, teller = self._runs.get(previous.run_id), self._runs[run_id]
             if before is None or previous.ended != "killed" or not previous.marks:
@@ -213,7 +233,10 @@ class Ledger:
         told = {
             host: report.Host(
                 len(runs) - 1,
-                [run.reported(lanes[host], whole=whole, complete=complete) for run in runs],
+                [
+                    run.reported(lanes[host], deleted[host], whole=whole, complete=complete)
+                    for run in runs
+                ],
             )
             for host, runs in sorted(hosts.items())
         }
@@ -256,5 +279,6 @@ class Ledger:
             unexplained=sum(run.unexplained for run in runs),
             malformed=self.malformed,
             malformed_first=self._bad,
+            deleted=[report.Deleted(*one) for one in sorted(self._deleted.items())],
             hosts=hosts,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice
 from typing import Any
 
 import aiomqtt
@@ -12,7 +13,7 @@ import aiomqtt
 from streamer.config.settings import MqttSink as Settings
 from streamer.errors import SinkError
 from streamer.sinks.credentials import read_secret, ssl_context
-from streamer.verify.records import Chunk, is_json, msgpack_records
+from streamer.verify.records import MOST_VALUES, Chunk, is_json, msgpack_records
 
 
 class MqttSource:
@@ -52,7 +53,8 @@ class MqttSource:
                 self._check(granted)
                 self.ready.set()
                 async for message in client.messages:
-                    yield _chunk(str(message.topic), message.payload)
+                    for chunk in _chunks(str(message.topic), message.payload):
+                        yield chunk
         except (aiomqtt.MqttError, OSError) as error:
             raise SinkError(f"{self.name}: cannot be read: {error}") from None
 
@@ -62,6 +64,11 @@ class MqttSource:
                 raise SinkError(f"{self.name}: the broker refuses the subscription: {code}")
 
 
-def _chunk(topic: str, payload: Any) -> Chunk:
+def _chunks(topic: str, payload: Any) -> Iterator[Chunk]:
     data = bytes(payload or b"")
-    return Chunk(topic, data if is_json(data) else list(msgpack_records(data)), topic)
+    if is_json(data):
+        yield Chunk(topic, data, topic)
+        return
+    records = msgpack_records(data)
+    while some := list(islice(records, MOST_VALUES)):
+        yield Chunk(topic, some, topic)

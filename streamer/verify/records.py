@@ -6,7 +6,6 @@ Fields that are not named here are skipped, so that records of any release can b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -20,6 +19,9 @@ _NOT_RECORDS = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError)
 """What msgspec raises for bytes that are no record."""
 _QUOTED = 60
 """Bytes of a malformed record that are repeated."""
+MOST_BYTES = 4 << 20
+MOST_VALUES = 1 << 14
+"""That are decoded at once: so many bytes of lines, up to the end of one, or so many values."""
 _TOLD_APART = 100
 """Malformed records of a chunk: far more than are quoted. Those of millions would take room."""
 
@@ -166,13 +168,32 @@ class Chunk(NamedTuple):
 
     `data` are whole lines of NDJSON, or one `bytes` for each record. `lane` is where they are in
     order: a file, a partition, a topic. `where` is the place of the first, for people. `unreadable`
-    says why there are none of those that were together there.
+    says why there are none of those that were together there. `deleted`: so many offsets before
+    the first of them were deleted by their broker before they could be read.
     """
 
     lane: str
     data: bytes | list[bytes]
     where: str = ""
     unreadable: str = ""
+    deleted: int = 0
+
+
+def pieces(chunk: Chunk) -> Iterator[Chunk]:
+    """A chunk, in parts that are not too large to be decoded at once; as a rule it is one."""
+    data = chunk.data
+    if len(data) <= (MOST_BYTES if isinstance(data, bytes) else MOST_VALUES):
+        yield chunk
+        return
+    start = 0
+    while start < len(data):
+        if isinstance(data, bytes):
+            end = data.find(b"\n", start + MOST_BYTES) + 1 or len(data)
+        else:
+            end = start + MOST_VALUES
+        where = f"{chunk.where}, behind {start} of what was read there" if start else chunk.where
+        yield chunk._replace(data=data[start:end], where=where)
+        start = end
 
 
 class Malformed(NamedTuple):
@@ -321,5 +342,8 @@ def _skip(data: bytes, at: int) -> int | None:
 
 def msgpack_records(data: bytes) -> Iterator[bytes]:
     """The records of a whole message; what is not whole at its end is one of them."""
-    found, end = split_msgpack(data)
-    return chain(found, [data[end:]] if end < len(data) else [])
+    start = 0
+    while start < len(data):
+        end = _skip(data, start) or len(data)
+        yield data[start:end]
+        start = end

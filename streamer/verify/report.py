@@ -63,7 +63,8 @@ class Place(Struct, frozen=True):
         Meta(
             description="of these, explained, by stage: kernel, decode, sink, stop as in "
             "`stream.loss`; unused: given up without an event; killed: held by a run that was "
-            "killed"
+            "killed; deleted: may have been, or been told, in what the broker deleted before it "
+            "could be read, so that nothing is known of them"
         ),
     ]
     pending: Annotated[
@@ -101,7 +102,7 @@ class Account(Counted, frozen=True):
         Count,
         Meta(
             description="of a run that has ended: read, or read since the first heartbeat that is "
-            "there, and neither there nor given up"
+            "there, and neither there, nor given up, nor among what a broker may have deleted"
         ),
     ]
 
@@ -183,6 +184,13 @@ class Bad(Struct, frozen=True):
     reason: Annotated[str, Meta(description="why, and how it begins")]
 
 
+class Deleted(Struct, frozen=True):
+    """What a broker deleted of a partition before it could be read."""
+
+    where: Annotated[str, Meta(description="topic and partition")]
+    offsets: Annotated[int, Meta(ge=1, description="how many: of records, as a rule")]
+
+
 class VerifyReport(Struct, frozen=True):
     """What `streamer verify --json` prints."""
 
@@ -206,4 +214,11 @@ class VerifyReport(Struct, frozen=True):
     unexplained: Annotated[Count, Meta(description="missing, and nothing explains it")]
     malformed: Annotated[Count, Meta(description="records that are none")]
     malformed_first: Annotated[list[Bad], Meta(description="the first ten of them")]
+    deleted: Annotated[
+        list[Deleted],
+        Meta(
+            description="what was deleted by the brokers before it could be read, while the "
+            "reading went on, and cannot be verified"
+        ),
+    ]
     hosts: Annotated[dict[str, Host], Meta(description="each host")]

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 
+from msgspec import structs
+
 from streamer.events.summaries import SUMMARIES
 from streamer.verify import cells, report
+from streamer.verify.holes import DELETED, Hole, Holes
 from streamer.verify.lanes import SETTLED_NS, Lanes
+from streamer.verify.numbers import MOST
 from streamer.verify.place import OWN, Outcome, Track
 from streamer.verify.records import (
     Heartbeat,
@@ -81,6 +85,7 @@ class Run:
         self._ours: tuple[str, ...] = ()
         self._beat_ns = 0
         self._left: dict[Place, RunMark] = {}
+        self._holes = Holes()
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -104,6 +109,18 @@ class Run:
         """Note the time of a record, and where it was."""
         self.saw(line)
         self.lanes[lane] = max(self.lanes.get(lane, 0), line.boot_ns)
+
+    def pass_holes(self, lane: str, deleted: int) -> None:
+        """A record has come in a lane of which so many offsets were deleted by then."""
+        met = lane in self.lanes
+        self._holes.pass_by(lane, deleted, (lambda: self._settled_in(lane)) if met else None)
+
+    def _settled_in(self, lane: str) -> dict[Place, int]:
+        """Per place, up to which number all had come or was told, by its last record in a lane."""
+        for boot_ns, beat in reversed(self._beats):
+            if boot_ns + SETTLED_NS <= self.lanes[lane]:
+                return {(mark.ring, mark.cpu): mark.read for mark in beat.marks}
+        return {}
 
     def set_clock(self, line: Line) -> None:
         """The wall clock is another than before: it was set, or slewed."""
@@ -179,6 +196,7 @@ class Run:
         self.last = beat
         for mark in beat.marks:
             self._track(mark, lane).pass_mark(mark, lane)
+        self._holes.hear(lane, boot_ns, self._all_numbers)
         if self._base is None and self.heartbeats <= MOST_BASES and self._is_ahead(beat):
             self._base = beat, self.kinds, self.given_up.copy()
         if beat.final and self.end == "open":
@@ -262,8 +280,10 @@ class Run:
 
     # ---------------------------------------------------------------- what there is to say
 
-    def reported(self, lanes: Lanes, *, whole: bool, complete: bool) -> report.Run:
-        """All of it, with the lanes of its host.
+    def reported(
+        self, lanes: Lanes, deleted: Mapping[str, int], *, whole: bool, complete: bool
+    ) -> report.Run:
+        """All of it, with the lanes of its host, and how many offsets were deleted in some.
 
         `whole`: nothing of the sources was left out at their beginning, and `complete`: at their
         end. Where it was, and there are several lanes, that a run has ended asks for nothing.
@@ -276,13 +296,15 @@ class Run:
         beat = self.last if over else self._settled(lanes, complete=complete)
         silent = certain and self.silent
         settled = self._all_numbers() if silent else self._marks(beat, linear)
-        outcomes = self._explained(settled, begun, linear)
+        gone = list(self._gone(deleted, begun, linear))
+        outcomes = self._explained(settled, gone, begun, linear)
         whole_account = begun and self._is_final
         places = [
             one.reported(self._cells(place, whole_account and over), killed=self.end == "killed")
             for place, one in outcomes.items()
         ]
         kinds = self._accounts(over, begun, linear)
+        _excuse(kinds, outcomes.values(), sum(one.most for one in gone))
         return report.Run(
             run_id=self.run_id,
             boot_id=self.boot_id,
@@ -305,7 +327,7 @@ class Run:
             clock_steps_total=self.steps_total,
             shed_periods=self.shedding.periods,
             shed_periods_total=self.shedding.total,
-            problems=list(self._problems(places, kinds, whole_account)),
+            problems=list(self._problems(places, kinds, deleted, whole_account)),
         )
 
     def _cells(self, place: Place, complete: bool) -> dict[str, report.Cell]:
@@ -317,7 +339,11 @@ class Run:
         return self.last is not None and self.last.final
 
     def _explained(
-        self, settled: Mapping[Place, int], begun: bool, linear: bool
+        self,
+        settled: Mapping[Place, int],
+        gone: Iterable[Vague],
+        begun: bool,
+        linear: bool,
     ) -> dict[Place, Outcome]:
         outcomes: dict[Place, Outcome] = {}
         rest: dict[Place, list[tuple[int, int]]] = {}
@@ -333,6 +359,7 @@ class Run:
                 vague.append(Vague("unused", unused, {place: ((first, outcome.last),)}))
         # Those that may be anywhere explain last what no other does.
         vague.sort(key=lambda one: one.spans is None)
+        vague += gone
         segments: list[Segment] = []
         for place, outcome in outcomes.items():
             outcome.segments = list(cut(place, rest[place], vague, outcome.settled))
@@ -340,6 +367,50 @@ class Run:
         for place, counts in assign(segments, vague).items():
             outcomes[place].explained.update(counts)
         return outcomes
+
+    def _gone(self, deleted: Mapping[str, int], begun: bool, linear: bool) -> Iterable[Vague]:
+        """What may have been in holes: as many as there were offsets.
+
+        Or more, where a loss may have been told in one: how many numbers that explained is unknown.
+        """
+        places = [place for place, track in self._tracks(begun).items() if not track.own]
+        for lane, offsets in deleted.items():
+            untold = self._may_lack_own(lane, offsets, begun)
+            if not linear or lane not in self.lanes:
+                yield Vague(DELETED, MOST if untold else offsets, None)
+                continue
+            for hole in self._holes_in(lane, offsets):
+                spans = {place: (span,) for place in places if (span := hole.span_of(place))}
+                yield Vague(DELETED, MOST if untold else hole.offsets, spans)
+
+    def _holes_in(self, lane: str, deleted: int) -> list[Hole]:
+        holes = self._holes.between(lane)
+        if self._goes_on_behind(lane, deleted):
+            holes.append(self._holes.behind(lane, deleted, self._settled_in(lane)))
+        return holes
+
+    def _goes_on_behind(self, lane: str, deleted: int) -> bool:
+        """Whether more of it may have been in a lane behind its last record there."""
+        return not self._is_final and self._holes.is_behind(lane, deleted)
+
+    def _may_lack_own(self, lane: str, deleted: int, begun: bool) -> bool:
+        """Whether a record of the stream itself may have been among what was deleted in a lane."""
+        own = self.tracks.get((OWN, 0))
+        if own is None or not self._is_of_own(lane):
+            return own is None
+        return self._goes_on_behind(lane, deleted) or _missing_of_own(own, begun) > 0
+
+    def _is_of_own(self, lane: str) -> bool:
+        """Whether records of the stream itself may be in a lane."""
+        own = self.tracks.get((OWN, 0))
+        return own is None or own.split or lane == own.lane
+
+    def _may_lack_end(self, deleted: Mapping[str, int]) -> bool:
+        """Whether its end, or what the run after it says of it, may have been deleted."""
+        return any(
+            self._is_of_own(lane) and self._holes.is_behind(lane, offsets)
+            for lane, offsets in deleted.items()
+        )
 
     def _tracks(self, begun: bool) -> dict[Place, Track]:
         """Also those of which nothing came before it was killed, if its beginning is there."""
@@ -397,7 +468,11 @@ class Run:
         return read - before - since - (given_up - given_up_then[kind])
 
     def _problems(
-        self, places: Iterable[report.Place], kinds: dict[str, report.Account], complete: bool
+        self,
+        places: Iterable[report.Place],
+        kinds: dict[str, report.Account],
+        deleted: Mapping[str, int],
+        complete: bool,
     ) -> Iterable[str]:
         unexplained = sum(one.unexplained for one in places)
         if unexplained:
@@ -422,8 +497,20 @@ class Run:
             yield f"{older:,} are older than a watermark before them"
         for what, beats in self.wrong.items():
             yield f"in {beats:,} heartbeats: {what}"
-        if self.end == "open" and self.silent:
+        if self.end == "open" and self.silent and not self._may_lack_end(deleted):
             yield "it has no end, and nobody says what became of it"
+
+
+def _excuse(kinds: dict[str, report.Account], outcomes: Iterable[Outcome], offsets: int) -> None:
+    """What may have been in holes is not missing of a kind: no more than there are numbers missing
+    for it, or, of what has no number of a ring, than there were `offsets`.
+    """
+    room = {True: offsets, False: sum(one.explained[DELETED] for one in outcomes)}
+    for kind, account in kinds.items():
+        unnumbered = is_unnumbered(kind)
+        excused = min(account.missing, room[unnumbered])
+        room[unnumbered] -= excused
+        kinds[kind] = structs.replace(account, missing=account.missing - excused)
 
 
 def is_unnumbered(kind: str) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from streamer.events.clock import rfc3339
 from streamer.terminal.lines import printable
-from streamer.verify.report import Place, Run, ShedPeriod, Span, VerifyReport
+from streamer.verify.holes import DELETED
+from streamer.verify.report import Deleted, Place, Run, ShedPeriod, Span, VerifyReport
 
 MOST_GAPS = 10
 """Ranges of unexplained numbers that are shown for each ring and CPU; the JSON has a hundred."""
@@ -34,6 +35,10 @@ def _lines(report: VerifyReport) -> Iterator[str]:
     yield f"{', '.join(map(printable, report.sources))}: {report.records:,} records"
     for bad in report.malformed_first:
         yield f"  malformed: {printable(bad.where)}: {printable(bad.reason)}"
+    for one in report.deleted[:MOST_GAPS]:
+        yield f"  deleted by the broker before they were read: {_deleted(one)}"
+    if len(report.deleted) > MOST_GAPS:
+        yield f"  so it is of {len(report.deleted) - MOST_GAPS:,} more partitions"
     for name, host in report.hosts.items():
         restarts = _counted(host.restarts, "restart")
         yield f"{printable(name)}: {_counted(len(host.runs), 'run')}, {restarts}"
@@ -78,8 +83,10 @@ def _shed_period(period: ShedPeriod) -> str:
 
 def _place(place: Place) -> Iterator[str]:
     said = [f"{place.events:,} events of {place.first:,} to {place.last:,}"]
-    if place.explained:
-        said.append(f"lost {_stages(place.explained)}")
+    if lost := _without_deleted(place.explained):
+        said.append(f"lost {_stages(lost)}")
+    if gone := place.explained.get(DELETED):
+        said.append(f"{gone:,} cannot be verified, as the broker deleted records")
     for name in ("duplicates", "pending", "unexplained", "out_of_order", "late"):
         if count := getattr(place, name):
             said.append(f"{count:,} {name.replace('_', ' ')}")
@@ -102,8 +109,10 @@ def _span(gap: Span) -> str:
 
 def _verdict(report: VerifyReport) -> str:
     said = [f"{report.events:,} events", f"{report.duplicates:,} duplicates"]
-    if report.explained:
-        said.append(f"lost and told: {_stages(report.explained)}")
+    if lost := _without_deleted(report.explained):
+        said.append(f"lost and told: {_stages(lost)}")
+    if gone := report.explained.get(DELETED):
+        said.append(f"{gone:,} cannot be verified, as the broker deleted records")
     if report.pending:
         said.append(f"{report.pending:,} too recent to say")
     if report.malformed:
@@ -111,8 +120,17 @@ def _verdict(report: VerifyReport) -> str:
     if not report.complete:
         said.append("not read to the end")
     said.append(f"{report.unexplained:,} unexplained")
-    end = "all is explained" if report.ok else "NOT ALL IS EXPLAINED"
+    explained = "all that was read is explained" if report.deleted else "all is explained"
+    end = explained if report.ok else "NOT ALL IS EXPLAINED"
     return f"{'; '.join(said)}: {end}"
+
+
+def _without_deleted(counts: Mapping[str, int]) -> dict[str, int]:
+    return {stage: count for stage, count in counts.items() if stage != DELETED}
+
+
+def _deleted(one: Deleted) -> str:
+    return f"{_counted(one.offsets, 'offset')} of {printable(one.where)}"
 
 
 def _stages(counts: Mapping[str, int]) -> str:

@@ -36,6 +36,10 @@ from streamer.sinks.kafka.client import partition_of
 from streamer.sinks.kafka.encoded import encode
 from streamer.sinks.kafka.sink import KafkaSink
 from streamer.sinks.kafka.window import SEQUENCES, Window
+from streamer.verify import kafka as verify_kafka
+from streamer.verify.kafka import KafkaSource
+from streamer.verify.records import Chunk
+from streamer.verify.start import BEGINNING
 from tests.brokers import KafkaBroker, free_port, kafka_tool
 from tests.kafka_helpers import (
     HOST,
@@ -47,6 +51,7 @@ from tests.kafka_helpers import (
     alter,
     create,
     delete,
+    delete_before,
     expected,
     ids,
     make,
@@ -247,6 +252,65 @@ async def test_small_batches_are_sent_together_and_large_ones_split(broker: Kafk
         await until(lambda: not sink.account.pending)
         sink.submit(Batch(opens(10, 1000)))
     assert ids(await read_back(broker, topic)) == expected(0, 1010)
+
+
+# ---------------------------------------------------------------- what `streamer verify` reads
+
+
+async def test_what_the_broker_deletes_while_it_is_read(
+    broker: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by retention. What was there is not waited for, and how many there were is told."""
+    monkeypatch.setattr(verify_kafka, "FETCH_BYTES", 1)  # a batch at a time
+    topic = next(topics)
+    sink, _ = make(broker.address, topic, linger_ms=0)
+    async with started(sink):
+        for start in range(0, 100, 10):
+            sink.submit(Batch(opens(start, 10)))
+            await until(lambda: not sink.account.pending)
+    partition = (await read_back(broker, topic))[0].partition
+    source = KafkaSource(Settings(bootstrap=(broker.address,), topic=topic))
+    found: list[Chunk] = []
+    json: Any = msgspec.json
+    async for chunk in source.read(BEGINNING, follow=False):
+        if not found:
+            await delete_before(broker, topic, partition, 85)
+        found.append(chunk)
+    assert source.complete
+    there = [json.decode(value)["id"] for chunk in found for value in chunk.data]
+    before = len(there) - 15
+    assert there == [*expected(0, before), *expected(85, 15)]
+    assert before in (10, 20), "one batch was on its way"
+    (hole,) = [chunk for chunk in found if chunk.deleted]
+    assert (hole.lane, hole.deleted) == (f"{topic}, partition {partition}", 85 - before)
+
+
+async def test_a_topic_that_goes_on_is_read_to_its_end_at_the_stop(broker: KafkaBroker) -> None:
+    topic = next(topics)
+    sink, _ = make(broker.address, topic, linger_ms=0)
+    source = KafkaSource(Settings(bootstrap=(broker.address,), topic=topic))
+    sent = read = at_stop = 0
+
+    async def go_on() -> None:
+        nonlocal sent
+        while True:
+            sink.submit(Batch(opens(sent, 10)))
+            sent += 10
+            await asyncio.sleep(0.005)
+
+    async with started(sink):
+        going = asyncio.create_task(go_on())
+        await until(lambda: sink.account.delivered["file.open"] > 0)
+        async with asyncio.timeout(30):
+            async for chunk in source.read(BEGINNING, follow=True):
+                read += len(chunk.data)
+                if read > 500 and not at_stop:
+                    at_stop = sink.account.delivered["file.open"]
+                    assert source.stop()
+        assert source.complete
+        assert 0 < at_stop <= read
+        await until(lambda: sink.account.delivered["file.open"] > read)
+        going.cancel()
 
 
 # ---------------------------------------------------------------- what cannot be sent

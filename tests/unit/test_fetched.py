@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import struct
+import tracemalloc
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,9 +27,9 @@ from streamer.errors import SinkError
 from streamer.sinks.kafka import codecs
 from streamer.sinks.kafka.codecs import CODECS, decompress
 from streamer.sinks.kafka.record_batch import crc32c
-from streamer.verify import kafka
+from streamer.verify import fetched, kafka
 from streamer.verify.fetched import Batch, UnreadableRecords, _Answer
-from streamer.verify.kafka import KafkaSource
+from streamer.verify.kafka import KafkaSource, _chunks_of
 from streamer.verify.ledger import Ledger
 from streamer.verify.records import Chunk, decode
 from streamer.verify.start import BEGINNING
@@ -48,15 +50,21 @@ def built(codec: str = "gzip", base: int = BASE, builder: Any = DefaultRecordBat
     return struct.pack(">q", base) + data[8:]
 
 
+def values(batch: Batch) -> list[bytes]:
+    return [value for some in batch.values() for value in some]
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_of_every_codec(codec: str) -> None:
     batch = Batch(BASE, built(codec))
     assert batch.next_offset == BASE + len(VALUES) + 1
-    assert batch.values() == VALUES
+    assert values(batch) == VALUES
+    assert batch.deleted == 0
 
 
 def test_what_is_before_the_offset_that_was_asked_for_is_left_out() -> None:
-    assert Batch(BASE + 123, built()).values() == VALUES[123:]
+    assert values(Batch(BASE + 123, built())) == VALUES[123:]
+    assert Batch(BASE + 123, built()).deleted == 0
 
 
 def test_a_batch_of_before_kafka_0_11() -> None:
@@ -64,7 +72,8 @@ def test_a_batch_of_before_kafka_0_11() -> None:
     last = BASE + len(VALUES)
     batch = Batch(BASE + 123, built("gzip", last, LegacyRecordBatchBuilder))
     assert batch.next_offset == last + 1
-    assert batch.values() == VALUES[123:]
+    assert values(batch) == VALUES[123:]
+    assert batch.deleted == 0
 
 
 @pytest.mark.parametrize("builder", [DefaultRecordBatchBuilder, LegacyRecordBatchBuilder])
@@ -72,7 +81,7 @@ def test_a_batch_whose_checksum_is_wrong(builder: Any) -> None:
     data = bytearray(built(builder=builder))
     data[-1] ^= 1
     with pytest.raises(CorruptRecordException, match="at offset 7: its checksum is wrong"):
-        Batch(7, bytes(data)).values()
+        values(Batch(7, bytes(data)))
 
 
 def changed(data: bytes, attributes: int = 0, count: int = 0) -> bytes:
@@ -84,14 +93,67 @@ def changed(data: bytes, attributes: int = 0, count: int = 0) -> bytes:
 
 
 def test_a_control_batch_has_no_records_of_the_stream() -> None:
-    assert Batch(BASE, changed(built(), attributes=0x20)).values() == []
+    assert values(Batch(BASE, changed(built(), attributes=0x20))) == []
+
+
+def test_offsets_that_no_record_has_were_deleted() -> None:
+    """As by compaction: before a batch, within it, and all of one."""
+    data = bytearray(built())
+    last = struct.unpack_from(">i", data, 23)[0]
+    struct.pack_into(">i", data, 23, last + 4)
+    batch = Batch(BASE - 3, changed(bytes(data)))
+    assert (batch.deleted, batch.next_offset) == (3 + 4, BASE + last + 4 + 1)
+    assert values(batch) == VALUES
+    struct.pack_into(">i", data, 57, 0)
+    emptied = Batch(BASE, bytes(data[:61]))
+    assert emptied.deleted == last + 4 + 1
+    source = source_of({OWN: batch.next_offset})
+    source._read[OWN] = BASE - 3
+    found = [chunk.deleted for chunk in _chunks_of(OWN, batch, 10)]
+    assert found == [10 + 3 + 4, 0]
+
+
+@pytest.mark.parametrize("most", [{"MOST_VALUES": 7}, {"MOST_BYTES": 100}, {"MOST_BYTES": 1}])
+@pytest.mark.parametrize("count", [0, 1, -1])
+def test_a_large_batch_is_taken_out_of_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch, most: dict[str, int], count: int
+) -> None:
+    """Also one that cannot be read to its end."""
+    ((name, number),) = most.items()
+    monkeypatch.setattr(fetched, name, number)
+    found: list[list[bytes]] = []
+    reading = Batch(BASE + 3, changed(built(), count=count)).values()
+    with pytest.raises(UnreadableRecords) if count else nullcontext():
+        found.extend(reading)
+    there = [value for some in found for value in some]
+    assert there == VALUES[3:][: len(there)]
+    assert len(there) >= len(VALUES) - 3 - 7
+    assert max(map(len, found)) <= 10
+
+
+def test_memory_is_not_taken_by_many_small_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of a batch is a fraction of it, over what it unpacks to."""
+    monkeypatch.setattr(fetched, "MOST_VALUES", 1000)
+    record = b"\x10\0\0\0\1\4[]\0"
+    count = 40_000
+    data = bytearray(built("none")[:61]) + record * count
+    struct.pack_into(">i", data, 23, count - 1)
+    struct.pack_into(">i", data, 57, count)
+    batch = Batch(BASE, changed(bytes(data)))
+    tracemalloc.start()
+    taken = sum(map(len, batch.values()))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken == count
+    # Its copies, unpacked and for the checksum, and no object for each record.
+    assert most < 3 * len(batch.data)
 
 
 @pytest.mark.parametrize("change", [{"count": 1}, {"count": -1}, {"attributes": 2}])
 def test_what_does_not_fit_its_checksum_s_batch_is_corrupt(change: dict[str, int]) -> None:
     """A producer's mistake: other numbers of records, or another codec, than it says."""
     with pytest.raises(UnreadableRecords):
-        Batch(BASE, changed(built(), **change)).values()
+        values(Batch(BASE, changed(built(), **change)))
 
 
 def bomb(codec: str, size: int) -> bytes:
@@ -110,7 +172,7 @@ def test_what_unpacks_to_more_than_a_batch_may_have_is_not_unpacked(
     monkeypatch.setattr(codecs, "UNPACKED_MOST", most)
     for size, why in ((most, "the records of a batch are corrupt"), (most + 1, f"{most} bytes")):
         with pytest.raises(UnreadableRecords, match=why):
-            Batch(BASE, bomb(codec, size)).values()
+            values(Batch(BASE, bomb(codec, size)))
     monkeypatch.undo()
     assert decompress(CODECS[codec].number, CODECS[codec].compress(bytes(2 * most))) == bytes(
         2 * most
@@ -122,10 +184,10 @@ def test_a_batch_of_before_kafka_0_11_has_that_limit(
     monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
     batch = Batch(BASE, built(codec, BASE + len(VALUES), LegacyRecordBatchBuilder))
-    assert batch.values() == VALUES
+    assert values(batch) == VALUES
     monkeypatch.setattr(codecs, "UNPACKED_MOST", 4096)
     with pytest.raises(UnreadableRecords, match="4096 bytes"):
-        batch.values()
+        values(batch)
 
 
 def test_snappy_as_it_is_and_what_is_cut_off() -> None:
@@ -210,7 +272,7 @@ def batches(*numbers: int) -> list[Batch]:
 
 
 async def chunks(source: KafkaSource, consumer: Consumer) -> list[Chunk]:
-    return [chunk async for chunk in source._chunks(consumer, follow=False)]
+    return [chunk async for chunk in source._chunks(consumer)]
 
 
 async def test_each_partition_is_read_up_to_its_end_of_the_start() -> None:
@@ -232,7 +294,8 @@ async def test_what_is_followed_is_complete_when_it_is_at_its_end_of_the_stop() 
     """Also of a partition of which nothing has come, and nobody was told that it has more."""
     source = source_of({OWN: EACH, FILES: 0})
     consumer = Consumer({OWN: batches(0, 1)})
-    reading = source._chunks(consumer, follow=True)
+    source._following = True
+    reading = source._chunks(consumer)
     async for chunk in reading:
         if chunk.where.endswith(f"from offset {EACH}"):
             break
@@ -242,6 +305,35 @@ async def test_what_is_followed_is_complete_when_it_is_at_its_end_of_the_stop() 
         consumer.ends = {OWN: 2 * EACH, FILES: more}
         await source._renew_ends(consumer)
         assert source.complete is complete
+
+
+async def test_what_is_followed_is_read_to_its_end_of_the_stop() -> None:
+    """And no further, where it goes on."""
+    source = source_of({OWN: 0, FILES: 0})
+    assert not source.stop(), "nothing is followed"
+    source._following = True
+    consumer = Consumer({OWN: batches(0)}, {OWN: batches(1), FILES: batches(0)}, {OWN: batches(2)})
+    consumer.ends = {OWN: 2 * EACH, FILES: EACH}
+    consumer.places = dict.fromkeys((OWN, FILES), 0)
+    found = []
+    async for chunk in source._chunks(consumer):
+        found.append(chunk.where)
+        assert source.stop() is (len(found) == 1)
+    assert found == [
+        "stream, partition 0, from offset 0",
+        f"stream, partition 0, from offset {EACH}",
+        "file, partition 0, from offset 0",
+    ]
+    assert source.complete
+    assert len(consumer.answers) == 1
+
+
+async def test_before_a_topic_is_read_there_is_nothing_to_read_on() -> None:
+    source = source_of({})
+    source._following = True
+    assert not source.stop()
+    source._ends = {OWN: 1}
+    assert not source.complete, "asked between its ends and its beginning"
 
 
 async def test_what_is_followed_is_not_complete_where_nobody_says_where_it_ends(
@@ -256,17 +348,22 @@ async def test_what_is_followed_is_not_complete_where_nobody_says_where_it_ends(
         assert not source.complete
 
 
-async def test_what_a_broker_has_removed_meanwhile_is_not_waited_for() -> None:
-    """Neither at the end nor before it: the beginning of what is there is no beginning."""
+async def test_what_a_broker_has_deleted_meanwhile_is_told_and_not_waited_for() -> None:
+    """Neither at the end nor before it."""
     source = source_of({OWN: 5 * EACH, FILES: 3 * EACH})
     consumer = Consumer({OWN: batches(0), FILES: batches(0)}, {FILES: batches(2)})
     consumer.places = {OWN: 5 * EACH}
-    assert len(await chunks(source, consumer)) == 3
+    found = [(one.lane, one.deleted, len(one.data)) for one in await chunks(source, consumer)]
+    assert found == [
+        ("stream, partition 0", 0, len(VALUES)),
+        ("file, partition 0", 0, len(VALUES)),
+        ("file, partition 0", EACH, 0),
+        ("file, partition 0", 0, len(VALUES)),
+        ("stream, partition 0", 4 * EACH, 0),
+    ]
     assert source.complete
-    assert source.trimmed
-    (remark,) = source.remarks
-    names = "file, partition 0; stream, partition 0"
-    assert remark.endswith(f"records were removed before they could be read, of {names}")
+    assert not source.trimmed
+    assert not [*source.remarks]
 
 
 async def test_a_partition_of_which_nothing_comes_ends_the_reading(

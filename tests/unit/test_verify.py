@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamer.cli import main
+from streamer.verify import mqtt
+from streamer.verify import records as records_module
 from streamer.verify.lanes import Lanes
 from streamer.verify.ledger import Ledger
 from streamer.verify.numbers import Numbers
@@ -955,6 +958,18 @@ def test_an_id_that_is_none_is_malformed(id: str) -> None:
     assert (report.malformed, report.events, report.ok) == (1, 20, True)
 
 
+@pytest.mark.parametrize("name", ["id", "host"])
+def test_names_that_are_longer_than_any_take_no_room(name: str) -> None:
+    """Of each run they would be kept: whoever writes to a topic may give things longer ones."""
+    records = whole_run()
+    text = {"id": "a" * 255 + "-bulk-0-1", "host": "h" * 256}[name]
+    records.insert(5, records[5] | {"id": f"{'b' * 16}-bulk-0-1"} | {name: text})
+    report = verified(records)
+    assert (report.malformed, len(report.hosts), report.ok) == (1, 1, True)
+    records[5] |= {"id": "b-bulk-0-1"} | {name: text[-255:]}
+    assert verified(records).malformed == 0
+
+
 def test_a_duplicate_of_a_loss_explains_nothing_more() -> None:
     stream = Stream()
     out = [stream.manifest(), stream.event(1), stream.event(5)]
@@ -962,6 +977,33 @@ def test_a_duplicate_of_a_loss_explains_nothing_more() -> None:
     out += [loss, loss, stream.heartbeat(("bulk", 0, 5, 5), final=True)]
     report = verified(out)
     assert (report.unexplained, report.duplicates) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["MOST_BYTES", "MOST_VALUES"])
+def test_a_large_chunk_is_decoded_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As a message of MQTT can be: each record once, and where a malformed one is is said."""
+    records = whole_run(100)
+    each = [msgspec.json.encode(one) for one in records]
+    each.insert(60, b"nonsense")
+    data: Any = b"\n".join(each) if name == "MOST_BYTES" else each
+    monkeypatch.setattr(records_module, name, 1000 if name == "MOST_BYTES" else 7)
+    ledger = Ledger()
+    ledger.feed(Chunk("x", data, "topic"))
+    report = ledger.reported()
+    assert (report.records, report.events, report.duplicates, report.ok) == (103, 100, 0, True)
+    (bad,) = report.malformed_first
+    assert re.match(r"topic, behind \d+ of what was read there, record \d+ of", bad.where)
+    assert report.bytes >= sum(map(len, each))
+
+
+def test_a_message_of_mqtt_is_taken_apart_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [msgspec.msgpack.encode({"n": n}) for n in range(20)]
+    monkeypatch.setattr(mqtt, "MOST_VALUES", 8)
+    found = [chunk.data for chunk in mqtt._chunks("t", b"".join(values) + b"\xa5abc")]
+    assert found == [values[:8], values[8:16], [*values[16:], b"\xa5abc"]]
+    assert [chunk.data for chunk in mqtt._chunks("t", b'{"a":1}')] == [b'{"a":1}']
 
 
 def test_hosts_runs_and_partitions_are_kept_apart() -> None:

@@ -96,6 +96,20 @@ def read_values_py(records: bytes, count: int, first: int) -> list[bytes]:
     return found
 
 
+def record_end(records: bytes, at: int) -> int:
+    """Where a record that begins at `at` ends. Raises ValueError: it is none."""
+    size = shift = 0
+    for byte in records[at : at + _VARINT_MOST]:
+        at += 1
+        size |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            if size & 1 or not size or at + (size >> 1) > len(records):
+                break
+            return at + (size >> 1)
+    raise ValueError(_CORRUPT)
+
+
 def _number(data: memoryview) -> tuple[int, memoryview]:
     """A zigzag varint, and what is behind it."""
     zigzagged = 0
