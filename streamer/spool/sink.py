@@ -145,7 +145,7 @@ class SpooledSink(Sink, Listener):
         self._writer = writer
         self._most = writer.most
         self._numbers = numbers
-        self._n = self._settled = self._forgotten = last
+        self._n = last
         self._disk, self.recovered = found.batches, found.number
         self._disk_kinds = found.kinds.copy()
         self._on_disk = self._disk > 0

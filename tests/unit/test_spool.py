@@ -610,6 +610,33 @@ async def test_what_is_not_delivered_at_the_end_is_delivered_by_the_next_run(
     assert Store(str(directory / NAME), 1 << 20, new=False).found() == {}
 
 
+@pytest.mark.parametrize("mode", ["spill", "wal"])
+@pytest.mark.parametrize("budget", [1 << 18, 1 << 22], ids=["on disk", "with the sink"])
+async def test_what_is_not_delivered_outlives_any_number_of_runs(
+    directory: Path, mode: Mode, budget: int
+) -> None:
+    """A broker that is away the whole time, and an agent that is stopped and started."""
+    sent: list[Batch] = []
+    for n in range(3):
+        run = Run(directory, mode, budget, run=f"{n:016x}")
+        await run.start(hold=True)
+        assert run.sink.recovered == 10 * len(sent)
+        sent += [batch("file.open", 1 + 10 * at, 10, f"{n:016x}") for at in range(50)]
+        for one in sent[-50:]:
+            run.sink.submit(one)
+            await asyncio.sleep(0)
+        await run.until(lambda: run.inner.account.pending)  # noqa: B023 - run is over then
+        await run.stop()
+        assert run.recorder.drops == []
+    last = Run(directory, mode, run="fedcba9876543210")
+    await last.start()
+    assert last.sink.recovered == 1500
+    await last.until(lambda: last.sink.account.pending == 0)
+    assert last.delivered == ids(*sent)
+    await last.stop()
+    assert Run(directory, mode).spool._found == {}
+
+
 async def test_everything_is_on_disk_before_the_sink_has_it(directory: Path) -> None:
     run = Run(directory, "wal", budget=1 << 22)
     await run.start(hold=True)
