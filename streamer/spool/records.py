@@ -7,7 +7,7 @@ from typing import Any, Union
 
 import msgspec
 
-from streamer.events.batch import Batch, Event, Spans, count_kinds
+from streamer.events.batch import NO_SPANS, Batch, Event, Spans, count_kinds
 from streamer.events.catalogue import PUBLISHED
 from streamer.events.kinds import KINDS
 from streamer.spool.rows import UNDECODABLE
@@ -50,6 +50,14 @@ def batch_of(item: Item | Unreadable, run_id: str) -> tuple[Batch, str]:
     for event in events:
         event.replayed = True  # type: ignore[attr-defined]
     return Batch(events, dict(item.kinds), spans), ""
+
+
+def named_if_possible(spans: Spans, run: str, run_id: str) -> Spans:
+    """As `named`; none where that fails: a loss is told all the same, and holds up nothing."""
+    try:
+        return named(spans, run, run_id)
+    except Exception:  # a defect, or want of memory, while another is dealt with
+        return NO_SPANS
 
 
 def named(spans: Spans, run: str, run_id: str) -> Spans:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Literal
 
@@ -28,7 +30,7 @@ from streamer.sinks.base import Listener, Sink, Status
 from streamer.spool.records import CRITICAL, batch_of, run_of
 from streamer.spool.seldom import Seldom
 from streamer.spool.store import ROW_BYTES, Found, GivenUp, Item, Mark, SpoolError
-from streamer.spool.writer import TRANSACTION_BYTES, Fed, Writer
+from streamer.spool.writer import TRANSACTION_BYTES, TRIES, Fed, Writer
 
 Mode = Literal["spill", "wal"]
 Numbers = Mapping[tuple[str, int], int]
@@ -57,10 +59,10 @@ class _Held:
 
     __slots__ = ("batch", "item", "size", "told")
 
-    def __init__(self, item: Item, batch: Batch | None, told: int) -> None:
+    def __init__(self, item: Item, batch: Batch | None, told: tuple[int, ...]) -> None:
         """`batch` is kept where it is to be given to the sink as soon as it is on disk.
 
-        `told`: it tells of what made way up to there.
+        `told`: the lost batches of which it tells, by their n.
         """
         self.item = item
         self.batch = batch
@@ -99,8 +101,9 @@ class SpooledSink(Sink, Listener):
         self._lasting = False
         self._retry_at = 0.0
         self._warned = Seldom(WARN_SECONDS)
-        self._gave_up = 0  # the n of the last that made way
-        self._telling = (0, 0)  # the n of a batch that tells of what made way, and up to which n
+        self._untold: list[int] = []  # what is lost of what was on disk, and not told
+        self._telling: list[tuple[int, tuple[int, ...]]] = []  # the n of a batch that tells of some
+        self._defects = 0  # of the sink's, in a row
         self._on_disk = False  # whether anything may be there that can be forgotten
         self._read_at = 0.0
         self._points: deque[tuple[int, Numbers, Numbers]] = deque()
@@ -187,11 +190,16 @@ class SpooledSink(Sink, Listener):
     def _submit(self, batch: Batch) -> None:
         self._n = next(self._numbers)
         direct = self._disk == 0 and not self._memory and not self.inner.watermarks.full
-        told = self._gave_up if batch.kinds.get("stream.loss") else 0
-        if self.mode == "spill" and direct and not self._writing:
-            self._give(self._n, batch, _Held(self._item(self._n, batch, fed=False), None, told))
+        direct = direct and self.status != "closed"
+        told: tuple[int, ...] = ()
+        if batch.kinds.get("stream.loss"):
+            told, self._untold = tuple(self._untold), []
+        if self.mode == "spill" and direct and not self._writing and not told:
+            self._give(self._n, batch, _Held(self._item(self._n, batch, fed=False), None, ()))
             return
-        direct = direct and self.mode == "wal" and all(h.batch is not None for h in self._writing)
+        # What tells of lost batches is on disk as soon as these are not: it is told once.
+        first = self.mode == "wal" or bool(told)
+        direct = direct and first and all(h.batch is not None for h in self._writing)
         item = self._item(self._n, batch, fed=direct)
         if self._failed and not self._writing and not self._may_retry():
             self._remember(item, told)
@@ -223,20 +231,19 @@ class SpooledSink(Sink, Listener):
     def _wrote(self, items: Sequence[Item], error: SpoolError | None) -> None:
         """These are on disk, or none of them is."""
         known = {item.n for item in items}
-        self._feeding = True
-        while self._writing and self._writing[0].item.n in known:
-            held = self._writing.popleft()
-            self._release(held.size)
-            if error is not None:
-                self._remember(held.item, held.told)
-                continue
-            self._on_disk = True
-            if held.batch is not None:
-                self._give(held.item.n, held.batch, None)
-            else:
-                self._disk += 1
-                self._disk_kinds.update(held.item.kinds)
-        self._feeding = False
+        with self._busy():
+            while self._writing and self._writing[0].item.n in known:
+                held = self._writing.popleft()
+                self._release(held.size)
+                if error is not None:
+                    self._remember(held.item, held.told)
+                    continue
+                self._on_disk = True
+                if held.batch is not None and self.status != "closed":
+                    self._give(held.item.n, held.batch, None)
+                else:
+                    self._disk += 1
+                    self._disk_kinds.update(held.item.kinds)
         if error is not None:
             self._fail(error)
         elif self._failed and items:
@@ -260,7 +267,7 @@ class SpooledSink(Sink, Listener):
                 self.account.dropped.update(lost)
                 self.listener.sink_dropped(self, lost, reason, NO_SPANS)
 
-    def _remember(self, item: Item, told: int) -> None:
+    def _remember(self, item: Item, told: tuple[int, ...]) -> None:
         held = _Held(item._replace(fed=False), None, told)
         self._hold(held.size)
         self._memory.append(held)
@@ -281,7 +288,7 @@ class SpooledSink(Sink, Listener):
 
     def gave_up(self, victim: GivenUp, spans: Spans) -> None:
         """A batch made way for others. `spans` name its run, if it is another one."""
-        self._gave_up = max(self._gave_up, victim.n)
+        self._untold.append(victim.n)
         for held in self._writing:  # as soon as it was there: `_wrote` will not name it
             if held.item.n == victim.n:
                 self._writing.remove(held)
@@ -302,14 +309,68 @@ class SpooledSink(Sink, Listener):
         It is not counted: the sink counts it, and as a rule it is the same memory.
         """
         if held is not None and held.told:
-            self._telling = n, held.told
+            self._telling.append((n, held.told))
         self._sent.append((n, held, batch.spans))
         self.inner.ticket = n
-        self.inner.submit(batch)
+        before = self.inner.account.received.copy()
+        with self._busy():  # what it has room for then, would be ahead of what it is asked to take
+            try:
+                self.inner.submit(batch)
+            except Exception as error:  # a defect of the sink's costs what it did not take
+                taken = self.inner.account.received - before
+                self._fail_to_give(n, batch, Counter(batch.kinds) - taken, error)
+            else:
+                self._defects = 0
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Something is given to the sink, or follows at once: nothing else is fed meanwhile."""
+        before, self._feeding = self._feeding, True
+        try:
+            yield
+        finally:
+            self._feeding = before
+
+    def _fail_to_give(self, n: int, batch: Batch, lost: Counter[str], error: Exception) -> None:
+        """The sink failed at a batch, of which `lost` was not taken: that is told, and it goes on.
+
+        After three in a row it is given nothing more: the rest is kept for the next run.
+        """
+        self._defects += 1
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        where = [(frame.filename, frame.lineno) for frame in last]
+        if self._warned.may((type(error), *where), asyncio.get_running_loop().time()):
+            _log.error("%s failed", self.name, exc_info=error)
+        reason = f"the sink failed: {type(error).__name__}: {error}"[:200]
+        if lost:
+            if lost == Counter(batch.kinds):  # else nobody knows which were taken
+                self._sent = deque(
+                    (n, None, NO_SPANS) if one[0] == n else one for one in self._sent
+                )
+            self._give_up(n, lost, reason, batch.spans)
+        if self._defects >= TRIES:
+            self._set_status("closed", reason)
+
+    def _give_up(self, n: int, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
+        """A batch is lost; if it is on disk, it stays there until that is told."""
+        if self._writer is not None:
+            self._writer.aside(n)
+        self._untold.append(n)
+        self._tell_again(kinds)
+        self.account.dropped.update(kinds)
+        self.listener.sink_dropped(self, kinds, reason, spans)
+
+    def _tell_again(self, kinds: Mapping[str, int]) -> None:
+        """What told of lost batches may be lost itself: what is told in its place tells of them."""
+        if kinds.get("stream.loss"):
+            self._untold += (n for _, told in self._telling for n in told)
+            self._telling.clear()
 
     def _feed(self) -> None:
         """Give the sink what comes next, as long as it has room."""
-        if self._reading or self._feeding or self._letting_go or self.inner.status == "closed":
+        if self._reading or self._feeding or self._letting_go:
+            return
+        if "closed" in (self.status, self.inner.status):
             return
         if self._disk and self._writer is not None:
             # At the end the rest is left to the next run.
@@ -318,40 +379,53 @@ class SpooledSink(Sink, Listener):
                 self._reading = True
                 self._writer.next(self.name, READ_BYTES, self._read)
             return
-        self._feeding = True
-        while self._memory and not self.inner.watermarks.full:
+        while self._memory and not self.inner.watermarks.full and self.status != "closed":
+            batch, reason = self._batch_of(self._memory[0].item)
             held = self._memory.popleft()
-            self._release(held.size)
-            self._give(held.item.n, self._batch_of(held.item), held)
-        self._feeding = False
+            with self._busy():
+                self._release(held.size)
+                if reason:
+                    self._sent.append((held.item.n, None, NO_SPANS))
+                    self._untold += held.told
+                    self._give_up(held.item.n, held.item.kinds, reason, held.item.spans)
+                else:
+                    self._give(held.item.n, batch, held)
 
     @staticmethod
-    def _batch_of(item: Item) -> Batch:
-        batch, _ = batch_of(item, item.run)
-        for event in batch.events:  # it was never anywhere else than here
-            event.replayed = UNSET
-        # What they were made of: the sink is not to hold it a second time, beside the item's.
-        batch.encoded_as(item.data)
-        return batch
+    def _batch_of(item: Item) -> tuple[Batch, str]:
+        """What is in memory; or the reason why it cannot be read."""
+        try:
+            batch, reason = batch_of(item, item.run)
+        except MemoryError:
+            raise
+        except Exception as error:  # a defect, which is to hold up nothing that is behind it
+            _log.exception("a defect of what reads the spool")
+            return Batch([]), f"made a defect of what reads the spool: {type(error).__name__}"
+        if not reason:
+            for event in batch.events:  # it was never anywhere else than here
+                event.replayed = UNSET
+            # What they were made of: the sink is not to hold it a second time, beside the item's.
+            batch.encoded_as(item.data)
+        return batch, reason
 
     def _read(self, found: list[Fed], error: SpoolError | None) -> None:
         self._reading = False
         if error is not None:
             self._fail_to_read(error)
             return
-        self._feeding = True
         if not found:  # all that is not there any more was told
             self._disk = 0
-        for n, batch, reason in found:
-            self._disk -= 1
-            self._disk_kinds.subtract(batch.kinds)
-            if reason:
-                self._sent.append((n, None, NO_SPANS))
-                self.account.dropped.update(batch.kinds)
-                self.listener.sink_dropped(self, batch.kinds, reason, batch.spans)
-            else:
-                self._give(n, batch, None)
-        self._feeding = False
+        with self._busy():
+            for n, batch, reason in found:
+                if self.status == "closed":  # it failed: the next run reads it again
+                    break
+                self._disk -= 1
+                self._disk_kinds.subtract(batch.kinds)
+                if reason:
+                    self._sent.append((n, None, NO_SPANS))
+                    self._give_up(n, batch.kinds, reason, batch.spans)
+                else:
+                    self._give(n, batch, None)
         self._feed()
 
     def _fail_to_read(self, error: SpoolError) -> None:
@@ -372,6 +446,10 @@ class SpooledSink(Sink, Listener):
             self._settled = max(n, self._settled)
             if held is not None:
                 self._note_last(spans)
+        while self._telling and (oldest is None or self._telling[0][0] < oldest):
+            _, told = self._telling.pop(0)
+            if self._writer is not None:
+                self._writer.told(told)
         self._forget()
 
     def _forget(self) -> None:
@@ -379,10 +457,6 @@ class SpooledSink(Sink, Listener):
         if self._settled <= self._forgotten or self._writer is None or now < self._forget_at:
             return
         self._forgotten, self._forget_at = self._settled, now + FORGET_SECONDS
-        n, told = self._telling
-        if told and n <= self._settled:
-            self._writer.told(self.name, told)
-            self._telling = (0, 0)
         if self._on_disk:
             self._on_disk = bool(self._behind or self._sent)
             self._writer.done(self.name, self._settled)
@@ -443,6 +517,7 @@ class SpooledSink(Sink, Listener):
         while self._memory:
             held = self._memory.popleft()
             self._release(held.size)
+            self._untold += held.told
             self.account.dropped.update(held.item.kinds)
             self.listener.sink_dropped(self, held.item.kinds, reason, held.item.spans)
 
@@ -522,9 +597,9 @@ class SpooledSink(Sink, Listener):
                 if self._failed and self._memory and self._may_retry():
                     self._retry()
                 self._feed()
-            except Exception:  # a defect: it is seen, and what waits goes on
-                self._feeding = False
-                _log.exception("%s: the spool goes on after an error", self.name)
+            except Exception as error:  # a defect: it is seen, and what waits goes on
+                if self._warned.may(("tick", type(error)), asyncio.get_running_loop().time()):
+                    _log.exception("%s: the spool goes on after an error", self.name)
 
     # What the sink says
 
@@ -537,6 +612,8 @@ class SpooledSink(Sink, Listener):
 
     def sink_status(self, sink: Sink, status: Status, reason: str) -> None:
         """See `Listener`."""
+        if self.status == "closed":  # it failed, and is given nothing more
+            return
         if status == self.status:
             self.listener.sink_status(self, status, reason)
         elif status != "closed" or not self._letting_go:
@@ -549,6 +626,7 @@ class SpooledSink(Sink, Listener):
     def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         """See `Listener`. At the end what is on disk is not lost, and `_lose` tells of the rest."""
         if not self._letting_go:
+            self._tell_again(kinds)
             self.account.dropped.update(kinds)
             self.listener.sink_dropped(self, kinds, reason, spans)
 

@@ -14,7 +14,7 @@ from streamer.config.settings import SpoolSection
 from streamer.events.stream import PreviousRun, RunMark, SeqRange, UntoldLoss
 from streamer.sinks.base import Sink
 from streamer.spool.place import Place, open_place
-from streamer.spool.records import named
+from streamer.spool.records import named_if_possible
 from streamer.spool.rows import UNDECODABLE
 from streamer.spool.sink import MADE_WAY, Mode, SpooledSink
 from streamer.spool.store import Found, GivenUp, Mark, SpoolError
@@ -161,7 +161,7 @@ class Spool:
     def _gave_up(self, victim: GivenUp) -> None:
         sink = self._sinks.get(victim.sink)
         if sink is not None:
-            sink.gave_up(victim, named(victim.spans, victim.run, self._run_id))
+            sink.gave_up(victim, named_if_possible(victim.spans, victim.run, self._run_id))
         else:
             _log.warning("%s events for %s, which is no sink any more, made way in the spool",
                          f"{sum(victim.kinds.values()):,}", victim.sink)  # fmt: skip

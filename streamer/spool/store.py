@@ -209,6 +209,7 @@ class Store:
             self._db.execute("PRAGMA synchronous = FULL")
             # Debian's writes zeros over what is deleted, by way of the log: all of it, once more.
             self._db.execute("PRAGMA secure_delete = OFF")
+            self._db.execute("CREATE TEMP TABLE aside (n INTEGER PRIMARY KEY)")  # in memory
             self._db.execute(f"PRAGMA cache_size = -{2 << 10}")
             self._db.execute(f"PRAGMA max_page_count = {self._limit + 16}")
 
@@ -298,13 +299,13 @@ class Store:
         items: Iterable[Item],
         *,
         done: Mapping[str, int] | None = None,
-        told: Mapping[str, int] | None = None,
+        told: Iterable[int] = (),
         marks: Iterable[Mark] = (),
         state: bytes | None = None,
     ) -> list[GivenUp]:
         """Write batches, and wait for the disk. Forget, per sink, what is `done` up to there.
 
-        With them goes how far a sink's losses are `told`, and what a run says of itself: how far
+        With them goes which lost batches are `told`, and what a run says of itself: how far
         it has come (`marks`), and its `state`. What made way for the batches, the
         oldest of what is not critical first, is the result: a batch of `items` may be among it.
         """
@@ -316,9 +317,13 @@ class Store:
                 if not self._begun:
                     self._forget_the_run_before()
                 for sink, n in (done or {}).items():
-                    self._db.execute("DELETE FROM batch WHERE sink = ? AND n <= ?", (sink, n))
-                for sink, n in (told or {}).items():
-                    self._db.execute("DELETE FROM given_up WHERE sink = ? AND n <= ?", (sink, n))
+                    self._db.execute(
+                        "DELETE FROM batch WHERE sink = ? AND n <= ? "
+                        "AND n NOT IN (SELECT n FROM aside)",
+                        (sink, n),
+                    )
+                for table in ("batch", "given_up", "aside"):
+                    self._db.executemany(f"DELETE FROM {table} WHERE n = ?", [(n,) for n in told])
                 for item, data in packed:
                     gone += self._make_room(len(data))
                     self._put(item, data)
@@ -396,6 +401,14 @@ class Store:
         if found:
             self._fed[sink] = found[-1].n
         return found
+
+    def set_aside(self, n: int) -> None:
+        """A batch is lost that is here: it stays until that is `told`, or for the next run to tell.
+
+        Where it is not here, nothing follows of it.
+        """
+        with _worded():
+            self._db.execute("INSERT OR IGNORE INTO aside VALUES (?)", (n,))
 
     def fed(self, sink: str) -> int:
         """The last batch that the sink was given."""

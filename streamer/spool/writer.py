@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from streamer.events.batch import Batch
-from streamer.spool.records import batch_of, named
+from streamer.spool.records import batch_of, named_if_possible
 from streamer.spool.seldom import Seldom
 from streamer.spool.store import GivenUp, Item, Mark, SpoolError, Store, Unreadable
 
@@ -47,7 +47,7 @@ class Fed(NamedTuple):
 class _Put(NamedTuple):
     item: Item
     wrote: Wrote
-    told: int
+    told: tuple[int, ...]
 
 
 class _Next(NamedTuple):
@@ -56,9 +56,16 @@ class _Next(NamedTuple):
     read: Callable[[list[Fed], SpoolError | None], None]
 
 
-class _Forget(NamedTuple):
-    table: str
+class _Done(NamedTuple):
     sink: str
+    n: int
+
+
+class _Told(NamedTuple):
+    told: tuple[int, ...]
+
+
+class _Aside(NamedTuple):
     n: int
 
 
@@ -82,7 +89,8 @@ class Writer:
         self._run_id = run_id
         self._asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
-        self._forget: dict[str, dict[str, int]] = {"done": {}, "told": {}}
+        self._done: dict[str, int] = {}
+        self._told: set[int] = set()
         self._note: _Note | None = None
         self._refused: dict[str, SpoolError] = {}
         self._warned = Seldom(WARN_SECONDS)
@@ -97,8 +105,8 @@ class Writer:
         """The share of the spool that is used, 0 to 1; as of the last transaction."""
         return self._store.filled
 
-    def put(self, item: Item, wrote: Wrote, told: int = 0) -> None:
-        """Write a batch; with it what made way up to `told` is forgotten, of which it tells."""
+    def put(self, item: Item, wrote: Wrote, told: tuple[int, ...] = ()) -> None:
+        """Write a batch; with it the lost ones are forgotten of which it tells."""
         self._asked.put(_Put(item, wrote, told))
 
     def again(self, sink: str) -> None:
@@ -110,11 +118,15 @@ class Writer:
 
     def done(self, sink: str, n: int) -> None:
         """Forget the batches of a sink up to this one."""
-        self._asked.put(_Forget("done", sink, n))
+        self._asked.put(_Done(sink, n))
 
-    def told(self, sink: str, n: int) -> None:
-        """What made way up to `n` is told: what told it was delivered."""
-        self._asked.put(_Forget("told", sink, n))
+    def aside(self, n: int) -> None:
+        """A batch is lost. If it is on disk, it is not forgotten before that is told."""
+        self._asked.put(_Aside(n))
+
+    def told(self, told: tuple[int, ...]) -> None:
+        """That these are lost is told: what told it was delivered."""
+        self._asked.put(_Told(told))
 
     def note(self, state: bytes, marks: Iterable[Mark]) -> None:
         """Keep how far the run has come."""
@@ -150,8 +162,12 @@ class Writer:
                         self._call(one.wrote, [one.item], refused)
                 elif isinstance(one, _Again):
                     self._refused.pop(one.sink, None)
-                elif isinstance(one, _Forget):
-                    self._forget[one.table][one.sink] = one.n
+                elif isinstance(one, _Done):
+                    self._done[one.sink] = one.n
+                elif isinstance(one, _Told):
+                    self._told.update(one.told)
+                elif isinstance(one, _Aside):
+                    self._set_aside(one.n)
                 elif isinstance(one, _Note):
                     self._note = one
             self._write(puts)
@@ -180,13 +196,13 @@ class Writer:
         error: SpoolError | None = None
         gone: list[GivenUp] = []
         note = self._note
-        if puts or self._forget["done"] or self._forget["told"] or note:
+        if puts or self._done or self._told or note:
             # Not kept where it fails: what tells of it is not on disk then.
-            told = self._forget["told"] | {one.item.sink: one.told for one in puts if one.told}
+            told = self._told.union(*(one.told for one in puts))
             try:
                 gone = self._store.write(
                     [one.item for one in puts],
-                    done=self._forget["done"],
+                    done=self._done,
                     told=told,
                     marks=note.marks if note is not None else (),
                     state=note.state if note is not None else None,
@@ -197,7 +213,7 @@ class Writer:
                 if error.lasting or error is not failure:
                     self._note = None  # it may be what fails; a newer one comes
             else:
-                self._forget = {"done": {}, "told": {}}
+                self._done, self._told = {}, set()
                 self._note = None
         for victim in gone:
             self._call(self.gave_up, victim)
@@ -205,6 +221,12 @@ class Writer:
         for wrote, items in _by_sink(puts):
             left = [item for item in items if item.n not in made_way]
             self._call(wrote, left, error)
+
+    def _set_aside(self, n: int) -> None:
+        try:
+            self._store.set_aside(n)
+        except Exception as error:  # it is forgotten too soon, then
+            self._spool_error(error)
 
     def _read(self, asked: _Next) -> None:
         before = self._store.fed(asked.sink)
@@ -230,7 +252,7 @@ class Writer:
             if self._tries[one.n] < TRIES:
                 raise
             reason = f"made a defect of what reads the spool: {self._spool_error(error).reason}"
-            spans = named(one.spans, one.run, self._run_id)
+            spans = named_if_possible(one.spans, one.run, self._run_id)
             fed = Fed(one.n, Batch([], dict(one.kinds), spans), reason)
         self._tries.pop(one.n, None)
         return fed

@@ -22,7 +22,7 @@ import pytest
 from isal import isal_zlib
 
 from streamer.config.settings import SpoolSection
-from streamer.events.batch import NO_SPANS, Batch
+from streamer.events.batch import NO_SPANS, Batch, Spans
 from streamer.events.envelope import Envelope
 from streamer.events.stream import PreviousRun, StreamLoss
 from streamer.sinks.memory import MemorySink
@@ -115,10 +115,8 @@ def test_the_oldest_bulk_makes_way_and_then_the_oldest_critical(tmp_path: Path) 
     assert store.next("a", 1 << 30) == kept
     assert store.given_up() == sorted(gone, key=lambda one: one.n)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1 << 20
-    store.write([], told={"a": gone[3].n})
-    assert store.given_up() == [
-        one for one in sorted(gone, key=lambda each: each.n) if one.n > gone[3].n
-    ]
+    store.write([], told=[one.n for one in gone[3:]])
+    assert store.given_up() == sorted(gone[:3], key=lambda each: each.n)
 
 
 def test_how_much_of_it_is_used(tmp_path: Path) -> None:
@@ -365,6 +363,7 @@ def test_a_row_that_makes_no_sense_is_a_loss(directory: Path, column: str, value
         lost = {"file.open": 7 if column == "kinds" else 300}
         assert run.recorder.drops == [(lost, "what the spool had of them cannot be read")]
         assert run.recorder.spans == [{("bulk", 0, RUN): (1, 300)}]
+        await tell(run)
         await run.stop()
         assert Run(directory, "wal").spool._found == {}
 
@@ -894,8 +893,235 @@ async def test_a_row_that_always_makes_a_defect_holds_up_no_other(
     assert reason == "made a defect of what reads the spool: KeyError: 'what is in it'"
     assert run.recorder.spans == [sent[at].spans]
     assert caplog.text.count("Traceback") == 1
+    await tell(run)
     await run.stop()
     assert Run(directory).spool._found == {}
+
+
+async def test_a_row_whose_run_cannot_be_named_holds_up_no_other(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told without its numbers."""
+    monkeypatch.setattr("streamer.spool.sink.RETRY_SECONDS", 0.1)
+    run = Run(directory, budget=1 << 18)
+    sent = await fill(run)
+    bad = sent[90].spans
+
+    def broken(spans: Spans, *_: str) -> Spans:
+        if spans == bad:
+            raise KeyError("run")
+        return spans
+
+    monkeypatch.setattr("streamer.spool.records.named", broken)
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert run.delivered == ids(*sent[:90], *sent[91:])
+    reason = "made a defect of what reads the spool: KeyError: 'run'"
+    assert run.recorder.drops == [({"file.open": 10}, reason)]
+    assert run.recorder.spans == [NO_SPANS]
+    await run.stop()
+
+
+async def test_what_makes_a_defect_in_memory_holds_up_no_other(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(directory, budget=1 << 18)
+    await run.start(hold=True)
+    Failing(run).code = sqlite3.SQLITE_FULL
+    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(100)]
+    for one in sent:
+        run.sink.submit(one)
+        await asyncio.sleep(0)
+    await run.until(lambda: len(run.sink._memory) > 20)
+
+    def broken(row: Item | Unreadable, run_id: str) -> tuple[Batch, str]:
+        if row.n == 91:
+            raise KeyError("what is in it")
+        return batch_of(row, run_id)
+
+    monkeypatch.setattr("streamer.spool.sink.batch_of", broken)
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert sorted(run.delivered) == sorted(ids(*sent[:90], *sent[91:]))
+    reason = "made a defect of what reads the spool: KeyError"
+    assert run.recorder.drops == [({"file.open": 10}, reason)]
+    await run.stop()
+
+
+# ---------------------------------------------------------------- a sink that fails
+
+
+def fail_at(run: Run, bad: Callable[[Batch], bool], *, takes: bool = False) -> None:
+    """A defect of the sink's: it raises at these batches, before or after it `takes` them."""
+    submit = run.inner.submit
+
+    def broken(one: Batch) -> None:
+        if not bad(one) or takes:
+            submit(one)
+        if bad(one):
+            raise ValueError("what is this?")
+
+    run.inner.submit = broken  # type: ignore[assignment, method-assign]
+
+
+FAILED = "the sink failed: ValueError: what is this?"
+
+
+@pytest.mark.parametrize(("mode", "on_disk"), [("spill", False), ("spill", True), ("wal", False)])
+async def test_a_sink_that_fails_at_a_batch_loses_no_other(
+    directory: Path, caplog: pytest.LogCaptureFixture, mode: Mode, on_disk: bool
+) -> None:
+    """Whether it got it at once, or out of the spool, which goes on."""
+    run = Run(directory, mode, budget=1 << 18)
+    fail_at(run, lambda one: one.spans.get(("bulk", 0)) == (901, 910))
+    if on_disk:
+        sent = await fill(run)
+        run.inner.hold = False
+        run.inner.release()
+    else:
+        await run.start()
+        sent = [batch("file.open", 1 + 10 * n, 10) for n in range(100)]
+        for one in sent:
+            run.sink.submit(one)
+            await run.until(lambda: run.sink.account.pending == 0)
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert run.delivered == ids(*sent[:90], *sent[91:])
+    assert run.recorder.drops == [({"file.open": 10}, FAILED)]
+    assert run.recorder.spans == [sent[90].spans]
+    assert run.sink.status == "up"
+    assert caplog.text.count("ValueError: what is this?") == 1
+    await tell(run)
+    await run.stop()
+    assert Run(directory, mode).spool._found == {}
+
+
+async def test_a_sink_that_fails_at_what_it_took_loses_nothing(directory: Path) -> None:
+    run = Run(directory)
+    await run.start()
+    fail_at(run, lambda one: one.spans[("bulk", 0)] == (1, 10), takes=True)
+    run.sink.submit(batch("file.open", 1, 10))
+    run.sink.submit(batch("file.open", 11, 10))
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert len(run.delivered) == 20
+    assert run.recorder.drops == []
+    await run.stop()
+
+
+async def test_a_sink_that_fails_again_and_again_leaves_the_rest_to_the_next_run(
+    directory: Path,
+) -> None:
+    """With what it failed at and was on disk, of which nobody could tell."""
+    run = Run(directory, budget=1 << 18)
+    sent = await fill(run)
+    left = run.sink.spooled
+    fail_at(run, lambda one: True)
+    run.inner.hold = False
+    run.inner.release()
+    await run.until(lambda: run.sink.status == "closed")
+    assert run.recorder.drops == [({"file.open": 10}, FAILED)] * TRIES
+    assert run.recorder.statuses[-1] == ("closed", FAILED)
+    assert run.sink.spooled == run.sink.account.pending == left - 10 * TRIES
+    run.sink.sink_status(run.inner, "up", "")
+    assert run.sink.status == "closed"
+    await run.stop()
+    assert run.sink.kept == {"file.open": left - 10 * TRIES}
+    again = Run(directory)
+    await again.start()
+    await again.until(lambda: again.sink.account.pending == 0)
+    assert [*run.delivered, *again.delivered] == ids(*sent)
+    await again.stop()
+
+
+async def test_a_sink_that_fails_while_much_is_on_its_way_to_disk_leaves_it_there(
+    directory: Path,
+) -> None:
+    """With `wal` it was to get all of it as soon as it is there."""
+    run = Run(directory, "wal")
+    fail_at(run, lambda one: True)
+    await run.start()
+    sent = [batch("file.open", 1 + 10 * n, 10) for n in range(10)]
+    for one in sent:
+        run.sink.submit(one)
+    await run.until(lambda: run.sink.status == "closed" and not run.sink._writing)
+    assert run.sink.account.pending == run.sink.spooled == 100 - 10 * TRIES
+    run.sink.submit(batch("file.open", 101, 10))  # one that was on its way here
+    await run.until(lambda: not run.sink._writing)
+    await run.stop()
+    again = Run(directory, "wal")
+    await again.start()
+    await again.until(lambda: again.sink.account.pending == 0)
+    assert again.delivered == ids(*sent, batch("file.open", 101, 10))
+    await again.stop()
+
+
+# ---------------------------------------------------------------- what is told once
+
+
+LOSS = Envelope("host").record(StreamLoss, stage="sink", count=1, kinds={}, reason="")
+
+
+async def tell(run: Run) -> None:
+    """As the agent does with the next second: a record of all that was lost."""
+    run.sink.submit(Batch([LOSS]))
+    await run.until(lambda: run.sink.account.pending == 0)
+
+
+@pytest.mark.parametrize("mode", ["spill", "wal"])
+@pytest.mark.parametrize("told", ["not", "on disk", "delivered"])
+async def test_a_row_that_cannot_be_read_is_told_once_whenever_the_agent_is_killed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode, told: str
+) -> None:
+    """It is on disk until what tells of it is there: a repetition of that has the same id."""
+    monkeypatch.setattr("streamer.spool.sink.FORGET_SECONDS", 0.0)
+    await asyncio.to_thread(filled, directory)
+    with edited(directory) as db:
+        db.execute("INSERT INTO batch SELECT n + 1, sink, run, critical, number, kinds, spans, "
+                   "size, checksum, data FROM batch")  # fmt: skip
+        db.execute("UPDATE batch SET checksum = 1 WHERE n = 1")
+    run = Run(directory, mode, run="fedcba9876543210")
+    await run.start()
+    await run.until(lambda: run.sink.account.pending == 0)
+    assert len(run.recorder.drops) == 1
+    assert len(run.delivered) == 300
+    run.inner.hold = told == "on disk"
+    if told == "on disk":
+        run.sink.submit(Batch([LOSS]))
+        await run.until(lambda: run.inner.account.pending)
+    elif told == "delivered":
+        await tell(run)
+    await asyncio.sleep(0.1)  # what was delivered is forgotten meanwhile
+    await run.spool.close()  # and no more: it was killed
+    again = Run(directory, mode, run="aaaaaaaaaaaaaaaa")
+    await again.start()
+    await again.until(lambda: again.sink.account.pending == 0)
+    assert again.recorder.drops == ([] if told != "not" else run.recorder.drops)
+    assert again.delivered == ([LOSS.id] if told == "on disk" else [])
+    await again.stop()
+
+
+async def test_what_was_to_be_told_is_told_by_the_next_record_if_one_is_lost(
+    directory: Path,
+) -> None:
+    """While the disk fails, so that the record is in the sink, which drops it."""
+    run = Run(directory)
+    await run.start(hold=True)
+    failing = Failing(run)
+    failing.code = sqlite3.SQLITE_FULL
+    run.sink._give_up(77, {"file.open": 10}, "a row of the spool", NO_SPANS)
+    run.sink.account.received["file.open"] += 10
+    run.sink.submit(Batch([LOSS]))
+    await run.until(lambda: run.inner.account.pending)
+    assert run.sink._untold == []
+    run.inner.discard("refused")
+    assert run.sink._untold == [77]
+    failing.code = None
+    run.sink._retry_at = 0.0
+    run.inner.hold = False
+    await tell(run)
+    assert run.sink._untold == []
+    await run.stop()
 
 
 async def test_want_of_memory_is_no_fault_of_a_row(
@@ -1037,7 +1263,7 @@ def test_what_comes_out_of_memory_is_not_held_twice(directory: Path) -> None:
     run = Run(directory)
     made = batch("file.open", 1, 50)
     item = run.sink._item(1, made, fed=False)
-    again = run.sink._batch_of(item)
+    again, _ = run.sink._batch_of(item)
     assert again.lines("json") is item.data
     assert Batch(again.events).lines("json") == item.data
 
