@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import time
@@ -17,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from streamer.operation.look import Look, SinkLook
 from tests.brokers import MosquittoBroker, free_port
-from tests.kernel.agent import ROOT, Agent, Recording, kind_of
+from tests.kernel.agent import ROOT, UNDELIVERED, Agent, Recording, kind_of
 from tests.kernel.flows import CONFIG as FLOWS_CONFIG
 from tests.kernel.flows import Near, in_netns, observe
 from tests.kernel.pace import seconds
@@ -205,6 +206,37 @@ def test_rings_queues_lag_and_losses(scope: Scope, tmp_path: Path) -> None:
     for outcome in ("lost", "read", "shed"):
         value = done.page("events_total", kind="file.open", outcome=outcome)
         assert value == getattr(last, outcome)
+
+
+def test_what_is_left_in_the_rings_at_the_end(scope: Scope, tmp_path: Path) -> None:
+    """A broker that is not there until then: what is not read by half of the grace is lost."""
+    port, output = free_port(), tmp_path / "events.ndjson"
+    given = config(output, MosquittoBroker(tmp_path / "mosquitto"), port)
+    given = given.replace("grace_seconds = 8", "grace_seconds = 4")
+    agent = Agent(
+        tmp_path, *scope.options, events="file.open", config=given, sinks=None, output=output
+    )
+    with agent:
+        scope.act(open_missing, PATH, OPENS, 4)
+        until(agent, is_still)
+        agent.send(signal.SIGTERM)
+        while "stop" not in (lost := lost_by_stage(port)):
+            time.sleep(0.1)  # until it ends: then there is nobody to ask
+        recording = agent.wait()
+    assert recording.returncode == UNDELIVERED
+    told = Counter[str]()
+    for loss in recording.losses:
+        told[loss.stage] += loss.count
+    assert lost == told  # where a CPU has nothing in the ring, what it lost was lost in the kernel
+    assert lost.total() == OPENS - opens_in(output)
+
+
+def lost_by_stage(port: int) -> Counter[str]:
+    """Where anything was lost that is not a sink's."""
+    found = Counter[str]()
+    for labels, number in Page(port).all("lost_events_total").items():
+        found[dict(labels)["stage"]] += int(number)
+    return +Counter({stage: n for stage, n in found.items() if stage != "sink"})
 
 
 def check_still(at: At, written: str, held: str, output: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from streamer.agent.losses import LossTotals, Lost
-from streamer.config.settings import Settings
+from streamer.config.settings import Limits, Settings
 from streamer.operation import http
 from streamer.operation.look import Latency, Look
 from streamer.operation.metrics import buckets, exposition
@@ -101,6 +101,27 @@ async def test_every_number_is_that_of_the_account(runs: Any) -> None:
             account = getattr(sink.account, what)
             assert {key[0]: n for key, n in values.items() if key[1] == sink.name and n} == +account
     assert found["streamer_sink_latency_seconds_count"]["good:",] > 0
+
+
+async def test_losses_in_the_decoder_and_at_the_end_are_scraped(runs: Any) -> None:
+    """Records that no reader knows, and those that are in the rings when a limit ends the run."""
+    sink = MemorySink()
+    run = runs(sink, limits=Limits(max_events=7))
+    pages = http.Pages(run.service.look, itertools.count().__next__)
+    await run.start()
+    for ring in ("critical", "bulk", "bulk"):
+        run.programs.garbage(ring)
+    await until(lambda: run.service.look().losses)
+
+    def lost() -> Values:
+        _, page = pages.answer(b"GET /metrics HTTP/1.1\r\n\r\n").split(b"\r\n\r\n", 1)
+        return {key: n for key, n in parsed(page)["streamer_lost_events_total"].items() if n}
+
+    assert lost() == {("", "", "decode"): 3}
+    run.programs.emit("process.exec", 10)
+    await run.end()
+    assert lost() == {("", "", "decode"): 3, ("", "", "stop"): 3}
+    assert lost() == total_by_place(run.of("stream.loss", sink), sink.name)
 
 
 def total_by_place(losses: list[Any], sink: str) -> Values:
