@@ -7,12 +7,14 @@ import mmap
 import os
 import platform
 import re
+import struct
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -228,12 +230,87 @@ AT(4, "tracepoint/syscalls/sys_enter_fchdir", "probed")
 KPROBES = Path("/sys/bus/event_source/devices/kprobe")
 
 
+NUMBERS = """
+#define INTERRUPTED(seq) interrupted(seq)
+static inline __attribute__((always_inline)) void interrupted(volatile unsigned long long *seq);
+
+#include "core/core.bpf.h"
+#include "core/fair.bpf.h"
+#include "core/task.bpf.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+OPTION(only_pid);
+
+/* Of the last event: how often it is to be interrupted, and what became of it. */
+struct numbered {
+	__u64 interruptions;
+	__u64 seq;
+	__u64 given_up;
+	__u64 room;
+	__u64 all_given_up;
+	__u64 produced;
+	__u64 lost;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct numbered);
+} numbered SEC(".maps");
+
+/* What a program does that runs at this very point: it takes a number itself. */
+static __always_inline void interrupted(volatile __u64 *seq)
+{
+	struct numbered *now = ONLY_ENTRY(numbered);
+
+	if (!now || !now->interruptions)
+		return;
+	now->interruptions--;
+	__sync_fetch_and_add((__u64 *)seq, 1);
+}
+
+/* An event of each fchdir(): the descriptor, less 1000, is how often it is interrupted. */
+SEC("tracepoint/syscalls/sys_enter_fchdir") EMITS("process.fork")
+int on_fchdir(void *ctx)
+{
+	__u32 cpu = bpf_get_smp_processor_id();
+	struct cpu_counters *mine = my_counters(cpu);
+	struct kind_counters *counts = my_kind(cpu, KIND_PROCESS_FORK);
+	struct numbered *now = ONLY_ENTRY(numbered);
+	struct process_fork *record;
+	struct event_base base;
+
+	if (bpf_get_current_pid_tgid() >> 32 != only_pid || !mine || !counts || !now)
+		return 0;
+	start_base(&base);
+	now->interruptions = ((__u64 *)ctx)[2] - 1000;
+	record = begin(&critical, &base, KIND_PROCESS_FORK, RING_CRITICAL, sizeof(*record));
+	now->seq = base.seq;
+	now->given_up = base.skipped;
+	now->room = record != 0;
+	now->all_given_up = mine->skipped[RING_CRITICAL];
+	now->produced = counts->produced;
+	now->lost = counts->lost;
+	if (record) {
+		__builtin_memset((void *)record + sizeof(base), 0, sizeof(*record) - sizeof(base));
+		submit(ctx, &critical, RING_CRITICAL, record);
+	}
+	return 0;
+}
+"""
+ADDED = "\t\t__sync_fetch_and_add((__u64 *)seq, 1);\n"
+INTERRUPTED = f"{ADDED}#ifdef INTERRUPTED\n\t\tINTERRUPTED(seq);\n#endif\n"
+
+
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The core, and sensors of this test: `ways`, `broken`, `faults` and `places`."""
-    more = {"ways.bpf.c": WAYS.read_text(), "places.bpf.c": PLACES}
+    """The core, and sensors of this test: `ways`, `broken`, `faults`, `places` and `numbers`."""
+    more = {"ways.bpf.c": WAYS.read_text(), "places.bpf.c": PLACES, "numbers.bpf.c": NUMBERS}
     more |= {"broken.bpf.c": BROKEN, "faults.bpf.c": FAULTS}
-    return Variant(tmp_path_factory.mktemp("ways") / "variant", {}, ("core",), more).objects
+    changes = {"core/core.bpf.h": (ADDED, INTERRUPTED)}
+    return Variant(tmp_path_factory.mktemp("ways") / "variant", changes, ("core",), more).objects
 
 
 def catalogue(directory: Path) -> dict[str, SensorInfo]:
@@ -427,6 +504,51 @@ def test_runs_that_the_kernel_left_out(objects: Path, require_kernel: Require) -
     runs = int.from_bytes(seen, "little")
     assert runs >= 20
     assert misses["on_fault"] in (runs, 2 * runs)  # some processors are tried again at the fault
+
+
+class Numbered(NamedTuple):
+    """`struct numbered`."""
+
+    interruptions: int
+    seq: int
+    given_up: int
+    room: int
+    all_given_up: int
+    produced: int
+    lost: int
+
+
+def test_a_number_that_others_take_eight_times_in_a_row(objects: Path) -> None:
+    """The event is lost and counted, and has no number that another one has; the next has its own.
+
+    Each interruption takes a number of its own, and has the interrupted one give one up.
+    """
+    loader = Loader(sensors=catalogue(objects), directory=str(objects))
+    loader.load_core({"critical": 4096, "bulk": 4096}, None)
+    loader.load("numbers", {"only_pid": os.getpid()})
+    (state,) = loader.attach("numbers").programs
+    assert (state.status, state.reason) == ("attached", "")
+    found = []
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [min(cpus)])
+    try:
+        for times in (0, 1, 7, 8, 0, 20):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fchdir(1000 + times)
+            ((_, value),) = loader.read("numbered")
+            found.append(Numbered(*struct.unpack("<7Q", value)))
+    finally:
+        os.sched_setaffinity(0, cpus)
+        loader.close()
+    first = found[0].seq
+    assert found == [
+        Numbered(0, first, 0, 1, 0, 1, 0),
+        Numbered(0, first + 3, 1, 1, 1, 2, 0),
+        Numbered(0, first + 18, 7, 1, 8, 3, 0),
+        Numbered(0, 0, 7, 0, 15, 4, 1),  # 16 numbers, of which the last one given up is its loss
+        Numbered(0, first + 35, 0, 1, 15, 5, 1),
+        Numbered(12, 0, 7, 0, 22, 6, 2),
+    ]
 
 
 def fault_often(count: int) -> None:
