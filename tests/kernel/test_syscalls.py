@@ -567,6 +567,20 @@ def test_calls_of_32_bit_programs_are_none(
     assert "semget" not in found
 
 
+def call_as_x32(count: int) -> int:
+    """Ask for getppid as an x32 program does. How many of the calls failed: all, unless it can."""
+    x32 = 0x40000000 | NUMBER["getppid"]
+    return sum(system_call(x32)[0] < 0 for _ in range(count))
+
+
+def test_calls_of_x32_programs_are_those_of_64_bits(scope: Scope, require_kernel: Require) -> None:
+    require_kernel(platform.machine() == "x86_64", "it has no x32 programs")
+    with Timing(scope, "*") as timing:
+        failed = scope.act(call_as_x32, 50)
+        found = timing.of_all()
+    assert (found["getppid"].count, found["getppid"].errors) == (50, failed)
+
+
 def test_counts_by_cgroup(cgroups: Path) -> None:
     with Scope(cgroups) as one, Scope(cgroups) as other:
         settings = Settings(filters=Filters(cgroups=(one.id, other.id)))
