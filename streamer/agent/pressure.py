@@ -91,7 +91,7 @@ def causes(
     found = [thresholds.cause("ring", ring, share) for ring, share in rings.items()]
     for pauses, own in by_sink:
         found += own if pauses else [_at_most(one, least_said, least_held) for one in own]
-    pressing = [one for one in found if one.says or one.holds]
+    pressing = [one for one in found if one.holds]  # what says a level holds it, too
     pressing.sort(key=lambda one: (-one.says, -one.holds, one.measure, one.where, -one.value))
     worst: dict[tuple[str, str], Cause] = {}
     for one in pressing:

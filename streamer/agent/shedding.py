@@ -128,7 +128,6 @@ class Shedding:
             causes=[
                 PressureCause(one.measure, one.where, round(one.value, 3), one.holds)
                 for one in self._causes
-                if one.holds
             ],
             rates=rates,
             kinds={
@@ -141,7 +140,7 @@ class Shedding:
     def _reason(self) -> str:
         if self.pressure.level == 0:
             return "the pressure is over"
-        said = [in_words(one) for one in self._causes[:MOST_CAUSES] if one.holds]
+        said = [in_words(one) for one in self._causes[:MOST_CAUSES]]
         return "; ".join(said) or "nothing presses any more, and it falls"
 
     def _sinks(self) -> Iterable[SinkState]:
@@ -151,7 +150,7 @@ class Shedding:
                 yield SinkState(
                     sink.name,
                     fanout.pauses(sink),
-                    max(sink.watermarks.held, 0) / sink.watermarks.high,
+                    sink.watermarks.held / sink.watermarks.high,
                     sink.spool_filled,
                     sink.latency.lag_seconds,
                 )

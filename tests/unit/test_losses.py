@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from streamer.agent.losses import (
     LOG_SECONDS,
+    MOST_BACKOFF,
     MOST_RANGES,
     MOST_REASONS,
     OTHER_REASONS,
     LossBook,
     LossLog,
+    LossTotals,
     Lost,
     Owed,
     merged,
@@ -122,6 +124,78 @@ def test_what_was_delivered_is_forgotten() -> None:
     assert len(owed.untold(under_way=0)) == 0
 
 
+def loss(count: int) -> Lost:
+    return Lost("kernel", f"reason {count}", count, {"file.open": count})
+
+
+def counts(lost: list[Lost]) -> list[int]:
+    return [one.count for one in lost]
+
+
+def test_what_a_sink_gave_up_names_no_numbers_of_the_stream_s_own_records() -> None:
+    """They are of no ring: a reader would look for them among events."""
+    spans: dict[tuple[str, int] | tuple[str, int, str], tuple[int, int]] = {
+        ("stream", 0): (1, 9),
+        ("bulk", 1): (2, 3),
+        ("bulk", 1, "before"): (4, 5),
+        ("stream", 0, "before"): (1, 1),
+    }
+    lost = Lost.of_sink({"file.open": 4}, "x" * 1000, spans)
+    assert lost.ranges == (SeqRange("bulk", 1, 2, 3), SeqRange("bulk", 1, 4, 5, "before"))
+    assert (lost.count, len(lost.reason)) == (4, 300)
+
+
+def test_what_was_told_and_given_up_is_owed_again() -> None:
+    """Of several on their way the newest; what was delivered is not owed any more."""
+    owed = Owed()
+    owed.told([1, 2, 3, 4], map(loss, (1, 2, 3, 4)), under_way=0)
+    owed.dropped(2, 1, 3)
+    refused = owed.refused
+    assert counts(owed.take()) == [2, 3]
+    assert (refused, owed.refused) == (True, False)
+    owed.told([5, 6], map(loss, (2, 3)), under_way=1)  # the first was delivered
+    assert counts(owed.untold(under_way=3)) == [4, 2, 3]
+    assert owed.untold(under_way=0) == []
+
+
+def test_what_was_delivered_by_the_end_is_not_told_to_the_next_run() -> None:
+    owed = Owed()
+    owed.told([1, 2, 3], map(loss, (1, 2, 3)), under_way=0)
+    owed.add(loss(7))
+    assert counts(owed.untold(under_way=1)) == [7, 3]
+
+
+def seconds_until_told(owed: Owed) -> int:
+    return next(n for n in range(1, 1000) if owed.tick())
+
+
+def test_a_sink_that_gives_up_what_it_is_told_is_asked_later_and_later() -> None:
+    """A whole second at least; and at once again when it has taken one."""
+    owed = Owed()
+    assert seconds_until_told(owed) == 1
+    waits = []
+    for seq in range(1, 10):
+        owed.told([seq], [loss(1)], under_way=0)
+        owed.dropped(1, seq, seq)
+        waits.append(seconds_until_told(owed))
+    assert waits == [2, 3, 5, 9, 17, 33, *[MOST_BACKOFF + 1] * 3]
+    owed.told([10], owed.take(), under_way=0)
+    owed.told([11], [loss(1)], under_way=0)  # the one before was delivered
+    owed.dropped(1, 11, 11)
+    assert seconds_until_told(owed) == 2
+
+
+def test_totals_have_what_has_no_kind() -> None:
+    totals = LossTotals()
+    totals.add(Lost("sink", "full", 5, {"file.open": 3}), "kafka://one")
+    totals.add(Lost("decode", "short", 2, {}))
+    assert totals.counts == {
+        ("sink", "kafka://one", "file.open"): 3,
+        ("sink", "kafka://one", ""): 2,
+        ("decode", "", ""): 2,
+    }
+
+
 def test_a_reason_that_comes_again_is_one_reason() -> None:
     """And many CPUs are no reasons: each keeps its own numbers."""
     book = LossBook()
@@ -153,6 +227,24 @@ def test_losses_are_logged_at_once_and_then_as_a_rate() -> None:
         "1 events lost in kafka://one: refused",
         "10 events lost in the kernel of bulk: no room",
     ]
+
+
+def test_a_loss_that_began_anew_has_no_rate() -> None:
+    """Of the time in which there was none."""
+    log = LossLog()
+    lost = Lost("kernel", "no room", 10, {}, ring="bulk", cpu=0)
+    for now, rate in ((100.0, ""), (100.0 + 2 * LOG_SECONDS, ""), (100.0 + 3.5 * LOG_SECONDS, "x")):
+        log.add([lost])
+        (line,) = log.lines(now)
+        assert ("/s," in line) is bool(rate)
+
+
+def test_a_place_that_ended_as_it_should_is_not_spoken_of() -> None:
+    log = LossLog()
+    log.add([Lost("sink", "refused", 1, {})], "one")
+    log.add([Lost("sink", "refused", 1, {})], "one more")
+    log.forget("one")
+    assert log.lines(1.0) == ["1 events lost in one more: refused"]
 
 
 def test_reasons_without_end_fill_no_log() -> None:

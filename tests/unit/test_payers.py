@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
-from streamer.agent.payers import MOST_PAYERS, told
+from streamer.agent.payers import MOST_PAYERS, Payers, told
+from streamer.errors import KernelError
 from streamer.events.stream import Refused
 from streamer.kernel.objects import CONTRACT
 from streamer.kernel.state import size_of
@@ -68,3 +70,44 @@ def test_more_than_are_told_by_themselves() -> None:
     found = told(totals(sum(range(1, MOST_PAYERS + 11))), entries)
     assert [one.id for one in found[:-1]] == list(range(MOST_PAYERS + 10, 10, -1))
     assert found[-1] == Refused("others", 0, {"process.exec": sum(range(1, 11))})
+
+
+class Kernel:
+    """The totals that programs count, and their table, which cannot always be read."""
+
+    def __init__(self) -> None:
+        self.pressure = b""
+        self.entries: list[tuple[bytes, bytes]] = []
+        self.fails: Exception | None = None
+        self.reads = 0
+        self.count()
+
+    def count(self, *counts: int) -> None:
+        at = next(offset for name, offset, _ in CONTRACT["pressure"] if name == "refused")
+        self.pressure = bytes(at) + struct.pack(f"<{PAID}Q", *totals(*counts))
+
+    def read(self, name: str) -> list[tuple[bytes, bytes]]:
+        assert name == "payers"
+        self.reads += 1
+        if self.fails is not None:
+            raise self.fails
+        return self.entries
+
+
+def test_it_is_asked_for_when_anything_was_refused_since_and_again_if_that_failed() -> None:
+    kernel: Any = Kernel()
+    payers = Payers(kernel)
+    assert payers.refused() == []
+    assert kernel.reads == 0, "nobody was refused anything"
+    kernel.count(1)
+    kernel.entries = [entry(USER, 1000, 1)]
+    first = [Refused("user", 1000, {"process.exec": 1})]
+    assert payers.refused() == payers.refused() == first
+    assert kernel.reads == 1
+    kernel.count(3)
+    kernel.entries = [entry(USER, 1000, 3)]
+    for fails in (KernelError("gone"), OSError()):
+        kernel.fails = fails
+        assert payers.refused() == first
+    kernel.fails = None
+    assert payers.refused() == [Refused("user", 1000, {"process.exec": 3})]

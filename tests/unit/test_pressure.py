@@ -9,6 +9,7 @@ import pytest
 
 from streamer.agent.pressure import (
     HOLD,
+    LAG_FROM,
     LOOK_SECONDS,
     RISE_SECONDS,
     STEP_SECONDS,
@@ -65,7 +66,7 @@ def test_it_holds_until_four_fifths_of_its_value() -> None:
     pressure = Pressure()
     top = THRESHOLDS.budget[-1]
     levels([top] * 4, pressure)
-    assert set(levels([HOLD * top + 0.001] * 100, pressure, 10)) == {LEVELS}
+    assert set(levels([HOLD * top] * 100, pressure, 10)) == {LEVELS}
     assert levels([HOLD * top - 0.001] * 100, pressure, 100)[-1] == LEVELS - 1
 
 
@@ -116,7 +117,7 @@ def test_each_measure_counts() -> None:
 
 def test_a_broker_that_is_away_from_a_quiet_host_is_no_pressure() -> None:
     assert says([SinkState("kafka", True, 0.1, lag_seconds=3600)]) == 0
-    assert says([SinkState("kafka", True, 0.13, lag_seconds=3600)]) == 3
+    assert says([SinkState("kafka", True, LAG_FROM, lag_seconds=3600)]) == 3
 
 
 def test_a_sink_that_drops_counts_as_far_as_all_are_pressed() -> None:
@@ -126,6 +127,14 @@ def test_a_sink_that_drops_counts_as_far_as_all_are_pressed() -> None:
     assert says([slow, fast._replace(budget=0.55)]) == 1
     assert says([slow, fast._replace(budget=0.75)]) == 2
     assert says([slow]) == 3
+
+
+def test_a_sink_that_drops_holds_no_level_once_a_fast_one_takes_all_again() -> None:
+    slow, fast = SinkState("kafka", False, 1.0), SinkState("file", False, 1.0)
+    assert [one.holds for one in causes(THRESHOLDS, [slow, fast], {})] == [3, 3]
+    assert causes(THRESHOLDS, [slow, fast._replace(budget=0.0)], {}) == []
+    (held, other) = causes(THRESHOLDS, [slow, fast._replace(budget=0.45)], {})
+    assert (held.says, held.holds, other.says, other.holds) == (0, 1, 0, 1)
 
 
 def test_one_that_pauses_counts_alone() -> None:
@@ -147,11 +156,18 @@ def test_the_worst_cause_comes_first() -> None:
         ("budget", "kafka", 1, 2),
         ("ring", "bulk", 0, 1),
     ]
+    nearly = SinkState("mqtt", True, 0.69)
+    found = causes(THRESHOLDS, [nearly, SinkState("kafka", True, 0.2, lag_seconds=16)], {})
+    assert [(one.measure, one.says, one.holds) for one in found] == [
+        ("lag", 2, 2),
+        ("budget", 1, 3),
+    ], "what says a level before what only holds one"
 
 
 def test_a_sink_of_several_workers_is_named_once_with_the_worst() -> None:
-    found = causes(THRESHOLDS, [SinkState("mqtt", True, 0.6), SinkState("mqtt", True, 0.9)], {})
-    assert found == [THRESHOLDS.cause("budget", "mqtt", 0.9)]
+    for values in ((0.6, 0.9), (0.9, 0.95), (0.95, 0.9)):
+        found = causes(THRESHOLDS, [SinkState("mqtt", True, value) for value in values], {})
+        assert found == [THRESHOLDS.cause("budget", "mqtt", max(values))]
 
 
 def test_every_kind_of_the_bulk_ring_has_rates_and_no_other() -> None:

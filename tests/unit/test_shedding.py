@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from streamer.agent.pressure import LOOK_SECONDS
 from streamer.config.settings import LEVELS, SHED_BY_DEFAULT, Kernel, Settings, SheddingSection
 from streamer.events.kinds import KINDS
 from streamer.events.stream import StreamShed
+from streamer.events.timing import Timing
 from streamer.operation.metrics import exposition
 from streamer.sinks.latency import LatencySamples
 from streamer.sinks.memory import MemorySink
@@ -120,9 +122,27 @@ async def test_what_is_left_out_until_the_end_is_told(runs: Any) -> None:
     await run.stop()
     last = run.of("stream.shed")[-1]
     assert (last.level, last.kinds, last.reason) == (3, {"file.open": 3}, "the agent stops")
+    assert last.rates["file.open"] == RATES[2], "by which they were left out"
     final = run.of("stream.heartbeat")[-1]
     assert final.final
     assert final.seq > last.seq
+
+
+async def test_that_it_is_over_is_told_though_the_agent_stops_before_it_looks_again(
+    runs: Any,
+) -> None:
+    run = runs(settings=ON)
+    await run.start()
+    clock = Clock(run)
+    clock.look(0.6, 3)
+    while run.programs.level:
+        clock.look(0.0)
+    left_out(run, 3)  # by a program that had begun before
+    assert run.of("stream.shed")[-1].level == 1
+    await run.stop()
+    last = run.of("stream.shed")[-1]
+    assert (last.before, last.level, last.kinds) == (1, 0, {"file.open": 3})
+    assert last.reason == "the pressure is over"
 
 
 async def test_why_and_since_when(runs: Any) -> None:
@@ -137,6 +157,18 @@ async def test_why_and_since_when(runs: Any) -> None:
     assert cause.value == pytest.approx(0.9, abs=0.001)
     assert record.boot_ns - 10**9 < record.since_boot_ns <= record.boot_ns
     assert abs((record.time_ns - record.boot_ns) - (record.since_ns - record.since_boot_ns)) < 10**8
+    await run.stop()
+
+
+async def test_since_when_is_as_coarse_as_times_are(runs: Any) -> None:
+    """With `[timing]` no record tells a time more exactly."""
+    run = runs(settings=ON)
+    await run.start()
+    timing = Timing(1_000_000_000, bytes(16))
+    run.service.shedding._envelope.timing = timing
+    Clock(run).look(0.9, 3)
+    record = run.of("stream.shed")[-1]
+    assert record.since_boot_ns % timing.resolution_ns == 0 < record.since_boot_ns
     await run.stop()
 
 
@@ -158,6 +190,7 @@ async def test_nothing_is_shed_unless_asked_for(runs: Any) -> None:
     assert not run.service.shedding.enabled
     assert run.of("stream.manifest")[0].shedding == {}
     assert all(run.programs.sample(kind) <= 1 for kind in KINDS)
+    run.service.shedding.repeat()  # as with each heartbeat
     await run.stop()
     assert not run.of("stream.shed")
 
@@ -194,6 +227,30 @@ async def test_a_sink_that_is_closed_presses_nobody(runs: Any) -> None:
     first._set_status("closed", "gone")
     Clock(run).look(1.0, 5)
     assert run.programs.level == 0
+    await run.stop()
+
+
+async def test_the_fullest_of_several_buffers_of_a_ring_presses(runs: Any) -> None:
+    run = runs(settings=ON)
+    await run.start()
+    shedding = run.service.shedding
+    shedding._sources = [SimpleNamespace(name="bulk", filled=filled) for filled in (0.1, 0.95, 0.2)]
+    Clock(run).look(0.0, 3)
+    (cause,) = run.of("stream.shed")[-1].causes
+    assert (cause.measure, cause.where, cause.value) == ("ring", "bulk", 0.95)
+    await run.stop()
+
+
+@pytest.mark.parametrize(("status", "level"), [("up", LEVELS), ("down", LEVELS), ("closed", 0)])
+async def test_a_sink_of_another_worker_presses_unless_it_is_closed(
+    runs: Any, status: str, level: int
+) -> None:
+    run = runs(settings=ON)
+    await run.start()
+    theirs = SimpleNamespace(status=status, full=1.0, lag_seconds=0.0)
+    run.service.shedding._crew = SimpleNamespace(of_sink=lambda _: [theirs])
+    Clock(run).look(0.0, 3)
+    assert run.programs.level == level
     await run.stop()
 
 

@@ -98,6 +98,22 @@ async def test_numbers_that_are_read_minutes_late_still_get_their_times() -> Non
     assert len(set(told[2 * late :])) > 20
 
 
+async def test_the_oldest_time_is_kept_until_all_of_before_it_has_come() -> None:
+    """However many are noted meanwhile: else one who reads late enough would never know any."""
+    numbers = Numbers()
+    marks = Watermarks(numbers.read, numbers.wait)
+    numbers.taken = [1, 1]
+    before, after = await noted(marks, numbers)
+    for second in range(2, 200):
+        numbers.taken = [second, second]
+        await noted(marks, numbers)
+        marks.advance({})
+    assert len(marks._noted) <= 64, "and room is taken for so many"
+    marks.advance({("bulk", 0): 1})
+    assert before <= marks.of("bulk", 0) <= after
+    assert marks.of("bulk", 1) == 0
+
+
 async def test_one_is_noted_at_a_time() -> None:
     numbers = Numbers()
     marks = Watermarks(numbers.read, numbers.wait)
