@@ -53,6 +53,7 @@ class HostileBroker:
         """As it is, it takes everything, in one partition of any topic."""
         self.port = 0
         self.partitions = 1
+        self.in_sync = [1, 2, 3]
         self.log: list[bytes] = []
         self.produced: list[Produced] = []
         self.asked: list[int] = []
@@ -73,7 +74,9 @@ class HostileBroker:
 
     def metadata_of(self, topics: list[str], code: int = 0, leader: int = 1) -> bytes:
         """One broker, this one, which leads all partitions."""
-        parts: list[Any] = [(0, number, leader, [1], [1], []) for number in range(self.partitions)]
+        parts: list[Any] = [
+            (0, number, leader, [1, 2, 3], self.in_sync, []) for number in range(self.partitions)
+        ]
         brokers = [(1, "127.0.0.1", self.port, None)]
         said = [(code, topic, False, [] if code else parts) for topic in topics]
         return encoded(MetadataResponse_v5(0, brokers, "cluster", 1, said))

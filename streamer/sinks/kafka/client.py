@@ -464,6 +464,32 @@ class Client:
                 return
         raise _together(errors)
 
+    async def lacking(self, leader: Leader, topic: str, seconds: float) -> str:
+        """Which replicas are not in sync, in words, as its leader says within so many seconds.
+
+        Asked on a connection of its own: on the others a broker answers in order, and it is asked
+        because it does not. Empty where all are, or nothing is said.
+        """
+        connection: Connection | None = None
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._open(leader.address)
+                said = (await connection.send(MetadataRequest([topic]))).to_object()
+            (found,) = (
+                part
+                for one in said["topics"]
+                if one["topic"] == topic
+                for part in one["partitions"]
+                if part["partition"] == leader.partition
+            )
+            replicas, in_sync = set(found["replicas"]), set(found["isr"])
+        except Exception:  # it is not needed, and may have any form
+            return ""
+        finally:
+            if connection is not None:
+                await connection.abort()
+        return f"{len(in_sync)} of {len(replicas)} replicas in sync" if replicas - in_sync else ""
+
     # Producing
 
     async def producer_id(self, but: int | None) -> int:

@@ -54,7 +54,7 @@ from streamer.sinks.kafka.errors import (
 from streamer.sinks.kafka.record_batch import Payload, compress, lay_out, record_batch
 from streamer.sinks.kafka.window import Answer, Numbered, Outcome, Window, backoff
 from streamer.sinks.silence import LOOK_SECONDS, Silence
-from streamer.sinks.sockets import UNHEARD_SECONDS
+from streamer.sinks.sockets import REPLACE_SECONDS, UNHEARD_SECONDS
 
 STALL_SECONDS = 3.0
 """How long an ack may take before the brokers are asked whether they are there."""
@@ -159,7 +159,7 @@ class KafkaSink(Sink):
         self._spawn(self._watch(client))
         self._spawn(self._watch_connections(client))
         self._spawn(self._watch_leaders(client))
-        self._spawn(self._watch_silence())
+        self._spawn(self._watch_silence(client))
         for topic in self._topics.values():
             self._spawn(self._deliver(topic, client))
 
@@ -516,7 +516,7 @@ class KafkaSink(Sink):
         now = asyncio.get_running_loop().time()
         return next((one for one in self._topics.values() if one.silence.lasts(now)), None)
 
-    async def _watch_silence(self) -> None:
+    async def _watch_silence(self, client: Client) -> None:
         """Say that nothing is acknowledged. It costs no event: the topic keeps what it holds."""
         loop = asyncio.get_running_loop()
         while True:
@@ -527,8 +527,19 @@ class KafkaSink(Sink):
             error, since = topic.error, topic.silence.since or 0.0
             if error is not None and not error.vague and topic.error_at >= since:
                 self._set_status("down", error.reason)
-            else:
-                self._set_silent(f"topic {topic.name}: {topic.silence.reason(loop.time())}")
+                continue
+            lacking = await self._lacking(topic, client)
+            if topic.silence.lasts(loop.time()):
+                reason = f"topic {topic.name}: {topic.silence.reason(loop.time())}"
+                self._set_silent(f"{reason}; {lacking}" if lacking else reason)
+
+    async def _lacking(self, topic: _Topic, client: Client) -> str:
+        """What its leader says of the replicas, in words, while it acknowledges nothing."""
+        try:
+            leader = client.leader(topic.name, self._key, topic.partition)
+        except DeliveryError:
+            return ""
+        return await client.lacking(leader, topic.name, REPLACE_SECONDS) if leader else ""
 
     async def _watch(self, client: Client) -> None:
         """Ask whether brokers are there when an answer is late, and now and then who leads."""
