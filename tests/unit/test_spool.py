@@ -609,8 +609,9 @@ async def test_what_is_not_delivered_at_the_end_is_delivered_by_the_next_run(
     assert Store(str(directory / NAME), 1 << 20, new=False).found() == {}
 
 
-@pytest.mark.parametrize("mode", ["spill", "wal"])
-@pytest.mark.parametrize("budget", [1 << 18, 1 << 22], ids=["on disk", "with the sink"])
+@pytest.mark.parametrize(
+    ("mode", "budget"), [("spill", 1 << 18), ("wal", 1 << 22)], ids=["on disk", "with the sink"]
+)
 async def test_what_is_not_delivered_outlives_any_number_of_runs(
     directory: Path, mode: Mode, budget: int
 ) -> None:
