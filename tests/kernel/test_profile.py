@@ -161,6 +161,21 @@ def test_a_hot_function(scope: Scope, tmp_path: Path, profiled: Path) -> None:
     assert not pids & {recording.manifest.agent_pid, agent.pid}
 
 
+def test_the_agent_is_left_out(tmp_path: Path) -> None:
+    """Of all that Python runs here both of its processes alone are not met."""
+    program = os.path.realpath(sys.executable)
+    options = ("--exe", program, "--profile-hz", "997")
+    busy = "import time\nend = time.process_time() + 1\nwhile time.process_time() < end: pass"
+    with Agent(tmp_path, *options, events=KIND, config="summary_seconds = 1\n") as agent:
+        with subprocess.Popen([program, "-c", busy]) as other:
+            assert other.wait() == 0
+        agent.wait_for(f'"pid":{other.pid},'.encode())
+        recording = agent.stop()
+    pids = {one.pid for one in recording.of(KIND)}
+    assert other.pid in pids
+    assert not pids & {recording.manifest.agent_pid, agent.pid}
+
+
 def test_a_system_call(scope: Scope, tmp_path: Path, profiled: Path) -> None:
     """Functions of the kernel, behind those of the program that called it.
 
