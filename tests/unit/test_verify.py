@@ -13,12 +13,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamer.cli import main
+from streamer.verify import ledger as ledger_module
 from streamer.verify import mqtt
 from streamer.verify import records as records_module
+from streamer.verify import run as run_module
 from streamer.verify.lanes import Lanes
 from streamer.verify.ledger import Ledger
 from streamer.verify.numbers import Numbers
@@ -197,6 +199,9 @@ def most_matched(missing: set[tuple[tuple[str, int], int]], losses: list[Vague])
 
 
 @given(place_numbers, vague_losses)
+@example(  # the first takes what the second alone can explain
+    {(PLACES[0], 1), (PLACES[0], 2)}, [(1, [(PLACES[0], 1, 1)]), (1, [(PLACES[0], 1, 0)])]
+)
 def test_losses_explain_as_much_as_they_can(missing: set[Any], told: list[Any]) -> None:
     losses = [as_vague(loss) for loss in told]
     segments: list[Segment] = []
@@ -341,6 +346,17 @@ def test_after_a_heartbeat_all_is_asked_for() -> None:
     assert [(g.seq_from, g.seq_to) for g in only_place(verified(records)).gaps] == [(8, 9)]
 
 
+def test_after_a_heartbeat_all_is_asked_for_of_a_cpu_of_which_nothing_had_come() -> None:
+    stream = Stream()
+    stream.own = 7
+    records = [
+        stream.heartbeat(("bulk", 0, 0, 0)),
+        stream.event(3),
+        stream.heartbeat(("bulk", 0, 3, 3), final=True),
+    ]
+    assert [(g.seq_from, g.seq_to) for g in only_place(verified(records)).gaps] == [(1, 2)]
+
+
 def test_a_loss_that_was_told_before_the_start_is_not_asked_for() -> None:
     """Behind what the reader had passed: no event came after it."""
     stream = Stream()
@@ -395,6 +411,60 @@ def test_a_run_that_was_killed_and_so_was_the_next_before_it_said_so() -> None:
     assert (report.explained, report.ok) == ({"killed": 1}, True)
 
 
+@pytest.mark.parametrize(
+    ("sink", "stage", "explained"),
+    [("kafka://b/events", "sink", True), ("", "stop", True), ("mqtt://b/other", "sink", False)],
+)
+def test_what_the_next_run_tells_is_of_the_sink_that_is_read_or_of_all(
+    sink: str, stage: str, explained: bool
+) -> None:
+    first, after = Stream(), Stream("fedcba9876543210")
+    records = whole_run(9, first)
+    del records[4:6]  # numbers 4 and 5
+    after.boot_ns += 5 * SECOND
+    untold = {"run_id": first.run_id, "sink": sink, "stage": stage, "count": 2}
+    untold |= {"kinds": {"file.open": 2}, "reason": "x"}
+    untold |= {"ranges": [{"ring": "bulk", "cpu": 0, "seq_from": 4, "seq_to": 5}]}
+    previous = {"run_id": first.run_id, "ended": "undelivered", "untold": [untold]}
+    records.append(after.manifest(sinks=["kafka://b/events", "mqtt://b/other"], previous=previous))
+    ledger = Ledger(["/events"])
+    ledger.feed(Chunk("a", lines(records)))
+    report = ledger.reported()
+    assert report.explained == ({stage: 2} if explained else {})
+    assert report.hosts["node-1"].runs[0].told == ({stage: 2} if explained else {})
+
+
+def test_a_run_of_which_a_loss_at_its_stop_is_told_was_not_killed_for_that() -> None:
+    """So no more is explained than that."""
+    first, later = Stream(), Stream("fedcba9876543210")
+    records = [first.manifest(), first.event(1), first.event(5)]
+    later.boot_ns += 3600 * SECOND
+    told = {"run_id": first.run_id, "sink": "", "stage": "stop", "count": 2, "kinds": {}}
+    told |= {"ranges": [{"ring": "bulk", "cpu": 0, "seq_from": 2, "seq_to": 3}]}
+    between = {"run_id": "0011223344556677", "ended": "undelivered", "untold": [told]}
+    records.append(later.manifest(previous=between))
+    report = verified(records)
+    assert report.hosts["node-1"].runs[0].end == "open"
+    assert (report.explained, report.unexplained) == ({"stop": 2}, 1)
+
+
+def test_a_loss_of_several_runs_is_told_of_each_up_to_its_numbers() -> None:
+    """Out of a spool a run loses what one before it had read, too."""
+    first, after = Stream(), Stream("fedcba9876543210")
+    records = whole_run(9, first)
+    del records[4:6]
+    after.boot_ns += 5 * SECOND
+    records += [after.manifest(), after.event(1), after.event(5)]
+    names = ("ring", "cpu", "seq_from", "seq_to", "run_id")
+    places = (("bulk", 0, 4, 5, first.run_id), ("bulk", 0, 2, 4, after.run_id))
+    ranges = [dict(zip(names, one, strict=True)) for one in places]
+    records.append(after.loss("sink", 5, ranges=ranges))
+    records.append(after.heartbeat(("bulk", 0, 5, 5), final=True))
+    report = verified(records)
+    assert [run.told for run in report.hosts["node-1"].runs] == [{"sink": 2}, {"sink": 3}]
+    assert (report.explained, report.unexplained) == ({"sink": 5}, 0)
+
+
 def mark(seq: int, taken: int, cpu: int = 0, sink: str = "file:x") -> Record:
     return {"sink": sink, "ring": "bulk", "cpu": cpu, "seq": seq, "last": seq, "taken": taken}
 
@@ -424,6 +494,12 @@ def test_how_much_a_run_with_a_spool_lost_is_known() -> None:
         (0, 9, 3),
         (1, 3, 3),
     ]
+
+
+def test_what_was_safe_behind_the_last_heartbeat_is_not_asked_for() -> None:
+    """How many of these numbers were given up unused nobody knows."""
+    report = verified(killed_run([mark(6, 9)], 11, 1, 2, 3, 4))
+    assert (report.explained, report.unexplained, report.ok) == ({"killed": 5}, 0, True)
 
 
 def test_what_was_safe_when_a_run_was_killed_is_to_come() -> None:
@@ -632,6 +708,40 @@ def test_a_run_that_has_ended_is_judged_where_all_was_read() -> None:
     assert missing_of(one, complete=False) == missing_of(one) == (0, 1, False)
 
 
+@pytest.mark.parametrize("ended", ["killed", "undelivered", "delivered"])
+def test_a_run_that_left_has_left_whatever_became_of_it(ended: str) -> None:
+    """A reload took the sink away that is read: what it had read for it until then was to come."""
+    stream, after = Stream(), Stream("fedcba9876543210")
+    records = [stream.manifest(sinks=["kafka://b/events"]), stream.event(1)]
+    records.append(stream.heartbeat(("bulk", 0, 2, 2)))
+    records.append(stream.manifest(sinks=["file:x"]))
+    after.boot_ns += 5 * SECOND
+    previous = {"run_id": stream.run_id, "ended": ended, "untold": []}
+    records.append(after.manifest(sinks=["kafka://b/events"], previous=previous))
+    ledger = Ledger(["/events"])
+    ledger.feed(Chunk("a", lines(records)))
+    report = ledger.reported()
+    assert [run.end for run in report.hosts["node-1"].runs] == ["left", "open"]
+    assert (report.explained, report.unexplained) == ({}, 1)
+    back = stream.manifest(sinks=["kafka://b/events"])
+    ledger.feed(Chunk("a", lines([back])))
+    assert ledger.reported().hosts["node-1"].runs[0].end != "left", "another reload brought it back"
+
+
+def test_a_heartbeat_that_is_read_behind_the_last_account_takes_nothing_back() -> None:
+    """It comes out of another partition."""
+    stream = Stream()
+    begin, events = stream.manifest(), [stream.event(n) for n in (1, 2, 3, 4)]
+    before = stream.heartbeat(("bulk", 0, 3, 3), read={"file.open": 3})
+    last = stream.heartbeat(("bulk", 0, 5, 5), read={"file.open": 5}, final=True)
+    ledger = Ledger()
+    ledger.feed(Chunk("a", lines([begin, *events, last])))
+    ledger.feed(Chunk("b", lines([before])))
+    report = ledger.reported()
+    assert report.unexplained == 1
+    assert only_run(report).kinds["file.open"].missing == 1
+
+
 def test_of_many_heartbeats_an_old_one_is_known_still() -> None:
     """A topic that is minutes behind: what was to come before its newest is judged."""
     stream, ledger = Stream(), Ledger()
@@ -714,6 +824,27 @@ def test_who_is_silent_is_the_same_as_by_asking_every_run(drawn: list[Any]) -> N
         runs.append(run)
     silence = Silence(runs[::-1])
     assert [silence.has(run) for run in runs] == [silent_by_all(run, runs) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("beats", "later", "silent"),
+    [
+        ([0, 1], 59, False),
+        ([0, 1], 62, True),
+        ([0, 100, 101], 299, False),  # three times as long as ever
+        ([0, 100, 101], 302, True),
+        ([0, 30, 60, 1, 61], 91, True),  # one that comes late, of another partition
+    ],
+)
+def test_a_run_without_an_end_is_waited_for(beats: list[int], later: int, silent: bool) -> None:
+    stream, other = Stream(), Stream("fedcba9876543210")
+    begin, records = stream.boot_ns, [stream.manifest()]
+    for seconds in beats:
+        stream.boot_ns = begin + seconds * SECOND
+        records.append(stream.heartbeat())
+    other.boot_ns = begin + (max(beats) + later) * SECOND
+    run = verified([*records, other.manifest()]).hosts["node-1"].runs[0]
+    assert bool(run.problems) is silent
 
 
 def test_a_host_that_was_killed_often() -> None:
@@ -813,6 +944,15 @@ def test_the_clock_is_set() -> None:
     run = only_run(verified(records))
     assert [step.step_ns for step in run.clock_steps] == [3600 * SECOND]
     assert run.clock_steps_total == 1
+
+
+@pytest.mark.parametrize(("less", "steps"), [(0, 1), (1, 0)])
+def test_from_a_tenth_of_a_second_on_the_clock_is_set(less: int, steps: int) -> None:
+    stream = Stream()
+    records = [stream.manifest(), stream.event(1)]
+    stream.offset += SECOND // 10 - less
+    run = only_run(verified([*records, stream.event(2)]))
+    assert (len(run.clock_steps), run.clock_steps_total) == (steps, steps)
 
 
 def test_the_clock_is_set_and_some_come_by_the_old_one() -> None:
@@ -929,8 +1069,27 @@ def test_an_event_older_than_its_watermark_is_wrong() -> None:
     marks = [
         {"ring": "bulk", "cpu": 0, "seq": 1, "read": 1, "watermark_ns": stream.boot_ns + 10**9}
     ]
-    report = verified([stream.event(1), stream.heartbeat(marks=marks), stream.event(2)])
-    assert (only_place(report).older_than_watermark, report.ok) == (1, False)
+    unknown = [marks[0] | {"watermark_ns": 0}]
+    first, beat = stream.event(1), stream.heartbeat(marks=marks)
+    report = verified([first, beat, stream.heartbeat(marks=unknown), stream.event(2)])
+    place = only_place(report)
+    assert (place.older_than_watermark, report.ok) == (1, False)
+    assert place.watermark_ns == marks[0]["watermark_ns"], "one that does not know takes none back"
+    on_time = stream.event(2) | {"boot_ns": place.watermark_ns}
+    assert verified([first, beat, on_time]).ok
+
+
+def test_a_watermark_binds_its_own_lane_alone() -> None:
+    """Elsewhere what was before it may come later."""
+    for lanes, older in (("aaa", 1), ("aba", 0), ("aab", 0), ("baa", 0), ("abb", 0)):
+        stream = Stream()
+        begin = stream.event(1)
+        bound = {"ring": "bulk", "cpu": 0, "seq": 2, "read": 2, "watermark_ns": 10**13}
+        records = [begin, stream.heartbeat(marks=[bound]), stream.event(2)]
+        ledger = Ledger()
+        for lane, one in zip(lanes, records, strict=True):
+            ledger.feed(Chunk(lane, lines([one])))
+        assert only_place(ledger.reported()).older_than_watermark == older, lanes
 
 
 BAD = (b"{", b"nonsense", b"\xff\xfe", b"[]", b'{"event":"x"}', b'{"id":"a-b-0-1"}', b"[" * 5000)
@@ -1017,6 +1176,18 @@ def test_hosts_runs_and_partitions_are_kept_apart() -> None:
     assert report.ok
     assert [host.runs[0].events for host in report.hosts.values()] == [200, 50]
     assert report.hosts["node-1"].runs[0].places[0].out_of_order == 0
+
+
+def test_more_runs_or_cpus_than_any_host_has_are_malformed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "MOST_RUNS", 3)
+    runs = [Stream(f"{n:016x}").event(1) for n in range(5)]
+    report = verified(runs + runs)
+    assert (len(report.hosts["node-1"].runs), report.malformed) == (3, 4)
+    assert "there are too many runs" in report.malformed_first[0].reason
+    monkeypatch.setattr(run_module, "MOST_TRACKS", 3)
+    marks = [("bulk", cpu, 1, 1) for cpu in range(4)]
+    report = verified([Stream().heartbeat(*marks)])
+    assert (len(only_run(report).places), report.malformed) == (2, 1), "and its own"
 
 
 def test_memory_is_for_gaps_and_not_for_events() -> None:

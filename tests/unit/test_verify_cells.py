@@ -292,10 +292,11 @@ def test_what_is_missing_behind_the_first_account() -> None:
     stream.manifest()
     first, last = ({OPEN: [n, 0, 0, 0, n], CLOSE: [9, 0, 0, 0, 9]} for n in (141, 151))
     events = [stream.event(n) for n in (149, 150)]
+    before = stream.loss("sink", 1, ("bulk", 0, 148, 148), kinds={OPEN: 1})
     loss = stream.loss("sink", 1, ("bulk", 0, 151, 151), kinds={CLOSE: 1})
     end = beat(stream, mark(0, 160, last), final=True)
     more = [stream.event(n) for n in range(152, 161)]
-    run = run_of(*events, beat(stream, mark(0, 150, first)), loss, *more, end)
+    run = run_of(before, *events, beat(stream, mark(0, 150, first)), loss, *more, end)
     assert run.problems == ["file.open: 1 were read, and are neither there nor given up"]
 
 
