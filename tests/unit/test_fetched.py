@@ -32,7 +32,7 @@ from streamer.verify.fetched import Batch, UnreadableRecords, _Answer
 from streamer.verify.kafka import KafkaSource, _chunks_of
 from streamer.verify.ledger import Ledger
 from streamer.verify.records import Chunk, decode
-from streamer.verify.start import BEGINNING
+from streamer.verify.start import BEGINNING, Start
 
 VALUES = [b'{"seq":%d}' % i for i in range(500)]
 BASE = 1000
@@ -259,6 +259,7 @@ class Consumer:
 
 EACH = len(VALUES) + 1
 OWN, FILES = TopicPartition("stream", 0), TopicPartition("file", 0)
+SECOND = TopicPartition("file", 1)
 
 
 def source_of(ends: dict[Any, int]) -> KafkaSource:
@@ -436,3 +437,56 @@ async def test_an_answer_that_leaves_out_a_partition(lacks: str) -> None:
 
     with pytest.raises(SinkError, match="no broker tells the offsets of file, partition 1"):
         await source_of({})._begin(Short(), BEGINNING)
+
+
+class Topic(Consumer):
+    """Of two partitions, of which one has nothing any more of what was first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = {FILES: 0, SECOND: 10}, {FILES: 5, SECOND: 20}
+
+    async def topics(self) -> set[str]:
+        return {"file"}
+
+    def partitions_for_topic(self, _: str) -> set[int]:
+        return {0, 1}
+
+    def assign(self, partitions: list[Any]) -> None:
+        assert partitions == [FILES, SECOND]
+
+    async def beginning_offsets(self, _: Any) -> dict[Any, int]:
+        return self.first
+
+    async def end_offsets(self, _: Any) -> dict[Any, int]:
+        return self.last
+
+    async def offsets_for_times(self, asked: dict[Any, int]) -> dict[Any, Any]:
+        """Nothing is as new as that in the second."""
+        assert set(asked.values()) == {1_000_001}
+        return {FILES: SimpleNamespace(offset=3), SECOND: None}
+
+    def seek(self, partition: Any, offset: int) -> None:
+        self.places[partition] = offset
+
+
+@pytest.mark.parametrize(
+    ("start", "places"),
+    [
+        (BEGINNING, (0, 10)),
+        (Start(end=True), (5, 20)),
+        (Start(offset=3), (3, 10)),
+        (Start(offset=12), (5, 12)),
+        (Start(offset=99), (5, 20)),
+        (Start(time_ns=1_000_001_999_999), (3, 20)),
+    ],
+)
+async def test_from_where_a_topic_is_read(start: Start, places: tuple[int, int]) -> None:
+    """Within what is there of each partition: else it would be read from its beginning."""
+    source, consumer = source_of({}), Topic()
+    await source._begin(consumer, start)
+    assert consumer.places == source._read == {FILES: places[0], SECOND: places[1]}
+    assert source.trimmed
+    consumer.first = dict.fromkeys(consumer.first, 0)
+    await source._begin(consumer, start)
+    assert not source.trimmed

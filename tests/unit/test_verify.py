@@ -17,8 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamer.cli import main
+from streamer.events.clock import rfc3339
+from streamer.verify import files, mqtt
 from streamer.verify import ledger as ledger_module
-from streamer.verify import mqtt
 from streamer.verify import records as records_module
 from streamer.verify import run as run_module
 from streamer.verify.lanes import Lanes
@@ -434,6 +435,24 @@ def test_what_the_next_run_tells_is_of_the_sink_that_is_read_or_of_all(
     assert report.hosts["node-1"].runs[0].told == ({stage: 2} if explained else {})
 
 
+def test_a_loss_that_two_runs_tell_explains_once() -> None:
+    """The second does not know that the first has."""
+    first = Stream()
+    records = whole_run(9, first)
+    del records[4:6]  # numbers 4 and 5
+    untold = {"run_id": first.run_id, "sink": "file:x", "stage": "sink", "count": 1}
+    untold |= {"kinds": {"file.open": 1}}
+    untold |= {"ranges": [{"ring": "bulk", "cpu": 0, "seq_from": 4, "seq_to": 5}]}
+    for number, run_id in enumerate(("1" * 16, "2" * 16), 1):
+        after = Stream(run_id)
+        after.boot_ns += 5 * number * SECOND
+        previous = {"run_id": first.run_id, "ended": "undelivered", "untold": [untold]}
+        records.append(after.manifest(previous=previous))
+    report = verified(records)
+    assert (report.explained, report.unexplained) == ({"sink": 1}, 1)
+    assert report.hosts["node-1"].runs[0].kinds["file.open"].missing == 1
+
+
 def test_a_run_of_which_a_loss_at_its_stop_is_told_was_not_killed_for_that() -> None:
     """So no more is explained than that."""
     first, later = Stream(), Stream("fedcba9876543210")
@@ -778,6 +797,7 @@ def replayed_by_all(teller: RunState, runs: list[RunState]) -> bool:
         max_size=6,
     )
 )
+@example([("ended", {"a": 0})])
 def test_who_has_replayed_is_the_same_as_by_asking_every_run(drawn: list[Any]) -> None:
     runs = []
     for number, (end, lanes) in enumerate(drawn):
@@ -1053,6 +1073,12 @@ def test_a_time_of_pressure_without_its_end_or_beginning() -> None:
     assert (late.level, late.reason, late.kinds) == (0, "", {"file.open": 10})
 
 
+def test_that_it_is_over_and_nothing_was_left_out_is_no_time_of_pressure() -> None:
+    """As where a stream is read from its middle on."""
+    run = only_run(verified(shed_run(counted=0, levels=(0,))))
+    assert (run.shed_periods, run.shed_periods_total) == ([], 0)
+
+
 def test_a_copy_of_a_record_of_shedding_counts_once() -> None:
     records = shed_run()
     assert verified([record for record in records for _ in range(2)]).ok
@@ -1258,6 +1284,30 @@ def test_a_compressed_file_that_is_torn_cannot_be_read(tmp_path: Path) -> None:
     assert main(["verify", str(path)]) == 2
 
 
+def test_the_last_line_may_have_no_end_or_be_torn(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "e.ndjson"
+    data = lines(whole_run())
+    for less, malformed in ((1, 0), (20, 1)):
+        path.write_bytes(data[:-less])
+        assert main(["verify", str(path), "--json"]) == 0
+        report = json.loads(capfd.readouterr().out)
+        assert (report["records"], report["malformed"]) == (22, malformed)
+
+
+def test_a_line_without_an_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It takes no more room than a record may have."""
+    monkeypatch.setattr(files, "_MOST_LINE", 1000)
+    path = tmp_path / "e.ndjson"
+    path.write_bytes(b"x" * (2 * files.CHUNK_BYTES + 10) + b"\n" + lines(whole_run()))
+    assert main(["verify", str(path), "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["malformed"], report["events"]) == (3, 20)
+
+
 def test_from_an_offset_and_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     records = whole_run()
     path = tmp_path / "e.ndjson"
@@ -1266,6 +1316,9 @@ def test_from_an_offset_and_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[
     for text, events in ((str(offset), 16), (str(offset + 1), 15), ("end", 0), ("0", 20)):
         assert main(["verify", str(path), "--from", text, "--json"]) == 0
         assert json.loads(capfd.readouterr().out)["events"] == events
+    moment = rfc3339(records[5]["time_ns"])
+    assert main(["verify", str(path), "--from", moment, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["events"] == 16, "what was at that time, too"
     start = parse_start("2030-01-01T00:00:00Z")
     assert start.time_ns == 1_893_456_000 * SECOND
     with pytest.raises(Exception, match="without a zone"):
