@@ -106,7 +106,7 @@ async def test_each_change_is_told_with_what_was_left_out(runs: Any) -> None:
 async def test_what_is_critical_is_never_sampled(runs: Any) -> None:
     run = runs(settings=ON)
     await run.start()
-    Clock(run).look(1.0, 3)
+    Clock(run).look(0.99, 3)
     assert run.programs.level == LEVELS
     for kind, info in KINDS.items():
         sampled = run.programs.sample(kind) > 1
@@ -117,7 +117,7 @@ async def test_what_is_critical_is_never_sampled(runs: Any) -> None:
 async def test_what_is_left_out_until_the_end_is_told(runs: Any) -> None:
     run = runs(settings=ON)
     await run.start()
-    Clock(run).look(1.0, 3)
+    Clock(run).look(0.99, 3)
     left_out(run, 3)
     await run.stop()
     last = run.of("stream.shed")[-1]
@@ -178,7 +178,7 @@ async def test_sampling_is_multiplied_and_in_the_manifest(runs: Any) -> None:
     await run.start()
     assert run.of("stream.manifest")[0].shedding["file.open"] == [5 * rate for rate in RATES]
     assert "process.exec" not in run.of("stream.manifest")[0].shedding
-    Clock(run).look(1.0, 3)
+    Clock(run).look(0.99, 3)
     assert run.programs.sample("file.open") == 5 * RATES[2]
     assert run.of("stream.shed")[-1].rates["net.udp"] == 2 * SHED_BY_DEFAULT["net.udp"][2]
     await run.stop()
