@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import signal
 import struct
 import tracemalloc
 from contextlib import nullcontext
@@ -27,7 +29,7 @@ from streamer.errors import SinkError
 from streamer.sinks.kafka import codecs
 from streamer.sinks.kafka.codecs import CODECS, decompress
 from streamer.sinks.kafka.record_batch import crc32c
-from streamer.verify import fetched, kafka
+from streamer.verify import command, fetched, kafka
 from streamer.verify.fetched import Batch, UnreadableRecords, _Answer
 from streamer.verify.kafka import KafkaSource, _chunks_of
 from streamer.verify.ledger import Ledger
@@ -490,3 +492,46 @@ async def test_from_where_a_topic_is_read(start: Start, places: tuple[int, int])
     consumer.first = dict.fromkeys(consumer.first, 0)
     await source._begin(consumer, start)
     assert not source.trimmed
+
+
+class Followed:
+    """A topic that is followed until it is stopped, and then read on for so many seconds."""
+
+    def __init__(self, follows: bool, rest: float) -> None:
+        self.follows, self.rest = follows, rest
+        self.stopped = asyncio.Event()
+        self.read_on = False
+
+    def stop(self) -> bool:
+        self.stopped.set()
+        return self.follows
+
+    async def read(self) -> None:
+        await self.stopped.wait()
+        await asyncio.sleep(self.rest)
+        self.read_on = True
+
+
+@pytest.mark.parametrize(
+    ("follows", "rest", "signals", "read_on"),
+    [(True, 0.1, 1, True), (True, 60, 1, False), (True, 60, 2, False), (False, 0.1, 1, False)],
+)
+async def test_at_the_end_what_is_followed_is_read_on_for_a_while_or_until_another_signal(
+    monkeypatch: pytest.MonkeyPatch, follows: bool, rest: float, signals: int, read_on: bool
+) -> None:
+    monkeypatch.setattr(command, "LAST_SECONDS", 60 if signals > 1 else 0.5)
+    topic: Any = Followed(follows, rest)
+    other = asyncio.create_task(asyncio.Event().wait())  # as a file that is followed
+    readers: Any = {asyncio.create_task(topic.read()): topic, other: None}
+
+    async def interrupt() -> None:
+        for _ in range(signals):
+            await asyncio.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    async with asyncio.timeout(20):
+        interrupting = asyncio.create_task(interrupt())
+        await command._until(readers, None)
+        await interrupting
+    assert topic.read_on is read_on
+    assert all(one.done() for one in readers)
