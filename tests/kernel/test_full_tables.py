@@ -6,7 +6,6 @@ cannot be configured, can fill are in test_full_maps.py.
 
 from __future__ import annotations
 
-import resource
 import socket
 import struct
 import threading
@@ -27,6 +26,7 @@ from tests.kernel.scope import Scope
 from tests.kernel.system import kernel_is
 from tests.kernel.test_attack_net import use_up_memory
 from tests.kernel.test_syscalls import SECOND, Timing, sleep_in_threads
+from tests.kernel.unprivileged import more_descriptors
 
 pytestmark = pytest.mark.kernel
 
@@ -40,8 +40,7 @@ ACCEPTED = ROOM + 200
 
 def push_out_a_listener() -> None:
     """One listens before so many others that nobody knows who he was, and then accepts."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    more_descriptors(2 * MORE)
     with socket.create_server(("127.0.0.1", 0)) as first:
         others = [socket.create_server(("127.0.0.2", 1024 + i)) for i in range(MORE)]
         accepted, clients = [], []
