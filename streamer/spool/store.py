@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 from isal import isal_zlib
 
-from streamer.events.batch import Spans
+from streamer.events.batch import Spans, join_spans
 from streamer.events.kinds import Ring
 from streamer.spool.rows import (
     BATCH_BYTES,
@@ -47,7 +47,9 @@ MOST_N = 1 << 62
 """Of a batch: nobody comes so far, and there are numbers after it."""
 MOST_MARKS = 8 * MOST_CPUS
 MOST_UNTOLD = 1 << 16
-"""Batches that made way and of which nothing tells: it is told within a second or two."""
+"""Batches that made way and of which nothing tells, that are told apart. It is told within a second
+or two; but not before the next run where the sink is none any more, or was closed.
+"""
 MOST_STATE = 1 << 20
 """Bytes of what a run says of itself."""
 ROW_BYTES = 300
@@ -253,14 +255,23 @@ class Store:
         return found
 
     def given_up(self) -> list[GivenUp]:
-        """What made way, and no record that is on disk or was delivered tells of it."""
+        """What made way, and no record that is on disk or was delivered tells of it.
+
+        After so many as are told apart, what is of the same sink and run is one.
+        """
         found: list[GivenUp] = []
+        newest: dict[tuple[str, str], int] = {}
         with _worded():
             rows = self._db.execute("SELECT n, sink, run, kinds, spans FROM given_up ORDER BY n")
             for n, sink, run, kinds, spans in rows:
-                _check([sink, run], [n - 1, MOST_N - n, MOST_UNTOLD - len(found)])
-                said, counts, places = said_by(run, kinds, spans)
-                found.append(GivenUp(n, sink, said, counts, places))
+                _check([sink, run], [n - 1, MOST_N - n, 2 * MOST_UNTOLD - len(found)])
+                one = GivenUp(n, sink, *said_by(run, kinds, spans))
+                at = newest.get((sink, one.run))
+                if at is None or len(found) < MOST_UNTOLD:
+                    newest[sink, one.run] = len(found)
+                    found.append(one)
+                else:
+                    found[at] = _joined(found[at], one)
         return found
 
     def state(self) -> bytes:
@@ -425,6 +436,12 @@ class Store:
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)
+
+
+def _joined(one: GivenUp, other: GivenUp) -> GivenUp:
+    kinds = Counter(one.kinds) + Counter(other.kinds)
+    _check([], [MOST_KINDS - len(kinds)])
+    return other._replace(kinds=kinds, spans=join_spans(one.spans, other.spans))
 
 
 def _check(texts: Iterable[object], counts: Iterable[object]) -> None:

@@ -196,6 +196,8 @@ class KafkaSource:
             with suppress(TimeoutError):
                 async with asyncio.timeout(0):
                     at = await consumer.position(one)
+                    if not self._following:  # what is behind the end is there, or was not asked for
+                        at = min(at, self._ends[one])
                     if deleted := self._go_to(one, at):
                         found.append(Chunk(_named([one]), [], deleted=deleted))
         return found

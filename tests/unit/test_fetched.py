@@ -293,6 +293,18 @@ async def test_each_partition_is_read_up_to_its_end_of_the_start() -> None:
     assert not [*source.remarks]
 
 
+async def test_what_is_deleted_behind_the_end_of_the_start_is_no_hole() -> None:
+    """It was not to be read, and so is what comes behind it and is there."""
+    source = source_of({OWN: 2 * EACH})
+    consumer = Consumer({OWN: batches(0)}, {OWN: batches(9)})
+    consumer.places = {OWN: EACH}
+    reading = source._chunks(consumer)
+    await anext(reading)
+    consumer.places = {OWN: 10 * EACH}
+    assert [chunk.deleted async for chunk in reading] == [EACH]
+    assert source.complete
+
+
 async def test_what_is_followed_is_complete_when_it_is_at_its_end_of_the_stop() -> None:
     """Also of a partition of which nothing has come, and nobody was told that it has more."""
     source = source_of({OWN: EACH, FILES: 0})

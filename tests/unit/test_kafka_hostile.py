@@ -358,10 +358,15 @@ async def test_what_the_broker_says_of_it_is_told_once(broker: HostileBroker) ->
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_the_leader_is_asked_for_the_replicas_meanwhile(broker: HostileBroker) -> None:
-    """It says nothing of them itself before a request's time is over."""
+@pytest.mark.parametrize("in_sync", [[1], [1, 7, 8, 9]])
+async def test_the_leader_is_asked_for_the_replicas_meanwhile(
+    broker: HostileBroker, in_sync: list[int]
+) -> None:
+    """It says nothing of them itself before a request's time is over. Others than there are, count
+    for nothing.
+    """
     broker.produce = lambda sent: SILENCE
-    broker.in_sync = [1]
+    broker.in_sync = in_sync
     sink, heard = make(broker.address, TOPIC, linger_ms=0)
     async with started(sink, grace=0.1):
         sink.submit(Batch(opens(0, 5)))

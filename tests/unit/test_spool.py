@@ -728,6 +728,28 @@ async def test_what_made_way_and_was_not_told_is_told_by_the_next_run(directory:
     await again.stop()
 
 
+async def test_more_that_made_way_than_are_told_apart_spoils_no_spool(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a sink that is none any more had there, is told by nobody before the next manifest."""
+    monkeypatch.setattr("streamer.spool.store.MOST_UNTOLD", 5)
+    run = Run(directory)
+    run.spool._store.write([item(n, size=9000, sink="ba"[n % 2]) for n in range(1, 21)])
+    run.spool._store._limit = 16
+    gone = run.spool._store.write([item(21, sink="memory:")])
+    last = {one.sink: one.n for one in gone}
+    assert len(gone) > 10
+    await run.spool.close()
+    again = Run(directory, run="fedcba9876543210")
+    assert again.spool.before.spoiled == ""
+    untold = again.spool.before.untold
+    assert sum(one.count for one in untold) == len(gone)
+    assert [(one.sink, one.ranges[0].seq_from, one.ranges[0].seq_to) for one in untold] == [
+        ("a", 1, 1), ("b", 2, 2), ("a", 3, 3), ("b", 4, last["b"]), ("a", 5, last["a"])
+    ]  # fmt: skip
+    await again.spool.close()
+
+
 async def test_what_made_way_is_remembered_until_what_tells_of_it_is_safe(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -482,13 +482,14 @@ class Client:
                 for part in one["partitions"]
                 if part["partition"] == leader.partition
             )
-            replicas, in_sync = set(found["replicas"]), set(found["isr"])
+            replicas = set(found["replicas"])
+            in_sync = replicas & set(found["isr"])
         except Exception:  # it is not needed, and may have any form
             return ""
         finally:
             if connection is not None:
                 await connection.abort()
-        return f"{len(in_sync)} of {len(replicas)} replicas in sync" if replicas - in_sync else ""
+        return f"{len(in_sync)} of {len(replicas)} replicas in sync" if replicas > in_sync else ""
 
     # Producing
 
