@@ -5,12 +5,14 @@ Pure bookkeeping: time is handed in.
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter, deque
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+import msgspec
 from msgspec import UNSET
 
 from streamer.events.batch import Spans
@@ -124,7 +126,8 @@ class Owed:
         self._seconds: int = 0
         self._backoff: int = 1
         self._book = LossBook()
-        self._told: deque[tuple[int, Lost]] = deque()
+        # Packed: a spool holds the records of an outage of days, of 1 to 9 kB for each second.
+        self._told: deque[tuple[int, bytes]] = deque()
 
     def __bool__(self) -> bool:
         """Whether there is anything to tell."""
@@ -150,7 +153,7 @@ class Owed:
         Of those before, `under_way` are neither delivered nor dropped.
         """
         self._settle(under_way)
-        self._told.extend(zip(seqs, lost, strict=True))
+        self._told.extend(zip(seqs, map(_pack, lost), strict=True))
 
     def dropped(self, count: int, first: int, last: int) -> None:
         """It gave up so many loss records, with numbers from `first` to `last`: tell it again.
@@ -163,13 +166,13 @@ class Owed:
         gone = [told for told in self._told if first <= told[0] <= last][-count:]
         for told in gone:
             self._told.remove(told)
-            self._book.add(told[1])
+            self._book.add(_unpacked(told[1]))
 
     def untold(self, under_way: int) -> list[Lost]:
         """What it was never told, or never delivered; nothing is owed afterwards."""
         self._settle(under_way)
         while self._told:
-            self._book.add(self._told.popleft()[1])
+            self._book.add(_unpacked(self._told.popleft()[1]))
         return self._book.take()
 
     def _settle(self, under_way: int) -> None:
@@ -177,6 +180,17 @@ class Owed:
         while len(self._told) > under_way:
             self._told.popleft()
             self._backoff = 1
+
+
+_LOST = msgspec.msgpack.Decoder(Lost)
+
+
+def _pack(lost: Lost) -> bytes:
+    return zlib.compress(msgspec.msgpack.encode(lost), 1)
+
+
+def _unpacked(packed: bytes) -> Lost:
+    return _LOST.decode(zlib.decompress(packed))
 
 
 def merged(ranges: Iterable[SeqRange], most: int = MOST_RANGES) -> list[SeqRange]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import defaultdict
 from itertools import pairwise
 
@@ -156,6 +157,31 @@ def test_what_was_told_and_given_up_is_owed_again() -> None:
     owed.told([5, 6], map(loss, (2, 3)), under_way=1)  # the first was delivered
     assert counts(owed.untold(under_way=3)) == [4, 2, 3]
     assert owed.untold(under_way=0) == []
+
+
+def test_what_is_told_again_is_all_that_was_told() -> None:
+    ranges = SeqRange("bulk", 1, 2, 3), SeqRange("bulk", 1, 4, 5, "before")
+    told = [
+        Lost("sink", "refused", 4, {"file.open": 4}, ranges),
+        Lost("kernel", "no room", 2, {"file.open": 1}, ranges[:1], "bulk", 1),
+    ]
+    owed = Owed()
+    owed.told([1, 2], told, under_way=0)
+    assert owed.untold(under_way=2) == told
+
+
+def test_what_was_told_takes_little_room_while_a_spool_holds_it() -> None:
+    """For days, with one a second."""
+    owed, seconds = Owed(), 300
+    tracemalloc.start()
+    for second in range(seconds):
+        for cpu in range(MOST_RANGES):
+            first = 10**12 + 7919 * cpu * second
+            owed.add(Lost.of_sink({"file.open": 12}, "full", {("bulk", cpu): (first, first + 11)}))
+        owed.told([second], owed.take(), under_way=second)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < seconds * 1500
 
 
 def test_what_was_delivered_by_the_end_is_not_told_to_the_next_run() -> None:
