@@ -342,12 +342,11 @@ class SpooledSink(Sink, Listener):
         if self._warned.may((type(error), *where), asyncio.get_running_loop().time()):
             _log.error("%s failed", self.name, exc_info=error)
         reason = f"the sink failed: {type(error).__name__}: {error}"[:200]
-        if lost:
-            if lost == Counter(batch.kinds):  # else nobody knows which were taken
-                self._sent = deque(
-                    (n, None, NO_SPANS) if one[0] == n else one for one in self._sent
-                )
+        if lost == Counter(batch.kinds):
+            self._sent = deque((n, None, NO_SPANS) if one[0] == n else one for one in self._sent)
             self._give_up(n, lost, reason, batch.spans)
+        elif lost:  # which were taken nobody knows: all are on disk until these are delivered
+            self._drop(lost, reason, batch.spans)
         if self._defects >= TRIES:
             self._set_status("closed", reason)
 
@@ -356,15 +355,18 @@ class SpooledSink(Sink, Listener):
         if self._writer is not None:
             self._writer.aside(n)
         self._untold.append(n)
-        self._tell_again(kinds)
-        self.account.dropped.update(kinds)
-        self.listener.sink_dropped(self, kinds, reason, spans)
+        self._drop(kinds, reason, spans)
 
-    def _tell_again(self, kinds: Mapping[str, int]) -> None:
-        """What told of lost batches may be lost itself: what is told in its place tells of them."""
+    def _drop(self, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
+        """Account for what is lost, and was the sink's.
+
+        What told of lost batches may be lost itself: what is told in its place tells of them.
+        """
         if kinds.get("stream.loss"):
             self._untold += (n for _, told in self._telling for n in told)
             self._telling.clear()
+        self.account.dropped.update(kinds)
+        self.listener.sink_dropped(self, kinds, reason, spans)
 
     def _feed(self) -> None:
         """Give the sink what comes next, as long as it has room."""
@@ -626,9 +628,7 @@ class SpooledSink(Sink, Listener):
     def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
         """See `Listener`. At the end what is on disk is not lost, and `_lose` tells of the rest."""
         if not self._letting_go:
-            self._tell_again(kinds)
-            self.account.dropped.update(kinds)
-            self.listener.sink_dropped(self, kinds, reason, spans)
+            self._drop(kinds, reason, spans)
 
 
 def _parts(batch: Batch, most: int) -> Iterator[Batch]:

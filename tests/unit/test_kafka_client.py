@@ -7,12 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiokafka.errors import KafkaConnectionError  # type: ignore[import-untyped]
+from aiokafka.errors import (  # type: ignore[import-untyped]
+    KafkaConnectionError,
+    SaslAuthenticationFailed,
+)
 
 from streamer.config.settings import KafkaSink as Settings
 from streamer.sinks.kafka import client
 from streamer.sinks.kafka.client import Address, Client, _Metadata, _Topic
-from streamer.sinks.kafka.errors import DeliveryError
+from streamer.sinks.kafka.errors import DeliveryError, delivery_error_of
 
 FIRST, SECOND, THIRD = (("host", port) for port in (1, 2, 3))
 BROKERS = {1: FIRST, 2: SECOND, 3: THIRD}
@@ -158,3 +161,11 @@ def test_who_is_not_heard_is_asked_last(silent: int) -> None:
     assert asked[-1] == BROKERS[silent]
     assert asked[-2] == ("host", 9)  # the other bootstrap server
     assert sorted(asked) == [FIRST, SECOND, THIRD, ("host", 9)]
+
+
+def test_why_a_login_failed_is_a_printable_line_of_bounded_length() -> None:
+    """A broker says it; `/readyz` and the log repeat it."""
+    said = SaslAuthenticationFailed("no\x1b[2J\n" + 1000 * "x")
+    reason = delivery_error_of(said).reason
+    assert reason.startswith("SASL authentication failed: no?[2J?xx")
+    assert len(reason) < 350

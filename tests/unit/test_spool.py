@@ -1032,6 +1032,34 @@ async def test_a_sink_that_fails_at_what_it_took_loses_nothing(directory: Path) 
     await run.stop()
 
 
+async def test_what_a_sink_took_before_it_failed_is_on_disk_until_it_is_delivered(
+    directory: Path,
+) -> None:
+    """Although what it did not take is told: nobody knows which that is."""
+    run = Run(directory, "wal")
+    await run.start(hold=True)
+    submit = run.inner.submit
+
+    def broken(one: Batch) -> None:
+        submit(Batch(one.events[:4]))
+        if one.kinds.get("file.open"):
+            raise ValueError("what is this?")
+
+    run.inner.submit = broken  # type: ignore[assignment, method-assign]
+    sent = batch("file.open", 1, 10)
+    run.sink.submit(sent)
+    await run.until(lambda: run.recorder.drops)
+    assert run.recorder.drops == [({"file.open": 6}, FAILED)]
+    run.sink.submit(Batch([LOSS]))
+    await run.until(lambda: run.inner.account.received.total() == 5)
+    await run.spool.close()  # and no more: it was killed
+    again = Run(directory, "wal", run="aaaaaaaaaaaaaaaa")
+    await again.start()
+    await again.until(lambda: again.sink.account.pending == 0)
+    assert again.delivered == [*ids(sent), LOSS.id]
+    await again.stop()
+
+
 async def test_a_sink_that_fails_again_and_again_leaves_the_rest_to_the_next_run(
     directory: Path,
 ) -> None:

@@ -172,4 +172,4 @@ def _reason(error: BaseException) -> tuple[str, bool]:
 
 
 def _first(error: BaseException) -> str:
-    return str(error.args[0]) if error.args else str(error)
+    return _printable(str(error.args[0]) if error.args else str(error))
