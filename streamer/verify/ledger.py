@@ -27,7 +27,7 @@ from streamer.verify.records import (
     pieces,
 )
 from streamer.verify.run import Run, previous_of
-from streamer.verify.silence import Silence
+from streamer.verify.silent_runs import SilentRuns
 
 MOST_BAD = 10
 """Malformed records that are quoted."""
@@ -227,9 +227,9 @@ class Ledger:
             if ended or lanes[teller.host].has_replayed(teller):
                 before.take_marks(one for one in previous.marks if one.sink in sinks)
         for runs in hosts.values():
-            silence = Silence(runs)
+            silent = SilentRuns(runs)
             for run in runs:
-                run.silent = run.end == "open" and (ended or silence.has(run))
+                run.silent = run.end == "open" and (ended or silent.has(run))
         told = {
             host: report.Host(
                 len(runs) - 1,

@@ -28,7 +28,7 @@ from streamer.verify.numbers import Numbers
 from streamer.verify.records import Chunk, Line, split_msgpack
 from streamer.verify.report import Place, Run, VerifyReport
 from streamer.verify.run import Run as RunState
-from streamer.verify.silence import Silence
+from streamer.verify.silent_runs import SilentRuns
 from streamer.verify.start import parse_start
 from streamer.verify.text import report_text
 from streamer.verify.told import Segment, Vague, assign, cut
@@ -842,8 +842,8 @@ def test_who_is_silent_is_the_same_as_by_asking_every_run(drawn: list[Any]) -> N
         run = RunState(str(number), line, number)
         run.boot_id, run.longest_ns = boot_id, longest_ns
         runs.append(run)
-    silence = Silence(runs[::-1])
-    assert [silence.has(run) for run in runs] == [silent_by_all(run, runs) for run in runs]
+    silent = SilentRuns(runs[::-1])
+    assert [silent.has(run) for run in runs] == [silent_by_all(run, runs) for run in runs]
 
 
 @pytest.mark.parametrize(

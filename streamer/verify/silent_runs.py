@@ -15,7 +15,7 @@ _TIMES = 3
 _NEVER = float("-inf")
 
 
-class Silence:
+class SilentRuns:
     """How far the runs of a host have come: each is looked at once, and not for each other."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
