@@ -107,13 +107,14 @@ def concerning(names: Iterable[str], deleted: Mapping[str, int]) -> dict[str, in
     if not deleted:
         return {}
     lanes = frozenset(names)
-    topics = {_topic(lane) for lane in lanes}
+    topics = {topic_of(lane) for lane in lanes}
     return {
         lane: offsets
         for lane, offsets in deleted.items()
-        if lane in lanes or _topic(lane) not in topics
+        if lane in lanes or topic_of(lane) not in topics
     }
 
 
-def _topic(lane: str) -> str:
+def topic_of(lane: str) -> str:
+    """The topic of a lane that is a partition."""
     return lane.rpartition(", partition ")[0]

@@ -9,7 +9,7 @@ from msgspec import structs
 
 from streamer.events.summaries import SUMMARIES
 from streamer.verify import cells, report
-from streamer.verify.holes import DELETED, Hole, Holes
+from streamer.verify.holes import DELETED, Hole, Holes, topic_of
 from streamer.verify.lanes import SETTLED_NS, Lanes
 from streamer.verify.numbers import MOST
 from streamer.verify.place import OWN, Outcome, Track
@@ -375,6 +375,8 @@ class Run:
         """
         places = [place for place, track in self._tracks(begun).items() if not track.own]
         for lane, offsets in deleted.items():
+            if linear and self._has_ended_beside(lane):
+                continue
             untold = self._may_lack_own(lane, offsets, begun)
             if not linear or lane not in self.lanes:
                 yield Vague(DELETED, MOST if untold else offsets, None)
@@ -382,6 +384,13 @@ class Run:
             for hole in self._holes_in(lane, offsets):
                 spans = {place: (span,) for place in places if (span := hole.span_of(place))}
                 yield Vague(DELETED, MOST if untold else hole.offsets, spans)
+
+    def _has_ended_beside(self, lane: str) -> bool:
+        """Whether its last is in another partition of that topic. A host is moved to one that is
+        new, where a topic gets more, and not back.
+        """
+        topics = map(topic_of, self.lanes)
+        return self._is_final and lane not in self.lanes and topic_of(lane) in topics
 
     def _holes_in(self, lane: str, deleted: int) -> list[Hole]:
         holes = self._holes.between(lane)

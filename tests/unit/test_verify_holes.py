@@ -161,6 +161,17 @@ def test_a_hole_in_the_partition_of_another_host_excuses_nothing() -> None:
     assert report.unexplained == 2
 
 
+@pytest.mark.parametrize("final", [True, False])
+def test_a_hole_beside_a_run_excuses_it_where_it_may_have_been_moved(final: bool) -> None:
+    """Another run of its host is there; and so it may have been itself, by a topic that grew."""
+    records = whole_run(20)
+    del records[8:10]
+    beside = "events, partition 1"
+    parts = records if final else records[:-1]
+    report = read(parts, goes_on(lane=beside), hole(9, beside)).reported(ended=True)
+    assert report.unexplained == (2 if final else 0)
+
+
 TOPICS = "stream, partition 2", "file, partition 2"
 
 
