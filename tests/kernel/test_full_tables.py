@@ -40,7 +40,7 @@ ACCEPTED = ROOM + 200
 
 def push_out_a_listener() -> None:
     """One listens before so many others that nobody knows who he was, and then accepts."""
-    more_descriptors(2 * MORE)
+    more_descriptors(MORE + 3 * ACCEPTED)
     with socket.create_server(("127.0.0.1", 0)) as first:
         others = [socket.create_server(("127.0.0.2", 1024 + i)) for i in range(MORE)]
         accepted, clients = [], []
