@@ -87,8 +87,8 @@ def test_more_tasks_in_calls_than_there_is_room_for(
         found = timing.of_all()["nanosleep"]
         faults = struct.unpack_from(f"<{len(FAULTS)}Q", timing.state.faults)
     full = faults[FAULTS.index("FAULT_SYSCALL_STARTS_FULL")]
-    # Others on this machine sleep, too.
-    assert ROOM - 100 <= found.count <= ROOM
+    # Others on this machine sleep, too, and a CPU may not get at what is free on another.
+    assert ROOM // 2 <= found.count <= ROOM
     assert full >= SLEEPERS - found.count
 
 
