@@ -23,7 +23,10 @@ from aiokafka.admin.config_resource import (  # type: ignore[import-untyped]
     ConfigResource,
     ConfigResourceType,
 )
-from aiokafka.protocol.admin import CreateAclsRequest  # type: ignore[import-untyped]
+from aiokafka.protocol.admin import (  # type: ignore[import-untyped]
+    CreateAclsRequest,
+    DescribeAclsRequest,
+)
 
 from streamer.config.settings import KafkaSink as Settings
 from streamer.sinks.kafka.sink import KafkaSink
@@ -114,13 +117,15 @@ async def delete(broker: KafkaBroker, topic: str) -> None:
 
 
 async def allow_writing(broker: KafkaBroker, topic: str, user: str) -> None:
+    """The controller says that it is allowed before the broker knows: it is asked, too."""
     admin = AIOKafkaAdminClient(bootstrap_servers=broker.address)
     await admin.start()
     is_topic, literal, write, allow = 2, 3, 4, 3
+    rule = is_topic, topic, literal, f"User:{user}", "*", write, allow
     try:
-        await admin._send_request(
-            CreateAclsRequest(is_topic, topic, literal, f"User:{user}", "*", write, allow)
-        )
+        await admin._send_request(CreateAclsRequest(*rule))
+        while not (await admin._send_request(DescribeAclsRequest(*rule))).resources:  # noqa: ASYNC110 - a broker tells nobody
+            await asyncio.sleep(0.05)
     finally:
         await admin.close()
 

@@ -188,7 +188,7 @@ def test_prometheus_has_the_final_account(scope: Scope, tmp_path: Path, port: in
         check_expressions(prometheus)
         code, why = get(port, "/readyz")
         assert code == 503
-        assert re.fullmatch(f"{re.escape(dead)} is (starting|down)\n", why)
+        assert re.fullmatch(f"{re.escape(dead)} is (starting|down: .*refused)\n", why)
         assert get(port, "/healthz") == (200, "ok\n")
         recording = agent.stop(check=False, code=5)
         values = Values(prometheus)
@@ -348,7 +348,8 @@ def test_hostile_clients_cost_a_bounded_part(scope: Scope, tmp_path: Path, port:
         for peer in peers:
             peer.close()
         assert len(peers) > 1000
-        assert most_open - open_before <= 16
+        # One more has just been taken when the oldest is closed for it.
+        assert most_open - open_before <= 16 + 1
         assert resident(agent.pid) - memory < 4 << 20
         assert used < 0.25 * (time.monotonic() - begun), used
         assert answered.result()
