@@ -83,10 +83,7 @@ def _shed_period(period: ShedPeriod) -> str:
 
 def _place(place: Place) -> Iterator[str]:
     said = [f"{place.events:,} events of {place.first:,} to {place.last:,}"]
-    if lost := _without_deleted(place.explained):
-        said.append(f"lost {_stages(lost)}")
-    if gone := place.explained.get(DELETED):
-        said.append(f"{gone:,} cannot be verified, as the broker deleted records")
+    said += _explained("lost", place.explained)
     for name in ("duplicates", "pending", "unexplained", "out_of_order", "late"):
         if count := getattr(place, name):
             said.append(f"{count:,} {name.replace('_', ' ')}")
@@ -109,10 +106,7 @@ def _span(gap: Span) -> str:
 
 def _verdict(report: VerifyReport) -> str:
     said = [f"{report.events:,} events", f"{report.duplicates:,} duplicates"]
-    if lost := _without_deleted(report.explained):
-        said.append(f"lost and told: {_stages(lost)}")
-    if gone := report.explained.get(DELETED):
-        said.append(f"{gone:,} cannot be verified, as the broker deleted records")
+    said += _explained("lost and told:", report.explained)
     if report.pending:
         said.append(f"{report.pending:,} too recent to say")
     if report.malformed:
@@ -125,8 +119,11 @@ def _verdict(report: VerifyReport) -> str:
     return f"{'; '.join(said)}: {end}"
 
 
-def _without_deleted(counts: Mapping[str, int]) -> dict[str, int]:
-    return {stage: count for stage, count in counts.items() if stage != DELETED}
+def _explained(how: str, counts: Mapping[str, int]) -> Iterator[str]:
+    if lost := {stage: count for stage, count in counts.items() if stage != DELETED}:
+        yield f"{how} {_stages(lost)}"
+    if gone := counts.get(DELETED):
+        yield f"{gone:,} cannot be verified, as the broker deleted records"
 
 
 def _deleted(one: Deleted) -> str:
