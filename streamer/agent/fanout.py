@@ -11,14 +11,14 @@ from typing import Literal
 from streamer.agent.losses import (
     MOST_REASONS,
     OTHER_REASONS,
-    OWN_RECORDS,
     LossLog,
     LossTotals,
     Lost,
     Owed,
 )
-from streamer.events.batch import Batch, Spans
+from streamer.events.batch import Batch
 from streamer.events.kinds import KINDS
+from streamer.events.spans import OWN_RECORDS, Span, Spans
 from streamer.events.stream import StreamLoss, StreamRecord
 from streamer.sinks.base import Listener, Sink, SinkAccount, Status
 
@@ -179,7 +179,7 @@ class Fanout(Listener):
         more.
         """
         for owed in self._away.values():
-            owed.add(Lost.of_sink(_events(batch.kinds), _AWAY, batch.spans))
+            owed.add(Lost.of_sink(_events(batch.kinds), _AWAY, batch.counted()))
         for sink in self.sinks:
             full = sink.watermarks.full or self._holds(sink)
             if self._policies[sink] == "drop" and full and self.is_open(sink):
@@ -194,13 +194,14 @@ class Fanout(Listener):
     def _squeeze(self, sink: Sink, batch: Batch) -> None:
         reason = f"no room, sink {sink.status}"
         if _is_over(sink) or sink in self._held:
-            self._refuse(sink, batch.kinds, reason, batch.spans)
+            self._refuse(sink, batch.kinds, reason, batch.counted())
             return
         critical = batch.only(_CRITICAL)
         rest = {k: n for k, n in batch.kinds.items() if k not in critical.kinds}
         if critical:
             self._give(sink, critical)
-        self._refuse(sink, rest, reason, batch.spans)
+        spans = {place: span for place, span in batch.counted().items() if place[0] != "critical"}
+        self._refuse(sink, rest, reason, spans)
 
     def tell(self, sink: Sink, *records: StreamRecord) -> None:
         """Give records of the agent's own to one sink."""
@@ -252,7 +253,7 @@ class Fanout(Listener):
         records = [self._loss_record(one, sink) for one in lost]
         self._owed[sink].told([one.seq for one in records], lost, _under_way(sink))
         # By these numbers the sink says which of them it gave up, if it has to.
-        self._give(sink, Batch(records, spans={OWN_RECORDS: (records[0].seq, records[-1].seq)}))
+        self._give(sink, Batch(records, spans={OWN_RECORDS: Span(records[0].seq, records[-1].seq)}))
 
     def checkpoint(
         self, complete: Mapping[tuple[str, int], int], taken: Mapping[tuple[str, int], int]
@@ -297,7 +298,7 @@ class Fanout(Listener):
 
     def _give(self, sink: Sink, batch: Batch) -> None:
         if not self.is_open(sink):
-            self._refuse(sink, batch.kinds, "closed", batch.spans)
+            self._refuse(sink, batch.kinds, "closed", batch.counted())
             return
         if sink in self._held:
             self._held[sink].append(batch)
@@ -309,7 +310,9 @@ class Fanout(Listener):
             _log.exception("%s failed and gets no more events", sink.name)
             self._broken.add(sink)
             taken = sink.account.received - before
-            self._refuse(sink, Counter(batch.kinds) - taken, "failed", batch.spans)
+            # Of a part nobody knows which it is.
+            spans = batch.spans if taken else batch.counted()
+            self._refuse(sink, Counter(batch.kinds) - taken, "failed", spans)
             self._fail(sink, f"{type(error).__name__}: {error}")
 
     def _refuse(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
@@ -398,9 +401,9 @@ class Fanout(Listener):
         """See `Listener`."""
         # A lost loss record must not make another one, for ever; the heartbeat counts it.
         if kinds.get("stream.loss"):
-            first, last = spans.get(OWN_RECORDS, (0, _NEWEST))
+            own = spans.get(OWN_RECORDS, Span(0, _NEWEST))
             if not _of_another_run(spans):  # which told it
-                self._owed[sink].dropped(kinds["stream.loss"], first, last)
+                self._owed[sink].dropped(kinds["stream.loss"], own.first, own.last)
         events = _events(kinds)
         if events:
             self.note_dropped(sink, Lost.of_sink(events, reason, spans))
@@ -408,6 +411,7 @@ class Fanout(Listener):
     def note_dropped(self, sink: Sink, lost: Lost) -> None:
         """A sink has lost events, here or in another worker: it is owed to be told."""
         self._owed[sink].add(lost)
+        sink.account.drop_of(lost.cells())
         self.lost.add(lost, sink.name)
         if not self.ended_as_it_should(sink):
             self.log.add([lost], sink.name)
@@ -428,6 +432,7 @@ def _go_on(account: SinkAccount, before: SinkAccount) -> None:
     account.received.update(before.received)
     account.delivered.update(before.delivered)
     account.dropped.update(before.dropped)
+    account.drop_of(before.cells)
 
 
 def _is_over(sink: Sink) -> bool:

@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET
 
-from streamer.events.batch import Spans
+from streamer.events.spans import OWN_RECORDS, Spans
 from streamer.events.stream import SeqRange
 
 Stage = Literal["kernel", "decode", "sink", "stop"]
@@ -31,9 +31,6 @@ MOST_BACKOFF = 64
 
 MOST_REASON = 300
 """Characters of a reason."""
-
-OWN_RECORDS = ("stream", 0)
-"""Stands for ring and CPU in the spans of the stream's own records, whose `seq` is of the run."""
 
 OTHER_REASONS = "further reasons"
 
@@ -57,11 +54,27 @@ class Lost:
     def of_sink(cls, kinds: Mapping[str, int], reason: str, spans: Spans) -> Lost:
         """What a sink gave up."""
         ranges = tuple(
-            SeqRange(place[0], place[1], *span, place[2] if len(place) == 3 else UNSET)
+            SeqRange(
+                place[0],
+                place[1],
+                span.first,
+                span.last,
+                place[2] if len(place) == 3 else UNSET,
+                dict(span.kinds),
+            )
             for place, span in spans.items()
             if place[:2] != OWN_RECORDS
         )
         return cls("sink", reason[:MOST_REASON], sum(kinds.values()), kinds, ranges)
+
+    def cells(self) -> Counter[tuple[str, int, str]]:
+        """How many of each ring, CPU and kind that this run had read, as far as it is known."""
+        found: Counter[tuple[str, int, str]] = Counter()
+        for one in self.ranges:
+            if one.run_id is UNSET:
+                for kind, count in one.kinds.items():
+                    found[one.ring, one.cpu, kind] += count
+        return found
 
 
 @dataclass(slots=True)
@@ -223,7 +236,9 @@ def _gap(one: SeqRange, other: SeqRange) -> float:
 
 
 def _cover(one: SeqRange, other: SeqRange) -> SeqRange:
-    return SeqRange(one.ring, one.cpu, one.seq_from, max(one.seq_to, other.seq_to), one.run_id)
+    last, kinds = max(one.seq_to, other.seq_to), Counter(one.kinds)
+    kinds.update(other.kinds)
+    return SeqRange(one.ring, one.cpu, one.seq_from, last, one.run_id, dict(kinds))
 
 
 def _place(one: SeqRange) -> tuple[str, int, str]:

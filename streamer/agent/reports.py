@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -24,6 +24,7 @@ from streamer.events.envelope import Envelope
 from streamer.events.kinds import TaskEvent
 from streamer.events.stream import (
     CpuMark,
+    Dropped,
     KindCounts,
     KindReport,
     PreviousRun,
@@ -40,7 +41,7 @@ from streamer.kernel.cgroups import what_is_unseen as cgroups_unseen
 from streamer.kernel.grace_period import wait_for_programs
 from streamer.kernel.state import KernelState
 from streamer.ring.reader import RingReader
-from streamer.sinks.base import Sink, SinkAccount
+from streamer.sinks.base import Cell, Sink, SinkAccount
 
 
 class Reporter:
@@ -294,7 +295,16 @@ def sink_counts(sink: Sink, elsewhere: int = 0) -> SinkCounts:
             kind: (n, account.delivered[kind], account.dropped[kind])
             for kind, n in account.received.items()
         },
+        dropped_of=dropped_of(account.cells),
     )
+
+
+def dropped_of(cells: Mapping[Cell, int]) -> list[Dropped]:
+    """What was dropped per ring, CPU and kind, by ring and CPU."""
+    found: dict[tuple[str, int], dict[str, int]] = {}
+    for (ring, cpu, kind), count in sorted(cells.items()):
+        found.setdefault((ring, cpu), {})[kind] = count
+    return [Dropped(*place, kinds) for place, kinds in found.items()]
 
 
 def counts_by_name(
@@ -302,11 +312,14 @@ def counts_by_name(
 ) -> dict[str, SinkCounts]:
     """The accounts of sinks. Of two of one name, of which the later replaces the other, the sum."""
     found: dict[str, SinkCounts] = {}
+    cells: defaultdict[str, Counter[Cell]] = defaultdict(Counter)
     for sink in sinks:
         counts = sink_counts(sink, elsewhere(sink))
+        cells[sink.name].update(sink.account.cells)
         if (before := found.get(sink.name)) is not None:
+            counts.dropped_of = dropped_of(cells[sink.name])
             for name in SinkCounts.__struct_fields__:
-                if name not in ("status", "kinds"):
+                if name not in ("status", "kinds", "dropped_of"):
                     setattr(counts, name, getattr(counts, name) + getattr(before, name))
             for kind, row in before.kinds.items():
                 received, delivered, dropped = counts.kinds.get(kind, (0, 0, 0))

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Container, Iterable
 from typing import Any, Literal
 
 import msgspec
 
+from streamer.events.spans import NO_SPANS, Spans, spans_of_events
+
 Encoding = Literal["json", "msgpack"]
 Event = msgspec.Struct
-
-Place = tuple[str, int] | tuple[str, int, str]
-
-Spans = Mapping[Place, tuple[int, int]]
-"""Per ring and CPU, the first and the last sequence number: events are somewhere between them.
-
-A place that has a third part is of the run of that id, and not of this one.
-"""
-NO_SPANS: Spans = MappingProxyType({})
 
 TRIMMED_BYTES = 64 << 10
 
@@ -72,17 +64,6 @@ def category_of(kind: str) -> str:
     return kind.partition(".")[0]
 
 
-def join_spans(one: Spans, other: Spans) -> Spans:
-    """What covers both."""
-    if not one or not other:
-        return one or other
-    joined = dict(one)
-    for place, (first, last) in other.items():
-        known = joined.get(place, (first, last))
-        joined[place] = (min(first, known[0]), max(last, known[1]))
-    return joined
-
-
 class Batch:
     """Some events in order, with their count per kind.
 
@@ -90,7 +71,7 @@ class Batch:
     A batch is never changed after it was made.
     """
 
-    __slots__ = ("_lines", "_parts", "_records", "events", "kinds", "spans")
+    __slots__ = ("_counted", "_lines", "_parts", "_records", "events", "kinds", "spans")
 
     def __init__(
         self,
@@ -100,7 +81,7 @@ class Batch:
     ) -> None:
         """Wrap `events`; `kinds` is their count per dotted kind, counted here when not given.
 
-        `spans` say which numbers they may have, for whoever cannot deliver them.
+        `spans` say which numbers they may have; `counted` says it exactly, of what is given up.
         """
         self.events = events
         self.spans = spans
@@ -108,9 +89,16 @@ class Batch:
         self._records: dict[Encoding, list[bytes]] = {}
         self._lines: dict[Encoding, bytes] = {}
         self._parts: dict[str, Batch] | None = None
+        self._counted: Spans | None = None
 
     def __len__(self) -> int:
         return len(self.events)
+
+    def counted(self) -> Spans:
+        """The spans in which these events are, with how many of each kind."""
+        if self._counted is None:
+            self._counted = spans_of_events(self.events, self.kinds, self.spans)
+        return self._counted
 
     def records(self, encoding: Encoding) -> list[bytes]:
         """One encoded record per event, without a line end."""

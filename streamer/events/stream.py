@@ -82,6 +82,13 @@ class SeqRange(Struct, gc=False):
         Annotated[str, Meta(description="run whose numbers these are, if not that of the record")]
         | UnsetType
     ) = UNSET
+    kinds: Annotated[
+        dict[str, Count],
+        Meta(
+            description="of a sink's loss: how many of each kind were lost among these numbers; "
+            "empty where that is not known"
+        ),
+    ] = field(default_factory=dict)
 
 
 class RunMark(Struct, gc=False):
@@ -267,6 +274,14 @@ class CpuMark(Struct, gc=False):
     ] = field(default_factory=dict)
 
 
+class Dropped(Struct, gc=False):
+    """What a sink has given up of one ring and CPU since the agent started."""
+
+    ring: Annotated[RingName, Meta(description="ring")]
+    cpu: Annotated[Cpu, Meta(description="CPU")]
+    kinds: Annotated[dict[str, Count], Meta(description="events per kind")]
+
+
 class SinkCounts(Struct, gc=False):
     """Events at one sink since the agent started. received = delivered + dropped + pending."""
 
@@ -286,6 +301,13 @@ class SinkCounts(Struct, gc=False):
         dict[str, SinkKindCounts],
         Meta(description="per kind: received, delivered and dropped; empty where that is not told"),
     ] = field(default_factory=dict)
+    dropped_of: Annotated[
+        list[Dropped],
+        Meta(
+            description="of those dropped, where they were read: by ring and CPU. Not the stream's "
+            "own records, those of runs before, and those of which it is not known"
+        ),
+    ] = field(default_factory=list)
 
 
 class ReaderCounts(Struct, gc=False):

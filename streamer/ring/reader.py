@@ -18,12 +18,13 @@ from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
-from streamer.events.batch import Batch, Event, Place, Spans, join_spans
+from streamer.events.batch import Batch, Event
 from streamer.events.clock import clock_offset_ns
 from streamer.events.envelope import Envelope
 from streamer.events.kinds import HEADER, RECORDS
 from streamer.events.layout import with_time
 from streamer.events.parsed import hiding
+from streamer.events.spans import Place, Span, Spans, join_spans
 from streamer.kernel import bulk_rings
 from streamer.kernel.loader import Transport
 from streamer.kernel.objects import CONTRACT
@@ -90,15 +91,15 @@ class Source(ABC):
 
     def passed(self, gaps: Iterable[Gap]) -> Spans:
         """The numbers of what was drained since the last time; `gaps` came with it."""
-        spans: dict[Place, tuple[int, int]] = {}
+        spans: dict[Place, Span] = {}
         for cpu, before in enumerate(self._next):
             after = self.ring.next_seq(cpu)
             if after > before:
-                spans[self.name, cpu] = (before, after - 1)
+                spans[self.name, cpu] = Span(before, after - 1)
                 self._next[cpu] = after
         for what, cpu, seq, _ in gaps:
             if what == "late":
-                spans = dict(join_spans(spans, {(self.name, cpu): (seq, seq)}))
+                spans = dict(join_spans(spans, {(self.name, cpu): Span(seq, seq)}))
         return spans
 
     @abstractmethod

@@ -15,7 +15,8 @@ from typing import Literal
 
 import msgspec
 
-from streamer.events.batch import NO_SPANS, Batch, Spans
+from streamer.events.batch import Batch
+from streamer.events.spans import NO_SPANS, Spans
 from streamer.sinks.latency import LatencySamples
 
 Status = Literal["starting", "up", "down", "closed"]
@@ -60,7 +61,11 @@ def size_beside(batch: Batch) -> int:
     These are the object around the bytes, its place in queues, and counts and spans. For a batch
     of one event, as at low rates, it is more than the event.
     """
-    return 400 + 50 * len(batch.kinds) + 210 * len(batch.spans)
+    return 400 + 50 * len(batch.kinds) + 220 * len(batch.spans)
+
+
+Cell = tuple[str, int, str]
+"""A ring, a CPU and a kind."""
 
 
 class SinkAccount(msgspec.Struct):
@@ -69,11 +74,17 @@ class SinkAccount(msgspec.Struct):
     received: Counter[str] = msgspec.field(default_factory=Counter)
     delivered: Counter[str] = msgspec.field(default_factory=Counter)
     dropped: Counter[str] = msgspec.field(default_factory=Counter)
+    cells: Counter[Cell] = msgspec.field(default_factory=Counter)
+    """Of those dropped, which this run had read: per ring, CPU and kind, as far as it is known."""
 
     @property
     def pending(self) -> int:
         """Events taken and neither delivered nor dropped yet."""
         return self.received.total() - self.delivered.total() - self.dropped.total()
+
+    def drop_of(self, cells: Mapping[Cell, int]) -> None:
+        """Say of what is `dropped` in which cells it was counted when it was read."""
+        self.cells.update(cells)
 
 
 class Listener:

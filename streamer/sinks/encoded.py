@@ -10,7 +10,8 @@ from functools import reduce
 from itertools import chain, pairwise
 from typing import NamedTuple, TypeAlias
 
-from streamer.events.batch import Batch, Encoding, Event, Spans, join_spans
+from streamer.events.batch import Batch, Encoding, Event
+from streamer.events.spans import NO_SPANS, Spans, join_spans, spans_of_records
 
 Records = bytes | list[bytes]
 """Encoded events: NDJSON, each line with its end, or one `bytes` for each."""
@@ -99,6 +100,10 @@ class EncodedBatch(NamedTuple):
         if isinstance(self.data, bytes):
             return len(self.data) + per_event * self.number
         return self.size + (BYTES_PER_RECORD + per_event) * self.number
+
+    def counted(self) -> Spans:
+        """The spans of just these events, with how many of each kind. They are decoded for it."""
+        return spans_of_records(self.data, self.spans)
 
     def cut(self, most: Extent) -> Iterator[EncodedBatch]:
         """In order, parts whose `length` is at most `most`, or of one larger event."""
@@ -231,6 +236,11 @@ def spans_of(batches: Iterable[EncodedBatch]) -> Spans:
     """What covers the spans of all; those of one drain, cut up, are the same."""
     found = {id(batch.spans): batch.spans for batch in batches}
     return reduce(join_spans, found.values())
+
+
+def counted(batches: Iterable[EncodedBatch]) -> Spans:
+    """The spans of just these events, with how many of each kind."""
+    return reduce(join_spans, (batch.counted() for batch in batches), NO_SPANS)
 
 
 def halves(

@@ -52,4 +52,4 @@ class MemorySink(Sink):
         """Drop everything held."""
         held, self._held, self._tickets = self._held, [], []
         for batch in held:
-            self._dropped(batch.kinds, len(batch.lines("json")), reason, batch.spans)
+            self._dropped(batch.kinds, len(batch.lines("json")), reason, batch.counted())

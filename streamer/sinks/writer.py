@@ -27,7 +27,8 @@ from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import NamedTuple, TypedDict, TypeVar
 
-from streamer.events.batch import Batch, Spans
+from streamer.events.batch import Batch
+from streamer.events.spans import Spans, spans_of_records
 from streamer.sinks.base import Sink, size_beside
 
 Buffer = bytes | memoryview
@@ -251,12 +252,16 @@ class Callbacks(TypedDict):
 
 
 class _Held(NamedTuple):
-    """A batch that was handed over: `size` is what it counts for, `encoded` what is written."""
+    """A batch that was handed over: `size` is what it counts for, `data` what is written."""
 
     kinds: Mapping[str, int]
     size: int
     spans: Spans
-    encoded: int
+    data: bytes
+
+    def counted(self) -> Spans:
+        """See `EncodedBatch`; where it is text for people, its kinds are not known."""
+        return spans_of_records(self.data, self.spans)
 
 
 class WriterSink(Sink):
@@ -318,12 +323,12 @@ class WriterSink(Sink):
         """Take a batch; its size is that of what will be written, and of what is kept with it."""
         if self._over or self._thread is None:
             self._take(batch.kinds, 0)
-            self._dropped(batch.kinds, 0, self._over or "not started", batch.spans)
+            self._dropped(batch.kinds, 0, self._over or "not started", batch.counted())
             return
         data = self._encode(batch)
         size = len(data) + size_beside(batch)
         self._take(batch.kinds, size)
-        self._held.append(_Held(batch.kinds, size, batch.spans, len(data)))
+        self._held.append(_Held(batch.kinds, size, batch.spans, data))
         self._thread.hand_over(data)
 
     def discard(self, reason: str) -> None:
@@ -331,7 +336,7 @@ class WriterSink(Sink):
         count = 0 if self._over or self._thread is None else self._thread.take_back()
         dropped = [self._held.pop() for _ in range(count)]
         for one in reversed(dropped):
-            self._dropped(one.kinds, one.size, reason, one.spans)
+            self._dropped(one.kinds, one.size, reason, one.counted())
 
     async def stop(self, grace: float) -> None:
         """Write what is held within `grace` seconds and drop the rest.
@@ -355,7 +360,7 @@ class WriterSink(Sink):
             return
         for _ in range(count):
             one = self._held.popleft()
-            self._delivered(one.kinds, one.size, one.encoded)
+            self._delivered(one.kinds, one.size, len(one.data))
 
     def _on_failing(self, reason: str) -> None:
         if self._over:
@@ -389,5 +394,5 @@ class WriterSink(Sink):
         self._unwatch()
         while self._held:
             one = self._held.popleft()
-            self._dropped(one.kinds, one.size, reason, one.spans)
+            self._dropped(one.kinds, one.size, reason, one.counted())
         self._set_status("closed", reason)

@@ -7,9 +7,10 @@ from typing import Any, Union
 
 import msgspec
 
-from streamer.events.batch import NO_SPANS, Batch, Event, Spans, count_kinds
+from streamer.events.batch import Batch, Event, count_kinds
 from streamer.events.catalogue import PUBLISHED
 from streamer.events.kinds import KINDS
+from streamer.events.spans import NO_SPANS, Spans
 from streamer.spool.rows import UNDECODABLE
 from streamer.spool.store import Item, Unreadable
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from streamer.events.batch import NO_SPANS, Spans
+from streamer.events.spans import NO_SPANS, Span, Spans
 
 BATCH_BYTES = 64 << 20
 """The most that a batch has: more is nothing that was written here."""
@@ -28,26 +28,25 @@ UNDECODABLE = (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError
 """What decoding something that no run writes may raise, or encoding it again."""
 
 _RUN = re.compile("[0-9a-f]{16}")
-_KINDS = msgspec.json.Decoder(
-    Annotated[
-        dict[Annotated[str, Meta(max_length=64)], Annotated[int, Meta(ge=1, le=BATCH_BYTES)]],
-        Meta(max_length=MOST_KINDS),
-    ]
-)
+_Kinds = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[int, Meta(ge=1, le=BATCH_BYTES)]],
+    Meta(max_length=MOST_KINDS),
+]
+_KINDS = msgspec.json.Decoder(_Kinds)
 _Seq = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
-_PLACES = msgspec.json.Decoder(
-    Annotated[
-        list[
-            tuple[
-                Literal["critical", "bulk", "stream"],
-                Annotated[int, Meta(ge=0, lt=MOST_CPUS)],
-                _Seq,
-                _Seq,
-            ]
-        ],
-        Meta(max_length=2 * MOST_CPUS + 1),
-    ]
-)
+
+
+class _Numbers(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A place and its span; the kinds are there where they were counted."""
+
+    ring: Literal["critical", "bulk", "stream"]
+    cpu: Annotated[int, Meta(ge=0, lt=MOST_CPUS)]
+    first: _Seq
+    last: _Seq
+    kinds: _Kinds = msgspec.field(default_factory=dict)
+
+
+_PLACES = msgspec.json.Decoder(Annotated[list[_Numbers], Meta(max_length=2 * MOST_CPUS + 1)])
 
 
 def text_of(value: Any) -> str:
@@ -57,7 +56,7 @@ def text_of(value: Any) -> str:
 
 def text_of_spans(spans: Spans) -> str:
     """As they are in a row."""
-    return text_of([(*place, *span) for place, span in spans.items()])
+    return text_of([(*place, *(span if span.kinds else span[:2])) for place, span in spans.items()])
 
 
 def kinds_of(text: Any) -> dict[str, int]:
@@ -69,9 +68,9 @@ def kinds_of(text: Any) -> dict[str, int]:
 def spans_of(text: Any) -> Spans:
     """Raises one of UNDECODABLE: no run writes that."""
     found = _PLACES.decode(text)
-    if any(first > last for _, _, first, last in found):
+    if any(one.first > one.last for one in found):
         raise msgspec.ValidationError("it ends before it begins")
-    return {(ring, cpu): (first, last) for ring, cpu, first, last in found}
+    return {(one.ring, one.cpu): Span(one.first, one.last, one.kinds) for one in found}
 
 
 def said_by(run: Any, kinds: Any, spans: Any) -> tuple[str, dict[str, int], Spans]:

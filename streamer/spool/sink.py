@@ -25,7 +25,8 @@ from typing import Literal
 
 from msgspec import UNSET
 
-from streamer.events.batch import NO_SPANS, Batch, Spans, join_spans
+from streamer.events.batch import Batch
+from streamer.events.spans import NO_SPANS, Spans, join_spans, spans_of_records
 from streamer.sinks.base import Listener, Sink, Status
 from streamer.spool.records import CRITICAL, batch_of, run_of
 from streamer.spool.seldom import Seldom
@@ -344,7 +345,7 @@ class SpooledSink(Sink, Listener):
         reason = f"the sink failed: {type(error).__name__}: {error}"[:200]
         if lost == Counter(batch.kinds):
             self._sent = deque((n, None, NO_SPANS) if one[0] == n else one for one in self._sent)
-            self._give_up(n, lost, reason, batch.spans)
+            self._give_up(n, lost, reason, batch.counted())
         elif lost:  # which were taken nobody knows: all are on disk until these are delivered
             self._drop(lost, reason, batch.spans)
         if self._defects >= TRIES:
@@ -472,10 +473,10 @@ class SpooledSink(Sink, Listener):
             del self._points[2]
 
     def _note_last(self, spans: Spans) -> None:
-        for place, (_, last) in spans.items():
+        for place, span in spans.items():
             if len(place) == 2 and place[0] != "stream":
                 mark = self._marks.setdefault(place, [0, 0, 0])
-                mark[1] = max(mark[1], last)
+                mark[1] = max(mark[1], span.last)
                 self._marked = True
 
     def safe(self) -> int:
@@ -521,7 +522,8 @@ class SpooledSink(Sink, Listener):
             self._release(held.size)
             self._untold += held.told
             self.account.dropped.update(held.item.kinds)
-            self.listener.sink_dropped(self, held.item.kinds, reason, held.item.spans)
+            spans = spans_of_records(held.item.data, held.item.spans)
+            self.listener.sink_dropped(self, held.item.kinds, reason, spans)
 
     async def stop(self, grace: float) -> None:
         """See `Sink`. What is not delivered within `grace` is kept for the next run.
@@ -582,10 +584,11 @@ class SpooledSink(Sink, Listener):
         pending = self.account.received - self.account.delivered - self.account.dropped
         lost, spans = pending, (span for _, _, span in self._sent)
         if not self._lasting:
-            lost, spans = Counter(), (item.spans for item in missing)
+            lost, spans = Counter(), (spans_of_records(item.data, item.spans) for item in missing)
             for item in missing:
                 lost.update(item.kinds)
-            lost &= pending
+            if lost - pending:
+                lost, spans = lost & pending, (item.spans for item in missing)
         if lost:
             self.account.dropped.update(lost)
             reason = "neither delivered nor on disk when the agent stopped"

@@ -169,7 +169,7 @@ class Spool:
 
 def _untold(one: GivenUp) -> UntoldLoss:
     ranges = [
-        SeqRange(place[0], place[1], *span)
+        SeqRange(place[0], place[1], span.first, span.last, kinds=dict(span.kinds))
         for place, span in one.spans.items()
         if place[0] != "stream"
     ]

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 from isal import isal_zlib
 
-from streamer.events.batch import Spans, join_spans
 from streamer.events.kinds import Ring
+from streamer.events.spans import Spans, join_spans, spans_of_records
 from streamer.spool.rows import (
     BATCH_BYTES,
     MOST_CPUS,
@@ -381,8 +381,15 @@ class Store:
         )
         for n, sink, run, kinds, spans in rows:
             if n > self._fed.get(sink, 0):
-                return GivenUp(n, sink, *said_by(run, kinds, spans))
+                said, counts, places = said_by(run, kinds, spans)
+                return GivenUp(n, sink, said, counts, self._counted(n, places))
         return None
+
+    def _counted(self, n: int, spans: Spans) -> Spans:
+        """Those of a batch, with how many of each kind, as far as it can be read."""
+        row = self._db.execute("SELECT size, data FROM batch WHERE n = ?", (n,)).fetchone()
+        plain = unpacked(row[1], row[0]) if row else None
+        return spans_of_records(plain, spans) if plain is not None else spans
 
     @property
     def pages(self) -> int:
@@ -517,9 +524,9 @@ def _lasts(items: Iterable[Item]) -> Iterator[Mark]:
     """The last numbers that are in `items`, of the rings of the kernel."""
     lasts: dict[tuple[str, str, int], int] = {}
     for item in items:
-        for place, (_, last) in item.spans.items():
+        for place, span in item.spans.items():
             key = item.sink, place[0], place[1]
-            lasts[key] = max(last, lasts.get(key, 0))
+            lasts[key] = max(span.last, lasts.get(key, 0))
     for (sink, ring, cpu), last in lasts.items():
         if ring in RINGS:
             yield Mark(sink, ring, cpu, last=last)

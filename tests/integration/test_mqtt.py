@@ -24,13 +24,14 @@ import pytest
 from streamer.config import settings
 from streamer.errors import ConfigError
 from streamer.events.batch import Batch
+from streamer.events.spans import Span
 from streamer.sinks import silence
 from streamer.sinks.base import Sink
 from streamer.sinks.mqtt import sink as mqtt_sink
 from streamer.sinks.mqtt.encoded import encode
 from streamer.sinks.mqtt.sink import MAX_TRIES, MqttSink
 from tests.brokers import MosquittoBroker, free_port
-from tests.recorder import Recorder
+from tests.recorder import Recorder, SpanRecorder
 
 pytestmark = pytest.mark.mqtt
 
@@ -42,6 +43,13 @@ PASSWORD = "correct horse battery staple"
 class Exec(msgspec.Struct, tag_field="event", tag="process.exec"):
     id: str
     pad: str = ""
+
+
+class Numbered(msgspec.Struct, tag_field="event", tag="process.exec"):
+    """One of the critical ring of CPU 0."""
+
+    id: str
+    cpu: int = 0
 
 
 class Exit(msgspec.Struct, tag_field="event", tag="process.exit"):
@@ -1110,25 +1118,12 @@ async def test_stop_does_not_wait_for_a_connection_that_hangs(start_sink: StartS
         assert recorder.statuses[0] == ("down", "no answer within 0.2 s")
 
 
-class Spans(Recorder):
-    """Keeps the numbers that were dropped as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spans: list[dict[tuple[str, int], tuple[int, int]]] = []
-
-    def sink_dropped(self, sink: Sink, kinds: Any, reason: str, spans: Any) -> None:
-        super().sink_dropped(sink, kinds, reason, spans)
-        self.spans.append(dict(spans))
-
-    def numbers(self) -> list[int]:
-        """All that are within them, in order."""
-        ranges = (one["bulk", 0] for one in self.spans)
-        return sorted(n for first, last in ranges for n in range(first, last + 1))
+CRITICAL = "critical", 0
 
 
 def numbered(count: int, start: int) -> Batch:
-    return Batch(execs(count, start).events, spans={("bulk", 0): (start, start + count - 1)})
+    events = [Numbered(f"b-critical-0-{n:08}") for n in range(start, start + count)]
+    return Batch(events, spans={CRITICAL: Span(start, start + count - 1)})
 
 
 async def test_discard_drops_what_waits_and_says_which_and_what_comes_next_is_delivered(
@@ -1138,7 +1133,7 @@ async def test_discard_drops_what_waits_and_says_which_and_what_comes_next_is_de
     async with ScriptedBroker(lambda n: None) as broker:
         sink, _ = await start_sink(broker.port, batch_events=10, max_inflight=2)
         await until(lambda: sink.status == "up")
-        recorder = sink.listener = Spans()
+        recorder = sink.listener = SpanRecorder()
         for start in range(0, 100, 10):
             sink.submit(numbered(10, start))
         await until(lambda: len(broker.unanswered) == 2)
@@ -1146,11 +1141,14 @@ async def test_discard_drops_what_waits_and_says_which_and_what_comes_next_is_de
         assert account(sink) == (0, 80, 20)
         assert recorder.reasons == {"no time left"}
         assert recorder.numbers() == list(range(20, 100))
+        assert recorder.kinds() == {CRITICAL: {"process.exec": 80}}
         sink.submit(numbered(5, 100))
         broker.answer = lambda n: 0
         broker.answer_all()
         await sink.stop(GRACE)
-    assert b"".join(broker.payloads) == execs(20).lines("json") + execs(5, 100).lines("json")
+    assert b"".join(broker.payloads) == b"".join(
+        (numbered(20, 0).lines("json"), numbered(5, 100).lines("json"))
+    )
     assert account(sink) == (25, 80, 0)
     assert sink.watermarks.held == 0
 
@@ -1161,7 +1159,7 @@ async def test_every_loss_says_which_numbers_it_may_have(start_sink: StartSink) 
     async with ScriptedBroker(lambda n: codes.get(n)) as broker:
         sink, _ = await start_sink(broker.port, batch_events=2, max_inflight=1, linger_ms=1000)
         await until(lambda: sink.status == "up")
-        recorder = sink.listener = Spans()
+        recorder = sink.listener = SpanRecorder()
         for n in range(8):
             sink.submit(numbered(1, n))
             if n % 2:  # one message at a time: with more, they would be in one
@@ -1169,10 +1167,12 @@ async def test_every_loss_says_which_numbers_it_may_have(start_sink: StartSink) 
         await until(lambda: len(broker.payloads) >= 3)
         await sink.stop(0)
         sink.submit(numbered(1, 8))
-    assert recorder.spans[0] == {("bulk", 0): (0, 1)}
-    assert set(recorder.numbers()) == set(range(9))
-    assert all(last - first < 2 for one in recorder.spans for first, last in one.values())
-    assert recorder.spans[-1] == {("bulk", 0): (8, 8)}
+    assert recorder.spans[0] == {CRITICAL: Span(0, 1)}
+    # Of the message that was too large the first event was sent alone, and taken.
+    assert recorder.numbers() == [0, 1, *range(3, 9)]
+    assert recorder.kinds() == {CRITICAL: {"process.exec": 8}}
+    assert all(last - first < 2 for one in recorder.spans for first, last, _ in one.values())
+    assert recorder.spans[-1] == {CRITICAL: Span(8, 8)}
     assert account(sink)[2] == 0
 
 

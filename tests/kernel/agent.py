@@ -26,12 +26,14 @@ from streamer.events.catalogue import PUBLISHED
 from streamer.events.kinds import KINDS
 from streamer.events.stream import (
     KindCounts,
+    SinkCounts,
     StreamHeartbeat,
     StreamLoss,
     StreamManifest,
     StreamRecord,
 )
 from streamer.events.summaries import SUMMARIES
+from streamer.sinks.base import Cell
 from tests.kernel.pace import seconds
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -206,6 +208,11 @@ class Recording:
             for name, sink in beat.sink_counts.items():
                 totals = tuple(map(sum, zip(*sink.kinds.values(), strict=True))) or (0, 0, 0)
                 assert totals == (sink.received, sink.delivered, sink.dropped), name
+                dropped = Counter[str]()
+                for cell, count in cells_dropped(sink).items():
+                    assert 0 < count <= read_of(beat, cell), (name, cell)
+                    dropped[cell[2]] += count
+                assert all(n <= sink.kinds[kind][2] for kind, n in dropped.items()), name
 
     def _check_cells(self) -> None:
         """In the final one all of each ring, CPU and kind is delivered, filtered, shed or lost."""
@@ -257,6 +264,21 @@ class Recording:
         if self.skipped:
             more += f"; {self.skipped:,} times a program was not run"
         assert line.endswith(f"; {filtered:,} filtered, {lost:,} lost{more}")
+
+
+def cells_dropped(sink: SinkCounts) -> Counter[Cell]:
+    """What it gave up, per ring, CPU and kind."""
+    found = {
+        (one.ring, one.cpu, kind): n for one in sink.dropped_of for kind, n in one.kinds.items()
+    }
+    assert len(found) == sum(len(one.kinds) for one in sink.dropped_of)
+    return Counter(found)
+
+
+def read_of(beat: StreamHeartbeat, cell: Cell) -> int:
+    ring, cpu, kind = cell
+    (mark,) = (one for one in beat.marks if (one.ring, one.cpu) == (ring, cpu))
+    return KindCounts(*mark.kinds[kind]).read
 
 
 def is_skipped_runs(loss: StreamLoss) -> bool:

@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from streamer.sinks.base import Cell
 from tests.brokers import KafkaBroker, MosquittoBroker, subscribed
-from tests.kernel.agent import Agent, decoded, kind_of
+from tests.kernel.agent import Agent, cells_dropped, decoded, kind_of
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope
 from tests.kernel.system import open_missing
@@ -134,8 +136,16 @@ def test_a_backlog_that_cannot_be_delivered_is_told(scope: Scope, tmp_path: Path
     ]
     missing = {(e.ring, e.cpu, e.seq) for e in recording.events} - there
     assert missing <= set(told)
+    # Of each CPU and kind as many as are not there: by the losses, and by the last account.
+    name = f"kafka://{kafka.address}/{TOPIC}"
+    gone = Counter((e.ring, e.cpu, "file.open") for e in recording.events)
+    gone.subtract((e.ring, e.cpu, "file.open") for e in opens)
+    given_up = Counter[Cell]()
+    for one in (one for loss in losses for one in loss.ranges):
+        given_up.update({(one.ring, one.cpu, kind): n for kind, n in one.kinds.items()})
+    assert given_up == +gone == cells_dropped(values[-1].sink_counts[name])
     assert kind_of(values[-1]) == "stream.heartbeat"
-    assert values[-1].sink_counts[f"kafka://{kafka.address}/{TOPIC}"].dropped == lost
+    assert values[-1].sink_counts[name].dropped == lost
     (said,) = re.findall("not delivered: (.*)", recording.stderr)
     counts = re.findall("([0-9,]+) events to kafka://", said)
     at_the_end = sum(loss.count for loss in losses if "when the agent stopped" in loss.reason)

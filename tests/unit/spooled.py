@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from streamer.config.settings import SpoolSection
-from streamer.events.batch import Batch, Event, Place, Spans
+from streamer.events.batch import Batch, Event
 from streamer.events.kinds import KINDS
+from streamer.events.spans import Place, Span
 from streamer.events.stream import PreviousRun
-from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
 from streamer.spool.sink import Mode, SpooledSink
 from streamer.spool.spool import SHARE, Spool
 from tests.golden.cases import load
-from tests.recorder import Recorder
+from tests.recorder import SpanRecorder
 
 WAIT = 20.0
 RUN = "0123456789abcdef"
@@ -38,19 +38,7 @@ def batch(kind: str, first: int, count: int, run: str = RUN, **fields: object) -
     """Events of a kind, with the numbers from `first` on."""
     events = [event(kind, seq, run, **fields) for seq in range(first, first + count)]
     place: Place = RING[kind], 0
-    return Batch(events, spans={place: (first, first + count - 1)})
-
-
-class SpanRecorder(Recorder):
-    """Keeps the spans of what was dropped, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spans: list[Spans] = []
-
-    def sink_dropped(self, sink: Sink, kinds: Mapping[str, int], reason: str, spans: Spans) -> None:
-        super().sink_dropped(sink, kinds, reason, spans)
-        self.spans.append(spans)
+    return Batch(events, spans={place: Span(first, first + count - 1)})
 
 
 class Run:

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 
 from streamer.agent.fanout import Fanout, Policy, policy_of
-from streamer.agent.losses import MOST_RANGES, OWN_RECORDS, Lost
-from streamer.events.batch import Batch, Spans
+from streamer.agent.losses import MOST_RANGES, Lost
+from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
+from streamer.events.spans import OWN_RECORDS, Span, Spans
 from streamer.events.stream import SeqRange, StreamLoss, StreamRecord
 from streamer.sinks.base import Sink
 from streamer.sinks.memory import MemorySink
@@ -24,6 +25,7 @@ class Event(msgspec.Struct, tag_field="event", tag="test.event", gc=False):
 
 class Open(msgspec.Struct, tag_field="event", tag="file.open", gc=False):
     text: str
+    cpu: int = 1
 
 
 class Exec(msgspec.Struct, tag_field="event", tag="process.exec", gc=False):
@@ -186,7 +188,7 @@ async def test_drops_are_told_once_there_is_room() -> None:
     dead, alive = await opened("dead", hold=True), await opened("alive")
     fanout = Calls().fanout((dead, "drop"), (alive, "drop"))
     for n in range(7):
-        fanout.submit(Batch([Event("x" * 1000)], spans={("bulk", 1): (n, n)}))
+        fanout.submit(Batch([Open("x" * 1000)], spans={("bulk", 1): Span(n, n)}))
     fanout.publish_owed()
     dead.release()
     assert losses(dead) == []
@@ -195,9 +197,11 @@ async def test_drops_are_told_once_there_is_room() -> None:
     fanout.publish_owed()
     dead.release()
     (loss,) = losses(dead)
-    assert (loss.count, loss.kinds, loss.stage) == (3, {"test.event": 3}, "sink")
+    assert (loss.count, loss.kinds, loss.stage) == (3, {"file.open": 3}, "sink")
     assert "no room" in loss.reason
-    assert loss.ranges == [SeqRange("bulk", 1, 4, 6)]
+    assert loss.ranges == [SeqRange("bulk", 1, 4, 6, kinds={"file.open": 3})]
+    assert dead.account.cells == {("bulk", 1, "file.open"): 3}
+    assert alive.account.cells == {}
     assert losses(alive) == []
 
 
@@ -341,7 +345,7 @@ async def test_loss_records_are_no_numbers_of_events() -> None:
     """Where they are dropped with events: their own numbers are those of the run."""
     sink = await opened("one", hold=True)
     fanout = Calls().fanout((sink, "pause"))
-    spans: Spans = {("bulk", 1): (4, 6), OWN_RECORDS: (7, 7)}
+    spans: Spans = {("bulk", 1): Span(4, 6), OWN_RECORDS: Span(7, 7)}
     fanout.sink_dropped(sink, {"file.open": 3, "stream.loss": 1}, "refused", spans)
     (lost,) = fanout.untold(sink)
     assert (lost.count, lost.ranges) == (3, (SeqRange("bulk", 1, 4, 6),))

@@ -22,6 +22,7 @@ from streamer.agent.losses import (
     Owed,
     merged,
 )
+from streamer.events.spans import Span, Spans
 from streamer.events.stream import SeqRange
 from tests.unit.bounds import bounded_memory
 
@@ -135,11 +136,11 @@ def counts(lost: list[Lost]) -> list[int]:
 
 def test_what_a_sink_gave_up_names_no_numbers_of_the_stream_s_own_records() -> None:
     """They are of no ring: a reader would look for them among events."""
-    spans: dict[tuple[str, int] | tuple[str, int, str], tuple[int, int]] = {
-        ("stream", 0): (1, 9),
-        ("bulk", 1): (2, 3),
-        ("bulk", 1, "before"): (4, 5),
-        ("stream", 0, "before"): (1, 1),
+    spans: Spans = {
+        ("stream", 0): Span(1, 9),
+        ("bulk", 1): Span(2, 3),
+        ("bulk", 1, "before"): Span(4, 5),
+        ("stream", 0, "before"): Span(1, 1),
     }
     lost = Lost.of_sink({"file.open": 4}, "x" * 1000, spans)
     assert lost.ranges == (SeqRange("bulk", 1, 2, 3), SeqRange("bulk", 1, 4, 5, "before"))
@@ -177,7 +178,8 @@ def test_what_was_told_takes_little_room_while_a_spool_holds_it() -> None:
     for second in range(seconds):
         for cpu in range(MOST_RANGES):
             first = 10**12 + 7919 * cpu * second
-            owed.add(Lost.of_sink({"file.open": 12}, "full", {("bulk", cpu): (first, first + 11)}))
+            spans: Spans = {("bulk", cpu): Span(first, first + 11, {"file.open": 12})}
+            owed.add(Lost.of_sink({"file.open": 12}, "full", spans))
         owed.told([second], owed.take(), under_way=second)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

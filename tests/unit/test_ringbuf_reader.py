@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 import pytest
 
-from streamer.events.batch import NO_SPANS, Batch, Spans
+from streamer.events.batch import Batch
 from streamer.events.kinds import RECORDS
+from streamer.events.spans import NO_SPANS, Spans
 from streamer.kernel.objects import CONTRACT
 from streamer.ring.gaps import GapTracker
 from streamer.ring.reader import AGAIN, LOOKS_IN_VAIN, RingReader

@@ -22,8 +22,9 @@ import pytest
 from isal import isal_zlib
 
 from streamer.config.settings import SpoolSection
-from streamer.events.batch import NO_SPANS, Batch, Spans
+from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
+from streamer.events.spans import NO_SPANS, Span, Spans
 from streamer.events.stream import PreviousRun, StreamLoss
 from streamer.sinks.memory import MemorySink
 from streamer.spool.place import BAD, LOG, NAME
@@ -54,7 +55,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def item(n: int, critical: bool = False, size: int = 100, sink: str = "a") -> Item:
     kind = "process.exec" if critical else "file.open"
     data = random.Random(n).randbytes(size)
-    return Item(n, sink, RUN, critical, 1, {kind: 1}, {("bulk", 0): (n, n)}, data)
+    return Item(n, sink, RUN, critical, 1, {kind: 1}, {("bulk", 0): Span(n, n)}, data)
 
 
 def bytes_of(directory: Path) -> int:
@@ -362,7 +363,7 @@ def test_a_row_that_makes_no_sense_is_a_loss(directory: Path, column: str, value
         assert len(run.delivered) == 300
         lost = {"file.open": 7 if column == "kinds" else 300}
         assert run.recorder.drops == [(lost, "what the spool had of them cannot be read")]
-        assert run.recorder.spans == [{("bulk", 0, RUN): (1, 300)}]
+        assert run.recorder.spans == [{("bulk", 0, RUN): Span(1, 300)}]
         await tell(run)
         await run.stop()
         assert Run(directory, "wal").spool._found == {}
@@ -668,13 +669,14 @@ async def test_the_cap_costs_bulk_first_and_each_loss_is_told(directory: Path) -
         lost.update(kinds)
     assert lost["file.open"] > 0
     assert lost["process.exec"] == 0
+    assert run.recorder.kinds() == {("bulk", 0): lost}
     run.inner.hold = False
     run.inner.release()
     await run.until(lambda: run.sink.account.pending == 0)
     got = Counter(one.__struct_config__.tag for one in run.inner.events)
     assert got + lost == sent
     numbers = {one.seq for one in run.inner.events}  # type: ignore[attr-defined]
-    told = {n for spans in run.recorder.spans for first, last in spans.values()
+    told = {n for spans in run.recorder.spans for first, last, _ in spans.values()
             for n in range(first, last + 1)}  # fmt: skip
     assert numbers | told == set(range(1, 4001))
     assert not numbers & told
@@ -692,7 +694,7 @@ async def test_a_drain_of_more_than_the_spool_is_written_in_parts(
     for one in fill:
         run.sink.submit(one)
     large = [event("process.exec", seq, argv=[os.urandom(10_000).hex()]) for seq in range(1, 101)]
-    run.sink.submit(Batch(large, spans={("critical", 0): (1, 100)}))
+    run.sink.submit(Batch(large, spans={("critical", 0): Span(1, 100)}))
     await run.until(lambda: not run.sink._writing)
     assert "the spool is not used" not in caplog.text
     assert bytes_of(directory) <= 1 << 20
@@ -998,7 +1000,7 @@ async def test_a_sink_that_fails_at_a_batch_loses_no_other(
 ) -> None:
     """Whether it got it at once, or out of the spool, which goes on."""
     run = Run(directory, mode, budget=1 << 18)
-    fail_at(run, lambda one: one.spans.get(("bulk", 0)) == (901, 910))
+    fail_at(run, lambda one: one.spans.get(("bulk", 0)) == Span(901, 910))
     if on_disk:
         sent = await fill(run)
         run.inner.hold = False
@@ -1023,7 +1025,7 @@ async def test_a_sink_that_fails_at_a_batch_loses_no_other(
 async def test_a_sink_that_fails_at_what_it_took_loses_nothing(directory: Path) -> None:
     run = Run(directory)
     await run.start()
-    fail_at(run, lambda one: one.spans[("bulk", 0)] == (1, 10), takes=True)
+    fail_at(run, lambda one: one.spans[("bulk", 0)] == Span(1, 10), takes=True)
     run.sink.submit(batch("file.open", 1, 10))
     run.sink.submit(batch("file.open", 11, 10))
     await run.until(lambda: run.sink.account.pending == 0)
@@ -1303,7 +1305,7 @@ async def test_losses_of_another_runs_events_name_it(directory: Path) -> None:
     await again.start(hold=True)
     await again.until(lambda: again.inner.account.received.total() == 10)
     again.inner.discard("refused")
-    assert again.recorder.spans == [{("bulk", 0, RUN): (5, 14)}]
+    assert again.recorder.spans == [{("bulk", 0, RUN): Span(5, 14)}]
     await again.until(lambda: again.sink.account.pending == 0)
     await again.stop()
     assert NO_SPANS == {}
@@ -1332,7 +1334,7 @@ async def next_run(directory: Path) -> list[str]:
 
 
 def told_numbers(run: Run) -> list[int]:
-    return [n for spans in run.recorder.spans for first, last in spans.values()
+    return [n for spans in run.recorder.spans for first, last, _ in spans.values()
             for n in range(first, last + 1)]  # fmt: skip
 
 
@@ -1410,7 +1412,7 @@ async def test_what_is_refused_while_the_rest_is_kept_is_not_pending_for_ever(
     await run.sink.stop(0.2)
     run.check()
     assert (run.sink.account.pending, run.sink.kept) == (0, {})
-    assert run.recorder.spans == [{("bulk", 0): (1, 10)}]
+    assert run.recorder.spans == [{("bulk", 0): Span(1, 10)}]
     await run.spool.close()
 
 

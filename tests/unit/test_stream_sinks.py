@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from streamer.config import settings
 from streamer.errors import SinkError
-from streamer.events.batch import Batch, Spans
+from streamer.events.batch import Batch
+from streamer.events.spans import Span, Spans
 from streamer.privilege.files import AppendFile, AppendTarget, DirectOpener, Packing
 from streamer.sinks.base import Sink, size_beside
 from streamer.sinks.file import FileSink, Rotation
@@ -224,7 +225,7 @@ async def test_what_waits_can_be_dropped_for_what_comes_then(pipe: Pipe) -> None
     sink.submit(first)
     await asyncio.sleep(0.05)  # the thread has taken it, and waits for room
     for n in range(10, 60, 10):
-        sink.submit(Batch(execs(10, start=n).events, spans={("bulk", 0): (n, n + 9)}))
+        sink.submit(Batch(execs(10, start=n).events, spans={("bulk", 0): Span(n, n + 9)}))
     sink.discard("no time")
     assert recorder.drops == [({"process.exec": 10}, "no time")] * 5
     assert sink.account.pending == 10
@@ -278,8 +279,8 @@ async def test_the_budget_bounds_the_memory(encoding: Any, each: int) -> None:
         while not sink.watermarks.full:
             number += each
             spans: Spans = {
-                ("bulk", 0): (number, number + 1),
-                ("critical", 1): (number + 2, number + 3),
+                ("bulk", 0): Span(number, number + 1),
+                ("critical", 1): Span(number + 2, number + 3),
             }
             sink.submit(Batch(execs(each, number, pad=300).events, spans=spans))
         held, _ = tracemalloc.get_traced_memory()

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamer.events.batch import Batch
+from streamer.events.spans import Span
 from streamer.ring.reader import in_time_order
 
 
@@ -29,8 +30,8 @@ def test_two_rings_are_merged_by_time(one: list[int], other: list[int]) -> None:
     opens = [Open(time, number) for number, time in enumerate(sorted(other))]
     merged = in_time_order(
         [
-            Batch(execs, {"process.exec": len(execs)}, {("critical", 0): (1, 9)}),
-            Batch(opens, {"file.open": len(opens)}, {("bulk", 0): (5, 7)}),
+            Batch(execs, {"process.exec": len(execs)}, {("critical", 0): Span(1, 9)}),
+            Batch(opens, {"file.open": len(opens)}, {("bulk", 0): Span(5, 7)}),
         ]
     )
     times = [event.boot_ns for event in merged.events]
@@ -38,7 +39,7 @@ def test_two_rings_are_merged_by_time(one: list[int], other: list[int]) -> None:
     assert [event for event in merged.events if isinstance(event, Exec)] == execs
     assert [event for event in merged.events if isinstance(event, Open)] == opens
     assert merged.kinds == {"process.exec": len(execs), "file.open": len(opens)}
-    assert merged.spans == {("critical", 0): (1, 9), ("bulk", 0): (5, 7)}
+    assert merged.spans == {("critical", 0): Span(1, 9), ("bulk", 0): Span(5, 7)}
 
 
 @given(TIMES, TIMES, TIMES)
@@ -48,11 +49,11 @@ def test_ring_buffers_of_one_ring_have_kinds_in_common(
     batches = []
     for cpu, times in enumerate((one, other, third)):
         opens = [Open(time, number) for number, time in enumerate(sorted(times))]
-        batches.append(Batch(opens, {"file.open": len(opens)}, {("bulk", cpu): (1, 7)}))
+        batches.append(Batch(opens, {"file.open": len(opens)}, {("bulk", cpu): Span(1, 7)}))
     merged = in_time_order(batches)
     assert [event.boot_ns for event in merged.events] == sorted(one + other + third)
     assert merged.kinds == {"file.open": len(merged.events)}
-    assert merged.spans == {("bulk", cpu): (1, 7) for cpu in range(3)}
+    assert merged.spans == {("bulk", cpu): Span(1, 7) for cpu in range(3)}
 
 
 @given(TIMES, TIMES)

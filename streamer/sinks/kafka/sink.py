@@ -32,7 +32,7 @@ from streamer.events.batch import Batch
 from streamer.privilege.files import DIRECT, Opener
 from streamer.sinks.base import Sink
 from streamer.sinks.batching import SizeLimit, TopicQueue
-from streamer.sinks.encoded import EncodedBatch, Extent, held_of, kinds_of, spans_of
+from streamer.sinks.encoded import EncodedBatch, Extent, counted, held_of, kinds_of
 from streamer.sinks.kafka.client import (
     LEADER_SECONDS,
     Client,
@@ -169,7 +169,7 @@ class KafkaSink(Sink):
             encoded = encode(part, self._settings.encoding, self.ticket)
             self._take(encoded.kinds, encoded.held)
             if self.status == "closed":
-                self._dropped(encoded.kinds, encoded.held, "closed", encoded.spans)
+                self._dropped(encoded.kinds, encoded.held, "closed", encoded.counted())
             else:
                 self._enqueue(self._topic(name), encoded)
 
@@ -457,7 +457,7 @@ class KafkaSink(Sink):
             return
         held = held_of(batches)
         topic.held -= held
-        self._dropped(kinds_of(batches), held, reason, spans_of(batches))
+        self._dropped(kinds_of(batches), held, reason, counted(batches))
         self._check_empty()
 
     def _with_error(self, topic: _Topic, reason: str) -> str:

@@ -173,7 +173,7 @@ class MqttSink(Sink):
         if self._over or self._loop is None:
             self._take(batch.kinds, 0)
             reason = "stopped" if self._over else "not started"
-            self._dropped(batch.kinds, 0, reason, batch.spans)
+            self._dropped(batch.kinds, 0, reason, batch.counted())
             return
         now = self._loop.time()
         parts = batch.by_category() if self._by_category else {"": batch}
@@ -566,7 +566,7 @@ class MqttSink(Sink):
         if message.taken:
             self._delivered(batch.kinds, batch.held, batch.size)
         else:
-            self._dropped(batch.kinds, batch.held, reason, batch.spans)
+            self._dropped(batch.kinds, batch.held, reason, batch.counted())
 
     def _tell_once(self, status: Status, reason: str) -> None:
         """Tell the owner about trouble that the status alone does not show, once per connection."""
