@@ -71,6 +71,14 @@ class SinkCell(Struct, array_like=True, gc=False):
     dropped: Number
 
 
+class Dropped(Struct, gc=False):
+    """See `streamer.events.stream.Dropped`."""
+
+    ring: str
+    cpu: int
+    kinds: dict[str, Number]
+
+
 class SinkTotals(Struct, gc=False):
     """See `SinkCounts`."""
 
@@ -79,6 +87,7 @@ class SinkTotals(Struct, gc=False):
     dropped: Number
     pending: Number
     kinds: dict[str, SinkCell] = field(default_factory=dict)
+    dropped_of: list[Dropped] = field(default_factory=list)
 
 
 class Heartbeat(Struct, gc=False):
@@ -98,6 +107,7 @@ class Range(Struct, gc=False):
     seq_from: Number
     seq_to: Number
     run_id: str = ""
+    kinds: dict[str, Number] = field(default_factory=dict)
 
 
 class Loss(Struct, gc=False):

@@ -44,6 +44,10 @@ class Cell(Counted, frozen=True):
             "there; what the sink gave up, and what is missing"
         ),
     ]
+    given_up: Annotated[
+        Count,
+        Meta(description="told as given up by the sink, where it is said of which ring and CPU"),
+    ] = 0
 
 
 class Place(Struct, frozen=True):

@@ -71,6 +71,7 @@ class Run:
         self.lanes: dict[str, int] = {}
         """The newest of its records in each, in ns since boot."""
         self.told = Told()
+        self.given_up_of = cells.GivenUp()
         self.given_up: Counter[str] = Counter()
         self.sinks: list[str] = []
         self.end: report.End = "open"
@@ -171,8 +172,15 @@ class Run:
         if loss.stage == "sink":
             self.given_up.update(loss.kinds)
             numbered -= sum(n for kind, n in loss.kinds.items() if is_unnumbered(kind))
+            self.given_up_of.take(loss)
         spans = [((r.ring, r.cpu), (r.seq_from, r.seq_to)) for r in loss.ranges]
-        if spans:
+        counts = Counter[Place]()
+        for one in loss.ranges:
+            counts[one.ring, one.cpu] += sum(one.kinds.values())
+        if spans and counts.total() == numbered:
+            for place, count in counts.items():
+                self.told.add(loss.stage, count, [one for one in spans if one[0] == place])
+        elif spans:
             self.told.add(loss.stage, numbered, spans)
         elif loss.stage == "decode":
             self.told.add_anywhere(loss.stage, numbered)
@@ -332,7 +340,9 @@ class Run:
 
     def _cells(self, place: Place, complete: bool) -> dict[str, report.Cell]:
         track = self.tracks.get(place)
-        return cells.of_place(track, complete=complete) if track is not None else {}
+        if track is None:
+            return {}
+        return cells.of_place(track, self.given_up_of.at(place), complete=complete)
 
     @property
     def _is_final(self) -> bool:
@@ -492,10 +502,13 @@ class Run:
             if complete and account.there > account.read:
                 yield f"{kind}: {account.there:,} are there, of {account.read:,} that were read"
         if complete and self.last is not None and cells.tells(self.last):
-            excess = [what for place in places for what in cells.in_excess(place)]
-            yield from excess[:MOST_WRONG]
-            if len(excess) > MOST_WRONG:
-                yield f"so it is of {len(excess) - MOST_WRONG:,} more of a ring, CPU and kind"
+            wrong = [what for place in places for what in cells.in_excess(place)]
+            if not deleted:
+                unknown = self.given_up_of.elsewhere
+                wrong += [what for place in places for what in cells.not_given_up(place, unknown)]
+            yield from wrong[:MOST_WRONG]
+            if len(wrong) > MOST_WRONG:
+                yield f"so it is of {len(wrong) - MOST_WRONG:,} more of a ring, CPU and kind"
         for kind, told in self.shedding.shed.items() if complete else ():
             counted = kinds[kind].shed if kind in kinds else 0
             if told > counted:

@@ -57,10 +57,15 @@ class Stream:
         return self.stream("manifest", **(fields | more))
 
     def loss(
-        self, stage: str, count: int, *ranges: tuple[str, int, int, int], **more: Any
+        self,
+        stage: str,
+        count: int,
+        *ranges: tuple[str, int, int, int] | tuple[str, int, int, int, dict[str, int]],
+        **more: Any,
     ) -> Record:
-        names = ("ring", "cpu", "seq_from", "seq_to")
-        told = [dict(zip(names, one, strict=True)) for one in ranges]
+        """Ranges are ring, CPU, first, last and, if any, kinds."""
+        names = ("ring", "cpu", "seq_from", "seq_to", "kinds")
+        told = [dict(zip(names, one, strict=False)) for one in ranges]
         return self.stream(
             "loss", **{"stage": stage, "count": count, "kinds": {}, "ranges": told} | more
         )
