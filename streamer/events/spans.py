@@ -96,6 +96,9 @@ class _Head(msgspec.Struct, gc=False):
     id: str
 
 
+_NUMBERS = 1 << 63
+"""Of an event it is less: more could not be told of."""
+
 _JSON = msgspec.json.Decoder(_Head)
 _MSGPACK = msgspec.msgpack.Decoder(_Head)
 
@@ -108,7 +111,7 @@ def spans_of_records(records: bytes | Collection[bytes], within: Spans) -> Spans
     try:
         others = {place[2] for place in within if len(place) == 3}
         found = _spans_of_heads(_heads(records), others) if within else NO_SPANS
-    except (msgspec.MsgspecError, UnicodeError, ValueError):
+    except (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError):  # a spool may have any
         return without_kinds(within)
     # The stream's own records may have been put among them, without spans.
     known = all(place in within or place[:2] == OWN_RECORDS for place in found)
@@ -123,15 +126,24 @@ def _heads(records: bytes | Collection[bytes]) -> list[_Head]:
 
 
 def _spans_of_heads(heads: Iterable[_Head], others: Collection[str]) -> Spans:
-    """`others` are the ids of the runs that are not this one."""
-    found: dict[Place, tuple[list[int], Counter[str]]] = {}
+    """`others` are the ids of the runs that are not this one. Raises ValueError: no event's id."""
+    told: defaultdict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
     for head in heads:
         where, _, seq = head.id.rpartition("-")
+        numbers, kinds = told[where]
+        numbers.append(seq)
+        kinds.append(head.event)
+    found: dict[Place, Span] = {}
+    for where, (numbers, kinds) in told.items():
         run, ring, *cpu = where.split("-")
         place: Any = (ring, int(cpu[0]) if cpu else 0, *((run,) if run in others else ()))
-        numbers, kinds = found.setdefault(place, ([], Counter()))
-        numbers.append(int(seq))
-        kinds[head.event] += 1
-    return {
-        place: Span(min(numbers), max(numbers), kinds) for place, (numbers, kinds) in found.items()
-    }
+        span = _span(list(map(int, numbers)), kinds)
+        found[place] = cover(found[place], span) if place in found else span
+    return found
+
+
+def _span(numbers: Collection[int], kinds: Iterable[str]) -> Span:
+    first, last = min(numbers), max(numbers)
+    if last >= _NUMBERS:
+        raise ValueError("a number that no event has")
+    return Span(first, last, Counter(kinds))

@@ -382,14 +382,18 @@ class Store:
         for n, sink, run, kinds, spans in rows:
             if n > self._fed.get(sink, 0):
                 said, counts, places = said_by(run, kinds, spans)
-                return GivenUp(n, sink, said, counts, self._counted(n, places))
+                return GivenUp(n, sink, said, counts, self._counted(n, counts, places))
         return None
 
-    def _counted(self, n: int, spans: Spans) -> Spans:
-        """Those of a batch, with how many of each kind, as far as it can be read."""
-        row = self._db.execute("SELECT size, data FROM batch WHERE n = ?", (n,)).fetchone()
-        plain = unpacked(row[1], row[0]) if row else None
-        return spans_of_records(plain, spans) if plain is not None else spans
+    def _counted(self, n: int, kinds: Mapping[str, int], spans: Spans) -> Spans:
+        """Those of a batch, with how many of each kind, where its events are what its row says."""
+        (row,) = self._db.execute("SELECT data, size FROM batch WHERE n = ?", (n,))
+        plain = unpacked(*row)
+        counted = spans_of_records(plain, spans) if plain is not None else spans
+        found = Counter[str]()
+        for span in counted.values():
+            found.update(span.kinds)
+        return counted if found == kinds else spans
 
     @property
     def pages(self) -> int:

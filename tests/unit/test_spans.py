@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,9 +103,23 @@ def test_a_part_of_a_drain_is_within_the_spans_of_all() -> None:
     }
 
 
-def test_what_no_events_can_be_read_from_has_the_numbers_alone() -> None:
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"10:00 file.open /etc",
+        b"\xff\xfe",
+        b'{"event":"x","id":"x"}',
+        b'{"event":"file.open","id":"r-bulk-0-%d"}' % (1 << 63),
+        b'{"event":"file.open","id":"r-bulk-0-' + b"9" * 5000 + b'"}',
+        b'{"event":"file.open","id":"r-bulk-1-5"}',
+        b'{"event":"file.open","id":"r-bulk-0-5","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=["text", "bytes", "id", "number", "digits", "place", "depth"],
+)
+def test_what_no_run_has_encoded_has_the_numbers_alone(record: bytes) -> None:
+    """A spool may have any: a loss is told of it, and that has to be possible."""
     spans: Spans = {("bulk", 0): Span(1, 9, {"file.open": 3})}
-    for records in (b"10:00 file.open /etc\n", b"\xff\xfe", [b"\x81"], b'{"event":"x","id":"x"}\n'):
+    for records in (record + b"\n", [record]):
         assert spans_of_records(records, spans) == {("bulk", 0): Span(1, 9)}
 
 

@@ -444,6 +444,29 @@ def test_a_row_that_makes_no_sense_makes_way_like_any_other(directory: Path) -> 
         assert store.given_up() == gone
 
 
+@pytest.mark.parametrize("edit", [
+    lambda line, n: line.replace(b"bulk-0-1\"", b"bulk-0-%d\"" % 10**30),
+    lambda line, n: line.replace(b'"path":', b'"more":' + b"[" * 9999 + b"]" * 9999 + b',"path":'),
+    lambda line, n: line.replace(b"file.open", b"file.%d" % n),
+    lambda line, n: line.replace(b"file.open", b"file." + b"o" * 100),
+    lambda line, n: line * 2,
+], ids=["number", "depth", "kinds", "long kinds", "more"])  # fmt: skip
+def test_what_makes_way_is_told_in_kinds_that_its_row_has(
+    directory: Path, edit: Callable[[bytes, int], bytes]
+) -> None:
+    """Its events may say anything: it makes way all the same, and a record of its loss is small."""
+    lines = batch("file.open", 1, 300).lines("json").splitlines(keepends=True)
+    data = b"".join(edit(line, n) for n, line in enumerate(lines))
+    filled(directory)
+    with edited(directory) as db:
+        db.execute("UPDATE batch SET data = ?, size = ?", (isal_zlib.compress(data), len(data)))
+    with closing(opened(directory / NAME)) as store:
+        gone = [one for n in range(2, 400) for one in store.write([item(n, size=5000)])]
+        told = {("bulk", 0): Span(1, 300)}
+        assert gone[0] == GivenUp(1, "memory:", RUN, {"file.open": 300}, told)
+        assert store.given_up() == gone
+
+
 @pytest.mark.parametrize("field", [
     b'"schema":1' + b"0" * 30, b'"path":"\xff"', b'"more":' + b"[" * 100_000 + b"]" * 100_000,
 ], ids=["number", "utf-8", "depth"])  # fmt: skip
