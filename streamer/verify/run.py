@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 from msgspec import structs
 
@@ -11,7 +12,7 @@ from streamer.events.summaries import SUMMARIES
 from streamer.verify import cells, report
 from streamer.verify.holes import DELETED, Hole, Holes, topic_of
 from streamer.verify.lanes import SETTLED_NS, Lanes
-from streamer.verify.numbers import MOST
+from streamer.verify.numbers import MOST, Span
 from streamer.verify.place import OWN, Outcome, Track
 from streamer.verify.records import (
     Heartbeat,
@@ -25,7 +26,7 @@ from streamer.verify.records import (
     SinkTotals,
 )
 from streamer.verify.shedding import Shedding
-from streamer.verify.told import Place, Segment, Told, Vague, assign, cut
+from streamer.verify.told import Place, Segment, Told, Vague, assign, cut, edges_of
 
 MOST_BEATS = 16
 """Heartbeats that are kept until it is known how far the slowest lane has come."""
@@ -173,15 +174,17 @@ class Run:
             self.given_up.update(loss.kinds)
             numbered -= sum(n for kind, n in loss.kinds.items() if is_unnumbered(kind))
             self.given_up_of.take(loss)
-        spans = [((r.ring, r.cpu), (r.seq_from, r.seq_to)) for r in loss.ranges]
+        spans: defaultdict[Place, list[tuple[Place, Span]]] = defaultdict(list)
         counts = Counter[Place]()
         for one in loss.ranges:
-            counts[one.ring, one.cpu] += sum(one.kinds.values())
+            place = one.ring, one.cpu
+            spans[place].append((place, (one.seq_from, one.seq_to)))
+            counts[place] += sum(one.kinds.values())
         if spans and counts.total() == numbered:
-            for place, count in counts.items():
-                self.told.add(loss.stage, count, [one for one in spans if one[0] == place])
+            for place, ranges in spans.items():
+                self.told.add(loss.stage, counts[place], ranges)
         elif spans:
-            self.told.add(loss.stage, numbered, spans)
+            self.told.add(loss.stage, numbered, chain.from_iterable(spans.values()))
         elif loss.stage == "decode":
             self.told.add_anywhere(loss.stage, numbered)
         else:  # runs of programs that were left out, flows, summaries: they have no numbers
@@ -283,6 +286,7 @@ class Run:
             known = what in self.wrong or len(self.wrong) < MOST_WRONG
             self.wrong[what if known else "more contradictions"] += 1
         for name, sink in beat.sink_counts.items():
+            sink.dropped_of = []
             if not (sink.pending and name.startswith("kafka")):  # see _has_settled
                 sink.kinds = {}
 
@@ -371,8 +375,10 @@ class Run:
         vague.sort(key=lambda one: one.spans is None)
         vague += gone
         segments: list[Segment] = []
+        edges = edges_of(vague)
         for place, outcome in outcomes.items():
-            outcome.segments = list(cut(place, rest[place], vague, outcome.settled))
+            cuts = edges.get(place, ())
+            outcome.segments = list(cut(place, rest[place], cuts, outcome.settled))
             segments += outcome.segments
         for place, counts in assign(segments, vague).items():
             outcomes[place].explained.update(counts)

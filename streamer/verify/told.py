@@ -7,7 +7,7 @@ is not known: they are assigned so that as few as possible remain, which is a fl
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -73,16 +73,22 @@ class Told:
         self.vague.append(Vague(stage, count, None))
 
 
-def cut(place: Place, spans: Iterable[Span], vague: Iterable[Vague], at: int) -> Iterator[Segment]:
-    """Missing numbers in segments: each wholly within or outside each range of `vague`.
+def edges_of(vague: Iterable[Vague]) -> Mapping[Place, set[int]]:
+    """Per place, where ranges of these begin, and where they have ended."""
+    found: defaultdict[Place, set[int]] = defaultdict(set)
+    for one in vague:
+        for place, spans in (one.spans or {}).items():
+            for first, last in spans:
+                found[place] |= {first, last + 1}
+    return found
+
+
+def cut(place: Place, spans: Iterable[Span], edges: Iterable[int], at: int) -> Iterator[Segment]:
+    """Missing numbers in segments, cut at these edges: see `edges_of`.
 
     And on one side of `at`: up to it, or above.
     """
-    edges = {at + 1}
-    for one in vague:
-        for first, last in (one.spans or {}).get(place, ()):
-            edges |= {first, last + 1}
-    ordered = deque(sorted(edges))
+    ordered = deque(sorted({*edges, at + 1}))
     for first, last in spans:
         while ordered and ordered[0] <= first:
             ordered.popleft()

@@ -31,7 +31,7 @@ from streamer.verify.run import Run as RunState
 from streamer.verify.silent_runs import SilentRuns
 from streamer.verify.start import parse_start
 from streamer.verify.text import report_text
-from streamer.verify.told import Segment, Vague, assign, cut
+from streamer.verify.told import Segment, Vague, assign, cut, edges_of
 
 SECOND = 1_000_000_000
 EPOCH_NS = 1_800_000_000 * SECOND
@@ -213,7 +213,7 @@ def test_losses_explain_as_much_as_they_can(missing: set[Any], told: list[Any]) 
     segments: list[Segment] = []
     for place in PLACES:
         numbers = Numbers((n, n) for p, n in missing if p == place)
-        segments += cut(place, numbers, losses, 6)
+        segments += cut(place, numbers, edges_of(losses).get(place, ()), 6)
     assert sum(one.left for one in segments) == len(missing)
     assert not any(one.first <= 6 < one.last for one in segments)
     counts = assign(segments, losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tracemalloc
 from typing import Any
 
@@ -131,6 +132,16 @@ def test_where_it_is_not_said_of_all_that_was_given_up() -> None:
     assert [place.kinds[OPEN].given_up for place in run.places] == [1, 0]
 
 
+def test_a_loss_of_many_cpus_takes_no_longer_for_each() -> None:
+    """It has a range for each, every second: there may be thousands."""
+    stream, count = Stream(), 20_000
+    places = [("bulk", cpu, 1, 1, {OPEN: 1}) for cpu in range(count)]
+    records = lines([stream.manifest(), stream.loss("sink", count, *places, kinds={OPEN: count})])
+    begun = time.process_time()
+    Ledger().feed(Chunk("file", records))
+    assert time.process_time() - begun < 5
+
+
 def test_what_is_not_at_its_end_is_not_asked_for() -> None:
     stream = Stream()
     run = run_of(stream.manifest(), *two_cpus(stream)[:3], beat(stream, *FINAL))
@@ -240,6 +251,9 @@ def test_memory_does_not_grow_with_heartbeats() -> None:
         sink: Record = {"received": total, "delivered": total, "dropped": 0, "pending": 0}
         sink["kinds"] = {kind: [n, n, 0] for kind, n in zip(kinds, numbers, strict=True)}
         sinks = {f"file:{n}": sink for n in range(200)}
+        none = dict.fromkeys(kinds, 0)
+        dropped = [{"ring": "bulk", "cpu": cpu, "kinds": none} for cpu in range(200)]
+        sinks["file:0"] = sink | {"dropped_of": dropped}
         ledger.feed(Chunk("file", lines([beat(stream, *marks, sink_counts=sinks)])))
 
     for turn in (1, 2):
