@@ -5,7 +5,7 @@ Memory grows with hosts, runs, CPUs, gaps and losses told, and not with events.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 from streamer import __version__
@@ -21,12 +21,13 @@ from streamer.verify.records import (
     Malformed,
     Manifest,
     Previous,
+    Range,
     Shed,
     decode,
     decode_own,
     pieces,
 )
-from streamer.verify.run import Run, previous_of
+from streamer.verify.run import Run, is_unnumbered, previous_of
 from streamer.verify.silent_runs import SilentRuns
 
 MOST_BAD = 10
@@ -43,17 +44,32 @@ _MOST_NAME = 255
 def by_run(loss: Loss) -> Iterator[tuple[str, Loss]]:
     """A loss, of each run whose numbers it names; "" is the one that tells it.
 
-    Out of its spool a run can lose what one before it had read. Where it names several runs, how
-    many were lost of which is not said: each may have been as many as it has numbers.
+    Out of its spool a run can lose what one before it had read. Where it names several runs and
+    does not say how many were lost of which, each may have been as many as it has numbers.
     """
-    runs = {one.run_id for one in loss.ranges} or {""}
-    if len(runs) == 1:
-        yield runs.pop(), loss
+    runs: defaultdict[str, list[Range]] = defaultdict(list)
+    for one in loss.ranges:
+        runs[one.run_id].append(one)
+    if len(runs) < 2:
+        yield next(iter(runs), ""), loss
         return
-    for run_id in sorted(runs):
-        ranges = [one for one in loss.ranges if one.run_id == run_id]
-        count = min(loss.count, sum(one.seq_to - one.seq_from + 1 for one in ranges))
-        yield run_id, Loss(loss.stage, count, {}, ranges, loss.sink)
+    numbered = {kind: n for kind, n in loss.kinds.items() if n and not is_unnumbered(kind)}
+    known = bool(numbered) and _kinds_of(loss.ranges) == numbered
+    for run_id, ranges in sorted(runs.items()):
+        if known:
+            kinds = _kinds_of(ranges)
+            count = kinds.total()
+        else:
+            kinds = Counter(numbered)
+            count = min(loss.count, sum(one.seq_to - one.seq_from + 1 for one in ranges))
+        yield run_id, Loss(loss.stage, count, kinds, ranges, loss.sink)
+
+
+def _kinds_of(ranges: Iterable[Range]) -> Counter[str]:
+    found = Counter[str]()
+    for one in ranges:
+        found.update(one.kinds)
+    return found
 
 
 class Ledger:

@@ -489,6 +489,25 @@ def test_a_loss_of_several_runs_is_told_of_each_up_to_its_numbers() -> None:
     assert (report.explained, report.unexplained) == ({"sink": 5}, 0)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_loss_of_several_runs_is_given_up_of_each(known: bool) -> None:
+    """As many of a kind as its ranges say; where they say nothing, as many as there can be."""
+    first, after = Stream(), Stream("fedcba9876543210")
+    records = whole_run(9, first)
+    del records[4:6]
+    after.boot_ns += 5 * SECOND
+    later = whole_run(6, after)
+    del later[2:5]
+    here, there = ({"file.open": 3}, {"file.open": 2}) if known else ({}, {})
+    loss = after.loss("sink", 5, ("bulk", 0, 1, 9, there), ("bulk", 0, 2, 6, here))
+    loss["ranges"][0]["run_id"] = first.run_id
+    loss["kinds"] = {"file.open": 5}
+    report = verified([*records, *later[:-1], loss, later[-1]])
+    runs = report.hosts["node-1"].runs
+    assert [run.told["sink"] for run in runs] == ([2, 3] if known else [5, 5])
+    assert [run.problems for run in runs] == [[], []]
+
+
 def mark(seq: int, taken: int, cpu: int = 0, sink: str = "file:x") -> Record:
     return {"sink": sink, "ring": "bulk", "cpu": cpu, "seq": seq, "last": seq, "taken": taken}
 
