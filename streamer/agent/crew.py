@@ -333,12 +333,11 @@ class Crew:
             raise msgspec.ValidationError("a loss in another place than where it is told")
         if any(one.run_id is not msgspec.UNSET for one in lost.ranges):
             raise msgspec.ValidationError("numbers of another run")
+        kinds = Counter(lost.kinds)
         for one in lost.ranges:
             _check_kinds(one.kinds)
-        cells, kinds = lost.cells(), Counter(lost.kinds)
-        for (_, _, kind), count in cells.items():
-            kinds[kind] -= count
-        if min(cells.values(), default=0) < 0 or min(kinds.values(), default=0) < 0:
+            kinds.subtract(one.kinds)
+        if min(kinds.values(), default=0) < 0:
             raise msgspec.ValidationError("more in ranges than were lost")
         places = [(one.ring, one.cpu) for one in lost.ranges]
         if lost.ring is not None or lost.cpu is not None:

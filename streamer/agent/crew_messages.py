@@ -147,6 +147,7 @@ def from_worker(message: Mapping[str, Any]) -> FromWorker:
     Nor is what could not be said in the stream: numbers of more than 64 bits, half characters.
     """
     try:
+        msgspec.msgpack.encode(message)  # as JSON a number can have any size
         data = msgspec.json.encode(message)
     except (OverflowError, UnicodeEncodeError) as error:
         raise msgspec.ValidationError(str(error)) from None

@@ -357,6 +357,7 @@ def changed(message: FromWorker, *path: str | int, to: Any) -> dict[str, Any]:
 
 READ, GOOD = progress(5, 4, settled=3)
 LOSS = Gone(Lost("sink", "refused", 1, {KIND: 1}, (SeqRange("bulk", 1, 7, 7),)), 0)
+MORE, LESS = (packed(LOSS)["lost"]["ranges"][0] | {"kinds": {KIND: n}} for n in (2, -1))
 
 
 @pytest.mark.parametrize(
@@ -392,6 +393,12 @@ LOSS = Gone(Lost("sink", "refused", 1, {KIND: 1}, (SeqRange("bulk", 1, 7, 7),)),
         changed(LOSS, "lost", "reason", to="\ud800"),
         changed(LOSS, "lost", "ranges", 0, "cpu", to=0),
         changed(LOSS, "lost", "ranges", 0, "run_id", to="bb" * 8),
+        changed(LOSS, "lost", "ranges", 0, "kinds", to={KIND: 2}),
+        changed(LOSS, "lost", "ranges", 0, "kinds", to={KIND: 1, "file.write": 1}),
+        changed(LOSS, "lost", "ranges", 0, "kinds", to={"any": 0}),
+        changed(LOSS, "lost", "ranges", 0, "seq_to", to=10**30),
+        changed(LOSS, "lost", "ranges", 0, "kinds", to={KIND: -1}),
+        changed(LOSS, "lost", "ranges", to=[MORE, LESS]),
         changed(LOSS, "lost", "ring", to="any"),
     ],
 )
