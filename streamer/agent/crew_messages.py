@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
@@ -169,6 +170,14 @@ def brief(text: str) -> str:
 def reads_of(cells: Sequence[tuple[int, str, int]]) -> list[Read]:
     """As many messages as it takes."""
     return [Read([*cells[at : at + MOST_CELLS]]) for at in range(0, len(cells), MOST_CELLS)]
+
+
+def gone(lost: Lost, sink: int | None = None) -> Gone:
+    """That this was lost; of more rings, CPUs and kinds than a message has room for, without."""
+    if sum(len(one.kinds) for one in lost.ranges) > MOST_CELLS:
+        bare = tuple(msgspec.structs.replace(one, kinds={}) for one in lost.ranges)
+        lost = replace(lost, ranges=bare)
+    return Gone(lost, sink)
 
 
 def marks_of(numbers: Mapping[tuple[str, int], int]) -> list[Mark]:

@@ -25,7 +25,6 @@ from streamer.agent.crew_messages import (
     End,
     Failed,
     FromWorker,
-    Gone,
     LogFrom,
     Progress,
     Ready,
@@ -34,6 +33,7 @@ from streamer.agent.crew_messages import (
     SinkProgress,
     Watched,
     brief,
+    gone,
     marks_of,
     packed,
     reads_of,
@@ -271,9 +271,9 @@ class Worker:
 
     def _note(self) -> None:
         settled = self._settled()
-        self._outbox.extend(Gone(lost) for lost in self._lost.take())
+        self._outbox.extend(gone(lost) for lost in self._lost.take())
         for index, book in enumerate(self._fanout.given_up):
-            self._outbox.extend(Gone(lost, index) for lost in book.take())
+            self._outbox.extend(gone(lost, index) for lost in book.take())
         self._outbox.extend(reads_of(self._changed_cells()))
         self._outbox.append(
             Progress(

@@ -29,6 +29,7 @@ from streamer.agent.crew_messages import (
     Read,
     Ready,
     SinkProgress,
+    gone,
     packed,
     reads_of,
     to_worker,
@@ -266,6 +267,18 @@ def test_a_machine_with_many_cpus_says_what_was_read_in_several_messages() -> No
     assert len(reads) == 3
     assert max(len(json.dumps(packed(one))) for one in reads) < MESSAGE_BYTES / 2
     assert reads_of([]) == []
+
+
+def test_a_loss_of_many_cpus_fits_a_message() -> None:
+    """Of many it is not said how many of each kind: a worker that cannot say a thing would end."""
+    kinds = {kind: (1 << 53) - 1 for kind in sorted(KINDS, key=len)[-10:]}
+    ranges = [SeqRange("critical", 60_000 + n, 1 << 52, 1 << 53, kinds=kinds) for n in range(101)]
+    told = Lost("sink", "refused", 1, {}, tuple(ranges[:100]))
+    assert gone(told, 0) == Gone(told, 0)
+    more = gone(Lost("sink", "refused", 1, {}, tuple(ranges)))
+    assert [one.kinds for one in more.lost.ranges] == [{}] * 101
+    assert [one.cpu for one in more.lost.ranges] == [one.cpu for one in ranges]
+    assert max(len(json.dumps(packed(one))) for one in (gone(told), more)) < MESSAGE_BYTES / 2
 
 
 async def test_one_ends_before_it_has_said_all_of_a_loss(setting: Setting) -> None:
