@@ -10,7 +10,7 @@ from streamer.agent.cells import CpuAccounts, by_kind, marks, unread
 from streamer.agent.counters import CpuCounts, KernelCounters, LossLedger, faults
 from streamer.agent.reports import account_line, counts_by_name
 from streamer.events.kinds import KINDS
-from streamer.events.stream import CpuMark, KindCounts
+from streamer.events.stream import CpuMark, Dropped, KindCounts
 from streamer.kernel.objects import CONTRACT, KIND_END, KIND_NUMBERS
 from streamer.kernel.state import size_of
 from streamer.kernel.tags import RINGS
@@ -175,14 +175,24 @@ def test_before_an_account_has_ever_closed_nothing_was_counted() -> None:
 
 def test_two_sinks_of_one_name_are_one() -> None:
     """While one that was replaced delivers what it has, and the other begins."""
-    old, new = MemorySink("kafka:x"), MemorySink("kafka:x")
+    older, old, new = (MemorySink("kafka:x") for _ in range(3))
     old.account.received.update({"file.open": 9, "net.close": 2})
     old.account.delivered.update({"file.open": 5})
     old.account.dropped.update({"file.open": 1, "net.close": 2})
     new.account.received.update({"file.open": 3, "process.exec": 1})
     new.account.delivered.update({"file.open": 1})
-    (counts,) = counts_by_name([old, new], lambda _: 0).values()
+    old.account.drop_of({("bulk", 1, "net.close"): 1, ("bulk", 0, "file.open"): 1})
+    older.account.drop_of({("bulk", 1, "net.close"): 1})
+    new.account.drop_of({("bulk", 0, "net.close"): 1})
+    (counts,) = counts_by_name([older, old, new], lambda _: 0).values()
     assert (counts.received, counts.delivered, counts.dropped, counts.pending) == (15, 6, 3, 6)
+    assert counts.dropped_of == [
+        Dropped("bulk", 0, {"file.open": 1, "net.close": 1}),
+        Dropped("bulk", 1, {"net.close": 2}),
+    ]
+    assert counts_by_name([older], lambda _: 0)["kafka:x"].dropped_of == [
+        Dropped("bulk", 1, {"net.close": 1})
+    ]
     assert counts.kinds == {
         "file.open": (12, 6, 1),
         "net.close": (2, 0, 2),

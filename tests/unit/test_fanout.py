@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 
 import msgspec
 import pytest
@@ -30,6 +31,7 @@ class Open(msgspec.Struct, tag_field="event", tag="file.open", gc=False):
 
 class Exec(msgspec.Struct, tag_field="event", tag="process.exec", gc=False):
     text: str
+    cpu: int = 1
 
 
 class Beat(StreamRecord, tag="stream.heartbeat"):
@@ -449,9 +451,11 @@ async def test_critical_events_are_lost_last() -> None:
     fanout = Calls().fanout((sink, "drop"))
     for _ in range(4):
         fanout.submit(batch())
-    for _ in range(3):
-        fanout.submit(Batch([Event("x" * 1000), Exec("y" * 500), Open("x" * 1000)]))
+    for n in range(3):
+        spans: Spans = {("bulk", 1): Span(n, n), ("critical", 1): Span(n, n)}
+        fanout.submit(Batch([Event("x" * 1000), Exec("y" * 500), Open("x" * 1000)], spans=spans))
     assert sink.account.dropped == {"test.event": 3, "file.open": 3, "process.exec": 1}
+    assert sink.account.cells == {("bulk", 1, "file.open"): 3, ("critical", 1, "process.exec"): 1}
     sink.release()
     assert [type(event) for event in sink.events] == [Event] * 4 + [Exec] * 2
 
@@ -540,6 +544,57 @@ async def test_a_sink_that_fails_is_a_failure_and_nobody_waits_for_it(quiet: boo
     assert sink.account.received == sink.account.dropped == {"test.event": 6}
 
 
+class TakesSome(MemorySink):
+    """Fails at a batch when it has taken so many of it."""
+
+    some = 0
+
+    def submit(self, batch: Batch) -> None:
+        if self.some:
+            super().submit(Batch(batch.events[: self.some]))
+        raise ValueError("a defect")
+
+
+@pytest.mark.parametrize(("some", "cells"), [(0, {("bulk", 1, "file.open"): 3}), (1, {})])
+async def test_where_that_was_read_at_which_a_sink_failed(
+    some: int, cells: dict[tuple[str, int, str], int]
+) -> None:
+    """Which of them it had taken nobody knows."""
+    sink = TakesSome("fails")
+    await sink.start()
+    sink.some = some
+    fanout = Calls().fanout((sink, "pause"))
+    opens: list[Open] = [Open("x") for _ in range(3)]
+    fanout.submit(Batch(opens, spans={("bulk", 1): Span(1, 3)}))
+    assert (sink.account.dropped.total(), sink.account.cells) == (3 - some, cells)
+    fanout.submit(Batch(opens, spans={("bulk", 1): Span(4, 6)}))
+    assert sink.account.cells == Counter(cells) + Counter({("bulk", 1, "file.open"): 3})
+
+
+def opens(first: int) -> Batch:
+    """Two, the second of which is on another CPU."""
+    spans: Spans = {("bulk", 1): Span(first, first), ("bulk", 2): Span(first, first)}
+    return Batch([Open("x"), Open("x", 2)], spans=spans)
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_one_in_the_place_of_another_goes_on_with_its_account(away: bool) -> None:
+    """Also where it was given up; what was read while there was none is owed with its kinds."""
+    old, new, other = await opened("one", hold=True), await opened("one"), await opened("other")
+    fanout = Calls().fanout((old, "pause"), (other, "pause"))
+    fanout.submit(opens(1))
+    old.discard("refused")
+    if away:
+        fanout.change([(other, "pause")])
+        fanout.left(old)
+        fanout.submit(opens(2))
+    fanout.change([(other, "pause"), (new, "pause")])
+    if not away:
+        fanout.left(old)
+    assert new.account.cells == {("bulk", 1, "file.open"): 1, ("bulk", 2, "file.open"): 1}
+    assert [one.cells() for one in fanout.untold(new)] == (1 + away) * [new.account.cells]
+
+
 async def test_a_closed_sink_is_no_reason_to_wait() -> None:
     """It blocks no more, gets nothing more, and what it does not get is counted."""
     calls = Calls()
@@ -550,8 +605,9 @@ async def test_a_closed_sink_is_no_reason_to_wait() -> None:
     assert calls.made == ["pause"]
     await one.stop(0)
     assert calls.made[-1] == "resume"
-    fanout.submit(batch())
+    fanout.submit(Batch([Open("x")], spans={("bulk", 1): Span(1, 1)}))
     assert one.account.dropped.total() == 5
+    assert one.account.cells == {("bulk", 1, "file.open"): 1}
     assert len(two.events) == 5
     assert_balanced(one, two)
 

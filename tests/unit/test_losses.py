@@ -138,13 +138,29 @@ def test_what_a_sink_gave_up_names_no_numbers_of_the_stream_s_own_records() -> N
     """They are of no ring: a reader would look for them among events."""
     spans: Spans = {
         ("stream", 0): Span(1, 9),
-        ("bulk", 1): Span(2, 3),
-        ("bulk", 1, "before"): Span(4, 5),
+        ("bulk", 1): Span(2, 3, {"file.open": 2}),
+        ("bulk", 1, "before"): Span(4, 5, {"file.open": 1}),
         ("stream", 0, "before"): Span(1, 1),
     }
     lost = Lost.of_sink({"file.open": 4}, "x" * 1000, spans)
-    assert lost.ranges == (SeqRange("bulk", 1, 2, 3), SeqRange("bulk", 1, 4, 5, "before"))
+    assert lost.ranges == (
+        SeqRange("bulk", 1, 2, 3, kinds={"file.open": 2}),
+        SeqRange("bulk", 1, 4, 5, "before", {"file.open": 1}),
+    )
     assert (lost.count, len(lost.reason)) == (4, 300)
+    assert lost.cells() == {("bulk", 1, "file.open"): 2}
+
+
+def test_ranges_that_are_joined_have_as_many_of_each_kind_as_both() -> None:
+    opens, both = {"file.open": 2}, {"file.open": 1, "net.close": 3}
+    ranges = [SeqRange("bulk", 1, 1, 4, kinds=opens), SeqRange("bulk", 1, 5, 9, kinds=both)]
+    assert merged(ranges) == [SeqRange("bulk", 1, 1, 9, kinds={"file.open": 3, "net.close": 3})]
+    apart = [ranges[0], SeqRange("bulk", 1, 6, 9, kinds=both)]
+    assert Lost("sink", "refused", 6, {}, tuple(apart)).cells() == {
+        ("bulk", 1, "file.open"): 3,
+        ("bulk", 1, "net.close"): 3,
+    }
+    assert merged(apart, 1)[0].kinds == {"file.open": 3, "net.close": 3}
 
 
 def test_what_was_told_and_given_up_is_owed_again() -> None:

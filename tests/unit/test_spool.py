@@ -444,15 +444,16 @@ def test_a_row_that_makes_no_sense_makes_way_like_any_other(directory: Path) -> 
         assert store.given_up() == gone
 
 
-@pytest.mark.parametrize("edit", [
-    lambda line, n: line.replace(b"bulk-0-1\"", b"bulk-0-%d\"" % 10**30),
-    lambda line, n: line.replace(b'"path":', b'"more":' + b"[" * 9999 + b"]" * 9999 + b',"path":'),
-    lambda line, n: line.replace(b"file.open", b"file.%d" % n),
-    lambda line, n: line.replace(b"file.open", b"file." + b"o" * 100),
-    lambda line, n: line * 2,
-], ids=["number", "depth", "kinds", "long kinds", "more"])  # fmt: skip
+@pytest.mark.parametrize(("told", "edit"), [
+    ({"file.open": 300}, lambda line, n: line),
+    ({}, lambda line, n: line.replace(b"bulk-0-1\"", b"bulk-0-%d\"" % 10**30)),
+    ({}, lambda line, n: line.replace(b'{"', b'{"x":' + b"[" * 9999 + b"]" * 9999 + b',"', 1)),
+    ({}, lambda line, n: line.replace(b"file.open", b"file.%d" % n)),
+    ({}, lambda line, n: line.replace(b"file.open", b"file." + b"o" * 100)),
+    ({}, lambda line, n: line * 2),
+], ids=["none", "number", "depth", "kinds", "long kinds", "more"])  # fmt: skip
 def test_what_makes_way_is_told_in_kinds_that_its_row_has(
-    directory: Path, edit: Callable[[bytes, int], bytes]
+    directory: Path, told: dict[str, int], edit: Callable[[bytes, int], bytes]
 ) -> None:
     """Its events may say anything: it makes way all the same, and a record of its loss is small."""
     lines = batch("file.open", 1, 300).lines("json").splitlines(keepends=True)
@@ -462,8 +463,8 @@ def test_what_makes_way_is_told_in_kinds_that_its_row_has(
         db.execute("UPDATE batch SET data = ?, size = ?", (isal_zlib.compress(data), len(data)))
     with closing(opened(directory / NAME)) as store:
         gone = [one for n in range(2, 400) for one in store.write([item(n, size=5000)])]
-        told: Spans = {("bulk", 0): Span(1, 300)}
-        assert gone[0] == GivenUp(1, "memory:", RUN, {"file.open": 300}, told)
+        spans: Spans = {("bulk", 0): Span(1, 300, told)}
+        assert gone[0] == GivenUp(1, "memory:", RUN, {"file.open": 300}, spans)
         assert store.given_up() == gone
 
 
@@ -747,6 +748,7 @@ async def test_what_made_way_and_was_not_told_is_told_by_the_next_run(directory:
     assert before is not None
     assert before.run_id == RUN
     assert sum(one.count for one in before.untold) == lost
+    assert sum(span.kinds["file.open"] for one in before.untold for span in one.ranges) == lost
     await again.start()
     await again.until(lambda: again.sink.account.pending == 0)
     assert not again.spool._store.given_up()
@@ -1038,6 +1040,7 @@ async def test_a_sink_that_fails_at_a_batch_loses_no_other(
     assert run.delivered == ids(*sent[:90], *sent[91:])
     assert run.recorder.drops == [({"file.open": 10}, FAILED)]
     assert run.recorder.spans == [sent[90].spans]
+    assert run.recorder.kinds() == {("bulk", 0): {"file.open": 10}}
     assert run.sink.status == "up"
     assert caplog.text.count("ValueError: what is this?") == 1
     await tell(run)
@@ -1075,6 +1078,7 @@ async def test_what_a_sink_took_before_it_failed_is_on_disk_until_it_is_delivere
     run.sink.submit(sent)
     await run.until(lambda: run.recorder.drops)
     assert run.recorder.drops == [({"file.open": 6}, FAILED)]
+    assert run.recorder.kinds() == {("bulk", 0): {}}
     run.sink.submit(Batch([LOSS]))
     await run.until(lambda: run.inner.account.received.total() == 5)
     await run.spool.close()  # and no more: it was killed
@@ -1380,6 +1384,7 @@ async def test_a_disk_that_fails_at_the_end_keeps_what_it_has(directory: Path, m
     assert run.sink.kept == {"file.open": on_disk}
     lost = sum(kinds["file.open"] for kinds, _ in run.recorder.drops)
     assert lost == 1010 - on_disk
+    assert run.recorder.kinds() == {("bulk", 0): {"file.open": lost}}
     got = await next_run(directory)
     assert len(got) == on_disk
     told = {n for n in told_numbers(run)}
@@ -1418,6 +1423,7 @@ async def test_a_disk_that_does_not_answer_at_the_end_is_a_loss(
     assert run.sink.kept == {"file.open": on_disk}
     assert sum(kinds["file.open"] for kinds, _ in run.recorder.drops) == 1010 - on_disk
     assert set(range(1001, 1011)) <= set(told_numbers(run))
+    assert run.recorder.kinds() == {("bulk", 0): {"file.open": 1010 - on_disk}}
     answers.set()
     await run.spool.close()
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from streamer.events.summaries import SUMMARIES
+from streamer.verify.cells import GivenUp
 from streamer.verify.ledger import Ledger
-from streamer.verify.records import Chunk
+from streamer.verify.records import Chunk, Loss, Range
 from streamer.verify.report import Cell, Run
 from streamer.verify.run import MOST_BEATS
 from tests.unit.test_verify import Record, Stream, lines, only_run, verified
@@ -109,7 +110,7 @@ def test_what_is_away_elsewhere_than_it_was_given_up() -> None:
     """As many numbers are missing as were told, and on no CPU as many."""
     run = given_up(Stream(), 2, 0)
     assert run.unexplained == 1
-    assert "1 missing and unexplained" in run.problems
+    assert run.problems == ["1 missing and unexplained"]
 
 
 def test_another_kind_is_away_than_was_given_up() -> None:
@@ -130,6 +131,24 @@ def test_where_it_is_not_said_of_all_that_was_given_up() -> None:
     run = run_of(stream.manifest(), *events, loss, beat(stream, *FINAL, final=True))
     assert (run.problems, run.unexplained) == ([], 0)
     assert [place.kinds[OPEN].given_up for place in run.places] == [1, 0]
+
+
+def test_what_a_loss_says_of_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not say, or says of more than it has, may be of any."""
+    monkeypatch.setattr("streamer.verify.cells.MOST_PLACES", 1)
+    told = GivenUp()
+
+    def take(count: int, cpu: int, there: int) -> None:
+        told.take(Loss("sink", count, {OPEN: count}, [Range("bulk", cpu, 1, 9, "", {OPEN: there})]))
+
+    take(3, 0, 2)
+    assert (told.at(("bulk", 0)), told.elsewhere) == ({OPEN: 2}, {OPEN: 1})
+    take(4, 0, 5)
+    assert (told.at(("bulk", 0)), told.elsewhere) == ({OPEN: 2}, {OPEN: 5})
+    take(7, 1, 7)
+    assert (told.at(("bulk", 1)), told.elsewhere) == ({}, {OPEN: 12})
+    take(1, 0, 1)
+    assert (told.at(("bulk", 0)), told.elsewhere) == ({OPEN: 3}, {OPEN: 12})
 
 
 def test_a_loss_of_many_cpus_takes_no_longer_for_each() -> None:
