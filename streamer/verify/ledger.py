@@ -54,6 +54,7 @@ def by_run(loss: Loss) -> Iterator[tuple[str, Loss]]:
         yield next(iter(runs), ""), loss
         return
     numbered = {kind: n for kind, n in loss.kinds.items() if n and not is_unnumbered(kind)}
+    most = sum(numbered.values()) or loss.count
     known = bool(numbered) and _kinds_of(loss.ranges) == numbered
     for run_id, ranges in sorted(runs.items()):
         if known:
@@ -61,7 +62,7 @@ def by_run(loss: Loss) -> Iterator[tuple[str, Loss]]:
             count = kinds.total()
         else:
             kinds = Counter(numbered)
-            count = min(loss.count, sum(one.seq_to - one.seq_from + 1 for one in ranges))
+            count = min(most, sum(one.seq_to - one.seq_from + 1 for one in ranges))
         yield run_id, Loss(loss.stage, count, kinds, ranges, loss.sink)
 
 

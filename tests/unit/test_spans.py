@@ -123,6 +123,25 @@ def test_what_no_run_has_encoded_has_the_numbers_alone(record: bytes) -> None:
         assert spans_of_records(records, spans) == {("bulk", 0): Span(1, 9)}
 
 
+def test_records_of_the_stream_need_no_spans() -> None:
+    """A sink joins a heartbeat, or a summary, with events that come with it."""
+    made = [event(Open, 0, 5), event(Beat, 0, 7), event(Open, 0, 6)]
+    spans: Spans = {("bulk", 0): Span(1, 9)}
+    found = spans_of_records(Batch(made).lines("json"), spans)
+    assert found == {
+        ("bulk", 0): Span(5, 6, {"file.open": 2}),
+        OWN_RECORDS: Span(7, 7, {"stream.heartbeat": 1}),
+    }
+
+
+def test_a_cpu_is_one_however_it_is_written() -> None:
+    records = [
+        b'{"event":"file.open","id":"r-bulk-%s-%d"}' % one for one in ((b"0", 3), (b"00", 1))
+    ]
+    spans: Spans = {("bulk", 0): Span(1, 9)}
+    assert spans_of_records(records, spans) == {("bulk", 0): Span(1, 3, {"file.open": 2})}
+
+
 def test_two_together() -> None:
     one: Spans = {("bulk", 0): Span(3, 5, {"file.open": 2}), ("bulk", 1): Span(1, 1)}
     other: Spans = {("bulk", 0): Span(1, 4, {"file.open": 1, "net.close": 1})}

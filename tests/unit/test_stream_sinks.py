@@ -31,7 +31,8 @@ from streamer.sinks.base import Sink, size_beside
 from streamer.sinks.file import FileSink, Rotation
 from streamer.sinks.stdout import StdoutSink
 from streamer.sinks.writer import advance
-from tests.recorder import Recorder
+from tests.recorder import Recorder, SpanRecorder
+from tests.unit.spooled import batch as real
 
 WAIT = 10.0
 
@@ -236,6 +237,23 @@ async def test_what_waits_can_be_dropped_for_what_comes_then(pipe: Pipe) -> None
     await sink.stop(WAIT)
     assert sink.account.delivered == {"process.exec": 11}
     assert sink.watermarks.held == 0
+
+
+async def test_what_is_given_up_is_told_with_its_kinds(pipe: Pipe) -> None:
+    """Before it was started, when there was no time left, and when it stopped."""
+    sink = stdout_sink(pipe)
+    recorder = sink.listener = SpanRecorder()
+    sink.submit(real("file.open", 1, 2))
+    assert recorder.kinds() == {("bulk", 0): {"file.open": 2}}
+    await sink.start()
+    sink.submit(execs(10, pad=1000))
+    await asyncio.sleep(0.05)  # the thread has taken it, and waits for room
+    sink.submit(real("file.open", 3, 3))
+    sink.discard("no time")
+    assert recorder.kinds() == {("bulk", 0): {"file.open": 5}}
+    sink.submit(real("file.open", 6, 4))
+    await sink.stop(0.01)
+    assert recorder.kinds() == {("bulk", 0): {"file.open": 9}}
 
 
 async def test_backpressure_is_at_the_exact_marks(pipe: Pipe) -> None:

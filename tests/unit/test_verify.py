@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from streamer.cli import main
 from streamer.events.clock import rfc3339
+from streamer.events.summaries import SUMMARIES
 from streamer.verify import files, mqtt
 from streamer.verify import ledger as ledger_module
 from streamer.verify import records as records_module
@@ -499,9 +500,9 @@ def test_a_loss_of_several_runs_is_given_up_of_each(known: bool) -> None:
     later = whole_run(6, after)
     del later[2:5]
     here, there = ({"file.open": 3}, {"file.open": 2}) if known else ({}, {})
-    loss = after.loss("sink", 5, ("bulk", 0, 1, 9, there), ("bulk", 0, 2, 6, here))
+    loss = after.loss("sink", 7, ("bulk", 0, 1, 9, there), ("bulk", 0, 2, 6, here))
     loss["ranges"][0]["run_id"] = first.run_id
-    loss["kinds"] = {"file.open": 5}
+    loss["kinds"] = {"file.open": 5, next(iter(SUMMARIES)): 2}
     report = verified([*records, *later[:-1], loss, later[-1]])
     runs = report.hosts["node-1"].runs
     assert [run.told["sink"] for run in runs] == ([2, 3] if known else [5, 5])

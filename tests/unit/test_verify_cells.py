@@ -122,6 +122,20 @@ def test_another_kind_is_away_than_was_given_up() -> None:
     assert "bulk cpu 0, file.open: 1 are not there, 0 were given up" in run.problems
 
 
+def test_what_a_broker_deleted_need_not_be_given_up() -> None:
+    stream = Stream()
+    records = [stream.manifest(), *two_cpus(stream), beat(stream, *FINAL, final=True)]
+    ledger = Ledger()
+    for chunk in (
+        Chunk("topic, partition 0", lines(records[:2])),
+        Chunk("topic, partition 0", lines(records[3:]), deleted=1),
+    ):
+        ledger.feed(chunk)
+    run = only_run(ledger.reported(["kafka://b/topic"]))
+    assert run.places[0].kinds[OPEN].not_there == 1
+    assert run.problems == []
+
+
 def test_where_it_is_not_said_of_all_that_was_given_up() -> None:
     """Of one it is not known on which CPU it was read: that may be either."""
     stream = Stream()
@@ -191,6 +205,10 @@ def test_what_is_not_at_its_end_is_not_asked_for() -> None:
             "received": 2, "delivered": 1, "dropped": 1, "pending": 0, "kinds": {OPEN: [2, 1, 1]},
             "dropped_of": [{"ring": "bulk", "cpu": n, "kinds": {OPEN: 1}} for n in (0, 1)]}}},
          "file:x: more of file.open dropped on the CPUs than in all"),
+        ([], {"sink_counts": {"file:x": {
+            "received": 2, "delivered": 2, "dropped": 0, "pending": 0, "kinds": {OPEN: [2, 2, 0]},
+            "dropped_of": [{"ring": "bulk", "cpu": 0, "kinds": {CLOSE: 1}}]}}},
+         "file:x: more of net.close dropped on the CPUs than in all"),
     ],
 )  # fmt: skip
 def test_a_heartbeat_that_contradicts_itself(
