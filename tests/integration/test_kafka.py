@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition  # type: ignore[import-untyped]
 
 from streamer.agent.service import Service
 from streamer.config.settings import KafkaSink as Settings
@@ -626,6 +627,43 @@ async def test_a_broker_that_does_not_know_the_numbers_gets_new_ones(broker: Kaf
             window._next += 7
     assert ids(await read_back(broker, topic)) == expected(0, 300)
     assert heard.statuses == [("up", ""), ("closed", "")]
+
+
+async def test_who_is_fenced_becomes_another_producer(broker: KafkaBroker) -> None:
+    """Somebody writes with the id of this one in a later epoch, and the same numbers.
+
+    In that epoch the next batch would count as the other's, and as written.
+    """
+    topic = next(topics)
+    sink, heard = make(broker.address, topic, linger_ms=0)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 100)))
+        await until(lambda: not sink.account.pending)
+        window, partition = sink._topics[topic].window, sink._topics[topic].partition
+        known = window.producer_id
+        assert known is not None
+        assert partition is not None
+        await write_as(broker.address, TopicPartition(topic, partition), known, window.epoch + 1)
+        for start in range(100, 103):
+            sink.submit(Batch(opens(start, 1)))
+            await until(lambda: not sink.account.pending)
+        assert window.producer_id not in (None, known)
+        assert window.epoch == 0
+    there = await read_back(broker, topic)
+    assert ids([one for one in there if one.value != b"another's"]) == expected(0, 103)
+    assert len(there) == 104
+    assert heard.statuses == [("up", ""), ("closed", "")]
+
+
+async def write_as(address: str, place: TopicPartition, producer_id: int, epoch: int) -> None:
+    """One record, by another client that takes that id and epoch for its own."""
+    producer = AIOKafkaProducer(bootstrap_servers=address, enable_idempotence=True)
+    producer._txn_manager.set_pid_and_epoch(producer_id, epoch)
+    await producer.start()
+    try:
+        await producer.send_and_wait(place.topic, b"another's", b"key", place.partition)
+    finally:
+        await producer.stop()
 
 
 async def test_topic_deleted_while_it_is_written_to(mortal: KafkaBroker) -> None:

@@ -45,6 +45,7 @@ class Verdict(enum.Enum):
     AGAIN = "send it again"
     ELSEWHERE = "ask who leads the partition, and send it again"
     NUMBERS = "the broker does not know the producer's numbers: begin with new ones"
+    FENCED = "another writes as this producer, in a later epoch: become another producer"
     REFUSED = "it will never be taken: find the events that are why"
     DENIED = "the topic may not be written to: wait"
     UNKNOWN = "an error without a meaning of its own: again, but not for ever"
@@ -72,7 +73,7 @@ _VERDICTS = {
     43: Verdict.DENIED,  # unsupported for message format
     45: Verdict.NUMBERS,  # out of order sequence number
     46: Verdict.WRITTEN,  # duplicate sequence number
-    47: Verdict.NUMBERS,  # invalid producer epoch
+    47: Verdict.FENCED,  # invalid producer epoch
     54: Verdict.DENIED,  # security disabled
     56: Verdict.ELSEWHERE,  # storage error
     59: Verdict.NUMBERS,  # unknown producer id
@@ -81,7 +82,7 @@ _VERDICTS = {
     76: Verdict.DENIED,  # unsupported compression type
     87: Verdict.REFUSED,  # invalid record
     89: Verdict.AGAIN,  # throttling quota exceeded
-    90: Verdict.NUMBERS,  # producer fenced
+    90: Verdict.FENCED,  # producer fenced
 }
 TOO_LARGE = frozenset({10, 18})
 TIMED_OUT = 7

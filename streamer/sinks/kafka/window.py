@@ -19,6 +19,8 @@ What keeps the order, and each event in the log once:
 - A batch whose times are refused is sent again with the time of that in their place, once.
 - When a broker does not know the numbers, the epoch is raised and numbers begin at 0. Only then
   can an event be written twice: one that was written and whose acknowledgement was lost.
+- When it has a later epoch of this producer id, that is another one's: there is a new id then. In
+  the next epoch a batch could have the numbers of one of that other's, and would count as written.
 """
 
 from __future__ import annotations
@@ -283,10 +285,10 @@ class Window:
         if verdict is Verdict.UNKNOWN:
             again = first.tries < UNKNOWN_TRIES
             verdict = Verdict.AGAIN if again else Verdict.REFUSED
-        if verdict is Verdict.NUMBERS:
+        if verdict in (Verdict.NUMBERS, Verdict.FENCED):
             if self._raised:  # not even the new ones
                 self.fail(False, now)
-            self._raise_epoch()
+            self._raise_epoch(fenced=verdict is Verdict.FENCED)
             return outcome._replace(failed=answer)
         if answer.code == INVALID_TIME and not first.as_now:
             for entry in self.entries:
@@ -314,12 +316,13 @@ class Window:
             self._begin_at(entry.sequence)
         return outcome
 
-    def _raise_epoch(self) -> None:
+    def _raise_epoch(self, *, fenced: bool = False) -> None:
         """Numbers begin at 0 again, in an epoch of which no broker has any.
 
-        Not twice without an acknowledgement: then it is the producer id that is not taken.
+        Not twice without an acknowledgement: then it is the producer id that is not taken. Nor
+        where it is `fenced`: later epochs are not its own.
         """
-        if self._raised or self.epoch >= LAST_EPOCH:
+        if self._raised or fenced or self.epoch >= LAST_EPOCH:
             self.producer_id = None
         else:
             self.epoch += 1
