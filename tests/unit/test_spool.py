@@ -1395,6 +1395,21 @@ async def test_a_disk_that_fails_at_the_end_keeps_what_it_has(directory: Path, m
     }
 
 
+async def test_what_waits_in_memory_at_the_end_is_lost_with_its_kinds(directory: Path) -> None:
+    """The disk fails, and there is no time."""
+    run = Run(directory, budget=1 << 18)
+    await run.start(hold=True)
+    Failing(run).code = sqlite3.SQLITE_FULL
+    for n in range(100):
+        run.sink.submit(batch("file.open", 1 + 10 * n, 10))
+    await run.until(lambda: run.sink._memory and not run.sink._writing)
+    run.sink.discard("no time")
+    assert not run.sink._memory
+    assert run.recorder.kinds() == {("bulk", 0): run.sink.account.dropped}
+    assert run.sink.account.dropped["file.open"] > 900
+    await run.stop()
+
+
 @pytest.mark.parametrize("mode", ["spill", "wal"])
 async def test_a_disk_that_does_not_answer_at_the_end_is_a_loss(
     directory: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
