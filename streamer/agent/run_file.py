@@ -140,9 +140,10 @@ def _decoded(data: bytes) -> _Slot | None:
 def bounded(untold: list[UntoldLoss], most: int = MOST_UNTOLD) -> list[UntoldLoss]:
     """The same losses in at most `most` entries, and two for each sink and stage.
 
-    A sink that is away for many runs in a row is told the oldest as a sum. Ranges are left out,
-    of the oldest first, where they take too much room. What counts nothing, such as that a run was
-    killed, says something of its run alone: it is left out last, and never added to a count.
+    A sink that is away for many runs in a row is told the oldest as a sum. Where all takes too much
+    room, the kinds of ranges are left out, of the oldest first, and then the ranges. What counts
+    nothing, such as that a run was killed, says something of its run alone: it is left out last,
+    and never added to a count.
     """
     counted = [i for i, one in enumerate(untold) if one.count]
     others = [i for i, one in enumerate(untold) if not one.count]
@@ -152,7 +153,7 @@ def bounded(untold: list[UntoldLoss], most: int = MOST_UNTOLD) -> list[UntoldLos
         one = untold[i]
         place = one.sink, one.stage, one.count > 0
         sums[place] = _added(sums.get(place), one)
-    return _without_ranges(
+    return _short_enough(
         [*sums.values(), *(one for i, one in enumerate(untold) if i not in summed)]
     )
 
@@ -170,13 +171,26 @@ def _added(sum_of: UntoldLoss | None, one: UntoldLoss) -> UntoldLoss:
     )
 
 
-def _without_ranges(untold: list[UntoldLoss]) -> list[UntoldLoss]:
-    sizes = [len(msgspec.json.encode(one)) for one in untold]
-    over = sum(sizes) - MOST_UNTOLD_BYTES
-    short: list[UntoldLoss] = []
-    for one, size in zip(untold, sizes, strict=True):
-        if over > 0 and one.ranges:
-            one = msgspec.structs.replace(one, ranges=[])
-            over -= size - len(msgspec.json.encode(one))
-        short.append(one)
-    return short
+def _short_enough(untold: list[UntoldLoss]) -> list[UntoldLoss]:
+    for shortened in (_without_kinds, _without_ranges):
+        over = sum(map(_size, untold)) - MOST_UNTOLD_BYTES
+        short: list[UntoldLoss] = []
+        for one in untold:
+            less = shortened(one) if over > 0 else one
+            over -= _size(one) - _size(less)
+            short.append(less)
+        untold = short
+    return untold
+
+
+def _size(one: UntoldLoss) -> int:
+    return len(msgspec.json.encode(one))
+
+
+def _without_kinds(one: UntoldLoss) -> UntoldLoss:
+    ranges = [msgspec.structs.replace(each, kinds={}) for each in one.ranges]
+    return msgspec.structs.replace(one, ranges=ranges)
+
+
+def _without_ranges(one: UntoldLoss) -> UntoldLoss:
+    return msgspec.structs.replace(one, ranges=[])

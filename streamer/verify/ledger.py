@@ -207,7 +207,7 @@ class Ledger:
             known = repr(one)
             if known not in self._untold_known and (not ours or one.sink in ours | {""}):
                 self._untold_known.add(known)
-                self._untold.append((one.run_id, one))
+                self._untold += ((run_id or one.run_id, part) for run_id, part in by_run(one))
 
     def _sinks_of(self, run: Run) -> set[str]:
         """Which of its sinks are read, as far as that is known."""

@@ -205,3 +205,13 @@ def test_ranges_are_left_out_where_they_take_too_much_room() -> None:
     assert [one.count for one in short] == [1] * 200
     assert short[-1].ranges == ranges
     assert short[0].ranges == []
+
+
+def test_the_kinds_of_ranges_are_left_out_before_the_ranges() -> None:
+    """On many CPUs they take most of the room; the numbers explain what is missing without them."""
+    kinds = {f"file.{n}": 100_000 for n in range(5)}
+    ranges = [SeqRange("bulk", cpu, 1, 10**9, kinds=kinds) for cpu in range(250)]
+    bare = [msgspec.structs.replace(one, kinds={}) for one in ranges]
+    untold = [UntoldLoss("run", "one", "sink", 1, {}, "refused", ranges) for _ in range(4)]
+    assert [one.ranges for one in bounded(untold[:2])] == [bare, ranges]
+    assert [one.ranges for one in bounded(untold)] == [[], bare, bare, bare]

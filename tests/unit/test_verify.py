@@ -509,6 +509,25 @@ def test_a_loss_of_several_runs_is_given_up_of_each(known: bool) -> None:
     assert [run.problems for run in runs] == [[], []]
 
 
+def test_what_a_run_did_not_tell_may_be_of_one_before_it() -> None:
+    """It gave that up out of its spool, and the next one tells it."""
+    runs = first, second, third = Stream("1" * 16), Stream("2" * 16), Stream("3" * 16)
+    for number, stream in enumerate(runs):
+        stream.boot_ns += 5 * number * SECOND
+    records = whole_run(9, first)
+    del records[4:6]
+    records += whole_run(4, second)
+    loss = third.loss("sink", 2, ("bulk", 0, 4, 5, {"file.open": 2}), kinds={"file.open": 2})
+    loss["ranges"][0]["run_id"] = first.run_id
+    untold = loss | {"run_id": second.run_id, "sink": "file:x"}
+    previous = {"run_id": second.run_id, "ended": "undelivered", "untold": [untold]}
+    records.append(third.manifest(previous=previous))
+    report = verified(records)
+    assert [run.told for run in report.hosts["node-1"].runs] == [{"sink": 2}, {}, {}]
+    assert (report.explained, report.unexplained) == ({"sink": 2}, 0)
+    assert [run.problems for run in report.hosts["node-1"].runs] == [[], [], []]
+
+
 def mark(seq: int, taken: int, cpu: int = 0, sink: str = "file:x") -> Record:
     return {"sink": sink, "ring": "bulk", "cpu": cpu, "seq": seq, "last": seq, "taken": taken}
 
