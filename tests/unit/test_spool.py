@@ -1460,6 +1460,20 @@ async def test_what_is_refused_while_the_rest_is_kept_is_not_pending_for_ever(
     await run.spool.close()
 
 
+async def test_of_what_was_delivered_in_part_nobody_knows_the_kinds(directory: Path) -> None:
+    """At the end, when the disk does not take the rest."""
+    run = Run(directory)
+    await run.start(hold=True)
+    run.sink.submit(batch("file.open", 1, 10))
+    run.inner._delivered({"file.open": 4}, 0, 0)
+    Failing(run).code = sqlite3.SQLITE_FULL
+    await run.sink.stop(0.2)
+    run.check()
+    assert run.sink.account.dropped == {"file.open": 6}
+    assert run.recorder.counted == [{("bulk", 0): Span(1, 10)}]
+    await run.spool.close()
+
+
 # ---------------------------------------------------------------- several sinks
 
 
