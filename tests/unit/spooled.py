@@ -23,7 +23,7 @@ from tests.recorder import SpanRecorder
 WAIT = 20.0
 RUN = "0123456789abcdef"
 SAMPLES = {case.event["event"]: case.event for case in load()}
-RING = {"process.exec": "critical", "process.exit": "critical", "file.open": "bulk"}
+RING = {kind: info.ring for kind, info in KINDS.items()}
 
 
 def event(kind: str, seq: int, run: str = RUN, **fields: object) -> Event:

@@ -9,18 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamer.events.batch import Batch, Encoding
+from streamer.events.spans import Span, Spans
 from streamer.sinks.batching import SizeLimit, TopicQueue
 from streamer.sinks.encoded import (
     EncodedBatch,
     Extent,
+    counted,
     halves,
     joined,
+    kinds_of,
     number_of,
     split_at,
     take_out,
 )
 from streamer.sinks.kafka.encoded import encode
 from streamer.sinks.kafka.record_batch import split_lines
+from tests.unit.spooled import batch as real
+from tests.unit.spooled import event as real_event
 
 
 class FileOpen(msgspec.Struct, tag_field="event", tag="file.open"):
@@ -109,6 +114,35 @@ def test_batches_that_are_joined_stay_what_they_were(
 ) -> None:
     batches = [encoded(*lengths, encoding=encoding) for lengths in many]
     assert_same(batches, joined(batches))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), encodings, st.data())
+def test_of_what_is_divided_and_joined_each_part_says_which_events_it_has(
+    sizes: list[int], encoding: Encoding, data: st.DataObject
+) -> None:
+    """Its numbers, and how many of each kind: of several drains, cut anywhere."""
+    batches, first = [], 1
+    for size in sizes:
+        events = [real_event(("file.open", "net.close")[n % 2], first + n) for n in range(size)]
+        spans: Spans = {("bulk", 0): Span(first, first + size - 1)}
+        batches.append(encode(Batch(events, spans=spans), encoding))
+        first += size
+    index = data.draw(st.integers(0, first - 1))
+    for part, last in zip(split_at(batches, index), (index, first - 1), strict=True):
+        kinds = kinds_of(part)
+        if kinds:
+            right = {("bulk", 0): Span(last - kinds.total() + 1, last, kinds)}
+            assert counted(part) == joined(part).counted() == right
+        else:
+            assert counted(part) == {}
+
+
+def test_joined_batches_of_two_rings_have_the_spans_of_both() -> None:
+    batches = [encode(real(kind, 1, 2), "json") for kind in ("file.open", "process.exec")]
+    assert joined(batches).counted() == {
+        ("bulk", 0): Span(1, 2, {"file.open": 2}),
+        ("critical", 0): Span(1, 2, {"process.exec": 2}),
+    }
 
 
 # ---------------------------------------------------------------- the queue of a topic
