@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET
 
-from streamer.events.spans import OWN_RECORDS, Spans
+from streamer.events.spans import OWN_RECORDS, Spans, sum_of
 from streamer.events.stream import SeqRange
 
 Stage = Literal["kernel", "decode", "sink", "stop"]
@@ -236,9 +236,8 @@ def _gap(one: SeqRange, other: SeqRange) -> float:
 
 
 def _cover(one: SeqRange, other: SeqRange) -> SeqRange:
-    last, kinds = max(one.seq_to, other.seq_to), Counter(one.kinds)
-    kinds.update(other.kinds)
-    return SeqRange(one.ring, one.cpu, one.seq_from, last, one.run_id, dict(kinds))
+    last, kinds = max(one.seq_to, other.seq_to), sum_of(one.kinds, other.kinds)
+    return SeqRange(one.ring, one.cpu, one.seq_from, last, one.run_id, kinds)
 
 
 def _place(one: SeqRange) -> tuple[str, int, str]:

