@@ -54,7 +54,7 @@ def cover(one: Span, other: Span) -> Span:
 
 
 def sum_of(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    """As many of each kind as both have. As a Counter it would take four times as long."""
+    """As many of each kind as both have. As a Counter it would take several times as long."""
     kinds = dict(one)
     for kind, count in other.items():
         kinds[kind] = kinds.get(kind, 0) + count

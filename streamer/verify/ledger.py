@@ -53,16 +53,12 @@ def by_run(loss: Loss) -> Iterator[tuple[str, Loss]]:
     if len(runs) < 2:
         yield next(iter(runs), ""), loss
         return
-    numbered = {kind: n for kind, n in loss.kinds.items() if n and not is_unnumbered(kind)}
-    most = sum(numbered.values()) or loss.count
-    known = bool(numbered) and _kinds_of(loss.ranges) == numbered
+    numbered = Counter({kind: n for kind, n in loss.kinds.items() if not is_unnumbered(kind)})
+    known = numbered.total() > 0 and _kinds_of(loss.ranges) == numbered
     for run_id, ranges in sorted(runs.items()):
-        if known:
-            kinds = _kinds_of(ranges)
-            count = kinds.total()
-        else:
-            kinds = Counter(numbered)
-            count = min(most, sum(one.seq_to - one.seq_from + 1 for one in ranges))
+        kinds = _kinds_of(ranges) if known else numbered
+        numbers = sum(one.seq_to - one.seq_from + 1 for one in ranges)
+        count = kinds.total() if known else min(numbered.total() or loss.count, numbers)
         yield run_id, Loss(loss.stage, count, kinds, ranges, loss.sink)
 
 
