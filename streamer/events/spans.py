@@ -7,7 +7,7 @@ what is given up: events as they were drained, or what was encoded of them.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -102,8 +102,14 @@ class _Head(msgspec.Struct, gc=False):
     id: str
 
 
+PIECE_BYTES = 1 << 20
+"""Of NDJSON, so much is decoded at once, up to the end of a line."""
+
 _NUMBERS = 1 << 63
 """Of an event it is less: more could not be told of."""
+
+_MOST_KINDS = 256
+"""No agent has as many."""
 
 _JSON = msgspec.json.Decoder(_Head)
 _MSGPACK = msgspec.msgpack.Decoder(_Head)
@@ -114,25 +120,35 @@ def spans_of_records(records: bytes | Collection[bytes], within: Spans) -> Spans
 
     Where they are not, or of another form, such as text for people, these without kinds.
     """
+    found = NO_SPANS
     try:
         others = {place[2] for place in within if len(place) == 3}
-        found = _spans_of_heads(_heads(records), others) if within else NO_SPANS
+        for heads in _heads(records) if within else ():
+            part = _spans_of_heads(heads, others)
+            # The stream's own records may have been put among them, without spans.
+            if not all(place in within or place[:2] == OWN_RECORDS for place in part):
+                return without_kinds(within)
+            found = join_spans(found, part)
     except (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError):  # a spool may have any
         return without_kinds(within)
-    # The stream's own records may have been put among them, without spans.
-    known = all(place in within or place[:2] == OWN_RECORDS for place in found)
-    return found if known else without_kinds(within)
+    return found
 
 
-def _heads(records: bytes | Collection[bytes]) -> list[_Head]:
-    if isinstance(records, bytes):
-        return _JSON.decode_lines(records)
-    decoder = _JSON if next(iter(records), b"{").startswith(b"{") else _MSGPACK
-    return list(map(decoder.decode, records))
+def _heads(records: bytes | Collection[bytes]) -> Iterator[list[_Head]]:
+    """In pieces: of small records the heads take several times as much room."""
+    if not isinstance(records, bytes):
+        decoder = _JSON if next(iter(records), b"{").startswith(b"{") else _MSGPACK
+        yield list(map(decoder.decode, records))
+        return
+    start = 0
+    while start < len(records):
+        end = records.find(b"\n", start + PIECE_BYTES) + 1 or len(records)
+        yield _JSON.decode_lines(records[start:end])
+        start = end
 
 
 def _spans_of_heads(heads: Iterable[_Head], others: Collection[str]) -> Spans:
-    """`others` are the ids of the runs that are not this one. Raises ValueError: no event's id."""
+    """`others` are the ids of the runs that are not this one. Raises ValueError: of no run."""
     told: defaultdict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
     for head in heads:
         where, _, seq = head.id.rpartition("-")
@@ -149,7 +165,7 @@ def _spans_of_heads(heads: Iterable[_Head], others: Collection[str]) -> Spans:
 
 
 def _span(numbers: Collection[int], kinds: Iterable[str]) -> Span:
-    first, last = min(numbers), max(numbers)
-    if last >= _NUMBERS:
-        raise ValueError("a number that no event has")
-    return Span(first, last, Counter(kinds))
+    first, last, counts = min(numbers), max(numbers), Counter(kinds)
+    if last >= _NUMBERS or len(counts) > _MOST_KINDS:
+        raise ValueError("no run has encoded that")
+    return Span(first, last, counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -90,7 +91,22 @@ def test_events_and_their_records_say_the_same(
     batch = Batch(made, spans=without_kinds(right))
     assert batch.counted() == right
     assert spans_of_records(batch.records(encoding), batch.spans) == right
-    assert spans_of_records(batch.lines("json"), batch.spans) == right
+    for piece in (1, 100, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("streamer.events.spans.PIECE_BYTES", piece)
+            assert spans_of_records(batch.lines("json"), batch.spans) == right
+
+
+def test_many_small_records_take_little_room() -> None:
+    """A spool may have a batch of 64 MiB, of which heads would take six times as much."""
+    records = b'{"event":"file.open","id":"r-bulk-0-1"}\n' * 100_000
+    spans: Spans = {("bulk", 0): Span(1, 1)}
+    tracemalloc.start()
+    found = spans_of_records(records, spans)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == {("bulk", 0): Span(1, 1, {"file.open": 100_000})}
+    assert peak < 10 << 20
 
 
 def test_a_part_of_a_drain_is_within_the_spans_of_all() -> None:
@@ -112,14 +128,15 @@ def test_a_part_of_a_drain_is_within_the_spans_of_all() -> None:
         b'{"event":"file.open","id":"r-bulk-0-%d"}' % (1 << 63),
         b'{"event":"file.open","id":"r-bulk-0-' + b"9" * 5000 + b'"}',
         b'{"event":"file.open","id":"r-bulk-1-5"}',
+        b"\n".join(b'{"event":"kind.%d","id":"r-bulk-0-5"}' % n for n in range(257)),
         b'{"event":"file.open","id":"r-bulk-0-5","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
-    ids=["text", "bytes", "id", "number", "digits", "place", "depth"],
+    ids=["text", "bytes", "id", "number", "digits", "place", "kinds", "depth"],
 )
 def test_what_no_run_has_encoded_has_the_numbers_alone(record: bytes) -> None:
     """A spool may have any: a loss is told of it, and that has to be possible."""
     spans: Spans = {("bulk", 0): Span(1, 9, {"file.open": 3})}
-    for records in (record + b"\n", [record]):
+    for records in (record + b"\n", record.split(b"\n")):
         assert spans_of_records(records, spans) == {("bulk", 0): Span(1, 9)}
 
 
