@@ -462,7 +462,7 @@ def test_what_makes_way_is_told_in_kinds_that_its_row_has(
     with edited(directory) as db:
         db.execute("UPDATE batch SET data = ?, size = ?", (isal_zlib.compress(data), len(data)))
     with closing(opened(directory / NAME)) as store:
-        gone = [one for n in range(2, 400) for one in store.write([item(n, size=5000)])]
+        gone = [one for n in range(2, 20) for one in store.write([item(n, size=100_000)])]
         spans: Spans = {("bulk", 0): Span(1, 300, told)}
         assert gone[0] == GivenUp(1, "memory:", RUN, {"file.open": 300}, spans)
         assert store.given_up() == gone
