@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from streamer.agent.losses import (
     MOST_REASONS,
@@ -16,7 +16,7 @@ from streamer.agent.losses import (
     Lost,
     Owed,
 )
-from streamer.events.batch import Batch
+from streamer.events.batch import Batch, Event
 from streamer.events.kinds import KINDS
 from streamer.events.spans import OWN_RECORDS, Span, Spans
 from streamer.events.stream import StreamLoss, StreamRecord
@@ -34,6 +34,12 @@ _AWAY = "the configuration had no such sink at that time"
 _REMIND_SECONDS, _REMIND_MOST_SECONDS = 60.0, 3600.0
 _CRITICAL_SHARE = 5 / 4
 """Of its budget, what a sink may hold before critical events wait, or are lost, as well."""
+_OTHERS_SHARE = 9 / 8
+"""The same of one that drops, before those are lost that are not root's."""
+_PIECE = 16
+"""Critical events of which it is asked together whether there is room: they can be long."""
+_INITIAL_PIDNS = 0xEFFFFFFC
+"""The inode of the initial pid namespace, PROC_PID_INIT_INO."""
 
 
 def policy_of(on_full: str, sinks: int) -> Policy:
@@ -176,7 +182,8 @@ class Fanout(Listener):
         """Give the batch to every sink that is open; one that may drop and is full loses it.
 
         What is critical is lost last, and waits last: for that a sink has a quarter of its budget
-        more.
+        more. Where it drops, half of that is for root alone, outside of containers: nobody without
+        privileges can fill it, however many processes he makes.
         """
         for owed in self._away.values():
             owed.add(Lost.of_sink(_events(batch.kinds), _AWAY, batch.counted()))
@@ -187,20 +194,39 @@ class Fanout(Listener):
             else:
                 if not self._owed[sink].refused:  # else with the next second: not for each batch
                     self._publish_owed(sink)
-                self._give(sink, batch)
+                self._fill(sink, batch)
                 if _is_over(sink) and self._blocks(sink):
                     self._pause(True)
+
+    def _fill(self, sink: Sink, batch: Batch) -> None:
+        """Give it to a sink that has room, and notice where that ends, if it may drop."""
+        near = self._policies[sink] == "drop" and 2 * sink.watermarks.held >= sink.watermarks.high
+        if not near or _CRITICAL.isdisjoint(batch.kinds):
+            self._give(sink, batch)
+            return
+        for piece in batch.pieces(_PIECE):
+            if sink.watermarks.full and self.is_open(sink):
+                self._squeeze(sink, piece)
+            else:
+                self._give(sink, piece)
 
     def _squeeze(self, sink: Sink, batch: Batch) -> None:
         reason = f"no room, sink {sink.status}"
         if _is_over(sink) or sink in self._held:
             self._refuse(sink, batch.kinds, reason, batch.counted())
             return
-        critical = batch.only(_CRITICAL)
-        rest = {k: n for k, n in batch.kinds.items() if k not in critical.kinds}
-        if critical:
-            self._give(sink, critical)
+        lost: list[Event] = []
+        for piece in batch.only(_CRITICAL).pieces(_PIECE):
+            given, left = piece.divided(_admits(sink))
+            if given:
+                self._give(sink, given)
+            lost += left
+        rest = {k: n for k, n in batch.kinds.items() if k not in _CRITICAL}
         spans = {place: span for place, span in batch.counted().items() if place[0] != "critical"}
+        if lost:
+            refused = Batch(lost, spans=batch.spans)
+            rest |= refused.kinds
+            spans |= refused.counted()
         self._refuse(sink, rest, reason, spans)
 
     def tell(self, sink: Sink, *records: StreamRecord) -> None:
@@ -438,6 +464,15 @@ def _go_on(account: SinkAccount, before: SinkAccount) -> None:
 def _is_over(sink: Sink) -> bool:
     """Whether it holds all that it may, also of what is critical."""
     return sink.watermarks.held >= _CRITICAL_SHARE * sink.watermarks.high
+
+
+def _admits(sink: Sink) -> Callable[[Any], bool]:
+    """For which critical events a sink that is full, and drops, has room yet."""
+    if _is_over(sink):
+        return lambda event: False
+    if sink.watermarks.held < _OTHERS_SHARE * sink.watermarks.high:
+        return lambda event: True
+    return lambda event: event.uid == 0 and event.pidns == _INITIAL_PIDNS
 
 
 def _pending(sink: Sink, kind: str) -> int:

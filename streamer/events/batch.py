@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from itertools import filterfalse
 from typing import Any, Literal
 
 import msgspec
@@ -145,6 +146,21 @@ class Batch:
                 part_of[cls] = parts[category_of(kind_of(event))]
             part_of[cls].append(event)
         return {category: Batch(events, spans=self.spans) for category, events in parts.items()}
+
+    def pieces(self, most: int) -> Iterator[Batch]:
+        """In order, of `most` events at most; itself where it has no more."""
+        if len(self) <= most:
+            yield self
+            return
+        for at in range(0, len(self), most):
+            yield Batch(self.events[at : at + most], spans=self.spans)
+
+    def divided(self, wanted: Callable[[Any], bool]) -> tuple[Batch, list[Event]]:
+        """The events of which that holds, itself where it holds of all; and the others."""
+        others = list(filterfalse(wanted, self.events))
+        if not others:
+            return self, others
+        return Batch(list(filter(wanted, self.events)), spans=self.spans), others
 
     def only(self, kinds: Container[str]) -> Batch:
         """The events of these kinds, in order; itself where it has no others."""

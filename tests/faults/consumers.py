@@ -198,6 +198,8 @@ class Found(msgspec.Struct):
     """
     stages: Counts = msgspec.field(default_factory=Counter)
     """Events told as lost, per stage."""
+    by_root: Counts = msgspec.field(default_factory=Counter)
+    """Events of processes per kind, of those that root did."""
     named: dict[str, list[int]] = msgspec.field(default_factory=dict)
     """The numbers of the execs of each word of `load.c spawns`."""
     refused: Counts = msgspec.field(default_factory=Counter)
@@ -220,6 +222,8 @@ def count(lines: Iterable[bytes], words: Iterable[str]) -> Found:
         known.add(seen.id)
         if not seen.event.startswith("stream."):
             found.delivered[seen.event] += 1
+            if not seen.uid and seen.event.startswith("process."):
+                found.by_root[seen.event] += 1
             if seen.weight != 1:
                 found.weights[seen.event, seen.weight] += 1
             if seen.event == "process.exec" and seen.argv[:1] and seen.argv[0] in wanted:

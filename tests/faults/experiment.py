@@ -248,13 +248,15 @@ class Experiment:
         self,
         *,
         flooder: int | None = None,
+        drops: bool = False,
         after: float = 6.0,
         note: str = "",
         recovers: bool = True,
         most_mb: float = MOST_MB,
     ) -> Row:
         """What came of it, all of which is checked. `flooder` is a user whose own events may be
-        lost; `after`: for so long the load goes on after the fault; `most_mb`: of all processes.
+        lost, and `drops` whether the sink loses them; `after`: for so long the load goes on after
+        the fault; `most_mb`: of all processes.
         """
         if self.healed is None:
             self.heal()
@@ -272,7 +274,7 @@ class Experiment:
         report = self.report = verify(self._source(), found.records)
         offered = sum((load.expected for load in self._loads), Counts())
         recovery = self.arrivals.at_rate_after(self.healed, LEAST_RATE * self.rate)
-        self.check(found, report, offered, flooder)
+        self.check(found, report, offered, flooder, drops)
         row = Row(
             self.fault,
             offered.total(),
@@ -293,7 +295,12 @@ class Experiment:
         return row
 
     def check(
-        self, found: Found, report: VerifyReport, offered: Counts, flooder: int | None
+        self,
+        found: Found,
+        report: VerifyReport,
+        offered: Counts,
+        flooder: int | None,
+        drops: bool = False,
     ) -> None:
         """All is there or told, by the client's count and by `streamer verify`."""
         skipped = missing(found, offered)
@@ -309,9 +316,26 @@ class Experiment:
         assert not {kind for kind, _ in found.weights} & {*CRITICAL}, found.weights
         if flooder is None:
             assert not lost, f"critical events were lost: {found.told} {found.stages}"
+        elif drops:
+            gone = self._by_root - found.by_root
+            assert found.by_root <= self._by_root
+            assert gone <= skipped, f"of root's {self._by_root}: {gone} are missing"
         else:
             assert found.payers <= {("user", flooder)}
             assert lost <= found.refused, f"{lost} were lost, and {found.refused} refused"
+
+    @property
+    def _by_root(self) -> Counts:
+        """What root did of what is critical: all loads begin as root, and some become a user."""
+        spawned = next(load.done for load in self._loads if load.word == MINE)
+        ended = sum(load.uid is None for load in self._loads)
+        return Counts(
+            {
+                "process.fork": spawned,
+                "process.exec": spawned + len(self._loads),
+                "process.exit": spawned + ended,
+            }
+        )
 
 
 def missing(found: Found, offered: Counts) -> Counts:

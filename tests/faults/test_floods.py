@@ -64,14 +64,19 @@ def test_unprivileged_flood(kafka_fault: Faults, record: Record, count: int, siz
 
 
 @slow
+@pytest.mark.parametrize("drops", [False, True], ids=["pause", "drop"])
 @pytest.mark.parametrize(("count", "size"), [(4, 16_000), (6, 0)])
 def test_unprivileged_flood_of_a_slow_broker(
-    cluster: Cluster, kafka_fault: Faults, record: Record, count: int, size: int
+    cluster: Cluster, kafka_fault: Faults, record: Record, count: int, size: int, drops: bool
 ) -> None:
-    """More than the broker takes, so that rings fill up: who floods is refused, and he alone."""
+    """More than the broker takes. Rings fill up, and who floods is refused, he alone; or the sink
+    drops, as one of several does, and the last of its room is root's.
+    """
     of = f"spawn with {size // 1000} KB of arguments" if size else "only spawn"
     fault = f"flood by a user: {count} that {of}, 10 s, and a broker that takes 100 kB/s"
-    with kafka_fault(fault, proxied=True, spool="off", rate=SLOW_RATE) as experiment:
+    fault += ", whose sink drops" if drops else ""
+    sink = 'on_full = "drop"\n' if drops else ""
+    with kafka_fault(fault, proxied=True, spool="off", rate=SLOW_RATE, sink=sink) as experiment:
         experiment.steady()
         for proxy in cluster.proxies:
             proxy.bytes_per_second = 100_000
@@ -82,6 +87,6 @@ def test_unprivileged_flood_of_a_slow_broker(
         for proxy in cluster.proxies:
             proxy.heal()
         experiment.heal()
-        row = experiment.finish(flooder=UID)
+        row = experiment.finish(flooder=UID, drops=drops)
         assert row.accounted, "nothing was refused: it was no flood"
         record(row)

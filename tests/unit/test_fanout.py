@@ -32,6 +32,8 @@ class Open(msgspec.Struct, tag_field="event", tag="file.open", gc=False):
 class Exec(msgspec.Struct, tag_field="event", tag="process.exec", gc=False):
     text: str
     cpu: int = 1
+    uid: int = 1000
+    pidns: int = 0xEFFFFFFC
 
 
 class Beat(StreamRecord, tag="stream.heartbeat"):
@@ -446,18 +448,59 @@ async def test_what_was_never_told_is_known_in_the_end() -> None:
 
 
 async def test_critical_events_are_lost_last() -> None:
-    """A full sink that drops still takes them, until a quarter more is held."""
+    """A full sink that drops still takes root's, until a quarter more is held."""
     sink = await opened("full", hold=True)
     fanout = Calls().fanout((sink, "drop"))
     for _ in range(4):
         fanout.submit(batch())
     for n in range(3):
         spans: Spans = {("bulk", 1): Span(n, n), ("critical", 1): Span(n, n)}
-        fanout.submit(Batch([Event("x" * 1000), Exec("y" * 500), Open("x" * 1000)], spans=spans))
+        fanout.submit(
+            Batch([Event("x" * 1000), Exec("y" * 500, uid=0), Open("x" * 1000)], spans=spans)
+        )
     assert sink.account.dropped == {"test.event": 3, "file.open": 3, "process.exec": 1}
     assert sink.account.cells == {("bulk", 1, "file.open"): 3, ("critical", 1, "process.exec"): 1}
     sink.release()
     assert [type(event) for event in sink.events] == [Event] * 4 + [Exec] * 2
+
+
+async def test_the_last_of_the_room_is_roots() -> None:
+    """Of a full sink that drops: outside of containers, and to the event."""
+    sink = await opened("full", budget=40_000, hold=True)
+    fanout = Calls().fanout((sink, "drop"))
+    for _ in range(39):
+        fanout.submit(batch())
+    flood = [Exec("y" * 20) for _ in range(100)]
+    container = [Exec("y" * 20, uid=0, pidns=4026532000) for _ in range(100)]
+    for number in range(3):
+        root = [Exec(f"{number}", uid=0) for _ in range(2)]
+        events = [*flood, root[0], *container, root[1]]
+        spans: Spans = {("critical", 1): Span(300 * number + 1, 300 * number + 202)}
+        fanout.submit(Batch(events, spans=spans))
+    dropped = sink.account.dropped["process.exec"]
+    assert sink.account.cells == {("critical", 1, "process.exec"): dropped}
+    (lost,) = fanout.untold(sink)
+    assert (lost.count, lost.kinds) == (dropped, {"process.exec": dropped})
+    assert sink.watermarks.held < 5 / 4 * sink.watermarks.high
+    sink.release()
+    execs = [event for event in sink.events if isinstance(event, Exec)]
+    assert len(execs) + dropped == 3 * 202
+    assert [event.text for event in execs if not event.uid] == [*"001122"]
+    assert 0 < dropped < 600
+
+
+async def test_long_critical_events_leave_roots_room_when_it_fills_up() -> None:
+    """They come some hundred at a time, of up to 20 KB each, and the sink is not full before."""
+    sink = await opened("half", budget=1 << 20, hold=True)
+    fanout = Calls().fanout((sink, "drop"))
+    fanout.submit(Batch([Event("x" * (1 << 19))]))
+    fanout.submit(Batch([Exec("y" * 5000) for _ in range(512)]))
+    assert sink.watermarks.full
+    assert sink.watermarks.held < 9 / 8 * sink.watermarks.high + 16 * 6000
+    fanout.submit(Batch([Exec("root's", uid=0)]))
+    sink.release()
+    assert sink.events[-1] == Exec("root's", uid=0)
+    assert sink.account.received.total() == 514
 
 
 async def test_what_was_given_up_in_the_end_has_its_reason() -> None:
