@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from streamer.agent.check import loaded
 from streamer.agent.reports import filters_in_force
+from streamer.config.cleartext import cleartext_passwords
 from streamer.config.rules import host_problems
 from streamer.config.settings import FileSink, Settings, with_budgets
 from streamer.errors import ConfigError, KernelError, SinkError
@@ -16,9 +17,8 @@ from streamer.kernel.loader import ATTACHED
 from streamer.kernel.state import KernelState, KindStatus
 from streamer.kernel.targets import in_vain
 from streamer.privilege.drop import account_of, can_change_user
-from streamer.privilege.files import DIRECT
 from streamer.privilege.named import exposed_secrets
-from streamer.sinks.factory import make_sink
+from streamer.sinks.credentials import check_credentials
 from streamer.terminal.checked import DEGRADED
 from streamer.terminal.lines import printable, size
 from streamer.terminal.tables import table
@@ -28,7 +28,7 @@ def dry_run(settings: Settings, kinds: frozenset[str]) -> tuple[str, int]:
     """What `streamer run` would do, for people, and an exit code as `streamer check` has it.
 
     Everything is loaded and attached as a run does it, and detached at once. Nothing is read,
-    nothing is published, no broker is asked, no file is opened or made.
+    nothing is published, no broker is asked, no file is made.
 
     Raises:
         StreamerError: what would keep the run from starting.
@@ -45,7 +45,12 @@ def dry_run(settings: Settings, kinds: frozenset[str]) -> tuple[str, int]:
         kernel.close()
     if all(one.status == "missing" for one in found.values()):
         raise KernelError("none of the events asked for can be observed on this kernel")
-    notes = [*in_vain(settings.kernel, kinds), *exposed_secrets(settings)]
+    notes = [
+        *in_vain(settings.kernel, kinds),
+        *exposed_secrets(settings),
+        *cleartext_passwords(settings),
+        *_unusable(settings),
+    ]
     sections = ["\n".join(lines), *sinks, *_settings(settings), *(f"note: {one}" for one in notes)]
     full = all(one.status == "full" for one in found.values())
     return "\n".join([sections[0], "", *map(printable, sections[1:])]), 0 if full else DEGRADED
@@ -72,16 +77,27 @@ def _sinks(settings: Settings) -> Iterator[str]:
         raise ConfigError(problem)
     names: list[str] = []
     for one in with_budgets(settings.sinks):
-        sink = make_sink(one, host_name(settings.host), None, DIRECT)
-        if sink.name in names:
-            raise ConfigError(f"sinks: found the same one twice among {sink.name}")
-        names.append(sink.name)
+        if one.name in names:
+            raise ConfigError(f"sinks: found the same one twice among {one.name}")
+        names.append(one.name)
         more = ""
         if isinstance(one, FileSink) and not os.path.exists(one.path):
             if not os.path.isdir(os.path.dirname(one.path) or "."):
-                raise SinkError(f"{sink.name}: cannot open: {os.strerror(errno.ENOENT)}")
+                raise SinkError(f"{one.name}: cannot open: {os.strerror(errno.ENOENT)}")
             more = ", a file that would be made"
-        yield f"would be published to {sink.name} ({size(one.budget)} at most held for it{more})"
+        yield f"would be published to {one.name} ({size(one.budget)} at most held for it{more})"
+
+
+def _unusable(settings: Settings) -> Iterator[str]:
+    """Certificates and secrets that cannot be used, each in a sentence.
+
+    That is no mistake here: a service manager shows some to the service alone.
+    """
+    for one in settings.sinks:
+        try:
+            check_credentials(one)
+        except ConfigError as error:
+            yield f"{one.name}: {error}: a run that finds the same does not start"
 
 
 def _settings(settings: Settings) -> Iterator[str]:

@@ -6,7 +6,7 @@ import os
 import ssl
 from contextlib import nullcontext
 
-from streamer.config.settings import Tls
+from streamer.config.settings import AnySink, KafkaSink, MqttSink, Tls
 from streamer.errors import ConfigError, HelperGone
 from streamer.privilege.files import DIRECT, Opener, in_memory, read_all
 
@@ -34,6 +34,20 @@ def read_secret(
         except (OSError, UnicodeDecodeError, HelperGone) as error:
             raise ConfigError(f"{what}_file: cannot read {file}: {_reason(error)}") from None
     return None
+
+
+def check_credentials(sink: AnySink) -> None:
+    """Read all secrets and certificates of a sink once.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    if isinstance(sink, KafkaSink | MqttSink) and sink.tls is not None:
+        ssl_context(sink.tls)
+    if isinstance(sink, KafkaSink) and sink.sasl is not None:
+        read_secret("sasl.password", sink.sasl.password_env, sink.sasl.password_file)
+    if isinstance(sink, MqttSink):
+        read_secret("mqtt.password", sink.password_env, sink.password_file)
 
 
 def ssl_context(tls: Tls, opener: Opener = DIRECT) -> ssl.SSLContext:

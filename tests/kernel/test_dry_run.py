@@ -29,6 +29,11 @@ path = "{directory}/events"
 type = "kafka"
 bootstrap = ["127.0.0.1:9"]
 tls = {{ ca_file = "/nowhere/ca.pem" }}
+[[sinks]]
+type = "mqtt"
+host = "127.0.0.1"
+username = "streamer"
+password_file = "/nowhere/password"
 """
 
 
@@ -70,6 +75,9 @@ def test_it_says_what_a_run_attaches_and_does_nothing(tmp_path: Path) -> None:
     assert any(one.startswith("would be published to kafkas://127.0.0.1:9/") for one in lines)
     assert "filter exclude_comms: \\x1b[31mred" in lines
     assert "of process.fork one in 10" in lines
+    authority, password = (one for one in lines if one.startswith("note: "))
+    assert ": tls.ca_file: cannot use /nowhere/ca.pem: No such file or directory" in authority
+    assert ": mqtt.password_file: cannot read /nowhere/password: No such file" in password
     assert not events.exists()
     assert not (tmp_path / "run.json").exists()
     assert not (tmp_path / "control.sock").exists()
