@@ -35,8 +35,15 @@ UNEXPLAINED = 1
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _FOREVER = 1e10
-_FOUND_LATE = {"filters.exes": "exe", "filters.exclude_exes": "exclude_exe", "sinks": "sink"}
-"""Settings of which mistakes are found after reading, with the options that replace them."""
+_FOUND_LATE = {
+    "filters.exes": "exe",
+    "filters.exclude_exes": "exclude_exe",
+    "sinks": "sink",
+    "user": None,
+}
+"""Settings of which mistakes are found after reading, with the options that replace them.
+
+Without an option it is in the file, or, without a file, the default that does not fit the host."""
 _TARGETS = {"interface": "interfaces", "syscall": "syscalls"}
 _LISTS = {
     "pid": "pids",
@@ -223,9 +230,10 @@ def _named(arguments: argparse.Namespace) -> Iterator[None]:
     except ConfigError as error:
         for key, option in _FOUND_LATE.items():
             if str(error).startswith(key):
-                given = getattr(arguments, option, None)
-                where = None if given else _config_of(arguments)
-                raise ConfigError(f"{where or 'command line'}: {error}") from None
+                given = option and getattr(arguments, option, None)
+                otherwise = "command line" if option else None
+                where = (None if given else _config_of(arguments)) or otherwise
+                raise ConfigError(f"{where}: {error}" if where else str(error)) from None
         raise
 
 

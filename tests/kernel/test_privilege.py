@@ -151,7 +151,7 @@ def test_a_user_that_cannot_be(tmp_path: Path, user: str, message: str) -> None:
     command = [sys.executable, "-m", "streamer", "run", "-c", str(tmp_path / "streamer.toml")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds(60))
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"streamer: {message}\n"
+    assert ended.stderr == f"streamer: {tmp_path}/streamer.toml: {message}\n"
 
 
 def test_root_that_may_not_change_users(scope: Scope, tmp_path: Path) -> None:
