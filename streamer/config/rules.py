@@ -42,6 +42,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 # Names of tasks and files may hold anything but NUL, and so may their filters.
 _OF_TASKS_AND_FILES = re.compile("comms|exes|path_prefixes")
 _UNMATCHABLE = re.compile(r"[\x00\ud800-\udfff]")
+_MIN_CRITICAL_BYTES = 1 << 16
 _MAX_RING_BYTES = 1 << 30
 _MOST_BYTES = {"comms": 15, "exes": 4095, "path_prefixes": 255}
 
@@ -49,10 +50,10 @@ _MOST_BYTES = {"comms": 15, "exes": 4095, "path_prefixes": 255}
 def problems(settings: Settings) -> Iterator[str]:
     """Everything impossible in `settings`, in the order of the settings."""
     page = mmap.PAGESIZE
-    for name in ("critical_bytes", "bulk_bytes"):
+    for name, least in (("critical_bytes", _MIN_CRITICAL_BYTES), ("bulk_bytes", page)):
         size = getattr(settings.rings, name)
         if size & (size - 1) or size % page:
-            wanted = f"a power of two from {page} to {_MAX_RING_BYTES}"
+            wanted = f"a power of two from {max(least, page)} to {_MAX_RING_BYTES}"
             yield mistake(f"rings.{name}", size, wanted)
     for kind in settings.kernel.sample:
         if kind not in KINDS:

@@ -228,6 +228,11 @@ MISTAKES = [
         f"allowed: a power of two from {PAGE} to 1073741824",
     ),
     (
+        "rings.critical_bytes = 5000000",
+        "rings.critical_bytes: found 5000000 (integer), "
+        f"allowed: a power of two from {max(65536, PAGE)} to 1073741824",
+    ),
+    (
         "filters = {pids = [1, 2], exclude_pids = [2]}",
         "filters.pids[1]: found 2 (integer), "
         "allowed: a value that filters.exclude_pids does not have too",
