@@ -33,7 +33,11 @@ def made_by_agent(kind: str, struct: type) -> KindInfo:
     node = inspect.type_info(struct)
     assert isinstance(node, inspect.StructType), "a kind is a Struct"
     fields = tuple(_field(field) for field in node.fields)
-    return KindInfo(kind, struct, BY_AGENT, (struct.__doc__ or "").partition("\n")[0], fields)
+    return KindInfo(kind, struct, BY_AGENT, _first_paragraph(struct), fields)
+
+
+def _first_paragraph(struct: type) -> str:
+    return " ".join((struct.__doc__ or "").partition("\n\n")[0].split())
 
 
 def _field(field: inspect.Field) -> FieldInfo:

@@ -303,6 +303,7 @@ def test_events_lists_every_kind_with_its_default(capfd: pytest.CaptureFixture[s
     column = head.index("meaning")
     assert rows[0][column:] == KINDS["process.exec"].doc
     assert all(row[column - 1] == " " != row[column] for row in rows)
+    assert all(row.endswith(".") for row in rows)
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
