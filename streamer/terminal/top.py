@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from rich.text import Text
 from textual.app import App, ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.renderables.sparkline import Sparkline as Line
 from textual.widgets import DataTable, Footer, Label, Sparkline, Static
@@ -65,7 +65,11 @@ class Top(App[None]):
     DataTable { height: 1fr; }
     #sinks { height: auto; max-height: 8; padding: 0 1; }
     """
-    BINDINGS: ClassVar[list[BindingType]] = [("q", "quit", "Quit"), ("p", "pause", "Pause")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        ("q", "quit", "Quit"),
+        ("p", "pause", "Pause"),
+        Binding("ctrl+c", "quit", show=False),
+    ]
 
     def __init__(
         self,

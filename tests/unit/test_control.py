@@ -282,7 +282,9 @@ async def test_top_shows_losses_rings_and_sinks(run: Run) -> None:
         table: Any = app.query_one("#kinds")
         ((kind, rate, line, lost),) = [table.get_row_at(row) for row in range(table.row_count)]
         sinks = str(app.query_one("#sinks", Static).render())
-        await pilot.press("q")
+        before = app.return_code
+        await pilot.press("ctrl+c")
+        assert (before, app.return_code) == (None, 0)
     assert labels == {
         "read": "events a second: 20",
         "lost": "lost a second: 10, 25 in all",
