@@ -282,7 +282,7 @@ class Ledger:
             agent=__version__,
             sources=sources,
             complete=complete,
-            ok=not any(run.problems for run in runs),
+            ok=not any(run.problems for run in runs) and bool(runs or not self.malformed),
             records=self.records,
             bytes=self.bytes,
             events=sum(run.events for run in runs),

@@ -208,7 +208,13 @@ class VerifyReport(Struct, frozen=True):
             "is not judged if not"
         ),
     ]
-    ok: Annotated[bool, Meta(description="whether everything is explained: exit code 0")]
+    ok: Annotated[
+        bool,
+        Meta(
+            description="whether everything is explained: exit code 0. Not where there are records, "
+            "and none of them is an event"
+        ),
+    ]
     records: Annotated[Count, Meta(description="records that were read")]
     bytes: Annotated[Count, Meta(description="bytes of them")]
     events: Annotated[Count, Meta(description="events that are there, each counted once")]

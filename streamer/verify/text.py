@@ -114,8 +114,12 @@ def _verdict(report: VerifyReport) -> str:
     if not report.complete:
         said.append("not read to the end")
     said.append(f"{report.unexplained:,} unexplained")
-    explained = "all that was read is explained" if report.deleted else "all is explained"
-    end = explained if report.ok else "NOT ALL IS EXPLAINED"
+    if report.malformed and not report.hosts:
+        end = "THIS IS NO STREAM OF EVENTS"
+    elif not report.ok:
+        end = "NOT ALL IS EXPLAINED"
+    else:
+        end = "all that was read is explained" if report.deleted else "all is explained"
     return f"{'; '.join(said)}: {end}"
 
 

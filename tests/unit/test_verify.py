@@ -1340,6 +1340,17 @@ def test_the_last_line_may_have_no_end_or_be_torn(
         assert (report["records"], report["malformed"]) == (22, malformed)
 
 
+def test_what_is_no_stream_is_not_said_to_be_whole(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "some.log"
+    path.write_bytes(b"a line\nanother\n")
+    assert main(["verify", str(path)]) == 1
+    assert "2 malformed; 0 unexplained: THIS IS NO STREAM OF EVENTS" in capfd.readouterr().out
+    path.write_bytes(b"")
+    assert main(["verify", str(path)]) == 0
+
+
 def test_a_line_without_an_end_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
