@@ -211,8 +211,8 @@ class VerifyReport(Struct, frozen=True):
     ok: Annotated[
         bool,
         Meta(
-            description="whether everything is explained: exit code 0. Not where there are records, "
-            "and none of them is an event"
+            description="whether everything is explained: exit code 0. Not where there are "
+            "records, and none of them is an event"
         ),
     ]
     records: Annotated[Count, Meta(description="records that were read")]
