@@ -36,8 +36,10 @@ _CRITICAL_SHARE = 5 / 4
 """Of its budget, what a sink may hold before critical events wait, or are lost, as well."""
 _OTHERS_SHARE = 9 / 8
 """The same of one that drops, before those are lost that are not root's."""
-_PIECE = 16
-"""Critical events of which it is asked together whether there is room: they can be long."""
+_MOST_BYTES = 256 << 10
+"""No event takes as much, whatever is in its names and arguments: escaped, a byte takes six."""
+_COUNTED = 4
+"""How many times the length of its JSON a sink counts an event, at the most: one with a spool."""
 _INITIAL_PIDNS = 0xEFFFFFFC
 """The inode of the initial pid namespace, PROC_PID_INIT_INO."""
 
@@ -182,8 +184,8 @@ class Fanout(Listener):
         """Give the batch to every sink that is open; one that may drop and is full loses it.
 
         What is critical is lost last, and waits last: for that a sink has a quarter of its budget
-        more. Where it drops, half of that is for root alone, outside of containers: nobody without
-        privileges can fill it, however many processes he makes.
+        more. Where it drops, half of that is for root alone, outside of containers: no processes of
+        a user's own fill it, however many and long, only such as root runs on his request.
         """
         for owed in self._away.values():
             owed.add(Lost.of_sink(_events(batch.kinds), _AWAY, batch.counted()))
@@ -200,15 +202,16 @@ class Fanout(Listener):
 
     def _fill(self, sink: Sink, batch: Batch) -> None:
         """Give it to a sink that has room, and notice where that ends, if it may drop."""
-        near = self._policies[sink] == "drop" and 2 * sink.watermarks.held >= sink.watermarks.high
-        if not near or _CRITICAL.isdisjoint(batch.kinds):
+        if self._policies[sink] != "drop" or not self.is_open(sink) or _fits(sink, batch):
             self._give(sink, batch)
             return
-        for piece in batch.pieces(_PIECE):
+        given = 0
+        for piece in batch.pieces(_piece(sink)):
             if sink.watermarks.full and self.is_open(sink):
-                self._squeeze(sink, piece)
-            else:
-                self._give(sink, piece)
+                self._squeeze(sink, Batch(batch.events[given:], spans=batch.spans))
+                return
+            self._give(sink, piece)
+            given += len(piece)
 
     def _squeeze(self, sink: Sink, batch: Batch) -> None:
         reason = f"no room, sink {sink.status}"
@@ -216,7 +219,7 @@ class Fanout(Listener):
             self._refuse(sink, batch.kinds, reason, batch.counted())
             return
         lost: list[Event] = []
-        for piece in batch.only(_CRITICAL).pieces(_PIECE):
+        for piece in batch.only(_CRITICAL).pieces(_piece(sink)):
             given, left = piece.divided(_admits(sink))
             if given:
                 self._give(sink, given)
@@ -464,6 +467,21 @@ def _go_on(account: SinkAccount, before: SinkAccount) -> None:
 def _is_over(sink: Sink) -> bool:
     """Whether it holds all that it may, also of what is critical."""
     return sink.watermarks.held >= _CRITICAL_SHARE * sink.watermarks.high
+
+
+def _fits(sink: Sink, batch: Batch) -> bool:
+    """Whether it is sure not to be full with it. What is encoded for this, most sinks write."""
+    room = sink.watermarks.high - sink.watermarks.held
+    return len(batch) * _MOST_BYTES < room or _COUNTED * len(batch.lines("json")) < room
+
+
+def _piece(sink: Sink) -> int:
+    """Of how many events it is asked together whether there is room.
+
+    However long they are, they take half at most of what is root's: a user's arguments or paths
+    are not to fill that at once.
+    """
+    return max(1, sink.watermarks.high // (16 * _MOST_BYTES))
 
 
 def _admits(sink: Sink) -> Callable[[Any], bool]:

@@ -9,7 +9,7 @@ from collections import Counter
 import msgspec
 import pytest
 
-from streamer.agent.fanout import Fanout, Policy, policy_of
+from streamer.agent.fanout import MOST_HELD, Fanout, Policy, policy_of
 from streamer.agent.losses import MOST_RANGES, Lost
 from streamer.events.batch import Batch
 from streamer.events.envelope import Envelope
@@ -466,10 +466,9 @@ async def test_critical_events_are_lost_last() -> None:
 
 async def test_the_last_of_the_room_is_roots() -> None:
     """Of a full sink that drops: outside of containers, and to the event."""
-    sink = await opened("full", budget=40_000, hold=True)
+    sink = await opened("full", budget=12 << 20, hold=True)
     fanout = Calls().fanout((sink, "drop"))
-    for _ in range(39):
-        fanout.submit(batch())
+    fanout.submit(batch(9 * sink.watermarks.high // 8 - 5000))
     flood = [Exec("y" * 20) for _ in range(100)]
     container = [Exec("y" * 20, uid=0, pidns=4026532000) for _ in range(100)]
     for number in range(3):
@@ -489,18 +488,104 @@ async def test_the_last_of_the_room_is_roots() -> None:
     assert 0 < dropped < 600
 
 
-async def test_long_critical_events_leave_roots_room_when_it_fills_up() -> None:
-    """They come some hundred at a time, of up to 20 KB each, and the sink is not full before."""
-    sink = await opened("half", budget=1 << 20, hold=True)
+async def test_root_has_no_more_than_the_room_either() -> None:
+    """To the event, as they can be long."""
+    sink = await opened("full", 1 << 20, hold=True)
     fanout = Calls().fanout((sink, "drop"))
-    fanout.submit(Batch([Event("x" * (1 << 19))]))
-    fanout.submit(Batch([Exec("y" * 5000) for _ in range(512)]))
+    fanout.submit(batch(1 << 20))
+    fanout.submit(Batch([Exec("x" * 10_000, uid=0) for _ in range(100)]))
+    assert 0 < sink.watermarks.held - 5 / 4 * sink.watermarks.high < 11_000
+    assert 0 < sink.account.dropped["process.exec"] < 100
+
+
+async def test_what_was_given_in_parts_and_is_dropped_later_has_its_numbers() -> None:
+    """What fits before the high mark, and what is root's of a piece in which others are."""
+    sink = await opened("fills up", 12 << 20, hold=True)
+    fanout = Calls().fanout((sink, "drop"))
+    fanout.submit(batch(sink.watermarks.high - 1000))
+    spans: Spans = {("critical", 1): Span(1, 20)}
+    fanout.submit(Batch([Exec("x" * 100, uid=0) for _ in range(20)], spans=spans))
+    fanout.submit(Batch([Exec("x" * 1_600_000)], spans={("critical", 1): Span(21, 21)}))
+    fanout.submit(Batch([Exec("x"), Exec("y", uid=0)], spans={("critical", 1): Span(22, 23)}))
+    assert sink.account.dropped == {"process.exec": 1}
+    sink.discard("refused")
+    assert sink.account.cells == {("critical", 1, "process.exec"): 23}
+
+
+async def test_no_more_is_held_back_than_may_be_not_even_of_root() -> None:
+    """For one whose predecessor still delivers."""
+    old, new, other = await opened("one", hold=True), await opened("one"), await opened("other")
+    fanout = Calls().fanout((old, "drop"), (other, "drop"))
+    fanout.submit(batch())
+    fanout.change([(new, "drop"), (other, "drop")])
+    fanout.submit(Batch([Exec("x", uid=0)] * MOST_HELD))
+    fanout.submit(Batch([Exec("y", uid=0)] * 2))
+    assert new.account.dropped == {"process.exec": 2}
+    fanout.begin(new)
+    assert new.account.delivered == {"process.exec": MOST_HELD}
+
+
+@pytest.mark.parametrize(
+    ("budget", "held"), [(1 << 20, 0.0), (1 << 20, 0.4), (1 << 20, 0.99), (12 << 20, 0.99)]
+)
+@pytest.mark.parametrize("event", [Open("\x01" * 3000), Exec("\x01" * 3000)])
+async def test_one_drain_of_long_events_leaves_roots_room(
+    event: msgspec.Struct, budget: int, held: float
+) -> None:
+    """Each byte of a user's may take six as JSON, and the sink is not full before."""
+    sink = await opened("fills up", budget, hold=True)
+    fanout = Calls().fanout((sink, "drop"))
+    fanout.submit(batch(int(held * budget)))
+    fanout.submit(Batch([event] * 200))
     assert sink.watermarks.full
-    assert sink.watermarks.held < 9 / 8 * sink.watermarks.high + 16 * 6000
+    assert sink.watermarks.held < (9 / 8 + 1 / 16) * budget
     fanout.submit(Batch([Exec("root's", uid=0)]))
+    assert sink.account.received.total() == 202
     sink.release()
     assert sink.events[-1] == Exec("root's", uid=0)
-    assert sink.account.received.total() == 514
+
+
+async def test_where_a_sink_fills_up_each_event_is_there_or_told() -> None:
+    """In order: bulk up to the high mark, critical events beyond it, and never nothing."""
+    sink = await opened("fills up", 40_000, hold=True)
+    fanout = Calls().fanout((sink, "drop"))
+    spans: Spans = {("bulk", 1): Span(1, 40), ("critical", 1): Span(1, 40)}
+    events: list[Open | Exec] = [Open("x" * 1000), Exec("y" * 100)] * 40
+    fanout.submit(Batch(events, spans=spans))
+    fanout.submit(Batch([Open("x" * 1000)], spans={("bulk", 1): Span(41, 41)}))
+    assert all(map(len, sink._held))
+    taken, lost = len(sink._held), sink.account.dropped["file.open"]
+    assert (sink.account.received, sink.account.dropped) == (
+        {"file.open": 41, "process.exec": 40},
+        {"file.open": lost},
+    )
+    assert sink.account.cells == {("bulk", 1, "file.open"): lost}
+    (told,) = fanout.untold(sink)
+    assert (told.count, told.kinds) == (lost, {"file.open": lost})
+    sink.release()
+    pairs = 41 - lost
+    assert sink.events == [*events[: 2 * pairs], *events[1::2][pairs:]]
+    assert 1 < lost < 10 < taken
+
+
+async def test_what_fits_is_given_as_it_is() -> None:
+    """So that sinks share what is encoded of it; also one that waits for room."""
+    drops, waits = await opened("one", 40_000, hold=True), await opened("two", 1000, hold=True)
+    fanout = Calls().fanout((drops, "drop"), (waits, "pause"))
+    many = Batch([Exec("x") for _ in range(100)])
+    fanout.submit(many)
+    assert drops._held == waits._held == [many]
+
+
+async def test_a_full_sink_that_has_closed_is_told_of_once_for_each_batch() -> None:
+    sink = await opened("closed", 4000, hold=True)
+    fanout = Calls().fanout((sink, "drop"))
+    fanout.submit(Batch([Exec("x" * 1000) for _ in range(3)]))
+    sink._set_status("closed", "gone")
+    refused: list[Counter[str]] = []
+    fanout.sink_dropped = lambda sink, kinds, reason, spans: refused.append(Counter(kinds))  # type: ignore[method-assign]
+    fanout.submit(Batch([Exec("x" * 1000) for _ in range(3)]))
+    assert refused == [{"process.exec": 3}]
 
 
 async def test_what_was_given_up_in_the_end_has_its_reason() -> None:
