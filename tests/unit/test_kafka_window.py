@@ -247,6 +247,30 @@ def test_a_broker_that_forgets_the_producer_costs_repetitions_at_most(
     assert Counter(run.delivered) == Counter(good)
 
 
+ANOTHERS = -1
+
+
+@settings(max_examples=300)
+@given(steps, st.integers(1, 7), st.integers(1, 3))
+def test_a_producer_that_is_fenced_loses_nothing(
+    plan: list[tuple[str, int]], count: int, ahead: int
+) -> None:
+    """With each broken connection another writes with its id, from number 0 of a later epoch."""
+    broker = Broker()
+    run = Run(broker)
+
+    def write() -> None:
+        window = run.window
+        if window.producer_id is not None:
+            epoch = window.epoch + ahead
+            broker.take(Request(window.producer_id, epoch, 0, [ANOTHERS] * count))
+
+    submitted = play(run, plan, write, late=False)
+    own = [number for number in broker.log if number != ANOTHERS]
+    assert list(dict.fromkeys(own)) == list(range(submitted))
+    assert Counter(run.delivered) == Counter(range(submitted))
+
+
 # ---------------------------------------------------------------- single rules
 
 
@@ -470,6 +494,24 @@ def test_unknown_numbers_raise_the_epoch_and_then_the_producer_id_is_changed() -
     run.settle()
     assert run.broker.log == [0, 1, 2]
     assert run.window.producer_id not in (None, before)
+
+
+@pytest.mark.parametrize("code", [EPOCH, 90])
+def test_who_is_fenced_becomes_another_producer_at_once(code: int) -> None:
+    """The first time; where the next is fenced too, after a pause, and it is not the same again."""
+    run = Run(Broker())
+    run.window.add(events(0, 3))
+    known = set()
+    for at_once in (True, True, False):
+        assert run.window.may_send(run.now) is at_once
+        run.now = max(run.now, run.window.retry_at)
+        run.send()
+        known.add((run.window.producer_id, run.window.epoch))
+        run.answer(code=code)
+        assert run.window.producer_id is None
+    assert known == {(100, 0), (101, 0), (102, 0)}
+    run.settle()
+    assert run.broker.log == [0, 1, 2]
 
 
 def test_after_the_last_epoch_comes_another_producer_id() -> None:
