@@ -175,8 +175,12 @@ class Fanout(Listener):
         self._fail(sink, reason)
 
     def _holds(self, sink: Sink) -> bool:
-        """Whether as much is held back for it as may be."""
-        return sum(map(len, self._held.get(sink, ()))) >= MOST_HELD
+        """Whether as much is held back for it as may be: of long events, its budget as JSON."""
+        held = self._held.get(sink)
+        if not held:
+            return False
+        length = sum(len(batch.lines("json")) for batch in held)
+        return length >= sink.watermarks.high or sum(map(len, held)) >= MOST_HELD
 
     # ------------------------------------------------------------ what comes
 
@@ -197,7 +201,7 @@ class Fanout(Listener):
                 if not self._owed[sink].refused:  # else with the next second: not for each batch
                     self._publish_owed(sink)
                 self._fill(sink, batch)
-                if _is_over(sink) and self._blocks(sink):
+                if self._blocks(sink) and (_is_over(sink) or self._holds(sink)):
                     self._pause(True)
 
     def _fill(self, sink: Sink, batch: Batch) -> None:

@@ -514,10 +514,10 @@ async def test_what_was_given_in_parts_and_is_dropped_later_has_its_numbers() ->
 
 async def test_no_more_is_held_back_than_may_be_not_even_of_root() -> None:
     """For one whose predecessor still delivers."""
-    old, new, other = await opened("one", hold=True), await opened("one"), await opened("other")
-    fanout = Calls().fanout((old, "drop"), (other, "drop"))
+    old, new = await opened("one", hold=True), await opened("one", 1 << 25)
+    fanout = Calls().fanout((old, "drop"))
     fanout.submit(batch())
-    fanout.change([(new, "drop"), (other, "drop")])
+    fanout.change([(new, "drop")])
     fanout.submit(Batch([Exec("x", uid=0)] * MOST_HELD))
     fanout.submit(Batch([Exec("y", uid=0)] * 2))
     assert new.account.dropped == {"process.exec": 2}
@@ -586,6 +586,40 @@ async def test_a_full_sink_that_has_closed_is_told_of_once_for_each_batch() -> N
     fanout.sink_dropped = lambda sink, kinds, reason, spans: refused.append(Counter(kinds))  # type: ignore[method-assign]
     fanout.submit(Batch([Exec("x" * 1000) for _ in range(3)]))
     assert refused == [{"process.exec": 3}]
+
+
+@pytest.mark.parametrize("policy", ["drop", "pause"])
+async def test_of_long_events_no_more_is_held_back_than_the_budget(policy: Policy) -> None:
+    """Then reading waits, also for what is critical, or they are lost."""
+    calls, budget = Calls(), 40 * len(batch().lines("json"))
+    old, new = await opened("one", hold=True), await opened("one", budget)
+    fanout = calls.fanout((old, policy))
+    fanout.submit(batch())
+    fanout.change([(new, policy)])
+    calls.made.clear()
+    for _ in range(39):
+        fanout.submit(batch())
+    assert calls.made == []
+    fanout.submit(batch())
+    assert calls.made == (["pause all"] if policy == "pause" else [])
+    fanout.submit(batch())
+    assert new.account.dropped.total() == (policy == "drop")
+    fanout.begin(new)
+    assert calls.made[-1] == "resume"
+    assert new.account.received.total() == 41
+
+
+async def test_reading_waits_for_one_for_which_many_are_held_back() -> None:
+    calls = Calls()
+    old, new = await opened("one", hold=True), await opened("one", 1 << 25)
+    fanout = calls.fanout((old, "pause"))
+    fanout.submit(batch())
+    fanout.change([(new, "pause")])
+    calls.made.clear()
+    fanout.submit(Batch([Exec("x")] * (MOST_HELD - 1)))
+    assert calls.made == []
+    fanout.submit(Batch([Exec("x")]))
+    assert calls.made == ["pause all"]
 
 
 async def test_what_was_given_up_in_the_end_has_its_reason() -> None:
