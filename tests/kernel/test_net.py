@@ -99,8 +99,14 @@ def assert_seen(recording: Recording, *seen: Seen) -> None:
     taken = Counter(made for one in seen for made in one.taken)
     closed = Counter(made for one in seen for made in one.closed)
     assert Counter((end_in(e), e.errno) for e in connects) == tried
-    assert Counter((end_in(e), e.fd) for e in accepts) == taken
-    assert Counter(closed_in(e) for e in closes) == closed
+    accepted = Counter((end_in(e), e.fd) for e in accepts)
+    assert accepted <= taken
+    # Where the program at accept() was left out, and that counted, it is the listener's still.
+    unseen = {(end.local, end.remote) for end, _ in taken - accepted}
+    assert len(unseen) == (taken - accepted).total() <= accepts_missed(recording)
+    assert Counter(of_nobody(closed_in(e), unseen) for e in closes) == Counter(
+        of_nobody(each, unseen) for each in closed.elements()
+    )
     assert {e.direction for e in connects} <= {OUTBOUND}
     assert {e.direction for e in accepts} <= {INBOUND}
     for event in (*connects, *accepts, *closes):
@@ -113,6 +119,19 @@ def assert_seen(recording: Recording, *seen: Seen) -> None:
         )
         assert event.owner_known
     assert recording.losses == []
+
+
+def accepts_missed(recording: Recording) -> int:
+    """How often the kernel left the programs at accept() out: before 7.0 it does not."""
+    missed = recording.heartbeat.missed
+    return sum(n for program, n in missed.items() if program.startswith("on_accept"))
+
+
+def of_nobody(closed: Closed, connections: set[tuple[Any, Any]]) -> Closed:
+    """Without its owner, if it is one of these."""
+    if (closed.end.local, closed.end.remote) not in connections:
+        return closed
+    return closed._replace(end=closed.end._replace(pid=0, comm=""))
 
 
 def closed_in(event: Any) -> Closed:
@@ -240,7 +259,7 @@ def test_every_byte_of_every_connection(scope: Scope, tmp_path: Path) -> None:
     recording = streamed(scope, tmp_path, transfer_everything)
     connections = len(TARGETS) * len(TRANSFERS)
     assert len(recording.of("net.connect")) == connections
-    assert len(recording.of("net.accept")) == connections
+    assert len(recording.of("net.accept")) >= connections - accepts_missed(recording)
     assert len(recording.of("net.close")) == 2 * connections
     assert {event.comm for event in recording.of("net.accept")} == {"acceptor"}
 
