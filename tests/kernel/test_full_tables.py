@@ -80,16 +80,21 @@ TASK_STORAGE = (
 def test_more_tasks_in_calls_than_there_is_room_for(
     scope: Scope, variant: Callable[[Mapping[str, Change]], Variant]
 ) -> None:
-    """As on kernels where nothing is kept with a task: who finds no room is counted as that."""
+    """As on kernels where nothing is kept with a task: who finds no room is counted as that.
+
+    From 7.0 on some may have been seen by no program, which the kernel counts.
+    """
     made = variant({"kprobe_syscall_latency.bpf.c": (TASK_STORAGE, "false")})
     with Timing(scope, "nanosleep", syscall_tasks=ROOM, directory=str(made.objects)) as timing:
         scope.act(sleep_in_threads, SLEEPERS, round(seconds(2) * SECOND))
         found = timing.of_all()["nanosleep"]
+        left_out = timing.state.missed()
         faults = struct.unpack_from(f"<{len(FAULTS)}Q", timing.state.faults)
     full = faults[FAULTS.index("FAULT_SYSCALL_STARTS_FULL")]
     # Others on this machine sleep, too, and a CPU may not get at what is free on another.
     assert ROOM // 2 <= found.count <= ROOM
-    assert full >= SLEEPERS - found.count
+    assert full >= SLEEPERS - found.count - sum(left_out.values())
+    assert not left_out or kernel_is(7, 0)
 
 
 def ask_without_room() -> None:
