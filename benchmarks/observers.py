@@ -184,7 +184,8 @@ class Streamer(Observer):
     records: Sequence[Record] = (
         Record("exec", b'"event":"process.exec"'),
         Record("open", b'"event":"file.open"'),
-        Record("connect", b'"event":"net.', 4),
+        # Not those of connections from before it, which it cannot tell to be others'.
+        Record("connect", b'"owner_known":true', 4),
     )
 
     def _start(self) -> None:

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 import pytest
 
-from benchmarks.host import OPERATIONS, Bench, Pair, build_load
-from benchmarks.observers import IncompleteError, Streamer
+from benchmarks.host import OPERATIONS, Bench, build_load
+from benchmarks.observers import Streamer
 from tests.conftest import Require
 from tests.kernel.scope import cgroup_mount
 
 pytestmark = pytest.mark.kernel
-
-
-def undisturbed_pair(bench: Bench) -> Pair | None:
-    """A connection that others had begun before it started is recorded with the rest: once more."""
-    for _ in range(2):
-        with suppress(IncompleteError):
-            return bench.pair(Streamer)
-    return bench.pair(Streamer)
 
 
 def test_a_turn_of_the_streamer(require: Require) -> None:
@@ -28,7 +19,7 @@ def test_a_turn_of_the_streamer(require: Require) -> None:
     require(cgroup_mount() is not None, "no cgroup v2 hierarchy is mounted")
     build_load()
     with Bench(max(os.sched_getaffinity(0)), 0.02, (Streamer,)) as bench:
-        pair = undisturbed_pair(bench)
+        pair = bench.pair(Streamer)
         directory = bench.directory
     assert pair is not None
     for operation in OPERATIONS:
