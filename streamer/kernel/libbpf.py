@@ -47,9 +47,8 @@ _TYPED_ATTACH_TYPES = (23, 24, 25, 26, 27, 28)  # BPF_TRACE_RAW_TP and so on: by
 _MAP_FLAGS = {1 << 0: "no_prealloc", 1 << 7: "rdonly_prog", 1 << 9: "clone", 1 << 10: "mmapable"}
 _INSTRUCTION_BYTES = 8
 _SHORT_LOG_BYTES = 4096
-_LOG_FIGURES = 4  # BPF_LOG_STATS
-LOG_BYTES = 1 << 20
-"""Room for one program's verifier log; a longer one loses its beginning or fails to be kept."""
+_LOG_FIGURES = 4  # BPF_LOG_STATS: figures and errors
+_LOG_BYTES = 1 << 14
 
 
 class _OpenOptions(Structure):
@@ -478,16 +477,19 @@ class Program:
         """Load this program with the object, or leave it out."""
         _check(_library().bpf_program__set_autoload(self._handle, wanted))
 
-    def keep_log(self, *, figures: bool = False) -> None:
-        """Keep what the verifier says if it refuses the program; with `figures`, also if not."""
-        if figures:
-            _check(_library().bpf_program__set_log_level(self._handle, _LOG_FIGURES))
-        self._log = ctypes.create_string_buffer(LOG_BYTES)
-        _check(_library().bpf_program__set_log_buf(self._handle, self._log, LOG_BYTES))
+    def keep_log(self) -> None:
+        """Keep what the verifier says when it is loaded: its figures, and why it is refused.
+
+        Without each instruction, which may take megabytes; a program of which the kernel says more
+        than there is room for is refused for that, and why else nobody would know.
+        """
+        _check(_library().bpf_program__set_log_level(self._handle, _LOG_FIGURES))
+        self._log = ctypes.create_string_buffer(_LOG_BYTES)
+        _check(_library().bpf_program__set_log_buf(self._handle, self._log, _LOG_BYTES))
 
     @property
     def log(self) -> str:
-        """What the verifier said; empty unless it refused the program."""
+        """What the verifier said, if it was kept."""
         return self._log.value.decode(errors="replace") if self._log else ""
 
     @property

@@ -125,7 +125,7 @@ def row(loader: Loader, made: _Sensor, info: ProgramInfo) -> Row:
             one.autoload(one.name == info.name)
         if _is_copied(made.info, program):
             program.set_function(loader._typed_functions(made)[0])
-        program.keep_log(figures=True)
+        program.keep_log()
         try:
             with told_by_libbpf() as of_loading:
                 opened.load()
