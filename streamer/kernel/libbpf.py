@@ -49,6 +49,8 @@ _INSTRUCTION_BYTES = 8
 _SHORT_LOG_BYTES = 4096
 _LOG_FIGURES = 4  # BPF_LOG_STATS: figures and errors
 _LOG_BYTES = 1 << 14
+FIGURES = ("verification time", "stack depth", "processed ", "insns processed")
+"""How lines of a verifier's log begin that are no errors."""
 
 
 class _OpenOptions(Structure):

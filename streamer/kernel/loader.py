@@ -21,6 +21,7 @@ from typing import NamedTuple
 from streamer.errors import KernelError
 from streamer.kernel import bulk_rings, capabilities, obstacles, types
 from streamer.kernel.libbpf import (
+    FIGURES,
     XDP_MODES,
     DescriptorLink,
     Link,
@@ -645,12 +646,30 @@ class Loader:
         except OSError:
             for hook in list(made.waiting):
                 self._load_next(made, hook)
+            self._gather(made)
         else:
             made.objects.append(loaded)
             for hook, attempt in best.items():
                 made.waiting[hook].pop(0)
                 self._take(made, loaded, attempt)
         self._name_numbers(made)
+
+    def _gather(self, made: _Sensor) -> None:
+        """Have one object in place of several, each of which keeps half a megabyte.
+
+        Where they do not load together though each does alone, for want of memory, they remain.
+        """
+        if len(made.objects) < 2:
+            return
+        names = {hook: program.name for hook, program in made.programs.items()}
+        try:
+            together = self._try_load(made, names.values())
+        except OSError:
+            return
+        for alone in made.objects:
+            alone.close()
+        made.objects = [together]
+        made.programs = {hook: together.programs[name] for hook, name in names.items()}
 
     def _name_numbers(self, made: _Sensor) -> None:
         """Put the kernel's own names into the maps that are to have them."""
@@ -1007,8 +1026,7 @@ def _load_reason(attempt: _Attempt, error: OSError) -> str:
 
 
 def _words_of(section: str, error: OSError, log: str) -> str:
-    figures = ("processed ", "verification time", "stack depth")
-    lines = [line for line in log.splitlines() if line and not line.startswith(figures)]
+    lines = [line for line in log.splitlines() if line and not line.startswith(FIGURES)]
     # With EACCES the verifier says what is wrong with the program: no right would help.
     found_wrong = bool(lines) and error.errno == errno.EACCES
     if not found_wrong and (denied := obstacles.why_denied(section, error, obstacles.rights())):

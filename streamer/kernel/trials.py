@@ -24,6 +24,7 @@ from streamer.kernel.capabilities import CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CA
 from streamer.kernel.cgroups import cgroup_root
 from streamer.kernel.helper_names import HELPERS
 from streamer.kernel.libbpf import (
+    FIGURES,
     Link,
     Object,
     Program,
@@ -119,7 +120,7 @@ def about_helper(error: Refused, have: frozenset[int]) -> Answer | None:
     The call has no arguments but the program's own. A verifier that complains of them knows it.
     Some helpers there are only for those with CAP_PERFMON, whatever the program takes itself.
     """
-    lines = [line for line in error.log.splitlines() if not line.startswith("processed ")]
+    lines = [line for line in error.log.splitlines() if not line.startswith(FIGURES)]
     said = lines[-1] if lines else ""
     if _BAD_ARGUMENT.search(said):
         return YES

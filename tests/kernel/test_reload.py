@@ -23,8 +23,6 @@ from tests.kernel.system import open_missing
 pytestmark = pytest.mark.kernel
 
 EACH = 25
-SLACK_NS = 200_000_000
-"""A manifest says since when it holds; the change was at most so long before that."""
 
 
 class Reloadable(Agent):
@@ -110,14 +108,15 @@ def test_filters_change_under_load(scope: Scope, tmp_path: Path) -> None:
         more += f"exclude_uids = [{10_000_000 + number}]\n" if number % 3 else ""
         return within(scope, more)
 
-    turns = 12
+    turns, pause = 12, seconds(0.15)
+    moment = seconds(0.05) * 1e9  # a manifest says since when it holds, which is once it does
     with Reloadable(tmp_path, events='"file.open"', filters=filters(0)) as agent:
         with scope.start(open_pairs, str(base)) as actor:
             for number in range(1, turns):
-                time.sleep(0.15)
+                time.sleep(pause)
                 agent.write(events='"file.open"', filters=filters(number))
                 agent.reload()
-            time.sleep(0.15)
+            time.sleep(pause)
             (base / "stop").touch()
             times = actor.result()
         recording = agent.stop()
@@ -128,18 +127,22 @@ def test_filters_change_under_load(scope: Scope, tmp_path: Path) -> None:
     paths = [e.path for e in recording.of("file.open") if e.path.startswith(f"{base}/")]
     kept = Counter(paths)
     assert set(kept.values()) == {1}
-    judged = 0
+    missed = sum(recording.heartbeat.missed.values())  # runs that the kernel left out
+    judged, unseen = 0, 0
     for index, (before, after) in enumerate(times):
         number, place = divmod(index, 2)
         turn = bisect_right(since, before) - 1
-        if turn + 1 < turns and after > since[turn + 1] - SLACK_NS // 4:
+        if turn + 1 < turns and after > since[turn + 1] - moment:
             continue
         judged += 1
         path = f"{base}/{'ab'[place]}/{number}-0"
-        assert kept[path] == ((turn + place) % 2 == 0), (path, turn)
+        wanted = (turn + place) % 2 == 0
+        assert kept[path] <= wanted, (path, turn)
+        unseen += wanted - kept[path]
+    assert unseen <= missed
     assert judged > len(times) // 4
     # In between, too: of a pair both, or neither, only where the change was between the two.
-    assert abs(len(paths) - len(times) // 2) < turns
+    assert abs(len(paths) - len(times) // 2) < turns + missed
     told = [one.filters["exclude_path_prefixes"] for one in manifests(recording)]
     assert told == [[f"{base}/{'ba'[number % 2]}/"] for number in range(turns)]
 

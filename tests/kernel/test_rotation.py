@@ -28,7 +28,7 @@ def bursts(count: int = BURSTS, size: int = BURST) -> int:
     """Open missing files, with a pause after each burst. How many."""
     for number in range(count):
         open_missing(f"/no/{number}-", size)
-        time.sleep(0.1)
+        time.sleep(seconds(0.1))
     return count * size
 
 

@@ -70,6 +70,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.does_not_load: set[str] = set()
+        self.loads_at_once = len(SECTIONS)
         self.does_not_attach: set[str] = set()
         self.functions_load = False
         self.core_error: OSError | None = None
@@ -171,6 +172,8 @@ class FakeObject:
                 raise refusal(errno.EPERM)
         if wanted & self._kernel.does_not_load:
             raise refusal(errno.EINVAL)
+        if self.sensor != "core" and len(wanted) > self._kernel.loads_at_once:
+            raise refusal(errno.ENOMEM)
 
     def close(self) -> None:
         self._kernel.open.remove(self)
@@ -249,8 +252,20 @@ def test_a_way_that_does_not_load_makes_way_for_the_next(kernel: Kernel) -> None
         "other": "loaded",
     }
     assert found["fast"].reason == "fast does not load: Invalid argument: R1 invalid"
+    assert [one.sensor for one in kernel.open] == ["core", "thing"]
     made.attach("thing")
     assert sorted(kernel.attached) == ["other", "slow"]
+
+
+def test_programs_that_load_one_by_one_alone(kernel: Kernel) -> None:
+    kernel.loads_at_once = 1
+    made = loaded(kernel)
+    assert statuses(made.load("thing", {}).programs)["plain"] == "loaded"
+    assert [one.sensor for one in kernel.open] == ["core", "thing", "thing"]
+    made.attach("thing")
+    assert sorted(kernel.attached) == ["other", "plain"]
+    made.close()
+    assert kernel.open == []
 
 
 def test_a_way_that_does_not_attach_makes_way_for_the_next(kernel: Kernel) -> None:

@@ -27,6 +27,7 @@ import msgspec
 
 from streamer.config.settings import Kernel
 from streamer.events.catalogue import SELECTABLE
+from streamer.kernel.libbpf import FIGURES
 from streamer.kernel.loader import CORE, Loader, Targets, _is_copied, _Sensor
 from streamer.kernel.objects import SENSORS
 from streamer.kernel.state import options_of, wanting
@@ -59,7 +60,6 @@ GROWTH, FEW = 1.1, 10
 UNUSED = frozenset({"on_sock_state_alone"})
 """Loaded where others are used: theirs are kernels from 5.11 to 6.0, and none of those is here."""
 WITHOUT_FIGURE = "no figure on any kernel"
-_FIGURES = ("verification time", "stack depth", "processed ", "insns processed")
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -179,9 +179,7 @@ def figures(log: str) -> tuple[int, int, list[int]]:
 
 def warnings(log: str) -> tuple[str, ...]:
     """What it says beside figures."""
-    return tuple(
-        line for line in log.splitlines() if line.strip() and not line.startswith(_FIGURES)
-    )
+    return tuple(line for line in log.splitlines() if line.strip() and not line.startswith(FIGURES))
 
 
 # ---------------------------------------------------------------- on every kernel
