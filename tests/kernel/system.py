@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,17 @@ def kernel_is(major: int, minor: int) -> bool:
 def preempts_tracepoints() -> bool:
     """Whether programs at raw tracepoints can be preempted here: from 7.0 on."""
     return kernel_knows("tracepoint_srcu_srcu_data") and not kernel_knows("srcu_free_old_probes")
+
+
+@contextmanager
+def many_descriptors() -> Iterator[None]:
+    """As many as may be, for this process."""
+    had, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (had, most))
 
 
 def open_missing(prefix: str, count: int, digits: int = 0) -> None:

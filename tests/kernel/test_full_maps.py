@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +36,7 @@ from tests.kernel.pace import repetitions, seconds
 from tests.kernel.packets import IPV4, UDP, ethernet, ipv4, udp
 from tests.kernel.roles import Role, in_own_network
 from tests.kernel.scope import Scope, checkpoint
-from tests.kernel.system import kernel_is
+from tests.kernel.system import kernel_is, many_descriptors
 from tests.kernel.test_syscalls import Timing
 from tests.kernel.test_tracepoint_net import deafen
 
@@ -158,17 +156,6 @@ def serve_all() -> Any:
             one.recv(1)
             one.close()
     return os.getpid()
-
-
-@contextmanager
-def many_descriptors() -> Iterator[None]:
-    """As many as may be, for this process."""
-    had, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (had, most))
 
 
 def connect_some(port: int) -> list[int]:

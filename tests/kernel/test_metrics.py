@@ -23,7 +23,9 @@ import pytest
 from tests.brokers import free_port
 from tests.conftest import SET_UP, Require
 from tests.kernel.agent import Agent
+from tests.kernel.pace import SLOWNESS, repetitions, seconds
 from tests.kernel.scope import Scope
+from tests.kernel.system import many_descriptors
 from tests.prometheus import Prometheus
 
 pytestmark = pytest.mark.kernel
@@ -291,8 +293,10 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def resident(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def allocated(pid: int) -> int:
+    """Bytes, without files and rings: what of those was touched is no client's doing."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)[0]) << 10
 
 
 def descriptors(pid: int) -> int:
@@ -321,7 +325,7 @@ def scrape_until(port: int, end: float) -> int:
 
 
 def test_hostile_clients_cost_a_bounded_part(scope: Scope, tmp_path: Path, port: int) -> None:
-    """Two thousand connections that send nothing, dribble, or send without end, for five seconds.
+    """Thousands of connections that send nothing, dribble, or send without end.
 
     Every event is delivered meanwhile, and who asks in order is answered.
     """
@@ -329,16 +333,21 @@ def test_hostile_clients_cost_a_bounded_part(scope: Scope, tmp_path: Path, port:
         get(port, "/metrics")
         cpu, memory, open_before = (
             cpu_seconds(agent.pid),
-            resident(agent.pid),
+            allocated(agent.pid),
             descriptors(agent.pid),
         )
         begun = time.monotonic()
         peers: list[socket.socket] = []
         most_open = 0
-        with ThreadPoolExecutor(1) as scraper, scope.start(run_programs, EXECS):
-            answered = scraper.submit(scrape_until, port, begun + 5)
-            while time.monotonic() < begun + 5:
-                peers += [connect(port) for _ in range(40)]
+        end = begun + seconds(5)
+        with (
+            many_descriptors(),
+            ThreadPoolExecutor(1) as scraper,
+            scope.start(run_programs, EXECS),
+        ):
+            answered = scraper.submit(scrape_until, port, end)
+            while time.monotonic() < end:
+                peers += [connect(port) for _ in range(repetitions(40, 4))]
                 for number, peer in enumerate(peers[-400:]):
                     with suppress(OSError):
                         peer.send(HOSTILE[number % len(HOSTILE)])
@@ -350,8 +359,9 @@ def test_hostile_clients_cost_a_bounded_part(scope: Scope, tmp_path: Path, port:
         assert len(peers) > 1000
         # One more has just been taken when the oldest is closed for it.
         assert most_open - open_before <= 16 + 1
-        assert resident(agent.pid) - memory < 4 << 20
-        assert used < 0.25 * (time.monotonic() - begun), used
+        assert allocated(agent.pid) - memory < 4 << 20
+        if SLOWNESS == 1:  # an emulated processor is as busy with a tenth of that
+            assert used < 0.25 * (time.monotonic() - begun), used
         assert answered.result()
         time.sleep(0.2)
         assert get(port, "/healthz") == (200, "ok\n")

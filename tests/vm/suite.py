@@ -43,7 +43,9 @@ PYTEST = (
     *("-m", "kernel and not kafka and not mqtt", "-q", "--tb=short"),
     *("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-o", "faulthandler_timeout=900"),
 )
+# As many descriptors as a service manager gives.
 IN_GUEST = f"""
+ulimit -Hn 524288
 export CI=true STREAMER_TEST_SLOWNESS={SLOWNESS} STREAMER_TEST_RESULTS=$OUT/results.ndjson
 "$0" -m tests.vm.kinds >$OUT/check.json
 exec "$0" -m pytest "$@"
