@@ -69,7 +69,7 @@ def open_at_a_pace() -> None:
     """So that no drain has more than the small budget takes."""
     for turn in range(0, OPENS, 100):
         open_missing(f"/no/{turn}/", 100)
-        time.sleep(0.02)
+        time.sleep(seconds(0.02))
 
 
 def test_what_waits_on_disk_is_said(scope: Scope, tmp_path: Path) -> None:
