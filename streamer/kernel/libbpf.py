@@ -47,8 +47,8 @@ _TYPED_ATTACH_TYPES = (23, 24, 25, 26, 27, 28)  # BPF_TRACE_RAW_TP and so on: by
 _MAP_FLAGS = {1 << 0: "no_prealloc", 1 << 7: "rdonly_prog", 1 << 9: "clone", 1 << 10: "mmapable"}
 _INSTRUCTION_BYTES = 8
 _SHORT_LOG_BYTES = 4096
+_LOG_INSTRUCTIONS = 1  # BPF_LOG_LEVEL1
 _LOG_FIGURES = 4  # BPF_LOG_STATS: figures and errors
-_LOG_BYTES = 1 << 14
 FIGURES = ("verification time", "stack depth", "processed ", "insns processed")
 """How lines of a verifier's log begin that are no errors."""
 
@@ -479,15 +479,17 @@ class Program:
         """Load this program with the object, or leave it out."""
         _check(_library().bpf_program__set_autoload(self._handle, wanted))
 
-    def keep_log(self) -> None:
+    def keep_log(self, *, instructions: bool = False) -> None:
         """Keep what the verifier says when it is loaded: its figures, and why it is refused.
 
-        Without each instruction, which may take megabytes; a program of which the kernel says more
-        than there is room for is refused for that, and why else nobody would know.
+        With `instructions`, each that it looks at: libbpf finds by them what could not be
+        relocated. They may take megabytes, and a program of which the kernel says more than there
+        is room for is refused for that alone (ENOSPC).
         """
-        _check(_library().bpf_program__set_log_level(self._handle, _LOG_FIGURES))
-        self._log = ctypes.create_string_buffer(_LOG_BYTES)
-        _check(_library().bpf_program__set_log_buf(self._handle, self._log, _LOG_BYTES))
+        level, room = (_LOG_INSTRUCTIONS, 1 << 20) if instructions else (_LOG_FIGURES, 1 << 14)
+        _check(_library().bpf_program__set_log_level(self._handle, level))
+        self._log = ctypes.create_string_buffer(room)
+        _check(_library().bpf_program__set_log_buf(self._handle, self._log, room))
 
     @property
     def log(self) -> str:

@@ -66,6 +66,8 @@ NO_CGROUPS = "no hierarchy of cgroups of version 2 is mounted, or only a contain
 _LOOKS = 10  # for two lists of interfaces that agree
 _AT_A_RATE = "perf_event"
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
+_UNRESOLVED = re.compile(r"invalid func unknown#(?:195896080|200\d{7})$", re.MULTILINE)
+"""What the verifier says of what libbpf could not relocate, or of a map that was not made."""
 _VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
 ATTACHED, FAILED, SPARE, LOADED = "attached", "failed", "spare", "loaded"
@@ -161,7 +163,11 @@ class _AtInterface(NamedTuple):
 
 
 class _Sensor:
-    """A loaded sensor. Several objects, if not all of its programs load together."""
+    """A loaded sensor.
+
+    Several objects, if its programs load alone and not together, or one was loaded when another
+    could not be attached.
+    """
 
     def __init__(self, info: SensorInfo, options: Mapping[str, int], targets: Targets) -> None:
         self.info = info
@@ -637,7 +643,7 @@ class Loader:
         return ""
 
     def _load_together(self, made: _Sensor) -> None:
-        """All at once, with the best way to each hook; if that fails, one by one."""
+        """All at once, with the best way to each hook; if that fails, those that load alone."""
         best = {hook: attempts[0] for hook, attempts in made.waiting.items()}
         if not best:
             return
@@ -708,6 +714,19 @@ class Loader:
 
         Raises OSError, with the verifier's log for a single one.
         """
+        try:
+            return self._load_only(made, names, function)
+        except _LoadError as error:
+            if not _UNRESOLVED.search(error.log):
+                raise
+            try:
+                return self._load_only(made, names, function, instructions=True)
+            except _LoadError as explained:
+                raise (error if explained.errno == errno.ENOSPC else explained) from None
+
+    def _load_only(
+        self, made: _Sensor, names: Collection[str], function: str, *, instructions: bool = False
+    ) -> Object:
         opened = self._open(made.info.name)
         log = next(iter(names)) if len(names) == 1 else None
         try:
@@ -717,7 +736,7 @@ class Loader:
                 if program.name in names and _is_copied(made.info, program):
                     program.set_function(function or self._typed_functions(made)[0])
             if log:
-                opened.programs[log].keep_log()
+                opened.programs[log].keep_log(instructions=instructions)
             opened.load()
         except OSError as error:
             text = opened.programs[log].log if log else ""

@@ -266,9 +266,9 @@ class Helper:
     def _attach(self, sensor: str) -> Iterator[Answer]:
         self._check_loaded(sensor)
         attached = self._loader.attach(sensor)
-        trim()  # what does not attach is loaded another way
         result = {"programs": listed(attached.programs), "attached": list(attached.descriptors)}
         yield Answer(result, list(attached.descriptors.values()))
+        trim()  # of what did not attach another way was loaded
 
     def _run(self, sensor: str) -> Iterator[Answer]:
         self._check_loaded(sensor)

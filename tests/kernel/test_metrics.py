@@ -340,22 +340,19 @@ def test_hostile_clients_cost_a_bounded_part(scope: Scope, tmp_path: Path, port:
         peers: list[socket.socket] = []
         most_open = 0
         end = begun + seconds(5)
-        with (
-            many_descriptors(),
-            ThreadPoolExecutor(1) as scraper,
-            scope.start(run_programs, EXECS),
-        ):
-            answered = scraper.submit(scrape_until, port, end)
-            while time.monotonic() < end:
-                peers += [connect(port) for _ in range(repetitions(40, 4))]
-                for number, peer in enumerate(peers[-400:]):
-                    with suppress(OSError):
-                        peer.send(HOSTILE[number % len(HOSTILE)])
-                most_open = max(most_open, descriptors(agent.pid))
-                time.sleep(0.05)
-        used = cpu_seconds(agent.pid) - cpu
-        for peer in peers:
-            peer.close()
+        with many_descriptors():
+            with ThreadPoolExecutor(1) as scraper, scope.start(run_programs, EXECS):
+                answered = scraper.submit(scrape_until, port, end)
+                while time.monotonic() < end:
+                    peers += [connect(port) for _ in range(repetitions(40, 4))]
+                    for number, peer in enumerate(peers[-400:]):
+                        with suppress(OSError):
+                            peer.send(HOSTILE[number % len(HOSTILE)])
+                    most_open = max(most_open, descriptors(agent.pid))
+                    time.sleep(0.05)
+            used = cpu_seconds(agent.pid) - cpu
+            for peer in peers:
+                peer.close()
         assert len(peers) > 1000
         # One more has just been taken when the oldest is closed for it.
         assert most_open - open_before <= 16 + 1

@@ -171,6 +171,24 @@ int broken(void *ctx)
 }
 """
 
+STRANGE = """
+#include "core/core.bpf.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+struct task_struct___strange {
+	__u64 no_such_field;
+} __attribute__((preserve_access_index));
+
+SEC("raw_tp/sys_enter") EMITS("process.exit")
+int strange(void *ctx)
+{
+	struct task_struct___strange *task = (void *)bpf_get_current_task();
+
+	return BPF_CORE_READ(task, no_such_field);
+}
+"""
+
 
 FAULTS = """
 #include "core/core.bpf.h"
@@ -313,9 +331,9 @@ INTERRUPTED = f"{ADDED}#ifdef INTERRUPTED\n\t\tINTERRUPTED(seq);\n#endif\n"
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The core, and sensors of this test: `ways`, `broken`, `faults`, `places` and `numbers`."""
+    """The core, and sensors of this test: `ways`, `broken`, `strange`, and so on."""
     more = {"ways.bpf.c": WAYS.read_text(), "places.bpf.c": PLACES, "numbers.bpf.c": NUMBERS}
-    more |= {"broken.bpf.c": BROKEN, "faults.bpf.c": FAULTS}
+    more |= {"broken.bpf.c": BROKEN, "strange.bpf.c": STRANGE, "faults.bpf.c": FAULTS}
     changes = {"core/core.bpf.h": (ADDED, INTERRUPTED)}
     return Variant(tmp_path_factory.mktemp("ways") / "variant", changes, ("core",), more).objects
 
@@ -578,6 +596,17 @@ def test_a_sensor_that_does_not_load_leaves_the_others_alone(objects: Path) -> N
     ways.loader.close()
     assert ran == WITHOUT_OPTIONS
     assert ways.maps() == {}
+
+
+def test_a_field_that_this_kernel_does_not_have_is_named(objects: Path) -> None:
+    ways = Ways(objects)
+    (state,) = ways.loader.load("strange", {}).programs
+    ways.loader.close()
+    assert re.fullmatch(
+        r"strange does not load: Invalid argument: .*"
+        r"struct task_struct___strange\.no_such_field\b.*",
+        state.reason,
+    )
 
 
 def test_sensors_that_are_not_there(objects: Path) -> None:

@@ -58,6 +58,9 @@ def refusal(code: int) -> OSError:
     return OSError(code, os.strerror(code))
 
 
+UNRESOLVED = "invalid func unknown#"
+
+
 IDENTITY = struct.pack("<20I", 7, 8, 9, 2, 11, 12, *[0] * 14)
 """Of an agent whose first process has two children beside the one that loads."""
 
@@ -72,6 +75,9 @@ class Kernel:
         self.does_not_load: set[str] = set()
         self.loads_at_once = len(SECTIONS)
         self.does_not_attach: set[str] = set()
+        self.says: dict[bool, str] = {}  # of a program: with each instruction, or without
+        self.logs: list[bool] = []
+        self.logs_are_long = False
         self.functions_load = False
         self.core_error: OSError | None = None
         self.open: list[FakeObject] = []
@@ -128,13 +134,16 @@ class FakeProgram:
         self._kernel = kernel
         self.name, self.section, self.fd = name, section, next(kernel.fds)
         self.wanted = True
+        self.closed = False
         self.log = ""
 
     def autoload(self, wanted: bool) -> None:
         self.wanted = wanted
 
-    def keep_log(self) -> None:
-        self.log = "R1 invalid\nprocessed 3 insns"
+    def keep_log(self, *, instructions: bool) -> None:
+        self._kernel.logs.append(instructions)
+        said = self._kernel.says.get(instructions, "R1 invalid")
+        self.log = f"{said}\nprocessed 3 insns"
 
     def run(self, repeat: int = 0) -> int:
         if self.name == "learn_registers":
@@ -143,6 +152,7 @@ class FakeProgram:
         return repeat
 
     def attach(self) -> FakeLink:
+        assert not self.closed
         if self.name in self._kernel.does_not_attach:
             raise refusal(errno.ENOENT)
         return FakeLink(self._kernel, self.name)
@@ -171,12 +181,15 @@ class FakeObject:
             if "try_function" in wanted and not self._kernel.functions_load:
                 raise refusal(errno.EPERM)
         if wanted & self._kernel.does_not_load:
-            raise refusal(errno.EINVAL)
+            too_long = self._kernel.logs_are_long and self._kernel.logs[-1:] == [True]
+            raise refusal(errno.ENOSPC if too_long else errno.EINVAL)
         if self.sensor != "core" and len(wanted) > self._kernel.loads_at_once:
             raise refusal(errno.ENOMEM)
 
     def close(self) -> None:
         self._kernel.open.remove(self)
+        for program in self.programs.values():
+            program.closed = True
 
 
 @pytest.fixture
@@ -253,8 +266,31 @@ def test_a_way_that_does_not_load_makes_way_for_the_next(kernel: Kernel) -> None
     }
     assert found["fast"].reason == "fast does not load: Invalid argument: R1 invalid"
     assert [one.sensor for one in kernel.open] == ["core", "thing"]
-    made.attach("thing")
+    (_, together) = kernel.open
+    given = made.attach("thing").descriptors
+    assert given == {name: together.programs[name].fd for name in ("slow", "other")}
     assert sorted(kernel.attached) == ["other", "slow"]
+
+
+@pytest.mark.parametrize(
+    ("said", "too_long", "words", "logs"),
+    [
+        ("invalid func unknown#158", False, "Invalid argument: invalid func unknown#158", [False]),
+        (f"{UNRESOLVED}195896080", False, "Invalid argument: no such field", [False, True]),
+        (f"{UNRESOLVED}2001000003", False, "Invalid argument: no such field", [False, True]),
+        (f"{UNRESOLVED}195896080", True, f"Invalid argument: {UNRESOLVED}195896080", [False, True]),
+    ],
+)
+def test_libbpf_explains_what_it_could_not_resolve(
+    kernel: Kernel, said: str, too_long: bool, words: str, logs: list[bool]
+) -> None:
+    """With each instruction before it, unless the kernel has no room for all of them."""
+    kernel.does_not_load = {"other"}
+    kernel.says = {False: said, True: "no such field"}
+    kernel.logs_are_long = too_long
+    found = {p.name: p for p in loaded(kernel).load("thing", {}).programs}
+    assert found["other"].reason == f"other does not load: {words}"
+    assert kernel.logs == [False, *logs]  # of the other hook first
 
 
 def test_programs_that_load_one_by_one_alone(kernel: Kernel) -> None:
