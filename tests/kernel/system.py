@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from streamer.kernel.perf_event import CLOCK, CYCLES, open_sampling
+
 AT_FDCWD = -100
 OPEN = {"x86_64": 2}.get(platform.machine())  # newer architectures do without
 OPENAT = {"x86_64": 257, "aarch64": 56}[platform.machine()]
@@ -55,6 +57,15 @@ def kernel_is(major: int, minor: int) -> bool:
 def preempts_tracepoints() -> bool:
     """Whether programs at raw tracepoints can be preempted here: from 7.0 on."""
     return kernel_knows("tracepoint_srcu_srcu_data") and not kernel_knows("srcu_free_old_probes")
+
+
+def sampled_by() -> str:
+    """The way at which a sampling program is attached: cycles, on a machine that has them."""
+    try:
+        os.close(open_sampling(min(os.sched_getaffinity(0)), 1, CYCLES))
+    except OSError:
+        return f"perf_event {CLOCK}"
+    return f"perf_event {CYCLES}"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -21,12 +22,14 @@ from xml.etree import ElementTree
 import pytest
 
 from streamer.events.summaries import ProfileSample
+from streamer.kernel.perf_event import CYCLES
 from streamer.profiles.speedscope import SCHEMA
 from tests.conftest import Require
 from tests.kernel.agent import ROOT, Agent, Recording
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.silent_files import SilentFiles
+from tests.kernel.system import IN_GUEST, sampled_by
 
 pytestmark = pytest.mark.kernel
 
@@ -155,10 +158,27 @@ def test_a_hot_function(scope: Scope, tmp_path: Path, profiled: Path) -> None:
         assert (one.cgroup_id, one.rate_hz) == (scope.id, HZ)
     (program,) = recording.manifest.programs
     assert program.status == "attached"
-    assert program.way in ("perf_event cpu-clock", "perf_event cpu-cycles")
+    assert program.way == sampled_by()
     assert recording.manifest.coverage[KIND].status == "full"
     pids = {one.pid for one in recording.of(KIND)}
     assert not pids & {recording.manifest.agent_pid, agent.pid}
+
+
+@pytest.mark.every_machine
+def test_as_many_samples_as_time_was_used(scope: Scope, tmp_path: Path) -> None:
+    """Also by cycles, where the processor counts them, as the emulated one for arm64 does."""
+    busy = "import time\nwhile time.process_time() < 3: pass"
+    with observe(tmp_path, scope) as agent:
+        used = scope.act(run, Path(sys.executable), "-c", busy)
+        recording = agent.stop()
+    records = recording.of(KIND)
+    check_periods(records)
+    found = sum(one.count for one in records if one.comm.startswith("python"))
+    check_rate(recording, found, used)
+    (program,) = recording.manifest.programs
+    assert program.way == sampled_by()
+    if IN_GUEST and platform.machine() == "aarch64":
+        assert program.way == f"perf_event {CYCLES}"
 
 
 def test_the_agent_is_left_out(tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ import pytest
 
 from streamer.errors import KernelError
 from streamer.kernel.capabilities import CAP_NET_ADMIN
-from streamer.kernel.loader import OBJECTS, Loader, ProgramState, Targets, online_cpus
+from streamer.kernel.loader import OBJECTS, Loader, ProgramState, Targets
 from streamer.kernel.loading import LoaderLike
-from streamer.kernel.perf_event import CLOCK, CYCLES, open_sampling
 from streamer.privilege.client import RemoteLoader
 from streamer.privilege.split import start_helper
 from tests.bpf_variant import ROOT
@@ -28,6 +27,7 @@ from tests.kernel.bpf_maps import look_up, possible_cpus
 from tests.kernel.pace import seconds
 from tests.kernel.roles import Role, in_own_network, leave_network
 from tests.kernel.scope import Scope
+from tests.kernel.system import sampled_by
 from tests.kernel.targets_sensor import CATALOGUE, SENSOR
 
 pytestmark = pytest.mark.kernel
@@ -284,15 +284,6 @@ def test_a_cgroup_that_is_not_there(directory: str) -> None:
 
 
 # ---------------------------------------------------------------- a sampling rate
-
-
-def sampled_by() -> str:
-    """The way at which a sampling program is attached: cycles, on a machine that has them."""
-    try:
-        os.close(open_sampling(online_cpus()[0], 1, CYCLES))
-    except OSError:
-        return f"perf_event {CLOCK}"
-    return f"perf_event {CYCLES}"
 
 
 def burn(seconds: float) -> tuple[int, float]:

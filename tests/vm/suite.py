@@ -121,7 +121,7 @@ VARIANTS: dict[str, Variant] = {
 # one is slower by another factor of four: not all of the tests. Nor has it modules of the network.
 _NOT_ARM64 = ("sensors", "headers", "check", "capabilities", "transport", "service", "modules")
 ARM64 = (
-    *("-m", "every_kernel and not kafka and not mqtt"),
+    *("-m", "(every_kernel or every_machine) and not kafka and not mqtt"),
     *(f"--ignore=tests/kernel/test_{name}.py" for name in _NOT_ARM64),
 )
 ARM64_PYTHON = ("env", "PYTHONPATH=.:site")
