@@ -977,6 +977,8 @@ static __always_inline int released(void *ctx, struct sock *sk, const bool typed
 }
 
 #define OF_UDP(...) EMITS("net.udp") NEEDS(WANTED("net.udp") "," __VA_ARGS__)
+/* Of a socket that nobody was seen to send or receive by, a close makes no record. */
+#define CLOSES_UDP(...) COMPLETES("net.udp") NEEDS(WANTED("net.udp") "," __VA_ARGS__)
 #define NO_PEERS LACKS("peers of UDP sockets that are not connected")
 
 #define ON_SEND(name, function, family, typed)                                              \
@@ -1028,7 +1030,7 @@ ON_ANY_RECEIVE(on_any_receive, "tp_btf/sock_recv_length", TYPED)
 ON_ANY_RECEIVE(on_any_receive_untyped, "raw_tp/sock_recv_length", UNTYPED)
 
 #define ON_RELEASE(name, typed)                                                 \
-	SEC("fentry/sk_common_release") HOOK("udp_close") OF_UDP("fentry")   \
+	SEC("fentry/sk_common_release") HOOK("udp_close") CLOSES_UDP("fentry") \
 	DOC("closes of UDP sockets")                                            \
 	int BPF_PROG(name, struct sock *sk)                                     \
 	{                                                                       \
@@ -1039,7 +1041,7 @@ ON_RELEASE(on_release, TYPED)
 ON_RELEASE(on_release_untyped, UNTYPED)
 
 /* The socket itself is the context: its kernel type is not known, and what is kept with it is. */
-SEC("cgroup/sock_release") HOOK("udp_close") OF_UDP("no fentry,cgroup")
+SEC("cgroup/sock_release") HOOK("udp_close") CLOSES_UDP("no fentry,cgroup")
 DOC("closes of UDP sockets")
 int on_cgroup_release(struct bpf_sock *ctx)
 {

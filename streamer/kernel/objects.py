@@ -408,9 +408,9 @@ SENSORS: dict[str, SensorInfo] = {
         ProgramInfo("on_consume_untyped", "udp_receive", ("net.udp",), "datagrams received", ("option:kind.net.udp", "fentry")),
         ProgramInfo("on_any_receive", "udp_receive", ("net.udp",), "datagrams received", ("option:kind.net.udp", "no fentry")),
         ProgramInfo("on_any_receive_untyped", "udp_receive", ("net.udp",), "datagrams received", ("option:kind.net.udp", "no fentry")),
-        ProgramInfo("on_release", "udp_close", ("net.udp",), "closes of UDP sockets", ("option:kind.net.udp", "fentry")),
-        ProgramInfo("on_release_untyped", "udp_close", ("net.udp",), "closes of UDP sockets", ("option:kind.net.udp", "fentry")),
-        ProgramInfo("on_cgroup_release", "udp_close", ("net.udp",), "closes of UDP sockets", ("option:kind.net.udp", "no fentry", "cgroup")),
+        ProgramInfo("on_release", "udp_close", ("net.udp",), "closes of UDP sockets", ("option:kind.net.udp", "fentry"), False),
+        ProgramInfo("on_release_untyped", "udp_close", ("net.udp",), "closes of UDP sockets", ("option:kind.net.udp", "fentry"), False),
+        ProgramInfo("on_cgroup_release", "udp_close", ("net.udp",), "closes of UDP sockets", ("option:kind.net.udp", "no fentry", "cgroup"), False),
     ), (
         MapInfo("agent_peers", "", False, (), common=True),
         MapInfo("bulk", "", True, ()),

@@ -803,6 +803,36 @@ def test_a_scan_of_every_port_with_a_small_table(tmp_path: Path) -> None:
     assert reasons["stop"] <= 64
 
 
+OTHERS = 600
+
+
+def one_after_the_other(near: Near) -> None:
+    """A datagram of each of so many flows, and now and then one of the flow that goes on."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with bound(FAR, near), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as alive:
+        alive.bind((NEAR, 5000))
+        for number in range(OTHERS):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+                one.bind((NEAR, 10_000 + number))
+                one.sendto(b"x", (FAR, PORT))
+            if number % 8 == 0:
+                alive.sendto(b"x", (FAR, PORT))
+
+
+def test_who_is_idle_for_longest_makes_way(tmp_path: Path) -> None:
+    """As nearly as a choice of sixteen slots finds it: nobody who is among the newest third."""
+    table = 64
+    seen = observe(tmp_path, one_after_the_other, config=f"{CONFIG}flows = {table}\n")
+    events = flows_of(seen)
+    assert difference(counts_of(events), seen.witness) == {}
+    evicted = [event.client_port for event in events if event.reason == "evicted"]
+    assert len(evicted) >= OTHERS - table
+    assert 5000 not in evicted
+    # How many came after it: each made room for the next one.
+    age = [table + gone - (port - 10_000) for gone, port in enumerate(evicted)]
+    assert min(age) > table / 3
+
+
 def flood(source: str, to: str, count: int, cpu: int, seed: int) -> None:
     """Packets of a hundred flows, one after the other at random."""
     os.sched_setaffinity(0, {cpu})

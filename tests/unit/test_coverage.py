@@ -78,6 +78,15 @@ def test_a_way_that_is_not_as_good() -> None:
     )
 
 
+def test_closes_without_what_they_end() -> None:
+    """Of a socket, where nobody sees what it sends or receives, there is no record."""
+    counts = {"udp_sendmsg", "udpv6_sendmsg", "udp_send", "udp_receive"}
+    assert coverage_of("net.udp", lambda _, one: one.hook not in counts).status == "missing"
+    status = coverage_of("net.udp", lambda _, one: one.hook in counts)
+    assert status.status == "partial"
+    assert "so closes of UDP sockets are not observed" in status.reason
+
+
 def test_what_another_sensor_keeps() -> None:
     """Without it the events are there, and nobody knows whose they are."""
     lost = {"sock_state", "sock_state_twin", "accept", "accept4"}
