@@ -97,7 +97,7 @@ struct flow_state {
 	__u8 ended;
 	__u8 accepted; /* the server's SYN and ACK were seen */
 	__u8 owner_known;
-	__u8 owner_tries; /* packets at which it was looked for */
+	__u8 owner_tries; /* packets that left while it was not known: see OWNER_TRIES */
 	__u8 owner_is_agent;
 	__u8 owner_admitted;
 	__u8 pad;
@@ -953,8 +953,20 @@ __noinline int make_flow(struct __sk_buff *skb)
 	return !failed || failed == -EEXIST;
 }
 
-/* Most flows that pass through have none, and should not pay for it at each packet. */
-#define MOST_TRIES 64
+/* Most flows that pass through have none, and should not pay for it at each packet: it is looked for at the
+ * first so many that leave, and then at one of so many, for who is late to accept. */
+#define OWNER_TRIES 64
+
+static __always_inline bool owner_is_due(const struct flow_state *state, const struct packet *packet)
+{
+	return packet->out && !state->owner_known &&
+	       (state->owner_tries < OWNER_TRIES || !(state->owner_tries % OWNER_TRIES));
+}
+
+static __always_inline void count_try(struct flow_state *state)
+{
+	state->owner_tries = state->owner_tries == 0xff ? OWNER_TRIES : state->owner_tries + 1;
+}
 
 enum counted {
 	NOT_HERE = 0, /* the index is of yesterday */
@@ -970,7 +982,7 @@ static __always_inline enum counted count_in(struct flow *flow, const struct pac
 	enum counted result = NOT_HERE;
 	struct flow_state *state = &flow->state;
 
-	if (packet->out && !state->owner_known && state->owner_tries < MOST_TRIES)
+	if (owner_is_due(state, packet))
 		owner = owner_of_packet(skb);
 	bpf_spin_lock(&flow->lock);
 	if (state->used && is_same_key(&state->key, &packet->key)) {
@@ -989,8 +1001,8 @@ static __always_inline enum counted count_in(struct flow *flow, const struct pac
 			begin_flow(state, packet);
 		}
 		add_packet(state, packet);
-		if (packet->out && !state->owner_known && state->owner_tries < MOST_TRIES)
-			state->owner_tries++;
+		if (packet->out && !state->owner_known)
+			count_try(state);
 		if (owner) {
 			state->owner = owner->task;
 			state->owner_known = 1;

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -666,6 +667,54 @@ def test_owners_of_local_sockets(tmp_path: Path) -> None:
         assert (name, event.owner_known, event.pid) == (name, True, seen.result[name].pid)
     assert found["connected"].cgroup_id == seen.result["connected"].cgroup
     assert found["accepts"].comm == "accepts"
+
+
+MANY = 200
+
+
+def segments_received(connection: socket.socket) -> int:
+    """As the kernel counts them: tcpi_segs_in of struct tcp_info."""
+    found = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 144)
+    return int.from_bytes(found[140:144], sys.byteorder)
+
+
+def send_until_acknowledged() -> None:
+    """Long before anybody has accepted it; then take in as many bytes, one by one."""
+    with socket.create_connection((NEAR, LISTENS)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while segments_received(connection) < MANY:
+            connection.send(b"?")
+            time.sleep(0.0005)
+        Path(f"/tmp/streamer-flows-{os.getppid()}").touch()
+        while connection.recv(1):
+            pass
+
+
+def accept_late(near: Near) -> int:
+    with socket.create_server((NEAR, LISTENS)) as listener:
+        role = near.there(send_until_acknowledged)
+        wait_for_marker()
+        connection, _ = listener.accept()
+        with connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.recv(1 << 20)
+            for _ in range(MANY):
+                connection.send(b"!")
+                time.sleep(0.0005)  # a packet each
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 20):
+                pass
+        role.result()
+    near.settle()
+    return os.getpid()
+
+
+def test_who_accepts_late_is_the_owner(tmp_path: Path) -> None:
+    """After more packets that nobody owned than are looked at one by one."""
+    seen = observe(tmp_path, accept_late)
+    (event,) = flows_of(seen, LISTENS)
+    assert event.server_packets >= MANY
+    assert (event.owner_known, event.pid) == (True, seen.result)
 
 
 # ---------------------------------------------------------------- records
