@@ -11,9 +11,11 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +25,10 @@ from typing import Any
 
 import pytest
 
+from streamer.events.kinds import KINDS
 from tests.addresses import in_lines, in_text
 from tests.conftest import Require
+from tests.kernel import dns
 from tests.kernel.agent import ROOT, Agent
 from tests.kernel.bpf_maps import maps_of
 from tests.kernel.hostile import attach, read_memory, seize, system_call
@@ -221,6 +225,16 @@ def every_kind(directory: str) -> None:
         "u.sendto(b'x',u.getsockname());u.recv(1)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+    time.sleep(0.05)
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as resolver,
+    ):
+        client.sendto(b"x", ("127.0.0.77", 9))  # where nobody listens
+        resolver.bind(("127.0.0.77", dns.PORT))
+        client.sendto(dns.query(1, dns.question(b"a.test")), resolver.getsockname())
+        asked, who = resolver.recvfrom(512)
+        resolver.sendto(dns.response(asked), who)
 
 
 @contextmanager
@@ -240,7 +254,8 @@ def test_no_address_of_the_kernel_is_told(scope: Scope, tmp_path: Path) -> None:
     config = 'log_level = "debug"\nsummary_seconds = 1\nheartbeat_seconds = 1\n'
     config += '[kernel]\nsyscalls = ["*", "read", "nanosleep", "mmap"]\nsyscall_cgroups = 64\n'
     config += "syscall_slow_ms = 1\nopen_latency = true\nprofile_hz = 199\n"
-    with kptr_restrict("0"), Agent(tmp_path, *scope.options, config=config) as agent:
+    options = (*scope.options, "--interface", "lo")
+    with kptr_restrict("0"), Agent(tmp_path, *options, events="*", config=config) as agent:
         with scope.start(every_kind, str(tmp_path)) as actor:
             actor.reached()
             actor.proceed()
@@ -253,8 +268,8 @@ def test_no_address_of_the_kernel_is_told(scope: Scope, tmp_path: Path) -> None:
             check=False,
         )
     kinds = {str(type(event).__struct_config__.tag) for event in recording.all}
-    assert kinds >= {"process.exec", "file.open", "net.connect", "net.udp", "stream.manifest"}
-    assert kinds >= {"syscall.latency", "profile.sample", "stream.heartbeat"}
+    # Those of `net.retransmit` are looked through where some are made: test_tracepoint_net.py.
+    assert kinds >= set(KINDS) - {"net.retransmit"} | {"stream.manifest", "stream.heartbeat"}
     assert any(
         "[kernel]`" in frame for one in recording.of("profile.sample") for frame in one.frames
     )

@@ -585,13 +585,21 @@ def test_calls_of_x32_programs_are_those_of_64_bits(scope: Scope, require_kernel
     assert (found["getppid"].count, found["getppid"].errors) == (50, failed)
 
 
+def fail(count: int) -> None:
+    for _ in range(count):
+        assert call("sched_rr_get_interval", -1, None)[1]
+
+
 def test_counts_by_cgroup(cgroups: Path) -> None:
     with Scope(cgroups) as one, Scope(cgroups) as other:
         settings = Settings(filters=Filters(cgroups=(one.id, other.id)))
-        with Timing(None, "getppid", "umask", settings=settings, syscall_cgroups=1024) as timing:
+        names = ("getppid", "sched_rr_get_interval", "nanosleep")
+        asked = 40_000_000, 5_000_000
+        with Timing(None, *names, settings=settings, syscall_cgroups=1024) as timing:
             one.act(repeat, "getppid", 30)
             other.act(repeat, "getppid", 12)
-            other.act(repeat, "umask", 5)
+            other.act(fail, 5)
+            took = one.act(nanosleep, asked[0]), other.act(nanosleep, asked[1])
             first = timing.collect()
             one.act(repeat, "getppid", 8)
             second = timing.collect()
@@ -601,10 +609,19 @@ def test_counts_by_cgroup(cgroups: Path) -> None:
         ("getppid", 0): 42,
         ("getppid", ids[0]): 30,
         ("getppid", ids[1]): 12,
-        ("umask", 0): 5,
-        ("umask", ids[1]): 5,
+        ("sched_rr_get_interval", 0): 5,
+        ("sched_rr_get_interval", ids[1]): 5,
+        ("nanosleep", 0): 2,
+        ("nanosleep", ids[0]): 1,
+        ("nanosleep", ids[1]): 1,
     }
     assert all(sum(one.buckets) == one.count and one.max_ns for one in (*first, *second))
+    for record in first:
+        failing = record.syscall == "sched_rr_get_interval"
+        assert record.errors == record.errors_total == (record.count if failing else 0)
+        if record.syscall == "nanosleep" and record.cgroup_id:
+            which = ids.index(record.cgroup_id)
+            check_durations(record, [asked[which]], [took[which]])
     found = [(r.syscall, r.cgroup_id, r.count, r.count_total) for r in second]
     assert found == [("getppid", 0, 8, 50), ("getppid", ids[0], 8, 38)]
     assert {r.cgroups_evicted for r in (*first, *second)} == {0}

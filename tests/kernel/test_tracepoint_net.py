@@ -26,6 +26,7 @@ import pytest
 from streamer.config.settings import Kernel, Settings
 from streamer.kernel.libbpf import names_of_enum
 from streamer.kernel.objects import CONTRACT
+from tests.addresses import in_lines
 from tests.bpf_variant import Change, Variant
 from tests.conftest import Require
 from tests.kernel.agent import Agent, Recording
@@ -375,6 +376,7 @@ def test_every_retransmission(scope: Scope, tmp_path: Path, require: Require) ->
         done: Retransmitted = scope.act(in_own_network, retransmit)
         recording = agent.stop()
         shown = ended()
+    assert not in_lines(agent.output.read_bytes())
     events = recording.of("net.retransmit")
     assert sum(event.segments for event in events) == done.segments == done.shown
     assert f"@: {len(events)}\n" in shown
