@@ -954,7 +954,8 @@ __noinline int make_flow(struct __sk_buff *skb)
 }
 
 /* Most flows that pass through have none, and should not pay for it at each packet: it is looked for at the
- * first so many that leave, and then at one of so many, for who is late to accept. */
+ * first so many that leave, and then at one of so many, for who is late to accept. Two CPUs can count past
+ * that one, and the next is looked at. */
 #define OWNER_TRIES 64
 
 static __always_inline bool owner_is_due(const struct flow_state *state, const struct packet *packet)

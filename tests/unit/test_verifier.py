@@ -111,6 +111,8 @@ def test_what_has_grown_is_told_until_it_is_on_the_page() -> None:
     assert told == "6.12: on_open_exit is new: (2506, 185, 40)"
     failed = msgspec.structs.replace(LOADED, outcome="Invalid argument")
     assert growth({"6.12": [failed]}, page) == []
+    failed = msgspec.structs.replace(failed, insns=0, states=0, stack=0)
+    assert growth({"5.10": [failed]}, page) == ["5.10: on_open_exit does not load any more"]
     small = msgspec.structs.replace(LOADED, insns=6, states=0, stack=32)
     page = "\n".join(table({"5.10": [small]}))
     assert growth({"5.10": [msgspec.structs.replace(small, insns=16, states=2)]}, page) == []

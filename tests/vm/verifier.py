@@ -270,9 +270,16 @@ def figures_in(page: str) -> dict[tuple[str, str], tuple[int, int, int]]:
 
 
 def growth(by_kernel: Mapping[str, list[Row]], page: str) -> list[str]:
-    """What has grown from what the page says, or is not there."""
+    """What has grown from what the page says, is not there, or does not load any more."""
     known = figures_in(page)
-    found = []
+    loads = {
+        (kernel, one.program) for kernel in by_kernel for one in by_kernel[kernel] if one.insns
+    }
+    found = [
+        f"{kernel}: {program} does not load any more"
+        for kernel, program in known
+        if kernel in by_kernel and (kernel, program) not in loads
+    ]
     for kernel, there in by_kernel.items():
         for one in there:
             if one.outcome != "loads":
