@@ -27,7 +27,7 @@ _WORD = 8
 _BEFORE, _BEHIND = 128, 384  # of a struct mount, from the struct vfsmount in it
 _NAMESPACE_BYTES = 1024
 _MULTIPATH_BYTES = 2560  # of a struct mptcp_sock
-_KERNEL = 1 << 63  # addresses from here on are its own
+_KERNEL, _LAST = 1 << 63, (1 << 64) - 1  # addresses from here on are its own; the last one
 _MOST_NAME = 64
 # Of the kernel's own making: to look at one cannot hang.
 _HARMLESS = ("proc", "sysfs", "tmpfs", "devtmpfs", "devpts", "cgroup2", "mqueue", "bpf", "tracefs")
@@ -75,6 +75,8 @@ def _reader(opened: Object) -> tuple[Peek, Task]:
     table, program = opened.maps[PEEKED], opened.programs[PEEK]
 
     def look(address: int) -> bytes:
+        if not 0 <= address <= _LAST:  # a word that is no address, and an offset
+            raise Unfit(f"no memory is at {address:#x}")
         table.update(bytes(4), address.to_bytes(8, "little").ljust(table.value_size, b"\0"))
         if program.run():
             raise Unfit(f"the kernel's memory cannot be read at {address:#x}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from streamer.kernel import types
+from streamer.kernel import measured, types
 from streamer.kernel.btf import Btf, Type
 from streamer.kernel.loader import OBJECTS, Loader
 from tests.conftest import SET_UP, Require
@@ -111,6 +111,15 @@ def test_every_relocation_is_the_same(made_file: Path) -> None:
         assert found == right, path.name
         compared += sum(map(len, found.values()))
     assert compared > 10_000
+
+
+def test_words_that_are_no_addresses() -> None:
+    """Such as those of padding, and of flags, which are looked behind as any other."""
+    with measured.memory(f"{OBJECTS}/{types.WITHOUT_BTF}/core.bpf.o", str(BTF)) as (peek, task):
+        assert len(peek(task.address)) > 0
+        for address in (-8, 1, (1 << 64) - 1, 1 << 64, (1 << 64) + 32):
+            with pytest.raises(measured.Unfit):
+                peek(address)
 
 
 def _kind(name: str) -> int:
