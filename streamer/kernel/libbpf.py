@@ -479,14 +479,15 @@ class Program:
         """Load this program with the object, or leave it out."""
         _check(_library().bpf_program__set_autoload(self._handle, wanted))
 
-    def keep_log(self, *, instructions: bool = False) -> None:
+    def keep_log(self, *, instructions: bool = False, room: int = 1 << 14) -> None:
         """Keep what the verifier says when it is loaded: its figures, and why it is refused.
 
         With `instructions`, each that it looks at: libbpf finds by them what could not be
         relocated. They may take megabytes, and a program of which the kernel says more than there
-        is room for is refused for that alone (ENOSPC).
+        is room for, in bytes, is refused for that alone (ENOSPC). Before 7.x that may be what it
+        says meanwhile, and takes back.
         """
-        level, room = (_LOG_INSTRUCTIONS, 1 << 20) if instructions else (_LOG_FIGURES, 1 << 14)
+        level = _LOG_INSTRUCTIONS if instructions else _LOG_FIGURES
         _check(_library().bpf_program__set_log_level(self._handle, level))
         self._log = ctypes.create_string_buffer(room)
         _check(_library().bpf_program__set_log_buf(self._handle, self._log, room))

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from streamer.config.settings import Kernel, Rings, Settings
 from streamer.errors import KernelError
 from streamer.events.kinds import KINDS
 from streamer.kernel.btf import Btf
-from streamer.kernel.loader import Attached, Loader, ProgramState, last_possible_cpu
+from streamer.kernel.loader import Attached, Loader, ProgramState, _Sensor, last_possible_cpu
 from streamer.kernel.misses import missed_runs
 from streamer.kernel.objects import KIND_END, SENSORS
 from streamer.kernel.tags import SensorInfo
@@ -35,6 +36,7 @@ from tests.kernel.live import Live
 from tests.kernel.pace import seconds
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import kernel_knows, open_missing, preempts_tracepoints
+from tests.vm.verifier import OPTIONS, RINGS, TARGETS
 from tools.gen.sensors import read_sensor
 
 pytestmark = pytest.mark.kernel
@@ -596,6 +598,17 @@ def test_a_sensor_that_does_not_load_leaves_the_others_alone(objects: Path) -> N
     ways.loader.close()
     assert ran == WITHOUT_OPTIONS
     assert ways.maps() == {}
+
+
+def test_a_program_is_not_refused_for_what_is_said_of_it() -> None:
+    """Alone, its log is kept, for which the kernel wants more room than it needs in the end."""
+    loader = Loader()
+    loader.load_core(RINGS, None)
+    made = _Sensor(SENSORS["net_dns"], OPTIONS | loader._own_options(), TARGETS)
+    for info in SENSORS["net_dns"].programs:
+        with closing(loader._try_load(made, [info.name])) as alone:
+            assert alone.programs[info.name].fd >= 0
+    loader.close()
 
 
 def test_a_field_that_this_kernel_does_not_have_is_named(objects: Path) -> None:

@@ -54,6 +54,7 @@ _PROCESSED = re.compile(
 )
 _STACK = re.compile(r"stack depth ([\d+]+)")
 STACK = LIMIT * 7 // 8
+LOG_BYTES = 1 << 24
 """The most bytes that a chain of calls of a program may take."""
 GROWTH, FEW = 1.1, 10
 """What a kernel's other version may make of a figure, or add; more is the programs' doing."""
@@ -125,7 +126,7 @@ def row(loader: Loader, made: _Sensor, info: ProgramInfo) -> Row:
             one.autoload(one.name == info.name)
         if _is_copied(made.info, program):
             program.set_function(loader._typed_functions(made)[0])
-        program.keep_log()
+        program.keep_log(room=LOG_BYTES)
         try:
             with told_by_libbpf() as of_loading:
                 opened.load()
