@@ -16,7 +16,8 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from streamer.errors import KernelError
 from streamer.kernel import bulk_rings, capabilities, obstacles, types
@@ -68,8 +69,6 @@ _AT_A_RATE = "perf_event"
 _OPTION_SECTION, _CONSTANTS = ".rodata.", ".rodata"
 _UNRESOLVED = re.compile(r"invalid func unknown#(?:195896080|200\d{7})$", re.MULTILINE)
 """What the verifier says of what libbpf could not relocate, or of a map that was not made."""
-_FIGURES: Mapping[str, Any] = {}
-_INSTRUCTIONS: Mapping[str, Any] = {"instructions": True, "room": 1 << 20}
 _VARIABLES = ".bss"  # there are none but those that keep types in the BTF, which no program uses
 
 ATTACHED, FAILED, SPARE, LOADED = "attached", "failed", "spare", "loaded"
@@ -717,31 +716,36 @@ class Loader:
         Raises OSError, with the verifier's log for a single one.
         """
         try:
-            return self._load_only(made, names, function, _FIGURES)
+            return self._load_only(made, names, function, Program.keep_log)
         except _LoadError as error:
-            if error.errno == errno.ENOSPC:  # it may be the log that has none
+            if error.errno == errno.ENOSPC and len(names) == 1:  # it may be the log that has none
                 return self._load_only(made, names, function, None)
             if not _UNRESOLVED.search(error.log):
                 raise
             try:
-                return self._load_only(made, names, function, _INSTRUCTIONS)
+                instructions = partial(Program.keep_log, instructions=True, room=1 << 20)
+                return self._load_only(made, names, function, instructions)
             except _LoadError as explained:
                 raise (error if explained.errno == errno.ENOSPC else explained) from None
 
     def _load_only(
-        self, made: _Sensor, names: Collection[str], function: str, kept: Mapping[str, Any] | None
+        self,
+        made: _Sensor,
+        names: Collection[str],
+        function: str,
+        keep_log: Callable[[Program], None] | None,
     ) -> Object:
-        """`kept`: what to keep of the log of a single one, as of `Program.keep_log`."""
+        """`keep_log` is how, of a single one, unless it is None."""
         opened = self._open(made.info.name)
-        log = next(iter(names)) if len(names) == 1 and kept is not None else None
+        log = next(iter(names)) if len(names) == 1 else None
         try:
             self._prepare_maps(made, opened)
             for program in opened.programs.values():
                 program.autoload(program.name in names)
                 if program.name in names and _is_copied(made.info, program):
                     program.set_function(function or self._typed_functions(made)[0])
-            if log:
-                opened.programs[log].keep_log(**(kept or {}))
+            if log and keep_log:
+                keep_log(opened.programs[log])
             opened.load()
         except OSError as error:
             text = opened.programs[log].log if log else ""

@@ -54,8 +54,8 @@ _PROCESSED = re.compile(
 )
 _STACK = re.compile(r"stack depth ([\d+]+)")
 STACK = LIMIT * 7 // 8
-LOG_BYTES = 1 << 24
 """The most bytes that a chain of calls of a program may take."""
+LOG_BYTES = 1 << 24
 GROWTH, FEW = 1.1, 10
 """What a kernel's other version may make of a figure, or add; more is the programs' doing."""
 UNUSED = frozenset({"on_sock_state_alone"})
