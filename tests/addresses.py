@@ -39,9 +39,10 @@ def in_text(text: str) -> list[str]:
     return [found for found in _TEXT.findall(text) if is_address(int(found, 16))]
 
 
-def in_lines(lines: bytes) -> list[str]:
-    """The same in JSON, a value a line."""
-    return [found for line in lines.splitlines() for found in in_value(json.loads(line))]
+def in_lines(lines: bytes, run: str) -> list[str]:
+    """The same in JSON, a value a line, but for the run's id: it may begin like an address."""
+    rest = lines.replace(run.encode(), b"")
+    return [found for line in rest.splitlines() for found in in_value(json.loads(line))]
 
 
 def in_record(record: bytes) -> list[int]:

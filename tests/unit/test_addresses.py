@@ -15,7 +15,8 @@ DIRECT = 0xFF11000100000040
 def test_an_address_would_be_found(address: int) -> None:
     assert list(in_value({"a": [{"b": address}]}))
     assert list(in_value({"a": address - (1 << 64)}))
-    assert in_lines(b'{"a":"at %x"}' % address)
+    assert in_lines(b'{"a":"at %x"}' % address, "ff00112233445566")
+    assert not in_lines(b'{"a":"ff00112233445566-1"}', "ff00112233445566")
     assert in_text(f"symbol at 0x{address:x} of it")
     assert in_record(bytes(8) + address.to_bytes(8, "little"))
 
