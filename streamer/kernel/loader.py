@@ -16,7 +16,6 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import NamedTuple
 
 from streamer.errors import KernelError
@@ -716,15 +715,14 @@ class Loader:
         Raises OSError, with the verifier's log for a single one.
         """
         try:
-            return self._load_only(made, names, function, Program.keep_log)
+            return self._load_only(made, names, function, _keep_figures)
         except _LoadError as error:
             if error.errno == errno.ENOSPC and len(names) == 1:  # it may be the log that has none
                 return self._load_only(made, names, function, None)
             if not _UNRESOLVED.search(error.log):
                 raise
             try:
-                instructions = partial(Program.keep_log, instructions=True, room=1 << 20)
-                return self._load_only(made, names, function, instructions)
+                return self._load_only(made, names, function, _keep_instructions)
             except _LoadError as explained:
                 raise (error if explained.errno == errno.ENOSPC else explained) from None
 
@@ -1070,6 +1068,14 @@ def _core_error(error: OSError) -> KernelError:
     if denied or error.errno == errno.EPERM:
         return KernelError(f"not permitted to load BPF programs: {denied or 'lockdown'}")
     return KernelError(f"the BPF object does not load: {error.strerror}")
+
+
+def _keep_figures(program: Program) -> None:
+    program.keep_log()
+
+
+def _keep_instructions(program: Program) -> None:
+    program.keep_log(instructions=True, room=1 << 20)
 
 
 def _is_copied(info: SensorInfo, program: Program) -> bool:

@@ -78,6 +78,7 @@ class Kernel:
         self.says: dict[bool, str] = {}  # of a program: with each instruction, or without
         self.logs: list[bool] = []
         self.logs_are_long = False
+        self.has_no_room_for_log: set[str] = set()
         self.functions_load = False
         self.core_error: OSError | None = None
         self.open: list[FakeObject] = []
@@ -136,12 +137,14 @@ class FakeProgram:
         self.wanted = True
         self.closed = False
         self.log = ""
+        self.keeps_log = False
 
     def autoload(self, wanted: bool) -> None:
         self.wanted = wanted
 
-    def keep_log(self, *, instructions: bool) -> None:
+    def keep_log(self, *, instructions: bool = False, room: int = 0) -> None:
         self._kernel.logs.append(instructions)
+        self.keeps_log = True
         said = self._kernel.says.get(instructions, "R1 invalid")
         self.log = f"{said}\nprocessed 3 insns"
 
@@ -183,6 +186,8 @@ class FakeObject:
         if wanted & self._kernel.does_not_load:
             too_long = self._kernel.logs_are_long and self._kernel.logs[-1:] == [True]
             raise refusal(errno.ENOSPC if too_long else errno.EINVAL)
+        if any(self.programs[name].keeps_log for name in wanted & self._kernel.has_no_room_for_log):
+            raise refusal(errno.ENOSPC)
         if self.sensor != "core" and len(wanted) > self._kernel.loads_at_once:
             raise refusal(errno.ENOMEM)
 
@@ -291,6 +296,14 @@ def test_libbpf_explains_what_it_could_not_resolve(
     found = {p.name: p for p in loaded(kernel).load("thing", {}).programs}
     assert found["other"].reason == f"other does not load: {words}"
     assert kernel.logs == [False, *logs]  # of the other hook first
+
+
+def test_a_program_is_not_refused_for_what_is_said_of_it(kernel: Kernel) -> None:
+    kernel.loads_at_once = 1
+    kernel.has_no_room_for_log = {"plain"}
+    found = {p.name: p for p in loaded(kernel).load("thing", {}).programs}
+    assert (found["plain"].status, found["other"].status) == ("loaded", "loaded")
+    assert [one.sensor for one in kernel.open] == ["core", "thing", "thing"]
 
 
 def test_programs_that_load_one_by_one_alone(kernel: Kernel) -> None:
