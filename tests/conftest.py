@@ -57,24 +57,27 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 """Which of several processes this is, such as `gw0`; empty in the only one, and in their head."""
 
 
-_OF_BROKERS = frozenset(
+_ASIDE = frozenset(
     f"tests/kernel/test_{name}.py"
     for name in (
-        *("end_to_end", "reload", "secrets", "slow_broker", "spool", "spool_mqtt", "untold"),
-        "verify",
+        *("blocked", "end_to_end", "lifecycle", "loss", "metrics_values", "privilege", "reload"),
+        *("rotation", "secrets", "slow_broker", "spool", "spool_mqtt", "untold", "verify"),
+        "watermarks",
     )
 )
-"""Those of the kernel's tests that mostly wait for brokers, and attach to no interface."""
+"""Those of the kernel's tests that mostly wait, for brokers, files or processes, and neither attach
+to an interface nor count what others do."""
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
     """Which tests keep to one process: others by their file, and the kernel's all to the same, as
-    they share interfaces and CPUs; but those of brokers, which make up a third of their time.
+    they share interfaces and CPUs; but those that can run beside them, so that both processes have
+    about as much to do.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        if file.startswith("tests/kernel/") and file not in _OF_BROKERS:
+        if file.startswith("tests/kernel/") and file not in _ASIDE:
             return "tests/kernel"
         return file
 

@@ -34,9 +34,10 @@ from tests.kernel.bpf_maps import maps_of
 from tests.kernel.live import Live
 from tests.kernel.pace import repetitions, seconds
 from tests.kernel.packets import IPV4, UDP, ethernet, ipv4, udp
-from tests.kernel.roles import Role, in_own_network
+from tests.kernel.roles import Role, in_own_network, netns_inode
 from tests.kernel.scope import Scope, checkpoint
 from tests.kernel.system import kernel_is, many_descriptors
+from tests.kernel.test_net_dns_packets import MESSAGES, answer_behind_others
 from tests.kernel.test_syscalls import Timing
 from tests.kernel.test_tracepoint_net import deafen
 
@@ -308,7 +309,42 @@ def test_more_connects_that_fail_than_are_remembered(scope: Scope, monkeypatch: 
     assert "FAILED_FULL" not in faults
 
 
-# ---------------------------------------------------------------- open_starts, syscall_starts
+# ---------------------------------------------------------------- dns_unfollowed
+
+FOLLOWED_NO_MORE = (b"first.test", b"second.test", b"third.test")
+
+
+def lose_each() -> int:
+    """Several connections to a server, with a query each, are not followed. The network's inode."""
+    for name in FOLLOWED_NO_MORE:
+        answer_behind_others([(name, MESSAGES)])
+    return netns_inode()
+
+
+def test_more_lost_connections_to_dns_servers_than_are_remembered(
+    scope: Scope, monkeypatch: Patch
+) -> None:
+    """Each is counted; of those that were forgotten the query counts as not answered."""
+    give_room(monkeypatch, "net_dns", "dns_unfollowed", 1)
+    with Live(scope, {"net.dns"}, Settings(kernel=Kernel(dns_timeout_seconds=1))) as live:
+        held = {one.name: one.entries for one in live.maps()}
+        live.state.run_timed()
+        netns = scope.act(in_own_network, lose_each)
+        time.sleep(1.1)
+        live.state.run_timed()
+        live.check()
+        events = [one for one in live.events if one.netns == netns]
+        faults = faults_of(live.state)
+    assert held["dns_unfollowed"] == 1
+    assert sorted((one.query, one.state) for one in events) == [
+        ("first.test", "unanswered"),
+        ("second.test", "unanswered"),
+        ("third.test", "unfollowed"),
+    ]
+    assert faults["DNS_UNFOLLOWED"] == len(FOLLOWED_NO_MORE)
+
+
+# ---------------------------------------------------------------- what is kept with a task
 
 TASKS = repetitions(3000, 1000)
 IS_CHARGED = kernel_is(6, 18)
@@ -469,3 +505,38 @@ def test_starts_of_system_calls_without_memory(
         missed = sum(timing.state.missed().values())  # runs that the kernel left out
     assert 0 < timed < TASKS
     assert TASKS - missed <= timed + full <= TASKS
+
+
+EXECS = repetitions(2000, 600)
+
+
+def execute_at_once() -> set[int]:
+    """So many processes, none of which ends before the last one has executed a program. Pids."""
+    read, write = os.pipe()
+    actions = [(os.POSIX_SPAWN_DUP2, read, 0)]
+    pids = {os.posix_spawn("/bin/cat", ["cat"], {}, file_actions=actions) for _ in range(EXECS)}
+    os.close(write)
+    for pid in pids:
+        assert os.waitpid(pid, 0) == (pid, 0)
+    return pids
+
+
+@pytest.mark.usefixtures("as_if_preempted")
+def test_what_is_executed_without_memory(
+    scope: Scope, memory: Memory, require_kernel: Require
+) -> None:
+    """Each exec is told; one of which nothing was kept says that it lacks the interpreter."""
+    require_kernel(IS_CHARGED, CHARGES)
+    memory.enter()
+    with Live(scope, {"process.exec"}) as live:
+        memory.leave()
+        memory.is_used_up()
+        pids = scope.act(execute_at_once)
+        live.check()
+        execs = live.events
+    without = [one for one in execs if one.incomplete]
+    assert {one.pid for one in execs} == pids
+    assert len(execs) == EXECS
+    assert 0 < len(without) < EXECS
+    assert {(one.interp, one.truncated) for one in without} == {("", ("interp",))}
+    assert {(one.filename, one.argc) for one in execs} == {("/bin/cat", 1)}

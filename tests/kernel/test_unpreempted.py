@@ -15,25 +15,13 @@ from streamer.config.settings import Settings
 from streamer.kernel import loader
 from streamer.kernel.loader import OBJECTS, preempts_tracepoints
 from tests.bpf_variant import Variant
-from tests.conftest import Require
-from tests.kernel import system
 from tests.kernel.live import Live
 from tests.kernel.scope import Scope
-from tests.kernel.system import kernel_knows
 
 pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
 
 KINDS = {"process.exec", "process.fork", "process.exit"}
 TIMES = 20
-
-
-@pytest.fixture
-def as_if_preempted(monkeypatch: pytest.MonkeyPatch, require_kernel: Require) -> None:
-    """What is used on 7.0 is used here, too, where the kernel has all that it takes."""
-    there = kernel_knows("btf_trace_sched_prepare_exec") and kernel_knows("bpf_task_from_pid")
-    tells = system.preempts_tracepoints() or not kernel_knows("srcu_free_old_probes")
-    require_kernel(there and tells, "this kernel has raw tracepoints alone for it")
-    monkeypatch.setattr(loader, "variables_of", set)
 
 
 def run_each(script: str) -> list[tuple[int, int]]:
