@@ -65,6 +65,20 @@ static __always_inline void forget(struct sock *sk, const bool typed)
 	forget_in_table(sk);
 }
 
+/* The same, of a connection whose owner resets it: the reset is still to be sent, and to be known for his
+ * (tc_classifier.bpf.c). */
+static __always_inline void forget_all_but_owner(struct sock *sk, const bool typed)
+{
+	struct connection *kept = typed ? bpf_sk_storage_get(&sockets, sk, NULL, 0) : NULL;
+
+	if (kept) {
+		kept->since_boot_ns = kept->listener = 0;
+		kept->direction = DIRECTION_UNKNOWN;
+		kept->missed = kept->state = kept->seen_by = 0;
+	}
+	forget_in_table(sk);
+}
+
 /* With storage: who accepted it is in the table until now, and what the socket had no room for. */
 static __always_inline void take_from_table(struct sock *sk, const bool typed)
 {
@@ -307,17 +321,21 @@ static __always_inline bool is_cut_off(struct sock *sk, int from)
 
 static __always_inline void on_closed(void *ctx, struct sock *sk, int from, const bool typed)
 {
+	bool cut_off = is_cut_off(sk, from);
 	struct connection *known;
 	struct endpoints ends;
 
-	if (is_cut_off(sk, from))
+	if (cut_off)
 		on_closing(sk, typed);
 	known = find(sk, typed);
 	read_endpoints(&ends, sk);
 	if (known && !is_owned(known, sk))
 		known->owner = nothing.owner;
 	emit_close(ctx, known ?: &nothing, sk, &ends);
-	forget(sk, typed);
+	if (cut_off)
+		forget_all_but_owner(sk, typed);
+	else
+		forget(sk, typed);
 	bpf_map_delete_elem(&agent_peers, &ends);
 }
 

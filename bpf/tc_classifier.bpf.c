@@ -97,10 +97,10 @@ struct flow_state {
 	__u8 ended;
 	__u8 accepted; /* the server's SYN and ACK were seen */
 	__u8 owner_known;
-	__u8 owner_tries; /* packets that left while it was not known: see OWNER_TRIES */
+	__u8 out_packets; /* that left: see owner_is_due() */
 	__u8 owner_is_agent;
 	__u8 owner_admitted;
-	__u8 pad;
+	__u8 owner_settled; /* was looked for at what only the owner can have sent */
 };
 
 struct flow {
@@ -953,20 +953,36 @@ __noinline int make_flow(struct __sk_buff *skb)
 	return !failed || failed == -EEXIST;
 }
 
-/* Most flows that pass through have none, and should not pay for it at each packet: it is looked for at the
- * first so many that leave, and then at one of so many, for who is late to accept. Two CPUs can count past
- * that one, and the next is looked at. */
+/* Most flows that pass through have no owner, and should not pay for it at each packet: it is looked for at
+ * the first so many that leave, and then at one of so many, for who is late to accept. Two CPUs can count
+ * past that one, and the next is looked at. */
 #define OWNER_TRIES 64
 
-static __always_inline bool owner_is_due(const struct flow_state *state, const struct packet *packet)
+/* The kernel acknowledges by itself; somebody has to have the socket for all else. */
+static __always_inline bool is_by_owner(const struct packet *packet)
 {
-	return packet->out && !state->owner_known &&
-	       (state->owner_tries < OWNER_TRIES || !(state->owner_tries % OWNER_TRIES));
+	return packet->payload || packet->flags & (TCP_FIN | TCP_RST);
 }
 
-static __always_inline void count_try(struct flow_state *state)
+/* Until accept() returns, the connection that it takes is whose the listener is, which may be another; and
+ * it may not return for long, by where it is told to write the address. So the owner of an inbound one is
+ * looked for again when this end first sends, when it closes, and now and then. */
+static __always_inline bool owner_is_due(const struct flow_state *state, const struct packet *packet)
 {
-	state->owner_tries = state->owner_tries == 0xff ? OWNER_TRIES : state->owner_tries + 1;
+	bool seldom = !(state->out_packets % OWNER_TRIES);
+
+	if (!packet->out)
+		return false;
+	if (!state->owner_known)
+		return state->out_packets < OWNER_TRIES || seldom;
+	if (packet->key.protocol != NEXT_TCP || state->direction != DIRECTION_INBOUND)
+		return false;
+	return seldom || (!state->owner_settled && is_by_owner(packet));
+}
+
+static __always_inline void count_out(struct flow_state *state)
+{
+	state->out_packets = state->out_packets == 0xff ? OWNER_TRIES : state->out_packets + 1;
 }
 
 enum counted {
@@ -996,17 +1012,18 @@ static __always_inline enum counted count_in(struct flow *flow, const struct pac
 			__builtin_memset(state->sides, 0, sizeof(state->sides));
 			state->syn_ns = state->handshake_ns = state->asked_ns = 0;
 			state->fins = state->ended = state->accepted = 0;
-			state->owner_tries = 0;
+			state->out_packets = state->owner_settled = 0;
 			state->owner_known = state->owner_is_agent = state->owner_admitted = 0;
 			__builtin_memset(&state->owner, 0, sizeof(state->owner));
 			begin_flow(state, packet);
 		}
 		add_packet(state, packet);
-		if (packet->out && !state->owner_known)
-			count_try(state);
+		if (packet->out)
+			count_out(state);
 		if (owner) {
 			state->owner = owner->task;
 			state->owner_known = 1;
+			state->owner_settled |= is_by_owner(packet);
 			state->owner_admitted = owner->admitted;
 			state->owner_is_agent = owner->is_agent;
 		}
