@@ -65,17 +65,13 @@ static __always_inline void forget(struct sock *sk, const bool typed)
 	forget_in_table(sk);
 }
 
-/* The same, of a connection whose owner resets it: the reset is still to be sent, and to be known for his
- * (tc_classifier.bpf.c). */
+/* The same, but a reset may still have to be sent, which is the owner's (tc_classifier.bpf.c). */
 static __always_inline void forget_all_but_owner(struct sock *sk, const bool typed)
 {
 	struct connection *kept = typed ? bpf_sk_storage_get(&sockets, sk, NULL, 0) : NULL;
 
-	if (kept) {
-		kept->since_boot_ns = kept->listener = 0;
-		kept->direction = DIRECTION_UNKNOWN;
-		kept->missed = kept->state = kept->seen_by = 0;
-	}
+	if (kept)
+		__builtin_memset(&kept->owner + 1, 0, sizeof(*kept) - sizeof(kept->owner));
 	forget_in_table(sk);
 }
 
@@ -261,8 +257,10 @@ static __always_inline void on_listen(struct sock *sk, const bool typed)
 	if (bpf_map_update_elem(&listeners, &key, &nothing, BPF_ANY))
 		count_fault(FAULT_LISTENERS_FULL);
 	listener = bpf_map_lookup_elem(&listeners, &key);
-	if (!listener)
+	if (!listener) {
+		forget(sk, typed); /* of what the socket was used for before */
 		return;
+	}
 	own(&listener->owner);
 	listener->direction = DIRECTION_INBOUND;
 	listener->listener = key;
@@ -321,21 +319,17 @@ static __always_inline bool is_cut_off(struct sock *sk, int from)
 
 static __always_inline void on_closed(void *ctx, struct sock *sk, int from, const bool typed)
 {
-	bool cut_off = is_cut_off(sk, from);
 	struct connection *known;
 	struct endpoints ends;
 
-	if (cut_off)
+	if (is_cut_off(sk, from))
 		on_closing(sk, typed);
 	known = find(sk, typed);
 	read_endpoints(&ends, sk);
 	if (known && !is_owned(known, sk))
 		known->owner = nothing.owner;
 	emit_close(ctx, known ?: &nothing, sk, &ends);
-	if (cut_off)
-		forget_all_but_owner(sk, typed);
-	else
-		forget(sk, typed);
+	forget_all_but_owner(sk, typed);
 	bpf_map_delete_elem(&agent_peers, &ends);
 }
 

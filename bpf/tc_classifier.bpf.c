@@ -100,7 +100,7 @@ struct flow_state {
 	__u8 out_packets; /* that left: see owner_is_due() */
 	__u8 owner_is_agent;
 	__u8 owner_admitted;
-	__u8 owner_settled; /* was looked for at what only the owner can have sent */
+	__u8 owner_settled; /* it was looked for at what only the owner can have sent */
 };
 
 struct flow {
@@ -224,22 +224,36 @@ ON_ADDRESS(on_udp6_connect, "cgroup/connect6")
 ON_ADDRESS(on_udp_send_to, "cgroup/sendmsg4")
 ON_ADDRESS(on_udp6_send_to, "cgroup/sendmsg6")
 
+/* Whether its owner has closed the connection, and what he has sent before may still have to leave. */
+static __always_inline bool is_closing(struct sock *sk)
+{
+	__u8 state = READ(struct sock, sk, __sk_common.skc_state);
+
+	return state == TCP_FIN_WAIT1 || state == TCP_FIN_WAIT2 || state == TCP_CLOSING ||
+	       state == TCP_LAST_ACK;
+}
+
 /* Of TCP sockets net.bpf.c keeps them. NULL where it is not known (yet): not before somebody has
- * accepted the connection, who may be another than the one who listens. */
-static __always_inline const struct owner *owner_of_tcp(struct bpf_sock *sk, struct sock *address)
+ * accepted the connection, who may be another than the one who listens. `is_nobodys` if somebody has,
+ * and who is not known. */
+static __always_inline const struct owner *owner_of_tcp(struct bpf_sock *sk, struct sock *address,
+							bool *is_nobodys)
 {
 	struct connection *found = find_in_table(address), *kept;
 
-	if (!is_accepted(address))
+	if (!is_accepted(address) && !is_closing(address))
 		return NULL;
-	if (found)
-		return found->owner.known ? &found->owner : NULL;
-	kept = bpf_sk_storage_get(&sockets, sk, NULL, 0);
-	return kept && is_owned(kept, address) ? &kept->owner : NULL;
+	if (found && found->owner.known)
+		return &found->owner;
+	kept = found ? NULL : bpf_sk_storage_get(&sockets, sk, NULL, 0);
+	if (kept && is_owned(kept, address))
+		return &kept->owner;
+	*is_nobodys = true;
+	return NULL;
 }
 
 /* Of the local socket that sends the packet. */
-static __always_inline const struct owner *owner_of_packet(struct __sk_buff *skb)
+static __always_inline const struct owner *owner_of_packet(struct __sk_buff *skb, bool *is_nobodys)
 {
 	struct bpf_sock *sk = skb->sk;
 	struct owner *kept;
@@ -255,7 +269,7 @@ static __always_inline const struct owner *owner_of_packet(struct __sk_buff *skb
 	}
 	if (sk->protocol != IPPROTO_TCP)
 		return NULL;
-	return owner_of_tcp(sk, BPF_CORE_READ((struct sk_buff *)skb, sk));
+	return owner_of_tcp(sk, BPF_CORE_READ((struct sk_buff *)skb, sk), is_nobodys);
 }
 
 /* ---------------------------------------------------------------- packets */
@@ -958,26 +972,30 @@ __noinline int make_flow(struct __sk_buff *skb)
  * past that one, and the next is looked at. */
 #define OWNER_TRIES 64
 
-/* The kernel acknowledges by itself; somebody has to have the socket for all else. */
+/* The kernel acknowledges by itself. */
 static __always_inline bool is_by_owner(const struct packet *packet)
 {
 	return packet->payload || packet->flags & (TCP_FIN | TCP_RST);
 }
 
 /* Until accept() returns, the connection that it takes is whose the listener is, which may be another; and
- * it may not return for long, by where it is told to write the address. So the owner of an inbound one is
- * looked for again when this end first sends, when it closes, and now and then. */
+ * it may not return for long, by where it is told to write the address. So the owner is settled only when
+ * this end sends something; and looked for again when it ends, as another thread can use the descriptor a
+ * moment before that. Not at the loopback device, where it is who sends first, at whichever end. */
 static __always_inline bool owner_is_due(const struct flow_state *state, const struct packet *packet)
 {
-	bool seldom = !(state->out_packets % OWNER_TRIES);
+	bool among_first = state->out_packets < OWNER_TRIES;
+	bool one_of_many = !(state->out_packets % OWNER_TRIES);
 
 	if (!packet->out)
 		return false;
 	if (!state->owner_known)
-		return state->out_packets < OWNER_TRIES || seldom;
-	if (packet->key.protocol != NEXT_TCP || state->direction != DIRECTION_INBOUND)
+		return among_first || one_of_many;
+	if (packet->key.protocol != NEXT_TCP || packet->key.ifindex == LOOPBACK)
 		return false;
-	return seldom || (!state->owner_settled && is_by_owner(packet));
+	if (state->owner_settled)
+		return one_of_many || packet->flags & (TCP_FIN | TCP_RST);
+	return among_first || one_of_many || is_by_owner(packet);
 }
 
 static __always_inline void count_out(struct flow_state *state)
@@ -992,15 +1010,22 @@ enum counted {
 	REFUSED = 3,
 };
 
+static __always_inline void disown(struct flow_state *state)
+{
+	state->owner_known = state->owner_is_agent = state->owner_admitted = 0;
+	__builtin_memset(&state->owner, 0, sizeof(state->owner));
+}
+
 static __always_inline enum counted count_in(struct flow *flow, const struct packet *packet,
 					     struct __sk_buff *skb, struct flow_state *taken)
 {
 	const struct owner *owner = NULL;
 	enum counted result = NOT_HERE;
 	struct flow_state *state = &flow->state;
+	bool is_nobodys = false;
 
 	if (owner_is_due(state, packet))
-		owner = owner_of_packet(skb);
+		owner = owner_of_packet(skb, &is_nobodys);
 	bpf_spin_lock(&flow->lock);
 	if (state->used && is_same_key(&state->key, &packet->key)) {
 		result = COUNTED;
@@ -1013,8 +1038,7 @@ static __always_inline enum counted count_in(struct flow *flow, const struct pac
 			state->syn_ns = state->handshake_ns = state->asked_ns = 0;
 			state->fins = state->ended = state->accepted = 0;
 			state->out_packets = state->owner_settled = 0;
-			state->owner_known = state->owner_is_agent = state->owner_admitted = 0;
-			__builtin_memset(&state->owner, 0, sizeof(state->owner));
+			disown(state);
 			begin_flow(state, packet);
 		}
 		add_packet(state, packet);
@@ -1026,6 +1050,8 @@ static __always_inline enum counted count_in(struct flow *flow, const struct pac
 			state->owner_settled |= is_by_owner(packet);
 			state->owner_admitted = owner->admitted;
 			state->owner_is_agent = owner->is_agent;
+		} else if (is_nobodys && !state->owner_settled && !(packet->flags & TCP_RST)) {
+			disown(state); /* it is not the listener's, and whose was not kept */
 		}
 	}
 	bpf_spin_unlock(&flow->lock);

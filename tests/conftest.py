@@ -65,8 +65,8 @@ _ASIDE = frozenset(
         "watermarks",
     )
 )
-"""Those of the kernel's tests that mostly wait, for brokers, files or processes, and neither attach
-to an interface nor count what others do."""
+"""Those of the kernel's tests that neither attach to an interface that others have nor count what
+others do; most of them wait, for brokers, files or processes."""
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]

@@ -30,7 +30,7 @@ struct owner {
 };
 
 struct connection {
-	struct owner owner;
+	struct owner owner; /* the first: see forget_all_but_owner() */
 	__u64 since_boot_ns; /* of the SYN, then of being established; 0: nobody saw it */
 	__u64 listener;      /* key in `listeners`, while the owner is the one who listens; else 0 */
 	__u32 missed;        /* in `listeners`: another one's accept could not be kept */

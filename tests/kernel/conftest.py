@@ -15,10 +15,9 @@ import pytest
 from streamer.kernel import loader
 from tests.bpf_variant import Change, Variant
 from tests.conftest import Require
-from tests.kernel import system
 from tests.kernel.agent import ROOT
 from tests.kernel.scope import Scope, cgroup_mount
-from tests.kernel.system import kernel_knows
+from tests.kernel.system import kernel_knows, preempts_tracepoints
 
 SOURCE = Path(__file__).parent / "subject.c"
 BUILT = ROOT / "build" / "tests" / "subject"
@@ -110,6 +109,6 @@ def copied(directory: Path) -> tuple[str, ...]:
 def as_if_preempted(monkeypatch: pytest.MonkeyPatch, require_kernel: Require) -> None:
     """What is used on 7.0 is used here, too, where the kernel has all that it takes."""
     there = kernel_knows("btf_trace_sched_prepare_exec") and kernel_knows("bpf_task_from_pid")
-    tells = system.preempts_tracepoints() or not kernel_knows("srcu_free_old_probes")
+    tells = preempts_tracepoints() or not kernel_knows("srcu_free_old_probes")
     require_kernel(there and tells, "this kernel has raw tracepoints alone for it")
     monkeypatch.setattr(loader, "variables_of", set)

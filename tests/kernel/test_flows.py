@@ -13,14 +13,10 @@ import shutil
 import signal
 import socket
 import struct
-import termios
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from enum import Enum, auto
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +51,11 @@ from tests.kernel.flows import (
     run,
     tc,
 )
-from tests.kernel.held_page import HeldPage
 from tests.kernel.pace import repetitions, seconds
 from tests.kernel.packets import mutated
 from tests.kernel.roles import Role, in_own_network, two_namespaces
 from tests.kernel.scope import Scope, cgroup_mount
-from tests.kernel.system import WITHOUT_BTF, kernel_is
+from tests.kernel.system import kernel_is
 from tests.kernel.witness import bpftrace
 
 pytestmark = pytest.mark.kernel
@@ -728,92 +723,6 @@ def test_who_accepts_late_is_the_owner(tmp_path: Path) -> None:
     (event,) = flows_of(seen, LISTENS)
     assert event.server_packets >= 3 * MANY
     assert (event.owner_known, event.pid) == (True, seen.result)
-
-
-QUESTIONS, ANSWERS = 5, 16
-
-
-def is_acknowledged(connection: socket.socket) -> bool:
-    """All that was sent."""
-    left = fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4))
-    return not any(left)
-
-
-class Ends(Enum):
-    """How a connection ends, as the end sees it that has accepted."""
-
-    CLOSED = auto()
-    CUT_OFF = auto()
-    RESET = auto()
-
-
-def send_while_accepted(may_send: int, has_sent: int, ends: Ends) -> None:
-    """Then take in what comes, unless it ends before that."""
-    with socket.create_connection((NEAR, LISTENS)) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        assert os.read(may_send, 1)
-        for _ in range(QUESTIONS):
-            connection.sendall(b"?")
-            until(lambda: is_acknowledged(connection), lambda: None)
-        os.write(has_sent, b".")
-        with suppress(ConnectionResetError):
-            for _ in range(ANSWERS):
-                connection.recv(1)
-        if ends is Ends.RESET:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-def accept_held_up(listener: socket.socket, may_send: int, has_sent: int, ends: Ends) -> int:
-    """Packets come, and are acknowledged, before accept() has written the address, and returned."""
-    page, found = HeldPage(), list[int]()
-    accept4 = ctypes.CDLL(None).accept4
-    places = (ctypes.c_void_p(page.address), ctypes.c_void_p(page.address + 64))
-    thread = threading.Thread(target=lambda: found.append(accept4(listener.fileno(), *places, 0)))
-    thread.start()
-    page.wait()
-    os.write(may_send, b".")
-    assert os.read(has_sent, 1)
-    page.let_go()
-    thread.join()
-    with socket.socket(fileno=found[0]) as connection:
-        if ends is not Ends.CUT_OFF:  # it is, if something was not taken in
-            connection.recv(2 * QUESTIONS)
-        if ends is Ends.RESET:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for _ in range(ANSWERS):
-                connection.sendall(b"!")
-                until(lambda: is_acknowledged(connection), lambda: None)
-            with suppress(ConnectionResetError):
-                connection.recv(1)
-    return os.getpid()
-
-
-def accept_by_another(near: Near, ends: Ends) -> tuple[int, int]:
-    """The pids of who listens, and of who accepts."""
-    (go, may_send), (sent, has_sent) = os.pipe(), os.pipe()
-    with socket.create_server((NEAR, LISTENS)) as listener:
-        accepting = Role("accepts", accept_held_up, listener, may_send, sent, ends)
-        near.there(send_while_accepted, go, has_sent, ends).result()
-        accepts = accepting.result()
-    for fd in (go, may_send, sent, has_sent):
-        os.close(fd)
-    near.settle()
-    return os.getpid(), accepts
-
-
-@pytest.mark.parametrize("ends", Ends)
-def test_an_accept_that_does_not_return_gives_nobody_anothers_name(
-    tmp_path: Path, ends: Ends, require_kernel: Require
-) -> None:
-    """Until then it is whose the listener is; it is looked for again later, and when it closes."""
-    kept = kernel_is(5, 11) and not WITHOUT_BTF
-    require_kernel(kept or ends is not Ends.CUT_OFF, "here nothing is kept with a socket")
-    seen = observe(tmp_path, partial(accept_by_another, ends=ends))
-    (event,) = flows_of(seen, LISTENS)
-    listens, accepts = seen.result
-    assert listens != accepts
-    assert event.server_packets > QUESTIONS
-    assert (event.owner_known, event.pid, event.comm) == (True, accepts, "accepts")
 
 
 # ---------------------------------------------------------------- records
