@@ -1107,7 +1107,7 @@ async def test_stop_does_not_wait_for_a_connection_that_hangs(start_sink: StartS
         await asyncio.sleep(0.05)
         before = time.monotonic()
         await sink.stop(0.05)
-        assert time.monotonic() - before < 2, "the limit for one connection is 5 s"
+        assert time.monotonic() - before < 4, "the limit for one connection is 5 s"
         for sock in blocked:
             sock.close()
     assert account(sink) == (0, 10, 0)

@@ -24,9 +24,7 @@ def test_a_turn_of_the_streamer(require: Require) -> None:
     assert pair is not None
     for operation in OPERATIONS:
         alone, observed = (turn.samples[operation.name] for turn in pair)
-        assert alone.caller > 0
+        assert min(alone.caller, observed.caller, observed.observer) > 0
         assert alone.observer == 0
-        assert observed.caller > alone.caller / 2
-        assert observed.observer > 0
     assert all(turn.unrelated_ns > 0 for turn in pair)
     assert not directory.exists()
