@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from streamer.kernel.objects import SENSORS
+from tests.vm import verifier
 from tests.vm.stack import Instruction, Loaded, deepest
 from tests.vm.verifier import (
     PAGE,
@@ -181,3 +183,45 @@ def test_what_libbpf_warns_of_is_heard(capfd: pytest.CaptureFixture[str]) -> Non
         pass
     assert told == []
     assert capfd.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------- guests
+
+DIED = "echo 'not syncing: int3'; echo 'streamer: sid did not finish; its console' >&2; exit 1"
+ROWS = f"echo '{msgspec.json.encode(LOADED).decode()}'"
+
+
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *starts: str) -> Path:
+    """In the place of a guest's, a script that does one thing at each start; it counts them."""
+    counted = tmp_path / "starts"
+    script = tmp_path / "runner"
+    cases = "".join(f"{number}) {what};;\n" for number, what in enumerate(starts, 1))
+    count = f"echo >> {counted}; n=$(wc -l < {counted})"
+    script.write_text(f"#!/bin/sh\n{count}\ncase $n in {cases} esac\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(verifier, "RUNNER", str(script))
+    return counted
+
+
+def test_a_guest_that_dies_at_boot_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner(tmp_path, monkeypatch, DIED, DIED, ROWS)
+    assert verifier.on("sid", "") == [LOADED]
+
+
+@pytest.mark.parametrize(
+    ("starts", "tried"),
+    [
+        pytest.param([DIED] * 4, 3, id="at every boot"),
+        pytest.param([f"{ROWS}; {DIED}", ROWS], 1, id="at a program"),
+        pytest.param(["echo Traceback >&2; exit 1", ROWS], 1, id="it lives and fails"),
+    ],
+)
+def test_a_guest_that_fails_otherwise_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts: list[str], tried: int
+) -> None:
+    counted = runner(tmp_path, monkeypatch, *starts)
+    with pytest.raises(RuntimeError, match=r"^sid: "):
+        verifier.on("sid", "")
+    assert len(counted.read_text().splitlines()) == tried
