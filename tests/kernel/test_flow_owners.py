@@ -14,8 +14,8 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from os import getpid
 from pathlib import Path
@@ -24,11 +24,11 @@ from typing import NamedTuple, Self
 import pytest
 
 from tests.conftest import Require
-from tests.kernel.flows import NEAR, Near, in_netns, observe
+from tests.kernel.flows import CONFIG, NEAR, Near, in_netns, observe
 from tests.kernel.held_page import HeldPage
 from tests.kernel.pace import seconds
 from tests.kernel.roles import Role
-from tests.kernel.system import WITHOUT_BTF, kernel_is
+from tests.kernel.system import WITHOUT_BTF, kernel_is, many_descriptors
 from tests.kernel.test_flows import flows_of
 from tests.kernel.test_net_drop_fuzz import checksum
 
@@ -39,6 +39,8 @@ STRANGER = "192.0.2.9"
 """An address of nobody: no kernel answers what comes for it."""
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 WIDE = 65535
+ROOM = 1024
+"""The fewest connections that can be kept beside their sockets."""
 FEW, MANY = 5, 70
 """Packets: fewer, and more, than the first ones at which an owner is looked for."""
 
@@ -125,6 +127,8 @@ class Course(NamedTuple):
     questions: int = FEW
     window: int = WIDE
     begins_by_an_answer: bool = False
+    further: int = 0
+    """Connections that are accepted meanwhile, by another than who listens, too."""
 
 
 def wait(other: socket.socket) -> None:
@@ -192,10 +196,10 @@ COURSES = {
     "sent after the close": Course(open_the_window, answer_in_vain, window=0),
     "begun by an answer": Course(reset, answer_and_wait, begins_by_an_answer=True),
 }
+WITHOUT_ROOM = Course(reset, answer_and_wait, further=ROOM + 1)
 
 
-def be_stranger(other: socket.socket, mac: bytes, name: str) -> None:
-    course = COURSES[name]
+def be_stranger(other: socket.socket, mac: bytes, course: Course) -> None:
     with Stranger(mac) as stranger:
         if course.begins_by_an_answer:
             stranger.send(SYN | ACK, wrong=1)
@@ -206,7 +210,9 @@ def be_stranger(other: socket.socket, mac: bytes, name: str) -> None:
         course.there(stranger, other)
 
 
-def accept_held_up(listener: socket.socket, other: socket.socket, name: str) -> int:
+def accept_held_up(
+    listener: socket.socket, full: socket.socket, other: socket.socket, course: Course
+) -> int:
     page, found = HeldPage(), list[int]()
     accept4 = ctypes.CDLL(None).accept4
     places = (ctypes.c_void_p(page.address), ctypes.c_void_p(page.address + 64))
@@ -217,15 +223,25 @@ def accept_held_up(listener: socket.socket, other: socket.socket, name: str) -> 
     page.wait()
     tell(other)
     wait(other)
-    page.let_go()
-    thread.join()
-    with socket.socket(fileno=found[0]) as connection, suppress(ConnectionResetError):
-        COURSES[name].here(connection, other)
+    with further_connections(full, course.further):
+        page.let_go()
+        thread.join()
+        with socket.socket(fileno=found[0]) as connection, suppress(ConnectionResetError):
+            course.here(connection, other)
     tell(other)  # that it is closed
     return getpid()
 
 
-def accept_by_another(near: Near, name: str) -> tuple[int, int]:
+@contextmanager
+def further_connections(listener: socket.socket, count: int) -> Iterator[None]:
+    with many_descriptors(), ExitStack() as held:
+        for _ in range(count):
+            held.enter_context(socket.create_connection(listener.getsockname()))
+            held.enter_context(listener.accept()[0])
+        yield
+
+
+def accept_by_another(near: Near, course: Course) -> tuple[int, int]:
     """The pids of who listens, and of who accepts."""
     shown = subprocess.run(["ip", "-j", "link", "show", "veth1"], capture_output=True, check=True)
     mac = bytes.fromhex(json.loads(shown.stdout)[0]["address"].replace(":", ""))
@@ -234,9 +250,14 @@ def accept_by_another(near: Near, name: str) -> tuple[int, int]:
     here, there = socket.socketpair()
     for end in (here, there):
         end.settimeout(seconds(20))
-    with here, there, socket.create_server((NEAR, LISTENS)) as listener:
-        accepting = Role("accepts", accept_held_up, listener, here, name)
-        Role("far", in_netns, near.far, be_stranger, (there, mac, name)).result()
+    with (
+        here,
+        there,
+        socket.create_server((NEAR, LISTENS)) as listener,
+        socket.create_server((NEAR, 0)) as full,
+    ):
+        accepting = Role("accepts", accept_held_up, listener, full, here, course)
+        Role("far", in_netns, near.far, be_stranger, (there, mac, course)).result()
         accepts = accepting.result()
     near.settle()
     return getpid(), accepts
@@ -249,9 +270,18 @@ def test_an_accept_that_does_not_return_gives_nobody_anothers_name(
     """However it goes on from there."""
     kept = kernel_is(5, 11) and not WITHOUT_BTF
     require_kernel(kept or name != "cut off", "here nothing is kept with a socket")
-    seen = observe(tmp_path, partial(accept_by_another, name=name))
+    seen = observe(tmp_path, partial(accept_by_another, course=COURSES[name]))
     (event,) = flows_of(seen, LISTENS)
     listens, accepts = seen.result
     assert listens != accepts
     assert event.server_packets > COURSES[name].questions
     assert (event.owner_known, event.pid, event.comm) == (True, accepts, "accepts")
+
+
+def test_an_owner_for_whom_there_is_no_room_gives_nobody_anothers_name(tmp_path: Path) -> None:
+    config = f"{CONFIG}connections = {ROOM}\n"
+    seen = observe(tmp_path, partial(accept_by_another, course=WITHOUT_ROOM), config)
+    (event,) = flows_of(seen, LISTENS)
+    assert event.server_packets > WITHOUT_ROOM.questions
+    assert (event.owner_known, event.pid, event.comm) == (False, 0, "")
+    assert seen.recording.heartbeat.faults["connections_full"] > 0
