@@ -110,7 +110,7 @@ class Broker(ABC):
         path = self.directory / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def start(self, timeout: float = 60.0) -> None:
+    def start(self, timeout: float = 180.0) -> None:
         """Start and wait until it answers.
 
         Raises:
@@ -344,7 +344,7 @@ class KafkaCluster:
         )
 
     def reassign(
-        self, topic: str, partition: int, replicas: Sequence[int], timeout: float = 60.0
+        self, topic: str, partition: int, replicas: Sequence[int], timeout: float = 180.0
     ) -> None:
         """Have these nodes, the first preferred, keep a partition; returns when they all do.
 

@@ -105,7 +105,7 @@ class Cluster(KafkaCluster):
         return self.partitions(topic)[OF_HOST]
 
     def wait_for(
-        self, topic: str, wanted: Callable[[Partition], bool], limit: float = 60
+        self, topic: str, wanted: Callable[[Partition], bool], limit: float = 180
     ) -> Partition:
         """Until the partition of this host's events is as it is wanted; as it is then."""
         deadline = time.monotonic() + seconds(limit)
@@ -114,7 +114,7 @@ class Cluster(KafkaCluster):
             time.sleep(0.05)
         return found
 
-    def wait_until_writable(self, timeout: float = 60) -> None:
+    def wait_until_writable(self, timeout: float = 180) -> None:
         """Until kcat can write to each node, with two replicas at least: there a fault ends.
 
         Not what a broker says of itself: one that has no controller says what was true before.

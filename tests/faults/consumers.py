@@ -251,7 +251,7 @@ def by_kcat(address: str, topic: str) -> Iterator[bytes]:
     assert process.returncode == 0
 
 
-def by_mosquitto(path: Path, quiet: float = 2.0) -> list[bytes]:
+def by_mosquitto(path: Path, quiet: float = 10.0) -> list[bytes]:
     """All that a subscriber has written to `path`, once nothing has come for `quiet` seconds."""
     size, since = -1, time.monotonic()
     while time.monotonic() < since + quiet:

@@ -408,7 +408,7 @@ async def test_a_broker_killed_in_mid_stream_and_restarted_misses_nothing(
         await asyncio.to_thread(broker.start)
         await produce(100)
         await until(lambda: broker.log.count("Sending SUBACK to witness") == 1 + kills)  # noqa: B023
-    await sink.stop(GRACE)
+    await sink.stop(60)
     assert account(sink) == (produced, 0, 0)
     expected = ids(execs(produced).lines("json"))
 

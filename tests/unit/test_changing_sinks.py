@@ -112,7 +112,7 @@ async def test_what_a_sink_that_goes_cannot_deliver_is_handed_on(runs: Runs) -> 
 async def test_a_sink_in_the_place_of_another_waits_for_it(runs: Runs) -> None:
     """What the first could not deliver is told by the second, before its own events."""
     old, new = Slow("same"), MemorySink("same")
-    run = runs(old, settings=Settings(grace_seconds=0.3))
+    run = runs(old, settings=Settings(grace_seconds=1))
     await run.start()
     old.hold = True
     run.programs.emit("process.exec", 3)

@@ -39,6 +39,7 @@ from tests.hostile_kafka import (
 from tests.kafka_helpers import HOST, NOW_NS, NetClose, expected, make, opens, started, until
 
 TOPIC = "t"
+COORDINATOR_LOADS = 14
 
 
 @pytest.fixture
@@ -200,6 +201,31 @@ async def test_a_producer_id_that_is_none_is_not_used(broker: HostileBroker, num
         assert not broker.produced
         broker.producer_id = lambda: broker.id_of(7)
         await all_there(broker, sink, 5)
+
+
+async def test_a_broker_that_comes_late_may_load_like_any_other(
+    broker: HostileBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it has no producer id yet, as after any start, is not told as another absence."""
+    monkeypatch.setattr(kafka_client, "LOADING_SECONDS", 2.0)
+    broker.metadata = lambda topics: HANG_UP
+    refused = 0
+
+    def load() -> bytes:
+        nonlocal refused
+        refused += 1
+        return broker.id_of(-1, COORDINATOR_LOADS)
+
+    sink, heard = make(broker.address, TOPIC, linger_ms=0)
+    async with started(sink):
+        sink.submit(Batch(opens(0, 5)))
+        await asyncio.sleep(2.1)
+        broker.producer_id = load
+        broker.metadata = broker.metadata_of
+        await until(lambda: refused >= 3)
+        broker.producer_id = lambda: broker.id_of(7)
+        await all_there(broker, sink, 5)
+    assert [status for status, _ in heard.statuses] == ["down", "up", "closed"]
 
 
 # ---------------------------------------------------------------- error codes
@@ -516,8 +542,8 @@ async def test_stopping_at_any_moment_leaves_nothing_behind(
     assert sink.account.dropped.total() == (10 if turns >= 12 else 5)
     assert sink.account.pending == sink.watermarks.held == 0
     assert heard.statuses[-1] == ("closed", "")
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() - broker._connections == {asyncio.current_task()}
+    # The broker's, in this process, end when they are told.
+    await until(lambda: asyncio.all_tasks() - broker._connections == {asyncio.current_task()}, 5)
 
 
 @pytest.mark.parametrize("turns", range(12))

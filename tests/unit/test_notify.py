@@ -20,7 +20,7 @@ from streamer.agent.announcing import MOST_SECONDS, announcing, is_alive
 from streamer.operation.notify import Notifier
 from streamer.terminal.log import FORMAT, JournalFormatter, LogFormatter, is_journal
 from tests.unit.test_run import PROGRAM, configuration
-from tests.unit.test_service import Run
+from tests.unit.test_service import Run, until
 
 
 class Manager:
@@ -114,15 +114,14 @@ async def test_a_run_is_announced(manager: Manager, run: Run) -> None:
     """Ready when it has attached and not before, alive all the time, and stopping once."""
     notifier = Notifier(manager.path, watchdog_seconds=0.4)
     async with announcing(run.service, notifier):
-        await asyncio.sleep(0.3)
+        await until(lambda: len(manager.without_status()) >= 2)
         assert set(manager.without_status()) == {"WATCHDOG=1"}
         assert "STATUS=starting" in manager.told
         await run.start()
-        await asyncio.sleep(0.5)
+        await until(lambda: manager.without_status().count("WATCHDOG=1") >= 6)
         await run.stop()
         await asyncio.sleep(0.2)
     said = manager.without_status()
-    assert said.count("WATCHDOG=1") >= 6
     assert [one for one in said if one != "WATCHDOG=1"] == ["READY=1", "STOPPING=1"]
     notifier.close()
 

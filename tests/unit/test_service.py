@@ -573,7 +573,7 @@ async def test_a_single_event_lost_at_the_tail_is_told(runs: Runs, seconds_fly: 
 async def test_what_a_sink_cannot_deliver_is_named_and_no_more(runs: Runs) -> None:
     """Also what is late: its program took a number, and another one interrupted it."""
     good, deaf = MemorySink("good"), Deaf("deaf")
-    run = runs(good, deaf, settings=Settings(grace_seconds=0.1))
+    run = runs(good, deaf)
     deaf.hears = True
     await run.start()
     programs = run.programs
@@ -1120,7 +1120,7 @@ async def test_an_end_that_is_broken_off_is_noted_as_killed(runs: Runs) -> None:
 
 async def test_what_a_sink_was_never_told_is_in_the_note(runs: Runs, seconds_fly: None) -> None:
     good, deaf = MemorySink("good"), Deaf("deaf")
-    run = runs(good, deaf, settings=Settings(grace_seconds=0.2))
+    run = runs(good, deaf)
     await run.start()
     run.programs.emit("process.exec", 5)
     await until(lambda: len(run.events(good)) == 5)

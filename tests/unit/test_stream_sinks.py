@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 import tracemalloc
@@ -224,7 +225,7 @@ async def test_what_waits_can_be_dropped_for_what_comes_then(pipe: Pipe) -> None
     await sink.start()
     first = execs(10, pad=1000)
     sink.submit(first)
-    await asyncio.sleep(0.05)  # the thread has taken it, and waits for room
+    await until(lambda: select.select([pipe.read_end], [], [], 0)[0])  # the thread has taken it
     for n in range(10, 60, 10):
         sink.submit(Batch(execs(10, start=n).events, spans={("bulk", 0): Span(n, n + 9)}))
     sink.discard("no time")
@@ -247,7 +248,7 @@ async def test_what_is_given_up_is_told_with_its_kinds(pipe: Pipe) -> None:
     assert recorder.kinds() == {("bulk", 0): {"file.open": 2}}
     await sink.start()
     sink.submit(execs(10, pad=1000))
-    await asyncio.sleep(0.05)  # the thread has taken it, and waits for room
+    await until(lambda: select.select([pipe.read_end], [], [], 0)[0])  # the thread has taken it
     sink.submit(real("file.open", 3, 3))
     sink.discard("no time")
     assert recorder.kinds() == {("bulk", 0): {"file.open": 5}}

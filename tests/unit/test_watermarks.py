@@ -145,7 +145,7 @@ async def test_a_kernel_that_cannot_tell_is_asked_once(caplog: pytest.LogCapture
     marks = Watermarks(lambda: {"bulk": [1]}, refuse)
     for _ in range(3):
         marks.tick()
-        await asyncio.sleep(0.02)
+        await until_noted(marks)
         marks.advance({("bulk", 0): 1})
     assert (asked, marks.of("bulk", 0)) == (1, 0)
     assert "no watermarks" in caplog.text

@@ -258,10 +258,12 @@ class KafkaSink(Sink):
     async def _connect(self, client: Client) -> None:
         """Find a broker and a producer id, so that what is wrong is known before an event."""
         loop = asyncio.get_running_loop()
-        begun, attempt = loop.time(), 0
+        begun, attempt, there = loop.time(), 0, False
         while True:
             try:
                 await client.refresh()
+                if not there:  # so long it may take from when it has started
+                    begun, there = loop.time(), True
                 await client.producer_id(None)
             except DeliveryError as error:
                 if loop.time() - begun >= error.grace:
