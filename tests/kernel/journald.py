@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.kernel.agent import ROOT
+from tests.kernel.pace import seconds
 
 JOURNALD = "/usr/lib/systemd/systemd-journald"
-SECONDS = 30
+SECONDS = seconds(60)
 _CONFIG = "[Journal]\nStorage=volatile\nReadKMsg=no\nAudit=no\n"
 _BOOT = """
 mount --bind "$1" /run

@@ -16,7 +16,6 @@ import math
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from typing import Any
 
 Observed = tuple[int, int, int]
@@ -31,12 +30,11 @@ def observed(lines: Iterable[str]) -> Iterator[Observed]:
         yield number, event["duration_ns"], event["boot_ns"]
 
 
-def split(values: list[int], luck: random.Random) -> list[bool]:
-    """Which are of the longer kind: those beyond the widest gap. Luck where there is none."""
-    ordered = sorted(set(values))
-    if len(ordered) < 2:
+def split(values: list[int], plan: dict[str, Any], luck: random.Random) -> list[bool]:
+    """Which are of the longer kind. Luck where all are the same."""
+    if len(set(values)) < 2:
         return [luck.random() < 0.5 for _ in values]
-    _, bound = max((b - a, b) for a, b in pairwise(ordered))
+    bound = (plan["short_ns"] + plan["long_ns"]) / 2
     return [value >= bound for value in values]
 
 
@@ -46,7 +44,7 @@ def by_durations(found: list[Observed], plan: dict[str, Any], luck: random.Rando
     for number, duration, _ in found:
         bit = number % plan["bits"]
         shortest[bit] = min(shortest[bit], duration)
-    return split([int(one) for one in shortest], luck)
+    return split([int(one) for one in shortest], plan, luck)
 
 
 def by_times(found: list[Observed], plan: dict[str, Any], luck: random.Random) -> list[bool]:

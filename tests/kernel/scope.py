@@ -13,6 +13,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -64,7 +65,8 @@ class Scope:
 
     def __exit__(self, *exc: object) -> None:
         for pid in (self.path / "cgroup.procs").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         deadline = time.monotonic() + seconds(10)
         while True:
             try:

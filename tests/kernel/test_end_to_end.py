@@ -97,7 +97,7 @@ def test_a_backlog_that_cannot_be_delivered_is_told(scope: Scope, tmp_path: Path
     The broker stands still until the agent has given up what waits, and goes on with what it was
     sent before.
     """
-    grace = seconds(8)
+    grace = seconds(16)
     with KafkaBroker(tmp_path / "kafka") as kafka:
         with Agent(
             tmp_path / "a",
@@ -113,7 +113,7 @@ def test_a_backlog_that_cannot_be_delivered_is_told(scope: Scope, tmp_path: Path
                 scope.act(open_missing, "/no/", BACKLOG)
                 agent.wait_for(b'"event":"file.open"', BACKLOG + 10)
                 agent.send(signal.SIGTERM)
-                time.sleep(grace * 0.8)
+                time.sleep(grace * 0.85)
             finally:
                 os.kill(kafka.pid, signal.SIGCONT)
             recording = agent.wait()

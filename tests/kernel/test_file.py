@@ -258,8 +258,9 @@ def be_interrupted(directory: str) -> list[Call]:
     opener = Opener()
     os.mkfifo(f"{directory}/fifo")
     signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)  # it may come before the call does
     opener.openat(AT_FDCWD, f"{directory}/fifo".encode(), f"{directory}/fifo")
+    signal.setitimer(signal.ITIMER_REAL, 0)
     return opener.calls
 
 

@@ -178,6 +178,7 @@ def test_prometheus_has_the_final_account(scope: Scope, tmp_path: Path, port: in
     """
     dead = f"kafka://127.0.0.1:{free_port()}/kernel-events"
     config = metrics_at(port, "\n[kernel]\nflows = 1000\n")
+    config = config.replace("grace_seconds = 8", "grace_seconds = 16")
     options = (*scope.options, "--interface", "lo")
     with ExitStack() as stack:
         agent = Agent(tmp_path, *options, events="process.*,net.flow", config=config, sinks=(dead,))

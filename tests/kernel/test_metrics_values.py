@@ -212,7 +212,7 @@ def test_what_is_left_in_the_rings_at_the_end(scope: Scope, tmp_path: Path) -> N
     """A broker that is not there until then: what is not read by half of the grace is lost."""
     port, output = free_port(), tmp_path / "events.ndjson"
     given = config(output, MosquittoBroker(tmp_path / "mosquitto"), port)
-    given = given.replace("grace_seconds = 8", "grace_seconds = 4")
+    given = given.replace("grace_seconds = 8", "grace_seconds = 10")
     agent = Agent(
         tmp_path, *scope.options, events="file.open", config=given, sinks=None, output=output
     )

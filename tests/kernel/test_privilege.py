@@ -288,7 +288,7 @@ def test_an_end_without_draining(scope: Scope, tmp_path: Path) -> None:
         agent.send(signal.SIGINT)
         time.sleep(0.5)
         agent.send(signal.SIGINT)
-        assert agent.process.wait(seconds(5)) == 130
+        assert agent.process.wait(seconds(20)) == 130
         await_end_of(helper)
     assert ORPHANED not in agent.stderr
 

@@ -89,7 +89,8 @@ def of_program(recording: Recording, name: str = "profiled") -> list[ProfileSamp
 def check_rate(recording: Recording, found: int, used: float, hz: int = HZ) -> None:
     """As many samples as there was CPU time, as far as samples could be taken.
 
-    In a virtual machine on a busy host the clock stops at times, and CPU time does not.
+    In a virtual machine on a busy host the clock stops at times, and CPU time does not, or that
+    stands still and the clock does not.
     """
     periods = {one.period_ns: one.taken for one in recording.of(KIND)}
     # Nothing was attached yet when the first began, which matters less if there is no other.
@@ -97,7 +98,7 @@ def check_rate(recording: Recording, found: int, used: float, hz: int = HZ) -> N
     whole = hz * (os.cpu_count() or 1) * sum(lengths) / 1e9
     taken = sum(periods[length] for length in lengths)
     kept_up = min(taken / whole, 1)
-    assert 0.7 * kept_up * hz * used < found < 1.3 * hz * used
+    assert 0.5 * kept_up * hz * used < found < 1.6 * hz * used
 
 
 def within(records: Iterable[ProfileSample], frame: str) -> int:

@@ -245,7 +245,8 @@ def test_a_sink_goes_and_comes_back(scope: Scope, tmp_path: Path) -> None:
     base, other = tmp_path / "files", tmp_path / "other.ndjson"
     both = sink_of(tmp_path / "events.ndjson") + sink_of(other)
     name = f"file:{other}"
-    wanted = {"events": '"file.open"', "filters": within(scope)}
+    # The heartbeats are those that a change brings.
+    wanted = {"events": '"file.open"', "filters": within(scope), "more": "heartbeat_seconds = 3600"}
     with Reloadable(tmp_path, sinks=both, **wanted) as agent:
         scope.act(open_missing, f"{base}/first/", EACH)
         agent.wait_for(b"/first/", EACH)  # what is not read yet would come after it has gone

@@ -32,6 +32,14 @@ def bursts(count: int = BURSTS, size: int = BURST) -> int:
     return count * size
 
 
+def bursts_until(done: str) -> int:
+    """The same, until that file is there."""
+    opened = 0
+    while not os.access(done, os.F_OK):
+        opened += bursts(1)
+    return opened
+
+
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     """A file in a directory of root's: the process that writes cannot look into it."""
@@ -71,12 +79,14 @@ def check(parts: list[bytes], recording: Recording, opened: int) -> Recording:
 def test_renamed_as_logrotate_does_it(scope: Scope, tmp_path: Path, output: Path) -> None:
     """Renamed and made anew, several times, without any signal."""
     with agent(tmp_path, scope, output) as running:
-        with scope.start(bursts, 3 * BURSTS) as actor:
+        done = tmp_path / "done"
+        with scope.start(bursts_until, str(done)) as actor:
             for number in range(3, 0, -1):
                 time.sleep(seconds(0.7))
                 output.rename(output.with_suffix(f".ndjson.{number}"))
                 output.touch(0o640)
                 running.wait_for(b'{"event":"file.open"')
+            done.touch()
             opened = actor.result()
         recording = running.stop(check=False)
     parts = [content(path) for path in (*siblings(output), output)]

@@ -45,7 +45,8 @@ def test_neither_the_agent_nor_a_broker_serving_it(scope: Scope, tmp_path: Path)
     """What others do with the same broker is observed, at both ends."""
     with MosquittoBroker(tmp_path / "broker") as broker:
         sink = f"mqtt://{broker.address}/events"
-        with Agent(tmp_path / "agent", sinks=(sink,)) as agent:
+        events = f"process.*,{TCP_KINDS}"
+        with Agent(tmp_path / "agent", events=events, sinks=(sink,)) as agent:
             await_clients(broker, 1)
             own_port = scope.act(connect_to, broker.port)
             agent.wait_for(b'{"event":"net.close"')
@@ -68,7 +69,7 @@ def test_neither_the_agent_nor_a_broker_serving_it(scope: Scope, tmp_path: Path)
 
 
 ADDRESS = "192.0.2.1"
-CONFIG = "grace_seconds = 0.1\n"
+CONFIG = "grace_seconds = 1\n"
 
 
 def listen_in(netns: str) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -53,12 +54,17 @@ def ends(event: Any) -> frozenset[int]:
     return frozenset((event.local_port, event.remote_port))
 
 
+def owned(events: Iterable[Any]) -> list[Any]:
+    """Without the ends of others' connections from before, which no filter keeps back."""
+    return [event for event in events if event.owner_known]
+
+
 def test_a_connection_is_taken_as_a_whole_or_not_at_all(scope: Scope) -> None:
     """Both of its ends, and the beginning and the end of each."""
     with Live(scope, PAIRS, at_rates()) as live:
         live.state.level = 1
         scope.act(connect_many, CONNECTIONS)
-        events = live.read()
+        events = owned(live.read())
         taken = {kind: Counter(ends(e) for e in events if kind_of(e) == kind) for kind in PAIRS}
         assert taken["net.connect"] == taken["net.accept"]
         assert taken["net.close"] == {pair: 2 * n for pair, n in taken["net.connect"].items()}
@@ -89,7 +95,7 @@ def test_what_ends_at_a_higher_level_has_begun_in_the_stream(scope: Scope) -> No
             live.state.level = 2
             actor.proceed()
             actor.result()
-        ended = [event for event in live.read() if kind_of(event) == "net.close"]
+        ended = [event for event in owned(live.read()) if kind_of(event) == "net.close"]
         assert {event.weight for event in ended} == {8}
         assert {ends(event) for event in ended} < begun
         live.check()
@@ -124,7 +130,7 @@ def test_each_kind_of_the_bulk_ring_is_shed(scope: Scope) -> None:
         assert all(shed.values()), shed
         assert shed["file.open"] >= 5
         assert shed["net.connect"] == shed["net.accept"] == 5
-        assert shed["net.close"] == 10
+        assert shed["net.close"] >= 10  # those of others that nobody owns, too
         live.state.level = 0
         scope.act(everything)
         assert {kind_of(event) for event in live.read()} == {*EASY}

@@ -259,7 +259,7 @@ def test_what_a_broker_never_takes_is_lost_once_and_holds_nothing_up(
             mqtt.kill()
             scope.act(open_some_that_are_too_large)
             running.wait_for(b"/behind/", 300)
-            time.sleep(1)
+            time.sleep(seconds(3))
             running.send(signal.SIGKILL)
             running.process.wait()
         spooled = numbered(spooled_after_kill(tmp_path))

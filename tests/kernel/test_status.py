@@ -80,6 +80,7 @@ type = "kafka"
 bootstrap = ["{address}"]
 topic = "kernel-events"
 budget_bytes = 262144
+on_full = "pause"
 spool = "spill"
 [metrics]
 listen = "127.0.0.1:{port}"

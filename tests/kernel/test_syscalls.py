@@ -210,15 +210,15 @@ def sleep_once(ns: int) -> None:
 def test_periods(scope: Scope) -> None:
     """Each record is of its period, the longest call too; the totals go on."""
     with Timing(scope, "nanosleep") as timing:
-        scope.act(sleep_once, 60_000_000)
+        scope.act(sleep_once, SECOND)
         first = timing.of_all()["nanosleep"]
         scope.act(sleep_once, 2_000_000)
         second = timing.of_all()["nanosleep"]
         assert timing.of_all() == {}
         scope.act(sleep_once, 1_000_000)
         third = timing.of_all()["nanosleep"]
-    assert first.max_ns >= 60_000_000 > second.max_ns > 0
-    assert 60_000_000 > third.max_ns >= 1_000_000
+    assert first.max_ns >= SECOND > second.max_ns > 0
+    assert SECOND > third.max_ns >= 1_000_000
     assert [one.count for one in (first, second, third)] == [1, 1, 1]
     assert [one.count_total for one in (first, second, third)] == [1, 2, 3]
     total = sum(one.duration_sum_ns for one in (first, second, third))
@@ -419,7 +419,7 @@ def make_odd_calls() -> None:
         system_call(number)
     nanosleep(200_000_000)
     signal.signal(signal.SIGALRM, lambda number, frame: None)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
     before = time.monotonic()
     assert call("clock_nanosleep", 1, 0, ctypes.byref(Timespec(30, 0)), None)[0] != 0
     assert time.monotonic() - before < 30
@@ -445,13 +445,18 @@ def end_in_every_way(program: str) -> None:
     os.waitpid(child, 0)
 
 
+def slow_ones(timing: Timing) -> list[Any]:
+    """Without that by which the actor has entered the cgroup, which waits for others that do."""
+    return [one for one in timing.slow() if one.syscall != "write"]
+
+
 def test_all_calls(scope: Scope) -> None:
     """Those without a name too; ones that are there to wait are slow only if they are named."""
     with Timing(scope, "*", syscall_slow_ms=100) as timing:
         assert timing.way == "raw_tp/sys_exit"
         scope.act(make_odd_calls)
         found = timing.of_all()
-        assert timing.slow() == []
+        assert slow_ones(timing) == []
     assert found["getppid"].count == 100
     assert found["nanosleep"].count == 1
     # It puts back what the interrupted call returned, which is no failure of its own.
@@ -462,7 +467,7 @@ def test_all_calls(scope: Scope) -> None:
     assert (other.count, other.errors, other.number) == (3, 3, 511)
     with Timing(scope, "*", "nanosleep", syscall_slow_ms=100) as timing:
         scope.act(make_odd_calls)
-        (event,) = timing.slow()
+        (event,) = slow_ones(timing)
     assert event.syscall == "nanosleep"
 
 

@@ -301,7 +301,7 @@ def test_samples_at_a_rate(directory: str) -> None:
     assert sensing.states == attached(("on_sample", "samples", sampled_by()))
     pid, seconds = Role("busy", burn, 1.0).result()
     (met,) = sensing.read("samples")[pid]
-    assert 0.6 * 200 * seconds < met < 1.4 * 200 * seconds
+    assert 0.5 * 200 * seconds < met < 1.6 * 200 * seconds
     fd = sensing.unload("samples")
     pid, _ = Role("busy", burn, 0.2).result()
     assert look_up(fd, pid.to_bytes(4, "little"), 8) == []

@@ -288,7 +288,7 @@ def _a_topic(kafka: KafkaBroker, url: str, scope: Scope, tmp_path: Path) -> None
     assert middle.records == len(records) - len(records) // 2
     assert verify(url, "--from", "1h").records == len(records)
     assert verify(url, "--from", "end").records == 0
-    assert verify(url, "--duration", f"{seconds(2):g}s").records == len(records)
+    assert verify(url, "--duration", f"{seconds(20):g}s").records == len(records)
 
     opens = [i for i, line in enumerate(records) if line.startswith(b'{"event":"file.open"')]
     gone, twice = opens[100], opens[200]
@@ -368,7 +368,7 @@ def test_mqtt(scope: Scope, tmp_path: Path, encoding: str) -> None:
         sink = f"{url}?encoding={encoding}"
         with Agent(tmp_path, *scope.options, config=CONFIG, sinks=(sink,)) as agent:
             recording = lossy(agent, scope)
-        time.sleep(1)
+        time.sleep(seconds(3))
         watch.send_signal(signal.SIGINT)
         output, _ = watch.communicate(timeout=60)
     report = msgspec.json.decode(output, type=VerifyReport)

@@ -73,6 +73,7 @@ class Crew(Agent):
         witness: Path,
         *,
         events: str = "file.open",
+        grace: int = 60,
         more: str = "",
         sink: dict[str, int] | None = None,
         prefix: tuple[str, ...] = (),
@@ -80,6 +81,7 @@ class Crew(Agent):
     ) -> None:
         config = f"""workers = 2
 heartbeat_seconds = 1
+grace_seconds = {grace}
 {more}
 [[sinks]]
 type = "mqtt"
@@ -227,8 +229,8 @@ def test_one_of_them_stands_still(
     scope: Scope, tmp_path: Path, mqtt: MosquittoBroker, witness: Path
 ) -> None:
     """It does not end in time, and what it has not read is told; then it goes on, and ends."""
-    more = "grace_seconds = 2\n[rings]\nbulk_bytes = 131072\n"
-    with Crew(tmp_path, scope, mqtt, witness, more=more) as agent:
+    more = "[rings]\nbulk_bytes = 131072\n"
+    with Crew(tmp_path, scope, mqtt, witness, grace=10, more=more) as agent:
         scope.act(open_everywhere, 100)
         agent.wait_for(b'"event":"file.open"', 200)
         further = agent.further
