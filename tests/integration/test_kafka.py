@@ -680,8 +680,7 @@ async def test_topic_deleted_while_it_is_written_to(mortal: KafkaBroker) -> None
         for number in range(100):
             sink.submit(Batch([*opens(100 + number, 1), *closes(100 + number, 1)]))
             await asyncio.sleep(0.07)
-        await until(lambda: sink.account.delivered["file.open"] == 200)
-        assert sink.status == "down"
+        await until(lambda: sink.status == "down" and sink.account.delivered["file.open"] == 200)
         assert sink.account.delivered == Counter({"file.open": 200, "net.close": 100})
         assert asked["metadata"] < 50
         assert asked["produce"] < 250

@@ -128,7 +128,7 @@ class Course(NamedTuple):
     window: int = WIDE
     begins_by_an_answer: bool = False
     further: int = 0
-    """Connections that are accepted meanwhile, by another than who listens, too."""
+    """How many more are accepted meanwhile, of another listener that is not its own either."""
 
 
 def wait(other: socket.socket) -> None:

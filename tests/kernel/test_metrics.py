@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 
-from streamer.operation.server import Bounds
 from tests.brokers import free_port
 from tests.conftest import SET_UP, Require
 from tests.kernel.agent import Agent
@@ -312,13 +311,14 @@ HOSTILE = (b"G", b"GET /metrics HTTP/1.1\r\nX: ", b"A" * 65536)
 
 
 def let_go(peer: socket.socket) -> bool:
-    """Whether the agent has taken the connection and ended it; else it waits, or is open."""
+    """Whether the agent has answered or ended the connection; else it waits, or is open."""
     try:
-        return peer.recv(1, socket.MSG_DONTWAIT) == b""
+        peer.recv(1, socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
     except OSError:
         return True
+    return True
 
 
 def scrape_until(port: int, end: float) -> int:
@@ -354,11 +354,11 @@ def test_hostile_clients_cost_a_bounded_part(scope: Scope, tmp_path: Path, port:
                     most_open = max(most_open, descriptors(agent.pid))
                     time.sleep(0.05)
             taken = sum(map(let_go, peers))
-            periods = (time.monotonic() - begun) / Bounds().pause
+            elapsed = time.monotonic() - begun
             for peer in peers:
                 peer.close()
         assert len(peers) > 1000
-        assert 0 < taken <= Bounds().burst * (periods + 1)
+        assert 0 < taken <= 400 * elapsed + 8  # a second, in bursts of 8
         # One more has just been taken when the oldest is closed for it.
         assert most_open - open_before <= 16 + 1
         assert allocated(agent.pid) - memory < 4 << 20

@@ -89,8 +89,8 @@ def of_program(recording: Recording, name: str = "profiled") -> list[ProfileSamp
 def check_rate(recording: Recording, found: int, used: float, hz: int = HZ) -> None:
     """As many samples as there was CPU time, as far as samples could be taken.
 
-    In a virtual machine on a busy host the clock stops at times, and CPU time does not, or that
-    stands still and the clock does not.
+    On a busy host a virtual machine's clock stops at times while CPU time goes on, or the other
+    way round.
     """
     periods = {one.period_ns: one.taken for one in recording.of(KIND)}
     # Nothing was attached yet when the first began, which matters less if there is no other.

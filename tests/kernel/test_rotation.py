@@ -35,7 +35,7 @@ def bursts(count: int = BURSTS, size: int = BURST) -> int:
 def bursts_until(done: str) -> int:
     """The same, until that file is there."""
     opened = 0
-    while not os.access(done, os.F_OK):
+    while not os.path.exists(done):
         opened += bursts(1)
     return opened
 

@@ -272,7 +272,7 @@ def test_rates(scope: Scope) -> None:
             assert {event.weight for event in events} <= {max(rate, 1)}
             assert len(events) + counts.shed - shed == 1000
             expected = 1000 / max(rate, 1)
-            assert abs(len(events) - expected) <= 5 * expected**0.5 + 1
+            assert abs(len(events) - expected) <= 5 * expected**0.5 + 1  # of a million
             shed = counts.shed
         live.state.set_sample({})
         scope.act(open_many)

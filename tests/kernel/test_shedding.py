@@ -13,7 +13,7 @@ import pytest
 
 from streamer.config.settings import LEVELS, Settings, SheddingSection
 from streamer.events.kinds import KINDS
-from tests.kernel.agent import ROOT, kind_of
+from tests.kernel.agent import ROOT, is_stray, kind_of
 from tests.kernel.live import Live
 from tests.kernel.pace import repetitions
 from tests.kernel.scope import Scope, checkpoint
@@ -56,7 +56,7 @@ def ends(event: Any) -> frozenset[int]:
 
 def owned(events: Iterable[Any]) -> list[Any]:
     """Without the ends of others' connections from before, which no filter keeps back."""
-    return [event for event in events if event.owner_known]
+    return [event for event in events if not is_stray(event)]
 
 
 def test_a_connection_is_taken_as_a_whole_or_not_at_all(scope: Scope) -> None:

@@ -446,7 +446,7 @@ def end_in_every_way(program: str) -> None:
 
 
 def slow_ones(timing: Timing) -> list[Any]:
-    """Without that by which the actor has entered the cgroup, which waits for others that do."""
+    """Without the write by which the actor entered the cgroup: it waits for others that do."""
     return [one for one in timing.slow() if one.syscall != "write"]
 
 

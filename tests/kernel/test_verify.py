@@ -288,7 +288,7 @@ def _a_topic(kafka: KafkaBroker, url: str, scope: Scope, tmp_path: Path) -> None
     assert middle.records == len(records) - len(records) // 2
     assert verify(url, "--from", "1h").records == len(records)
     assert verify(url, "--from", "end").records == 0
-    assert verify(url, "--duration", f"{seconds(20):g}s").records == len(records)
+    assert verify(url, "--duration", f"{seconds(5):g}s").records == len(records)
 
     opens = [i for i, line in enumerate(records) if line.startswith(b'{"event":"file.open"')]
     gone, twice = opens[100], opens[200]

@@ -73,7 +73,7 @@ class Crew(Agent):
         witness: Path,
         *,
         events: str = "file.open",
-        grace: int = 60,
+        grace: int = 30,
         more: str = "",
         sink: dict[str, int] | None = None,
         prefix: tuple[str, ...] = (),

@@ -36,7 +36,17 @@ from tests.hostile_kafka import (
     Produced,
     encoded,
 )
-from tests.kafka_helpers import HOST, NOW_NS, NetClose, expected, make, opens, started, until
+from tests.kafka_helpers import (
+    HOST,
+    NOW_NS,
+    NetClose,
+    expected,
+    make,
+    opens,
+    sinks_tasks,
+    started,
+    until,
+)
 
 TOPIC = "t"
 COORDINATOR_LOADS = 14
@@ -207,7 +217,7 @@ async def test_a_broker_that_comes_late_may_load_like_any_other(
     broker: HostileBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That it has no producer id yet, as after any start, is not told as another absence."""
-    monkeypatch.setattr(kafka_client, "LOADING_SECONDS", 2.0)
+    monkeypatch.setattr(kafka_client, "LOADING_SECONDS", 4.0)
     broker.metadata = lambda topics: HANG_UP
     refused = 0
 
@@ -219,7 +229,7 @@ async def test_a_broker_that_comes_late_may_load_like_any_other(
     sink, heard = make(broker.address, TOPIC, linger_ms=0)
     async with started(sink):
         sink.submit(Batch(opens(0, 5)))
-        await asyncio.sleep(2.1)
+        await asyncio.sleep(4.1)
         broker.producer_id = load
         broker.metadata = broker.metadata_of
         await until(lambda: refused >= 3)
@@ -542,8 +552,8 @@ async def test_stopping_at_any_moment_leaves_nothing_behind(
     assert sink.account.dropped.total() == (10 if turns >= 12 else 5)
     assert sink.account.pending == sink.watermarks.held == 0
     assert heard.statuses[-1] == ("closed", "")
-    # The broker's, in this process, end when they are told.
-    await until(lambda: asyncio.all_tasks() - broker._connections == {asyncio.current_task()}, 5)
+    await asyncio.sleep(0)
+    assert sinks_tasks() == {asyncio.current_task()}
 
 
 @pytest.mark.parametrize("turns", range(12))

@@ -112,7 +112,8 @@ def test_an_abstract_name() -> None:
 
 async def test_a_run_is_announced(manager: Manager, run: Run) -> None:
     """Ready when it has attached and not before, alive all the time, and stopping once."""
-    notifier = Notifier(manager.path, watchdog_seconds=0.4)
+    # So long that too seldom would be too late for `until`.
+    notifier = Notifier(manager.path, watchdog_seconds=3.0)
     async with announcing(run.service, notifier):
         await until(lambda: len(manager.without_status()) >= 2)
         assert set(manager.without_status()) == {"WATCHDOG=1"}

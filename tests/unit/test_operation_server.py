@@ -112,6 +112,20 @@ async def test_not_more_than_so_many_are_taken_a_second(echo: Echo) -> None:
     assert echo.server.taken == 60
 
 
+async def test_who_waits_costs_nothing_until_more_are_taken(echo: Echo) -> None:
+    echo.server._bounds = BOUNDS._replace(pause=0.1)
+    looks, accept = 0, echo.server._accept
+
+    def counted() -> None:
+        nonlocal looks
+        looks += 1
+        accept()
+
+    echo.server._accept = counted  # type: ignore[method-assign]
+    await asyncio.gather(*(echo.ask(b"\n") for _ in range(30)))
+    assert 0 < looks <= 30
+
+
 async def test_nor_one_after_the_other(echo: Echo) -> None:
     begun = time.monotonic()
     for _ in range(60):

@@ -215,6 +215,7 @@ def test_a_guest_that_dies_at_boot_is_started_again(
     [
         pytest.param([DIED] * 4, 3, id="at every boot"),
         pytest.param([f"{ROWS}; {DIED}", ROWS], 1, id="at a program"),
+        pytest.param([f'printf \'{{"sensor":"f\'; {DIED}', ROWS], 1, id="within a row"),
         pytest.param(["echo Traceback >&2; exit 1", ROWS], 1, id="it lives and fails"),
     ],
 )

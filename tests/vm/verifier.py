@@ -70,6 +70,8 @@ GROWTH, FEW = 1.1, 10
 UNUSED = frozenset({"on_sock_state_alone"})
 """Loaded where others are used: theirs are kernels from 5.11 to 6.0, and none of those is here."""
 WITHOUT_FIGURE = "no figure on any kernel"
+ROW = b'{"sensor"'
+"""How the line of a row begins."""
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -217,7 +219,7 @@ def died_at_boot(done: subprocess.CompletedProcess[bytes]) -> bool:
     """Whether a guest's kernel ended before its first row: an emulated one panics now and then
     while it changes its own code.
     """
-    return done.returncode != 0 and NOT_FINISHED in said(done) and not read(done.stdout)
+    return done.returncode != 0 and NOT_FINISHED in said(done) and ROW not in done.stdout
 
 
 def said(done: subprocess.CompletedProcess[bytes]) -> str:
@@ -238,7 +240,7 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
 
 def read(output: bytes) -> list[Row]:
     """The rows that `--here` printed; a guest's console may have put other lines between them."""
-    lines = (line for line in output.splitlines() if line.startswith(b'{"sensor"'))
+    lines = (line for line in output.splitlines() if line.startswith(ROW))
     return [msgspec.json.decode(line, type=Row) for line in lines]
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
 import time
@@ -258,15 +259,16 @@ class KafkaSink(Sink):
     async def _connect(self, client: Client) -> None:
         """Find a broker and a producer id, so that what is wrong is known before an event."""
         loop = asyncio.get_running_loop()
-        begun, attempt, there = loop.time(), 0, False
+        attempt, there_since = 0, math.inf
         while True:
             try:
                 await client.refresh()
-                if not there:  # so long it may take from when it has started
-                    begun, there = loop.time(), True
+                there_since = min(there_since, loop.time())
                 await client.producer_id(None)
             except DeliveryError as error:
-                if loop.time() - begun >= error.grace:
+                if not error.grace:  # it is away: the next one may load for as long
+                    there_since = math.inf
+                if not error.grace or loop.time() - there_since >= error.grace:
                     self._problem("", error)
                 wait = backoff(attempt, permanent=error.permanent, jitter=random.random())
                 await asyncio.sleep(wait)
