@@ -951,6 +951,7 @@ async def test_a_disk_that_fails_within_a_line(
     disk.fails = 1
     path.rename(old)
     await until(lambda: not disk.fails)  # before it goes on in another file
+    await until(path.exists)
     ballast.unlink()
     await sink.stop(WAIT)
     assert sink.account.delivered == {"process.exec": 120}
